@@ -1,0 +1,105 @@
+"""The tiny autoencoder: a 1.3 M parameter encoder and decoder for the FLUX.2 latent space.
+
+Architecture after TAESD by Ollin Boer Bohan (MIT licence), written here from the layout of its published weights.
+Images are float tensors in [0, 1], shape [B, 3, H, W]; latents are [B, 32, H/8, W/8].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LATENT_CHANNELS = 32
+DOWNSAMPLE = 8
+_WIDTH = 64
+
+
+class Block(nn.Module):
+    """conv-relu-conv-relu-conv plus skip; at the lowest resolution a GroupNorm bottleneck comes first."""
+
+    def __init__(self, width: int = _WIDTH, pooled: bool = False):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
+        self.pooled = pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pooled:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + x)
+
+
+class Clamp(nn.Module):
+    """Soft clamp of latents to (-3, 3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3.0 * torch.tanh(x / 3.0)
+
+
+def _down() -> nn.Conv2d:
+    return nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, stride=2, bias=False)
+
+
+def _up() -> list[nn.Module]:
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, bias=False)]
+
+
+def tiny_encoder() -> nn.Sequential:
+    """Image in [0, 1] [B, 3, H, W] -> latent [B, 32, H/8, W/8]."""
+    return nn.Sequential(
+        nn.Conv2d(3, _WIDTH, 3, padding=1),
+        Block(),
+        *[m for _ in range(2) for m in (_down(), Block(), Block(), Block())],
+        _down(),
+        *[Block(pooled=True) for _ in range(3)],
+        nn.Conv2d(_WIDTH, LATENT_CHANNELS, 3, padding=1),
+    )
+
+
+def tiny_decoder() -> nn.Sequential:
+    """Latent [B, 32, h, w] -> image, nominally in [0, 1], [B, 3, 8h, 8w]."""
+    return nn.Sequential(
+        Clamp(),
+        nn.Conv2d(LATENT_CHANNELS, _WIDTH, 3, padding=1),
+        nn.ReLU(),
+        *[Block(pooled=True) for _ in range(3)],
+        *_up(),
+        *[Block() for _ in range(3)],
+        *_up(),
+        *[Block() for _ in range(3)],
+        *_up(),
+        Block(),
+        nn.Conv2d(_WIDTH, 3, 3, padding=1),
+    )
+
+
+def load_tiny(folder: str | Path) -> tuple[nn.Sequential, nn.Sequential]:
+    """Read `taef2_encoder.pth` and `taef2_decoder.pth` from `folder` (strictly, as float32).
+
+    Raises FileNotFoundError when either is missing and RuntimeError when a key or shape differs.
+    """
+    folder = Path(folder)
+    pair = []
+    for name, make in (("encoder", tiny_encoder), ("decoder", tiny_decoder)):
+        path = folder / f"taef2_{name}.pth"
+        if not path.is_file():
+            raise FileNotFoundError(f"tiny autoencoder weights not found: {path}")
+        module = make()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+        pair.append(module)
+    return pair[0], pair[1]

@@ -1,0 +1,220 @@
+"""The decode loop: propose, score, verify, commit, for a batch of images of ragged progress.
+
+Plain sequential decoding is the same loop with an empty draft. There is one host synchronisation per pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafters.base import Drafter, Observation
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.categorical import LawSettings, gumbel_margin, law_of
+from bozzetto.laws.noise import STREAM_VERIFY, GumbelField, fold, image_keys, uniform
+from bozzetto.models.base import Session, Target
+from bozzetto.rules.base import Rule, RuleNoise
+
+
+@dataclass
+class DecodeState:
+    """Everything that changes while a batch is decoded; rows are the images still in progress.
+
+    tokens: int64 [B, N], committed raster tokens, zeros beyond; count: int64 [B], how many are committed;
+    slot: int64 [B], where the image stands in the caller's batch; keys: int64 [B], noise keys of the verifier;
+    passes, drafted, accepted: int64 [B]; margin: float32 [B], smallest Gumbel margin of a committed token.
+    """
+
+    tokens: Tensor
+    count: Tensor
+    slot: Tensor
+    keys: Tensor
+    passes: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    margin: Tensor
+
+    @staticmethod
+    def new(seed: int, index: Tensor, length: int) -> DecodeState:
+        batch, device = len(index), index.device
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        return DecodeState(
+            tokens=torch.zeros(batch, length, dtype=torch.int64, device=device),
+            count=zeros,
+            slot=torch.arange(batch, device=device),
+            keys=image_keys(seed, STREAM_VERIFY, index),
+            passes=zeros,
+            drafted=zeros,
+            accepted=zeros,
+            margin=torch.full((batch,), float("inf"), device=device),
+        )
+
+    def keep(self, rows: Tensor) -> DecodeState:
+        return DecodeState(**{name: value[rows] for name, value in vars(self).items()})
+
+
+@dataclass
+class PassEvent:
+    """After one target pass. tokens: int64 [B, N] of the caller's whole batch (zeros beyond what is committed);
+    count: int64 [B], committed tokens per image; number: passes so far; width: positions scored in this pass;
+    seconds: wall time of this pass."""
+
+    tokens: Tensor
+    count: Tensor
+    number: int
+    width: int
+    seconds: float
+
+
+@dataclass
+class BatchResult:
+    """tokens int64 [B, N]; passes, drafted, accepted int64 [B]; margin float32 [B]; seconds spent in the target, in
+    drafting and verifying, and in all."""
+
+    tokens: Tensor
+    passes: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    margin: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Clock:
+    """Wall time by part. On a GPU each reading waits for the device, so a pass is timed as the user feels it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.parts = device, {"target": 0.0, "draft": 0.0}
+        self.last = self.start = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = self._now()
+        self.parts[part] += now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        return {"total": self._now() - self.start, **self.parts}
+
+
+class Decoder:
+    """Decodes batches of images with one target, drafter, rule and law."""
+
+    def __init__(self, target: Target, drafter: Drafter, rule: Rule, settings: LawSettings):
+        self.target, self.drafter, self.rule, self.settings = target, drafter, rule, settings
+
+    def run(self, labels: Tensor, seed: int, index: Tensor) -> BatchResult:
+        """Decode to the end. labels, index: int64 [B] (index: the images' numbers, which with the seed fix them)."""
+        for _ in self.stream(labels, seed, index):
+            pass
+        return self.result
+
+    @torch.no_grad()
+    def stream(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[PassEvent]:
+        """Decode and yield one event per target pass; afterwards `self.result` holds the batch's result."""
+        target, drafter = self.target, self.drafter
+        state = DecodeState.new(seed, index, target.length)
+        final = state
+        width = drafter.max_draft + 1
+        noise = GumbelField(seed, index, target.length, target.vocab)
+        session = target.begin(labels, self.settings.guided, width)
+        drafter.begin(len(index), noise, self.rule.needs_law)
+        counts, number, clock = [0] * len(index), 0, Clock(target.device)
+        while counts:
+            began = time.perf_counter()
+            noise.fill(max(counts) + 2 * width)
+            draft = drafter.propose(len(counts), target.length - min(counts) - 1)
+            clock.lap("draft")
+            log_p = law_of(session.score(_inputs(state, draft), state.count), self.settings)
+            clock.lap("target")
+            verdict = self.rule.verify(draft, log_p, self._noise(noise, state, draft))
+            state, seen = self._commit(state, draft, verdict, log_p, noise)
+            drafter.observe(seen)
+            counts = state.count.tolist()  # the one synchronisation
+            final = state if number == 0 else _merge(final, state)
+            clock.lap("draft")
+            number += 1
+            yield PassEvent(final.tokens, final.count, number, draft.length + 1, time.perf_counter() - began)
+            if max(counts) == target.length:
+                state = self._drop_finished(state, session, noise, counts)
+                counts = state.count.tolist()
+        self.result = BatchResult(
+            final.tokens, final.passes, final.drafted, final.accepted, final.margin, clock.seconds()
+        )
+
+    def _noise(self, noise: GumbelField, state: DecodeState, draft: Draft) -> RuleNoise:
+        position = _positions(state, draft)
+        uniforms = None
+        if self.rule.needs_uniforms:
+            keys = fold(fold(state.keys, state.passes)[:, None], position)
+            uniforms = uniform(fold(keys[..., None], torch.arange(2, device=keys.device)))
+        return RuleNoise(noise.rows(position), uniforms)
+
+    def _commit(
+        self, state: DecodeState, draft: Draft, verdict: Verdict, log_p: Tensor, noise: GumbelField
+    ) -> tuple[DecodeState, Observation]:
+        """Append the accepted drafts and the rule's own token, never past the end of the image."""
+        length = self.target.length
+        left = length - state.count
+        committed = torch.minimum(verdict.accepted + 1, left)
+        position = _positions(state, draft)
+        offset = torch.arange(draft.length + 1, device=position.device)
+        fresh = offset < committed[:, None]  # [B, W]
+        kept = state.tokens.gather(1, position.clamp_max(length - 1))
+        # Columns past the committed ones write back what stands there; clamped ones must agree, so they come from the
+        # padded copy and are cut off again.
+        padded = torch.nn.functional.pad(state.tokens, (0, draft.length + 1))
+        padded.scatter_(1, position, torch.where(fresh, verdict.tokens, kept * (position < length)))
+        margin = state.margin
+        if self.rule.seed_exact:
+            gaps = gumbel_margin(log_p, noise.rows(position)).masked_fill(~fresh, float("inf"))
+            margin = torch.minimum(margin, gaps.amin(1))
+        after = DecodeState(
+            tokens=padded[:, :length],
+            count=state.count + committed,
+            slot=state.slot,
+            keys=state.keys,
+            passes=state.passes + 1,
+            drafted=state.drafted + left.clamp_max(draft.length),
+            accepted=state.accepted + torch.minimum(verdict.accepted, left),
+            margin=margin,
+        )
+        return after, Observation(log_p, verdict, committed, state.count)
+
+    def _drop_finished(
+        self, state: DecodeState, session: Session, noise: GumbelField, counts: list[int]
+    ) -> DecodeState:
+        going = [i for i, n in enumerate(counts) if n < self.target.length]
+        rows = torch.tensor(going, dtype=torch.int64, device=state.count.device)
+        if going:
+            session.keep(rows)
+            noise.keep(rows)
+            self.drafter.keep(rows)
+        return state.keep(rows)
+
+
+def _positions(state: DecodeState, draft: Draft) -> Tensor:
+    """Scored token positions, int64 [B, W]."""
+    return state.count[:, None] + torch.arange(draft.length + 1, device=state.count.device)
+
+
+def _inputs(state: DecodeState, draft: Draft) -> Tensor:
+    """The last committed token (anything, before the first) and the drafts: int64 [B, W]."""
+    last = state.tokens.gather(1, (state.count - 1).clamp_min(0)[:, None])
+    return torch.cat([last, draft.tokens], 1)
+
+
+def _merge(whole: DecodeState, part: DecodeState) -> DecodeState:
+    """The caller's whole batch with the rows still in progress brought up to date."""
+    merged = {}
+    for name, value in vars(whole).items():
+        merged[name] = value.clone()
+        merged[name][part.slot] = getattr(part, name)
+    return DecodeState(**merged)

@@ -1,0 +1,290 @@
+"""The benchmark: decoding methods against our own sequential engine, in one run.
+
+A cell is one batch size, guidance and top-k. In a round every method of the cell decodes the same images, in an order
+that rotates from round to round, so that a slow minute of the machine hits all of them. Ratios are taken within a round
+and reported as median, lowest and highest. Pixels are not decoded: the tokenizer costs the same for every method.
+
+`none` is the sequential engine, `bare` the same static-cache passes of width 1 without laws, noise or bookkeeping.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bozzetto.errors import UsageError
+from bozzetto.files import write_text
+from bozzetto.output import table, versions
+from bozzetto.pipeline import GenerateSettings, Pipeline
+
+BARE, SEQUENTIAL = "bare", "none"
+_WARM_UP_PASSES = 4
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """methods: none, or DRAFTER/RULE; batches, guidances, windows (0: chosen for the batch), top_ks: every combination
+    is a cell of the table; count: images per method and cell, rounded up to whole batches; rounds: at least so many;
+    temperature, top_p: shared by all; seed: of the images; threads: CPU threads (0: as they are)."""
+
+    methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/seed-exact", "jacobi/exact")
+    batches: tuple[int, ...] = (1,)
+    guidances: tuple[float, ...] = (2.0,)
+    windows: tuple[int, ...] = (0,)
+    top_ks: tuple[int, ...] = (0,)
+    count: int = 4
+    rounds: int = 3
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("count", 1), ("rounds", 1), ("seed", 0), ("threads", 0)):
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a whole number >= {lowest}")
+        if self.seed >= 2**63:
+            raise UsageError(f"seed = {self.seed} is not allowed: a whole number from 0 to 2^63 - 1")
+        for name in ("methods", "batches", "guidances", "windows", "top_ks"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is empty: at least one value is wanted")
+        for cell in self.cells():
+            self.entries(cell)  # every combination validates its own numbers and names
+
+    def cells(self) -> list[GenerateSettings]:
+        """Sequential settings of every cell."""
+        return [
+            GenerateSettings(SEQUENTIAL, "seed-exact", 0, guidance, self.temperature, top_k, self.top_p, batch)
+            for batch in self.batches
+            for guidance in self.guidances
+            for top_k in self.top_ks
+        ]
+
+    def entries(self, cell: GenerateSettings) -> list[tuple[str, GenerateSettings | None]]:
+        """(method, settings) of every row of a cell; the bare loop has none. Sequential decoding always takes part."""
+        rows: list[tuple[str, GenerateSettings | None]] = [(BARE, None), (SEQUENTIAL, cell)]
+        for method in self.methods:
+            drafter, _, rule = method.partition("/")
+            if drafter == SEQUENTIAL and not rule:
+                continue
+            settings = [replace(cell, drafter=drafter, rule=rule or "seed-exact", window=w) for w in self.windows]
+            rows += [(method, s) for s in (settings if drafter != SEQUENTIAL else settings[:1])]
+        return rows
+
+
+@dataclass
+class Timing:
+    """One decoded batch. seconds: wall time; passes: target passes of the batch; tokens and image_passes: summed over
+    its images (their ratio is tokens per pass); draft: share of the time spent drafting and verifying."""
+
+    seconds: float
+    passes: int
+    tokens: int
+    image_passes: int
+    draft: float
+
+
+@dataclass
+class BenchRow:
+    """One method in one cell. images_per_second, ms_per_pass, draft_share: medians over rounds; *_low, *_high: lowest
+    and highest; speedup: sequential time over this method's time, same images, same round; overhead_vs_bare: extra time
+    of sequential decoding over the bare loop (row `none`); ceiling: filled by the caller's own measure, or null."""
+
+    method: str
+    batch: int
+    guidance: float
+    window: int
+    top_k: int
+    tokens_per_pass: float
+    passes: int
+    ms_per_pass: float
+    ms_per_pass_low: float
+    ms_per_pass_high: float
+    images_per_second: float
+    images_per_second_low: float
+    images_per_second_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    draft_share: float
+    rounds: int
+    overhead_vs_bare: float | None = None
+    ceiling: float | None = None
+
+
+Ceiling = Callable[[Pipeline, GenerateSettings], float]
+"""A hook: what a cell's laws would allow, from the pipeline and the cell's sequential settings."""
+
+
+def bench(
+    pipe: Pipeline, settings: BenchSettings, *, progress: bool = False, ceiling: Ceiling | None = None
+) -> dict[str, Any]:
+    """Measure every method in every cell; returns {settings, results}, ready for JSON."""
+    before = torch.get_num_threads()
+    cells = settings.cells()
+    work = sum(len(settings.entries(cell)) * (1 + _rounds(settings, cell)) for cell in cells)
+    try:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        rows: list[BenchRow] = []
+        with tqdm(total=work, unit="batch", disable=not progress) as bar:
+            for cell in cells:
+                found = measure_cell(pipe, settings, cell, bar.update)
+                limit = ceiling(pipe, cell) if ceiling else None
+                rows += [replace(row, ceiling=limit) for row in found]
+        return {"settings": _provenance(pipe, settings), "results": [asdict(row) for row in rows]}
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_cell(
+    pipe: Pipeline, settings: BenchSettings, cell: GenerateSettings, tick: Callable[[], object] = lambda: None
+) -> list[BenchRow]:
+    """Warm up, then time interleaved rounds of one cell."""
+    entries = settings.entries(cell)
+    for _, entry in entries:
+        _warm_up(pipe, entry, cell)
+        tick()
+    timings: list[list[Timing]] = [[] for _ in entries]
+    for number in range(_rounds(settings, cell)):
+        first = number % len(entries)
+        for i in [*range(first, len(entries)), *range(first)]:
+            timings[i].append(_timed(pipe, entries[i][1], cell, settings.seed, number))
+            tick()
+    bare, sequential = timings[0], timings[1]
+    rows = [_row(pipe, m, s, cell, t, sequential) for (m, s), t in zip(entries, timings, strict=True)]
+    overheads = [s.seconds / b.seconds - 1 for s, b in zip(sequential, bare, strict=True)]
+    rows[1].overhead_vs_bare = median(overheads)
+    return rows
+
+
+def _rounds(settings: BenchSettings, cell: GenerateSettings) -> int:
+    return max(settings.rounds, -(-settings.count // cell.batch))
+
+
+def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and indices of the images of a round, int64 [B] each: all classes in turn."""
+    index = torch.arange(number * batch, (number + 1) * batch, device=pipe.target.device)
+    return index % len(pipe.classes), index
+
+
+def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings) -> None:
+    labels, index = _images(pipe, cell.batch, 0)
+    if entry is None:
+        passes: Iterator[object] = bare_passes(pipe, labels, cell.law.guided)
+    else:
+        passes = pipe._decoder(entry, cell.batch)[0].stream(labels, 0, index)
+    for _ in islice(passes, _WARM_UP_PASSES):
+        pass
+
+
+@torch.no_grad()
+def bare_passes(pipe: Pipeline, labels: torch.Tensor, guided: bool) -> Iterator[torch.Tensor]:
+    """The target passes of sequential decoding and nothing else: constant tokens, logits thrown away."""
+    session = pipe.target.begin(labels, guided, 1)
+    inputs, start = torch.zeros_like(labels)[:, None], torch.zeros_like(labels)
+    for _ in range(pipe.target.length):
+        yield session.score(inputs, start)
+        start = start + 1
+
+
+def _timed(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int, number: int) -> Timing:
+    labels, index = _images(pipe, cell.batch, number)
+    tokens, began = cell.batch * pipe.target.length, _now(pipe)
+    if entry is None:
+        passes = sum(1 for _ in bare_passes(pipe, labels, cell.law.guided))
+        return Timing(_now(pipe) - began, passes, tokens, tokens, 0.0)
+    result = pipe._decoder(entry, cell.batch)[0].run(labels, seed, index)
+    seconds, parts = _now(pipe) - began, result.seconds
+    share = parts["draft"] / max(1e-12, parts["draft"] + parts["target"])
+    return Timing(seconds, int(result.passes.max()), tokens, int(result.passes.sum()), share)
+
+
+def _now(pipe: Pipeline) -> float:
+    if pipe.target.device.type == "cuda":
+        torch.cuda.synchronize(pipe.target.device)
+    return time.perf_counter()
+
+
+def _row(
+    pipe: Pipeline,
+    method: str,
+    entry: GenerateSettings | None,
+    cell: GenerateSettings,
+    timings: Sequence[Timing],
+    sequential: Sequence[Timing],
+) -> BenchRow:
+    ms = [1000 * t.seconds / t.passes for t in timings]
+    rate = [cell.batch / t.seconds for t in timings]
+    gain = [s.seconds / t.seconds for s, t in zip(sequential, timings, strict=True)]
+    return BenchRow(
+        method=method,
+        batch=cell.batch,
+        guidance=cell.guidance,
+        window=1 if entry is None else entry.window_for(cell.batch, pipe.target.length, pipe.dtype),
+        top_k=cell.top_k,
+        tokens_per_pass=sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
+        passes=sum(t.passes for t in timings),
+        ms_per_pass=median(ms),
+        ms_per_pass_low=min(ms),
+        ms_per_pass_high=max(ms),
+        images_per_second=median(rate),
+        images_per_second_low=min(rate),
+        images_per_second_high=max(rate),
+        speedup=median(gain),
+        speedup_low=min(gain),
+        speedup_high=max(gain),
+        draft_share=median(t.draft for t in timings),
+        rounds=len(timings),
+    )
+
+
+def _provenance(pipe: Pipeline, settings: BenchSettings) -> dict[str, Any]:
+    return {
+        "model": pipe.name,
+        **asdict(settings),
+        "dtype": pipe.dtype,
+        "device": str(pipe.target.device),
+        "threads": torch.get_num_threads(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "versions": versions(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def bench_table(report: dict[str, Any]) -> str:
+    """The results for people."""
+    header = ["method", "batch", "guidance", "window", "top-k", "tok/pass", "ms/pass", "img/s", "speedup", "range"]
+    header += ["drafting", "vs bare"]
+    rows = []
+    for r in report["results"]:
+        figures = [f"{r['tokens_per_pass']:.2f}", f"{r['ms_per_pass']:.2f}", f"{r['images_per_second']:.3f}"]
+        speed = [f"{r['speedup']:.2f}x", f"{r['speedup_low']:.2f}-{r['speedup_high']:.2f}"]
+        over = "" if r["overhead_vs_bare"] is None else f"{100 * r['overhead_vs_bare']:+.1f}%"
+        cell = [r["method"], str(r["batch"]), f"{r['guidance']:g}", str(r["window"]), str(r["top_k"])]
+        rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", over])
+    return table(header, rows)
+
+
+def write_report(path: str | Path, report: dict[str, Any]) -> None:
+    """Write the results as JSON, whole or not at all."""
+    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,33 @@
+"""Pictures for people: contact sheets."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_GAP = 4
+
+
+def contact_sheet(
+    images: np.ndarray, columns: int, captions: list[str] | None = None, scale: int = 1
+) -> Image.Image:
+    """Tile uint8 images [N, H, W, 3] on white, row by row, with optional captions below each.
+
+    scale: integer enlargement (nearest neighbour).
+    """
+    count, height, width = images.shape[:3]
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    line = 14 if captions else 0
+    cell_w, cell_h = width * scale + _GAP, height * scale + line + _GAP
+    sheet = Image.new("RGB", (columns * cell_w + _GAP, rows * cell_h + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(count):
+        x, y = _GAP + (i % columns) * cell_w, _GAP + (i // columns) * cell_h
+        tile = Image.fromarray(images[i])
+        if scale != 1:
+            tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y))
+        if captions:
+            draw.text((x + 2, y + height * scale + 1), captions[i], fill=(60, 60, 60))
+    return sheet

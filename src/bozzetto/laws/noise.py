@@ -1,0 +1,83 @@
+"""Counter-based noise: every number is a pure function of (seed, stream, image index, position, ...).
+
+The generator is splitmix64 (Steele, Lea, Flood 2014) used as a hash: each counter is folded in by one finaliser round.
+All arithmetic is wrapping int64 and float64, so batch slot, batch size, process count and device do not matter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+STREAM_TOKEN = 0  # Gumbel noise that decides the token at a position
+STREAM_VERIFY = 1  # uniforms of accept/reject tests and residual draws
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 counters."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def fold(key: Tensor, counter: Tensor | int) -> Tensor:
+    """Derive a key from a key and a counter (both int64, broadcast)."""
+    return _mix((key ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=key.device))) + _GOLDEN)
+
+
+def image_keys(seed: int, stream: int, index: Tensor) -> Tensor:
+    """One key per image. index int64 [B] -> int64 [B]."""
+    root = torch.tensor(seed, dtype=torch.int64, device=index.device)
+    return fold(fold(_mix(root + _GOLDEN), stream), index)
+
+
+def uniform(key: Tensor) -> Tensor:
+    """float64 uniforms in the open interval (0, 1), one per key."""
+    return (_shift(key, 11).double() + 0.5) * 2.0**-53
+
+
+def gumbel(key: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, one per key; computed in float64 so that the rounding is the same everywhere."""
+    return -(-uniform(key).log()).log().float()
+
+
+class GumbelField:
+    """The Gumbel noise G[b, position, v] of a batch of images, filled in blocks as decoding advances.
+
+    index: int64 [B] image numbers. Memory is B * length * vocab * 4 bytes, most of it untouched until needed.
+    """
+
+    _BLOCK = 16
+
+    def __init__(self, seed: int, index: Tensor, length: int, vocab: int):
+        self.keys = image_keys(seed, STREAM_TOKEN, index)
+        self.length, self.filled = length, 0
+        self.table = torch.empty(len(index), length, vocab, device=index.device)
+        self.vocab_ids = torch.arange(vocab, device=index.device)
+
+    def fill(self, upto: int) -> None:
+        """Make positions < upto available (all images)."""
+        while self.filled < min(upto, self.length):
+            end = min(self.filled + self._BLOCK, self.length)
+            positions = torch.arange(self.filled, end, device=self.keys.device)
+            rows = fold(self.keys[:, None], positions)
+            self.table[:, self.filled : end] = gumbel(fold(rows[..., None], self.vocab_ids))
+            self.filled = end
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Noise at positions int64 [B, W] -> [B, W, V]; positions past the end repeat the last row."""
+        positions = positions.clamp_max(self.length - 1)
+        return self.table[torch.arange(len(positions), device=positions.device)[:, None], positions]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop images: keep the given batch rows int64 [B']."""
+        self.keys, self.table = self.keys[rows], self.table[rows]

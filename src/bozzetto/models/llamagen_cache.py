@@ -1,0 +1,107 @@
+"""The cached LlamaGen decoder: static key/value cache, ragged positions, guidance rows in one pass.
+
+Weights are packed once (w1 and w3 side by side). The cache of a layer is a flat table of slots, one row per (sequence,
+input), so that ragged writes are one index_copy_.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, rotate
+
+
+class PackedLayer:
+    """One block's weights in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f], gains [d]."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        a, f = layer.attention, layer.feed_forward
+        self.wqkv, self.wo = a.wqkv.weight.to(dtype), a.wo.weight.to(dtype)
+        self.w13 = torch.cat([f.w1.weight, f.w3.weight]).to(dtype)
+        self.w2 = f.w2.weight.to(dtype)
+        self.gain_1, self.gain_2 = layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype)
+
+
+class LlamaGenTarget:
+    """A LlamaGen network ready to decode in `dtype` (float32 or bfloat16) on its own device."""
+
+    @torch.no_grad()
+    def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):
+        self.config: LlamaGenConfig = model.config
+        self.vocab, self.length, self.dtype = model.config.vocab, model.config.length, dtype
+        self.device = model.output.weight.device
+        self.labels = model.cls_embedding.embedding_table.weight.to(dtype)
+        self.embedding = model.tok_embeddings.weight.to(dtype)
+        self.layers = [PackedLayer(layer, dtype) for layer in model.layers]
+        self.gain, self.head = model.norm.weight.to(dtype), model.output.weight.to(dtype)
+        self.rope = model.rope
+
+    def begin(self, labels: Tensor, guided: bool, max_width: int) -> LlamaGenSession:
+        """labels int64 [B] in 0..classes (classes: unconditional)."""
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
+        return LlamaGenSession(self, labels, 2 if guided else 1, max_width)
+
+
+class LlamaGenSession:
+    """Cache and conditions of R = copies * B sequences; `copies` is 2 under guidance."""
+
+    def __init__(self, target: LlamaGenTarget, labels: Tensor, copies: int, max_width: int):
+        c = target.config
+        self.target, self.copies, self.rows = target, copies, len(labels)
+        self.condition = target.labels[labels][:, None]  # [R, 1, d]
+        self.slots = -(-(c.length + max_width) // 8) * 8
+        shape = (c.layers, 2, self.rows * self.slots, c.dim)
+        self.cache = torch.zeros(shape, dtype=target.dtype, device=target.device)
+        self._number_slots()
+
+    def _number_slots(self) -> None:
+        device = self.cache.device
+        self.first_slot = torch.arange(self.rows, device=device)[:, None] * self.slots  # [R, 1]
+        self.columns = torch.arange(self.slots, device=device)
+
+    @torch.no_grad()
+    def score(self, inputs: Tensor, start: Tensor) -> Tensor:
+        t = self.target
+        position = start[:, None] + torch.arange(inputs.shape[1], device=inputs.device)  # [B, W]
+        x = t.embedding[inputs]
+        if self.copies > 1:
+            position, x = position.repeat(self.copies, 1), x.repeat(self.copies, 1, 1)
+        x = torch.where(position[..., None] == 0, self.condition, x)  # [R, W, d]
+        rotation = t.rope[position.clamp_max(t.length - 1)][:, :, None, None]  # [R, W, 1, 1, hd/2, 2]
+        hidden = self.columns > position[:, None, :, None]
+        mask = torch.zeros(hidden.shape, dtype=t.dtype, device=x.device).masked_fill_(hidden, -math.inf)
+        slot = (self.first_slot + position).flatten()
+        for number, layer in enumerate(t.layers):
+            x = self._layer(layer, self.cache[number], x, rotation, slot, mask)
+        x = F.rms_norm(x, (x.shape[-1],), t.gain, t.config.norm_eps)
+        return F.linear(x, t.head).float()
+
+    def _layer(
+        self, w: PackedLayer, cache: Tensor, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor
+    ) -> Tensor:
+        c = self.target.config
+        normed = F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)
+        qkv = F.linear(normed, w.wqkv).unflatten(-1, (3, c.heads, c.head_dim))
+        q, k = rotate(qkv[:, :, :2], rotation).unbind(2)
+        cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
+        cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
+        keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask)
+        x = x + F.linear(mixed.transpose(1, 2).flatten(2), w.wo)
+        gate, up = F.linear(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps), w.w13).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, w.w2)
+
+    def keep(self, rows: Tensor) -> None:
+        batch = self.rows // self.copies
+        rows = torch.cat([rows + i * batch for i in range(self.copies)])
+        c = self.target.config
+        kept = self.cache.view(c.layers, 2, self.rows, self.slots, c.dim)[:, :, rows]
+        self.rows = len(rows)
+        self.cache = kept.reshape(c.layers, 2, self.rows * self.slots, c.dim)
+        self.condition = self.condition[rows]
+        self._number_slots()

@@ -1,0 +1,129 @@
+"""Folders that hold a model: config.json, safetensors, MODEL_CARD.md. Strict about keys, shapes and finite numbers.
+
+Weights are stored as float16 and computed with as float32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.errors import UsageError
+from bozzetto.files import write_text, write_whole
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+
+CONFIG, WEIGHTS, TOKENIZER_WEIGHTS = "config.json", "model.safetensors", "tokenizer.safetensors"
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises UsageError when it is missing or not a JSON object."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UsageError(f"not a model folder: {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file as float32. Raises UsageError for a broken file or non-finite numbers."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"weights not found: {path}")
+    try:
+        with safe_open(path, framework="pt") as f:
+            state = {key: f.get_tensor(key) for key in f.keys()}
+    except SafetensorError as error:
+        raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UsageError(f"{path}: weight {key!r} has non-finite values")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """load_state_dict that explains itself: missing, unexpected and misshapen keys by name."""
+    wanted = module.state_dict()
+    problems = [f"missing key {k!r}" for k in wanted if k not in state]
+    problems += [f"unexpected key {k!r}" for k in state if k not in wanted]
+    problems += [
+        f"{k!r} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise UsageError(f"{source}: checkpoint does not fit: " + "; ".join(problems[:5]) + more)
+    module.load_state_dict(state)
+
+
+def save_weights(path: str | Path, module: nn.Module) -> None:
+    """Write a module's state as float16 safetensors, whole or not at all."""
+    state = {
+        k: (v.half() if v.is_floating_point() else v).contiguous(memory_format=torch.contiguous_format)
+        for k, v in module.state_dict().items()
+    }
+    write_whole(path, lambda name: save_file(state, name))
+
+
+def save_tokenizer(folder: str | Path, model: VQTokenizer, notes: dict[str, Any]) -> None:
+    """Write tokenizer.safetensors and tokenizer.json (its VQConfig and `notes`)."""
+    folder = Path(folder)
+    save_weights(folder / TOKENIZER_WEIGHTS, model)
+    content = {"config": dataclasses.asdict(model.config), **notes}
+    write_text(folder / "tokenizer.json", json.dumps(content, indent=2) + "\n")
+
+
+def load_tokenizer(folder: str | Path) -> VQTokenizer:
+    """Read what save_tokenizer wrote; float32, in evaluation mode."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError(f"tokenizer not found: {path}")
+    model = VQTokenizer(config_from(VQConfig, json.loads(path.read_text(encoding="utf-8"))["config"], path))
+    load_strict(model, read_weights(folder / TOKENIZER_WEIGHTS), folder / TOKENIZER_WEIGHTS)
+    return model.eval().requires_grad_(False)
+
+
+def config_from(kind: type, values: dict[str, Any], source: str | Path) -> Any:
+    """Build a config dataclass; unknown or missing keys are a UsageError."""
+    allowed = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(allowed))
+    if unknown:
+        raise UsageError(f"{source}: unknown config key {unknown[0]!r} (allowed: {', '.join(allowed)})")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
+def save_llamagen(folder: str | Path, model: LlamaGen, tokenizer: VQTokenizer, notes: dict[str, Any]) -> None:
+    """Write a complete model folder: config.json, model.safetensors and its tokenizer."""
+    folder = Path(folder)
+    save_weights(folder / WEIGHTS, model)
+    save_tokenizer(folder, tokenizer, {})
+    content = {"family": "llamagen", "config": dataclasses.asdict(model.config), **notes}
+    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def load_llamagen(folder: str | Path) -> LlamaGen:
+    """Read the network of a model folder; float32, in evaluation mode."""
+    folder = Path(folder)
+    content = read_config(folder)
+    if content.get("family") != "llamagen":
+        raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed: 'llamagen')")
+    model = LlamaGen(config_from(LlamaGenConfig, content.get("config", {}), folder / CONFIG))
+    load_strict(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    return model.eval().requires_grad_(False)

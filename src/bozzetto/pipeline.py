@@ -1,0 +1,315 @@
+"""The Python API: load a model, generate images, or stream them pass by pass."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.engine.loop import BatchResult, Decoder, PassEvent
+from bozzetto.errors import UsageError
+from bozzetto.laws.categorical import LawSettings
+from bozzetto.models.llamagen_cache import LlamaGenTarget
+from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
+from bozzetto.registry import make_drafter, make_rule
+
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
+_GREY = 0.5
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How to generate.
+
+    drafter: none or jacobi; rule: seed-exact or exact; window: scored positions per pass (0: chosen for the batch);
+    guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded together.
+    """
+
+    drafter: str = "jacobi"
+    rule: str = "seed-exact"
+    window: int = 0
+    guidance: float = 2.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise UsageError(f"window = {self.window} is not allowed: a whole number >= 1, or 0 to choose it")
+        if self.batch < 1:
+            raise UsageError(f"batch = {self.batch} is not allowed: a whole number >= 1")
+        make_rule(self.rule)
+        make_drafter(self.drafter, max(1, self.window))
+        self.law  # noqa: B018  (validates its own numbers)
+
+    @property
+    def law(self) -> LawSettings:
+        return LawSettings(self.guidance, self.temperature, self.top_k, self.top_p)
+
+    def window_for(self, batch: int, length: int, dtype: str) -> int:
+        """The window in use for a batch of this size."""
+        if self.drafter == "none":
+            return 1
+        return min(self.window or default_window(batch * (2 if self.law.guided else 1), dtype), length)
+
+
+def default_window(sequences: int, dtype: str) -> int:
+    """A window that pays on a two-core CPU: wide for one image, narrow for many (docs/log.md has the measurements).
+
+    sequences: rows in a pass, images times two under guidance.
+    """
+    rows = 96 if dtype == "bfloat16" else 48
+    return max(2, min(32, rows // sequences))
+
+
+@dataclass
+class GeneratedImage:
+    """One image and how it came about. tokens: int64 [N]; sha256: of the RGB pixel bytes; margin: smallest Gumbel
+    margin of a token (None where the rule flips coins); near_tie: margin within float rounding."""
+
+    image: Image.Image
+    tokens: Tensor
+    class_name: str
+    label: int
+    seed: int
+    index: int
+    sha256: str
+    target_passes: int
+    accepted: int
+    drafted: int
+    margin: float | None
+    near_tie: bool
+
+
+@dataclass
+class GenerateResult:
+    """images in index order; seconds: total, target (passes), draft (drafting and verifying), decode (pixels)."""
+
+    images: list[GeneratedImage]
+    settings: GenerateSettings
+    windows: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens per target pass, averaged over images."""
+        passes = sum(i.target_passes for i in self.images)
+        return sum(len(i.tokens) for i in self.images) / max(1, passes)
+
+
+@dataclass
+class StreamEvent(PassEvent):
+    """A PassEvent of one batch plus the images it is about: indices in the run and class names."""
+
+    indices: list[int] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+
+
+class Pipeline:
+    """A target with its tokenizer. Make one with bozzetto.load."""
+
+    def __init__(self, name: str, target: LlamaGenTarget, tokenizer: VQTokenizer, classes: list[str], dtype: str):
+        self.name, self.target, self.tokenizer = name, target, tokenizer
+        self.classes, self.dtype = classes, dtype
+
+    def labels_of(self, classes: Sequence[str | int]) -> list[int]:
+        """Class names or numbers -> labels. Raises UsageError naming the value and the classes."""
+        labels = []
+        for item in classes:
+            text = str(item).strip().lower()
+            if text in self.classes:
+                labels.append(self.classes.index(text))
+            elif text.isdecimal() and int(text) < len(self.classes):
+                labels.append(int(text))
+            else:
+                allowed = f"{', '.join(self.classes)} or 0-{len(self.classes) - 1}"
+                raise UsageError(f"unknown class {item!r} (allowed: {allowed})")
+        return labels or list(range(len(self.classes)))
+
+    def _batches(
+        self, classes: Sequence[str | int], count: int | None, seed: int, first_index: int, batch: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """(indices, labels) of each batch."""
+        labels = self.labels_of(classes)
+        count = len(labels) if count is None else count
+        if count < 1:
+            raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"seed = {seed} is not allowed: a whole number from 0 to 2^63 - 1")
+        if first_index < 0:
+            raise UsageError(f"first_index = {first_index} is not allowed: a whole number >= 0")
+        indices = range(first_index, first_index + count)
+        chunks = [list(indices[i : i + batch]) for i in range(0, count, batch)]
+        return [(chunk, [labels[i % len(labels)] for i in chunk]) for chunk in chunks]
+
+    def _decoder(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
+        window = settings.window_for(batch, self.target.length, self.dtype)
+        drafter = make_drafter(settings.drafter, window)
+        return Decoder(self.target, drafter, make_rule(settings.rule), settings.law), window
+
+    def stream(
+        self,
+        classes: Sequence[str | int] = (),
+        *,
+        seed: int = 0,
+        count: int | None = None,
+        first_index: int = 0,
+        settings: GenerateSettings | None = None,
+        **options: object,
+    ) -> Iterator[StreamEvent]:
+        """Yield one event per target pass, batch after batch; arguments as in `generate`.
+
+        A partial picture of an event is `pipe.preview(event.tokens[i], int(event.count[i]))`.
+        """
+        settings = _settings(settings, options)
+        for indices, labels in self._batches(classes, count, seed, first_index, settings.batch):
+            decoder, _ = self._decoder(settings, len(indices))
+            names = [self.classes[label] for label in labels]
+            for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
+                yield StreamEvent(**vars(event), indices=indices, class_names=names)
+
+    def generate(
+        self,
+        classes: Sequence[str | int] = (),
+        *,
+        seed: int = 0,
+        count: int | None = None,
+        first_index: int = 0,
+        settings: GenerateSettings | None = None,
+        progress: bool = False,
+        **options: object,
+    ) -> GenerateResult:
+        """Generate `count` images (default: one per class given), cycling through `classes` (none given: all).
+
+        Image `index` of `seed` is the same in any batch. `options` are fields of GenerateSettings.
+        Raises UsageError for an unknown class or a setting out of range.
+        """
+        settings = _settings(settings, options)
+        began = time.perf_counter()
+        seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
+        images, windows = [], []
+        batches = self._batches(classes, count, seed, first_index, settings.batch)
+        total = sum(len(indices) for indices, _ in batches) * self.target.length
+        with tqdm(total=total, unit="token", disable=not progress) as bar:
+            for indices, labels in batches:
+                decoder, window = self._decoder(settings, len(indices))
+                done = 0
+                for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
+                    now = int(event.count.sum())
+                    bar.update(now - done)
+                    done = now
+                windows.append(window)
+                for part in ("draft", "target"):
+                    seconds[part] += decoder.result.seconds[part]
+                start = time.perf_counter()
+                images += self._finish(decoder.result, indices, labels, seed, settings)
+                seconds["decode"] += time.perf_counter() - start
+        seconds["total"] = time.perf_counter() - began
+        return GenerateResult(images, settings, windows, seconds)
+
+    def _finish(
+        self, result: BatchResult, indices: list[int], labels: list[int], seed: int, settings: GenerateSettings
+    ) -> list[GeneratedImage]:
+        tolerance = ROUNDING[self.dtype]
+        images = []
+        for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
+            picture = self.decode(result.tokens[row])
+            margin = float(result.margin[row])
+            measured = settings.rule == "seed-exact" or settings.drafter == "none"
+            images.append(
+                GeneratedImage(
+                    image=picture,
+                    tokens=result.tokens[row].cpu(),
+                    class_name=self.classes[label],
+                    label=label,
+                    seed=seed,
+                    index=index,
+                    sha256=hashlib.sha256(picture.tobytes()).hexdigest(),
+                    target_passes=int(result.passes[row]),
+                    accepted=int(result.accepted[row]),
+                    drafted=int(result.drafted[row]),
+                    margin=margin if measured else None,
+                    near_tie=measured and margin < tolerance,
+                )
+            )
+        return images
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Image.Image:
+        """Tokens int64 [N] -> RGB picture. Always one image at a time in float32: equal tokens, equal bytes."""
+        return _picture(self.tokenizer.decode(tokens[None].to(self.tokenizer.codebook.device))[0])
+
+    @torch.no_grad()
+    def preview(self, tokens: Tensor, count: int) -> Image.Image:
+        """A picture of the first `count` tokens int64 [N]; what is not drawn yet is grey."""
+        pixels = self.tokenizer.decode(tokens[None].to(self.tokenizer.codebook.device))[0]
+        grid = self.tokenizer.config.grid
+        drawn = (torch.arange(grid * grid, device=pixels.device) < count).view(1, grid, grid).float()
+        drawn = drawn.repeat_interleave(pixels.shape[1] // grid, 1).repeat_interleave(pixels.shape[2] // grid, 2)
+        return _picture(pixels * drawn + _GREY * (1 - drawn))
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.target.device)
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """float [3, H, W] in [0, 1] -> PIL RGB."""
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _settings(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
+    if settings is not None:
+        if options:
+            raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
+        return settings
+    allowed = GenerateSettings.__dataclass_fields__
+    for name in options:
+        if name not in allowed:
+            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
+    return GenerateSettings(**options)  # type: ignore[arg-type]
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def model_folder(name_or_folder: str | Path) -> Path:
+    """Folder of a shipped model or of a path. Raises UsageError naming what is shipped."""
+    shipped = ASSETS / str(name_or_folder)
+    if str(name_or_folder) in shipped_models():
+        return shipped
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    raise UsageError(f"unknown model {str(name_or_folder)!r} (shipped: {', '.join(shipped_models()) or 'none'}; "
+                     "or a folder with a config.json)")
+
+
+def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu") -> Pipeline:
+    """Load a shipped model by name, or a model folder. dtype: float32 or bfloat16 (the target's passes only)."""
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r} (allowed: {', '.join(DTYPES)})")
+    folder = model_folder(model)
+    config = read_config(folder)
+    network = load_llamagen(folder).to(device)
+    tokenizer = load_tokenizer(folder).to(device)
+    names = config.get("class_names")
+    if not isinstance(names, list) or len(names) != network.config.classes:
+        raise UsageError(f"{folder}: class_names must list {network.config.classes} names")
+    target = LlamaGenTarget(network, DTYPES[dtype])
+    return Pipeline(str(config.get("name", folder.name)), target, tokenizer, [str(n).lower() for n in names], dtype)

@@ -1,0 +1,49 @@
+"""Speculative sampling, applied at every drafted position (maximal coupling).
+
+Position k keeps its draft x with probability min(1, p(x)/q(x)) and otherwise takes a draw from norm([p - q]+); either
+way the result has law p (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). Tokens count as accepted
+up to the first one that was not kept. What lies beyond it has law p given the old context: a coupled Jacobi drafter
+carries it on together with that law (SCD, arXiv 2510.24211; SJD-PAC, arXiv 2603.18599), other drafters discard it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.categorical import gumbel_argmax, inverse_cdf
+from bozzetto.rules.base import RuleNoise, leading
+
+
+@dataclass(frozen=True)
+class Exact:
+    name: str = "exact"
+    exact: bool = True
+    seed_exact: bool = False
+    needs_law: bool = True
+    needs_uniforms: bool = True
+
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        after = gumbel_argmax(log_p[:, -1:], noise.gumbel[:, -1:])  # no draft there: a plain draw of p
+        if draft.length == 0:
+            return Verdict(after, torch.zeros_like(after[:, 0]))
+        if draft.log_q is None or noise.uniforms is None:
+            raise ValueError("rule 'exact' needs the draft's law and fresh uniforms")
+        log_p = log_p[:, :-1]
+        u_test, u_draw = noise.uniforms[:, :-1].unbind(-1)
+        drafted = draft.tokens[..., None]
+        log_ratio = log_p.gather(-1, drafted) - draft.log_q.gather(-1, drafted)
+        keep = u_test < log_ratio.squeeze(-1).double().exp()
+        redrawn = inverse_cdf(residual(log_p, draft.log_q), u_draw)
+        tokens = torch.where(keep, draft.tokens, redrawn)
+        return Verdict(torch.cat([tokens, after], 1), leading(keep))
+
+
+def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[p - q]+, unnormalised; p itself where p and q agree to rounding (a reject there has probability zero)."""
+    p = log_p.exp()
+    rest = (p - log_q.exp()).clamp_min(0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)

@@ -1,0 +1,129 @@
+"""Images for training: a parquet file (column `image` with bytes) or a folder of pictures, held in memory as uint8.
+
+Crops are random squares between `crop` and the stored size, resized to `crop`, so that both native-resolution crops and
+the whole square (what evaluation uses) are seen. Augmentation draws from an explicit torch.Generator.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass
+class ImageSet:
+    """Square images of one size. images: uint8 [N, S, S, 3]; labels: int64 [N]; classes: names by label."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @staticmethod
+    def concat(sets: list[ImageSet]) -> ImageSet:
+        """Join sets of equal image size; labels of later sets are shifted past the earlier ones."""
+        shift, labels, classes = 0, [], []
+        for s in sets:
+            labels.append(s.labels + shift)
+            classes += s.classes
+            shift += len(s.classes)
+        return ImageSet(np.concatenate([s.images for s in sets]), np.concatenate(labels), classes)
+
+
+def _square(raw: bytes, size: int) -> np.ndarray:
+    image = Image.open(io.BytesIO(raw)).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def read_parquet(path: str | Path, split: str | None, size: int = 160) -> ImageSet:
+    """Read one split (None: all rows) of an image parquet as `size` x `size` uint8.
+
+    Raises FileNotFoundError for a missing file and ValueError for an unknown split or missing column.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data file not found: {path}")
+    table = pq.read_table(path)
+    missing = {"image", "label", "class_name", "split"} - set(table.column_names)
+    if missing:
+        raise ValueError(f"{path}: missing columns {sorted(missing)}; found {table.column_names}")
+    splits = table["split"].to_pylist()
+    if split is not None and split not in splits:
+        raise ValueError(f"{path}: unknown split {split!r}; found {sorted(set(splits))}")
+    labels, names = table["label"].to_pylist(), table["class_name"].to_pylist()
+    by_label = dict(zip(labels, names, strict=True))
+    classes = [by_label.get(i, str(i)) for i in range(max(by_label) + 1)]
+    rows = [i for i, s in enumerate(splits) if split is None or s == split]
+    column = table["image"]
+    images = np.stack([_square(column[i].as_py()["bytes"], size) for i in rows])
+    return ImageSet(images, np.array([labels[i] for i in rows]), classes)
+
+
+def read_folder(path: str | Path, size: int = 160) -> ImageSet:
+    """Read pictures below `path`; sub-folder names are the classes (one class when there are none)."""
+    path = Path(path)
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"no images ({', '.join(sorted(_IMAGE_SUFFIXES))}) below {path}")
+    classes = sorted({p.parent.name for p in files})
+    labels = np.array([classes.index(p.parent.name) for p in files])
+    return ImageSet(np.stack([_square(p.read_bytes(), size) for p in files]), labels, classes)
+
+
+def read_images(path: str | Path, split: str | None, size: int = 160) -> ImageSet:
+    """A parquet file's split, or a folder (which has no splits)."""
+    return read_folder(path, size) if Path(path).is_dir() else read_parquet(path, split, size)
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255.0
+
+
+def augment(images: np.ndarray, crop: int, generator: torch.Generator, jitter: float = 0.0) -> Tensor:
+    """One random crop size per call, an offset and flip per image. uint8 [B, S, S, 3] -> float32 [B, 3, crop, crop].
+
+    jitter: largest relative change of brightness and of contrast, drawn per image.
+    """
+    batch, size = images.shape[:2]
+    side = int(torch.randint(min(crop, size), size + 1, (), generator=generator))
+    offsets = torch.randint(0, size - side + 1, (batch, 2), generator=generator).tolist()
+    flips = (torch.rand(batch, generator=generator) < 0.5).tolist()
+    parts = []
+    for image, (top, left), flip in zip(images, offsets, flips, strict=True):
+        part = image[top : top + side, left : left + side]
+        parts.append(part[:, ::-1] if flip else part)
+    x = to_float(np.stack(parts))
+    if side != crop:
+        x = F.interpolate(x, size=(crop, crop), mode="bilinear", antialias=True, align_corners=False)
+    if jitter:
+        gain, lift = (1 + jitter * (2 * torch.rand(2, batch, 1, 1, 1, generator=generator) - 1)).unbind(0)
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        x = ((x - mean) * gain + mean * lift).clamp(0, 1)
+    return x
+
+
+def evaluation_view(images: np.ndarray, crop: int) -> Tensor:
+    """The whole square resized to `crop`. uint8 [B, S, S, 3] -> float32 [B, 3, crop, crop]."""
+    x = to_float(images)
+    if x.shape[-1] == crop:
+        return x
+    return F.interpolate(x, size=(crop, crop), mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,91 @@
+"""What every training verb shares: a run folder that resumes, metrics as JSON lines, a schedule, a weight average."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bozzetto.files import write_whole
+
+
+class RunFolder:
+    """A folder with checkpoint.pt (resumable state), metrics.jsonl and sample sheets."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = self.path / "checkpoint.pt"
+
+    def save(self, state: dict) -> None:
+        """Write the checkpoint whole or not at all."""
+        write_whole(self.checkpoint, lambda p: torch.save(state, p))
+
+    def load(self) -> dict | None:
+        """The last checkpoint, or None. Read without executing pickled code."""
+        if not self.checkpoint.exists():
+            return None
+        return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+
+    def log(self, **figures: object) -> None:
+        """Append one JSON line to metrics.jsonl."""
+        record = {"time": round(time.time(), 1), **figures}
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+
+
+class WeightAverage:
+    """Exponential moving average of parameters, with the usual warm-up min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.live = list(parameters)
+        self.decay, self.updates = decay, 0
+        self.shadow = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averaged and live weights (call twice to restore)."""
+        for p, s in zip(self.live, self.shadow, strict=True):
+            kept = p.detach().clone()
+            p.copy_(s)
+            s.copy_(kept)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for s, saved in zip(self.shadow, state["shadow"], strict=True):
+            s.copy_(saved)
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05) -> float:
+    """Linear warm-up to `peak`, then a half cosine down to `floor * peak` at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [0, 1], one per image: [B, C, H, W] x 2 -> [B]."""
+    return -10 * torch.log10((a - b).square().mean(dim=(1, 2, 3)).clamp_min(1e-10))

@@ -1,0 +1,133 @@
+"""Recipes: YAML files read into frozen dataclasses; unknown keys, wrong types and negative counts are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from bozzetto.errors import UsageError
+
+_STRICT = ConfigDict(extra="forbid")
+Count = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@checked(frozen=True, config=_STRICT)
+class DataSource:
+    """path: a parquet file or a folder of images; split: which rows of a parquet file (None: all)."""
+
+    path: str
+    split: str | None = None
+
+
+@checked(frozen=True, config=_STRICT)
+class TokenizerStage:
+    """One stage of tokenizer training.
+
+    kind: `latent` fits pre, codebook and post to the tiny autoencoder's latents (cheap); `pixel` adds the image losses
+    and unfreezes the decoder; `decoder` keeps encoder and codebook as they are and polishes post and decoder.
+    """
+
+    kind: Literal["latent", "pixel", "decoder"]
+    steps: Count
+    lr: Rate
+    batch: Count = 64
+    warmup: Count = 50
+    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    adversarial_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+@checked(frozen=True, config=_STRICT)
+class TokenizerRecipe:
+    """How to train a VQ tokenizer. tiny: folder with the tiny autoencoder; views: augmented views held per image."""
+
+    out: str
+    tiny: str
+    train: list[DataSource]
+    test: DataSource
+    stages: list[TokenizerStage]
+    codes: Count = 4096
+    code_dim: Count = 8
+    width: Count = 160
+    pre_blocks: Count = 2
+    post_blocks: Count = 4
+    image_size: Count = 128
+    views: Count = 2
+    commitment: Annotated[float, Field(ge=0)] = 0.25
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@checked(frozen=True, config=_STRICT)
+class TargetRecipe:
+    """How to train a LlamaGen-architecture target on images tokenised on the fly.
+
+    views: augmented token views held per image; one is drawn anew every `refresh_every` steps (0: never); jitter:
+    largest relative change of brightness and contrast; ema: decay of the averaged weights; patience: evaluations
+    without progress before stopping; compile: use torch.compile (needs a C++ compiler).
+    """
+
+    out: str
+    tokenizer: str
+    train: DataSource
+    test: DataSource
+    name: str
+    dim: Count = 512
+    layers: Count = 6
+    heads: Count = 8
+    views: Count = 4
+    refresh_every: Annotated[int, Field(ge=0)] = 100
+    jitter: Share = 0.0
+    steps: Count = 8000
+    batch: Count = 32
+    lr: Rate = 6e-4
+    warmup: Count = 200
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    dropout: Share = 0.1
+    class_dropout: Share = 0.1
+    ema: Share = 0.998
+    evaluate_every: Count = 250
+    patience: Count = 6
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+R = TypeVar("R")
+
+
+def read_recipe(path: str | Path, kind: type[R]) -> R:
+    """Read a YAML recipe. Raises UsageError naming the file, the key and what is allowed.
+
+    Relative paths inside a recipe are relative to the working directory.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"recipe not found: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_explain(error, kind)}") from error
+
+
+def _explain(error: ValidationError, kind: type) -> str:
+    allowed = ", ".join(kind.__dataclass_fields__)
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "recipe"
+        if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+            lines.append(f"unknown key {key!r} (allowed: {allowed})")
+        elif item["type"] in {"missing", "missing_argument"}:
+            lines.append(f"missing key {key!r}")
+        else:
+            lines.append(f"{key} = {item['input']!r}: {item['msg']}")
+    return "; ".join(lines)

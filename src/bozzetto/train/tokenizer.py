@@ -1,0 +1,239 @@
+"""`bozzetto train tokenizer RECIPE.yaml`: fit a VQ tokenizer in stages, resumably.
+
+The frozen tiny encoder gives latents; they and the pictures are held in memory (`views` augmented views per image), so
+that the latent stage costs no image convolutions. Pixel stages decode random half-size windows of the latent grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bozzetto.autoencoders.tiny import DOWNSAMPLE, load_tiny
+from bozzetto.autoencoders.vq import CodebookEMA, VQConfig, VQTokenizer
+from bozzetto.files import write_whole
+from bozzetto.images import contact_sheet
+from bozzetto.models.store import save_tokenizer
+from bozzetto.train.data import ImageSet, augment, evaluation_view, read_images
+from bozzetto.train.loop import RunFolder, cosine, psnr, set_lr
+from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
+
+_CHUNK = 64
+
+
+class Critic(nn.Module):
+    """A small patch discriminator: image [B, 3, H, W] -> logits [B, 1, H/8, W/8] (Isola et al., arXiv 1611.07004)."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for inner, outer in zip(widths, widths[1:], strict=False):
+            layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(inner, outer, 4, 2, 1)), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * 2 - 1)
+
+
+class _Data:
+    """Views of the training images as uint8 pictures [M, 3, S, S] and their float16 latents [M, 32, h, w]."""
+
+    def __init__(self, recipe: TokenizerRecipe, encoder: nn.Module, generator: torch.Generator):
+        sets = [read_images(s.path, s.split) for s in recipe.train]
+        pictures, latents = [], []
+        chunks = [(s, i) for s in sets for _ in range(recipe.views) for i in range(0, len(s), _CHUNK)]
+        for s, i in tqdm(chunks, desc="encoding views", unit="chunk"):
+            x = augment(s.images[i : i + _CHUNK], recipe.image_size, generator)
+            pictures.append((x * 255).round().byte())
+            latents.append(encode_latents(encoder, x).half())
+        self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
+        self.test: ImageSet = read_images(recipe.test.path, recipe.test.split)
+        self.held_out = evaluation_view(self.test.images, recipe.image_size)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        pick = torch.randint(len(self.latents), (size,), generator=generator)
+        return self.pictures[pick].float() / 255.0, self.latents[pick].float()
+
+
+@torch.no_grad()
+def encode_latents(encoder: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return encoder(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def _window(latent: Tensor, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same random half-size window of the latent grid and of the pictures."""
+    side = latent.shape[-1] // 2
+    top, left = torch.randint(0, latent.shape[-1] - side + 1, (2,), generator=generator).tolist()
+    d = DOWNSAMPLE
+    x = pictures[:, :, top * d : (top + side) * d, left * d : (left + side) * d]
+    return latent[:, :, top : top + side, left : left + side], x.contiguous(memory_format=torch.channels_last)
+
+
+class _Trainer:
+    def __init__(self, recipe: TokenizerRecipe):
+        self.recipe = recipe
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+        config = VQConfig(
+            recipe.codes, recipe.code_dim, recipe.width, recipe.pre_blocks, recipe.post_blocks, recipe.image_size
+        )
+        self.model = VQTokenizer(config).to(memory_format=torch.channels_last)
+        encoder, decoder = load_tiny(recipe.tiny)
+        self.model.encoder.load_state_dict(encoder.state_dict())
+        self.model.decoder.load_state_dict(decoder.state_dict())
+        self.model.encoder.requires_grad_(False)
+        self.codebook = CodebookEMA(self.model.codebook)
+        self.critic = Critic().to(memory_format=torch.channels_last)
+        self.run = RunFolder(recipe.out)
+        self.data = _Data(recipe, self.model.encoder, self.generator)
+
+    def optimizer(self, stage: TokenizerStage) -> torch.optim.AdamW:
+        m = self.model
+        parts = {"latent": [m.pre, m.post], "pixel": [m.pre, m.post, m.decoder], "decoder": [m.post, m.decoder]}
+        self.trained = [p for part in parts[stage.kind] for p in part.parameters()]
+        return torch.optim.AdamW(self.trained, lr=stage.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+
+    def losses(self, stage: TokenizerStage) -> tuple[Tensor, dict[str, float], Tensor | None, Tensor | None]:
+        """Total loss, its parts, and for pixel stages the decoded and true windows."""
+        m, r = self.model, self.recipe
+        pictures, latent = self.data.batch(stage.batch, self.generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.set_grad_enabled(stage.kind != "decoder"):
+                unit = m.features(latent.contiguous(memory_format=torch.channels_last))
+            index = m.nearest(unit.detach())
+            code = m.codebook[index]
+            predicted = m.latent_of(unit + (code - unit).detach()).float()
+            fit = F.mse_loss(predicted, latent)
+            commit = (unit - code).square().sum(-1).mean()
+            loss = fit + r.commitment * commit
+            parts = {"latent": fit.item(), "commit": commit.item()}
+            if stage.kind == "latent":
+                self.revived = self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
+                return loss, parts, None, None
+            window, x = _window(predicted, pictures, self.generator)
+            y = m.decoder(window).float()
+            error = y - x
+            pixel = error.abs().mean() + 4 * error.square().mean()
+            loss = 0.1 * loss + 5 * pixel
+            parts["pixel"] = pixel.item()
+            if stage.feature_weight:
+                with torch.no_grad():
+                    wanted = m.encoder(x)
+                feature = (m.encoder(y) - wanted).abs().mean()
+                loss = loss + stage.feature_weight * feature
+                parts["feature"] = feature.item()
+            if stage.kind == "pixel":
+                self.revived = self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
+        return loss, parts, y, x
+
+    def critic_step(self, y: Tensor, x: Tensor) -> float:
+        """Hinge loss step of the critic."""
+        with torch.autocast("cpu", torch.bfloat16):
+            real, fake = self.critic(x), self.critic(y.detach())
+        loss = F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return loss.item()
+
+    def step(self, stage: TokenizerStage, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        loss, parts, y, x = self.losses(stage)
+        if stage.adversarial_weight and y is not None and x is not None:
+            self.critic.requires_grad_(False)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss - stage.adversarial_weight * self.critic(y).float().mean()
+            self.critic.requires_grad_(True)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        optimizer.step()
+        if stage.adversarial_weight and y is not None and x is not None:
+            parts["critic"] = self.critic_step(y, x)
+        return parts
+
+    @torch.no_grad()
+    def evaluate(self, count: int | None = None) -> tuple[dict[str, float], Tensor]:
+        """Held-out PSNR in dB (mean over images) and code use; and reconstructions [n, 3, S, S]."""
+        x = self.data.held_out[:count]
+        used, out = [], []
+        for part in x.split(_CHUNK):
+            with torch.autocast("cpu", torch.bfloat16):
+                tokens = self.model.encode(part.contiguous(memory_format=torch.channels_last))
+                out.append(self.model.decode(tokens).float())
+            used.append(tokens.flatten())
+        y = torch.cat(out)
+        share = torch.bincount(torch.cat(used), minlength=self.recipe.codes).float()
+        share = share / share.sum()
+        perplexity = float((-(share * share.clamp_min(1e-12).log()).sum()).exp())
+        return {"psnr": float(psnr(x, y).mean()), "codes_used": int((share > 0).sum()), "perplexity": perplexity}, y
+
+    def sheet(self, y: Tensor) -> None:
+        rows = torch.stack([self.data.held_out[: len(y)], y], 1).flatten(0, 1)
+        image = contact_sheet((rows * 255).round().byte().permute(0, 2, 3, 1).numpy(), columns=8, scale=2)
+        write_whole(self.run.path / "reconstructions.png", image.save)
+
+    def state(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> dict:
+        return {
+            "stage": stage,
+            "step": step,
+            "model": self.model.state_dict(),
+            "codebook": self.codebook.state_dict(),
+            "critic": self.critic.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def fit(self) -> VQTokenizer:
+        saved = self.run.load()
+        first, start = (saved["stage"], saved["step"]) if saved else (0, 0)
+        for number, stage in enumerate(self.recipe.stages):
+            if number < first:
+                continue
+            optimizer = self.optimizer(stage)
+            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.9))
+            begin = 0
+            if saved is not None:
+                self.model.load_state_dict(saved["model"])
+                self.codebook.load_state_dict(saved["codebook"])
+                self.critic.load_state_dict(saved["critic"])
+                self.generator.set_state(saved["generator"])
+                if saved["stage"] == number and start:
+                    optimizer.load_state_dict(saved["optimizer"])
+                    self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+                    begin = start
+                saved = None
+            self._stage(number, stage, optimizer, begin)
+        return self.model
+
+    def _stage(self, number: int, stage: TokenizerStage, optimizer: torch.optim.Optimizer, begin: int) -> None:
+        bar = tqdm(range(begin, stage.steps), initial=begin, total=stage.steps, desc=f"{number + 1}:{stage.kind}")
+        for step in bar:
+            set_lr(optimizer, cosine(step, stage.steps, stage.lr, stage.warmup))
+            parts = self.step(stage, optimizer)
+            done = step + 1
+            if done % 100 == 0 or done == stage.steps:
+                figures, y = self.evaluate(128)
+                self.run.log(stage=stage.kind, step=done, **parts, **figures)
+                bar.set_postfix({"psnr": f"{figures['psnr']:.2f}", "codes": figures["codes_used"]})
+                self.sheet(y[:32])
+                ended = done == stage.steps
+                self.run.save(self.state(number + ended, 0 if ended else done, optimizer))
+
+
+def train_tokenizer(recipe: TokenizerRecipe) -> Path:
+    """Train (or resume) and write the tokenizer's folder `recipe.out`/tokenizer. Returns that folder."""
+    trainer = _Trainer(recipe)
+    model = trainer.fit()
+    figures, _ = trainer.evaluate()
+    trainer.run.log(stage="final", **figures)
+    out = Path(recipe.out) / "tokenizer"
+    save_tokenizer(out, model, {"recipe": asdict(recipe), "held_out": figures})
+    return out

@@ -1,0 +1,177 @@
+"""The exactness battery: every rule that declares `exact` must reproduce the enumerated law of a toy target."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from toys import PLAIN, alternating_target, cells, constant_target, decode, fit_p_value
+from torch import Tensor
+
+from bozzetto.drafters.base import Observation
+from bozzetto.drafters.jacobi import Jacobi
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, inverse_cdf
+from bozzetto.models.tabular import TabularTarget
+from bozzetto.registry import RULES
+from bozzetto.rules.base import RuleNoise, leading
+from bozzetto.rules.exact import Exact, residual
+
+IMAGES, ACCEPTABLE, DAMNING = 40_000, 1e-3, 1e-9
+V, N = 4, 5
+EXACT_RULES = [name for name, make in RULES.items() if make().exact]
+TARGET = TabularTarget(V, N)
+WINDOWS = [1, 2, 4, N]
+GRID = [LawSettings(guidance=g, top_k=k) for g in (1.0, 2.0) for k in (0, 3)]
+SHAPED = LawSettings(guidance=2.0, temperature=0.8, top_k=3, top_p=0.9)
+
+
+@functools.cache
+def big_batch(rule: str, window: int, settings: LawSettings) -> Tensor:
+    return decode(TARGET, rule, window=window, settings=settings, index=range(IMAGES)).tokens
+
+
+def p_value(tokens: Tensor, law: Tensor) -> float:
+    """Fit of decoded sequences to a joint law; a sequence of zero probability is an error at once."""
+    counts = torch.bincount(cells(tokens, V), minlength=V**N)
+    assert counts[law == 0].sum() == 0, "a sequence of zero probability was produced"
+    return fit_p_value(counts, law)
+
+
+def describe(settings: LawSettings) -> str:
+    return f"s{settings.guidance:g}-T{settings.temperature:g}-k{settings.top_k}-p{settings.top_p:g}"
+
+
+@pytest.mark.parametrize("settings", [*GRID, LawSettings(temperature=0.7, top_p=0.8), SHAPED], ids=describe)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rule", EXACT_RULES)
+def test_decoded_images_follow_the_enumerated_law(rule: str, window: int, settings: LawSettings) -> None:
+    law = TARGET.joint(1, settings)
+    assert p_value(big_batch(rule, window, settings), law) > ACCEPTABLE
+
+
+@pytest.mark.parametrize("settings", [PLAIN, LawSettings(guidance=2.0, top_k=3)], ids=describe)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rule", EXACT_RULES)
+def test_batches_of_one_and_three_give_the_big_batchs_tokens(rule: str, window: int, settings: LawSettings) -> None:
+    whole = big_batch(rule, window, settings)
+    chosen = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(window))[:24]
+    for size in (1, 3):
+        for index in chosen.split(size):
+            alone = decode(TARGET, rule, window=window, settings=settings, index=index)
+            assert torch.equal(alone.tokens, whole[index])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rule", EXACT_RULES)
+def test_drafts_of_the_targets_own_law_are_never_rejected(rule: str, window: int) -> None:
+    target = constant_target(V, N)
+    result = decode(target, rule, window=window, index=range(IMAGES))
+    assert p_value(result.tokens, target.joint(1, PLAIN)) > ACCEPTABLE
+    assert torch.equal(result.accepted, result.drafted)
+    assert set(result.passes.tolist()) == {1 + -(-(N - 1) // window)}  # the first pass has no drafts
+
+
+@pytest.mark.parametrize("rule", EXACT_RULES)
+def test_greedy_decoding_of_a_constant_law_accepts_everything(rule: str) -> None:
+    target, greedy = constant_target(V, N), LawSettings(temperature=0)
+    result = decode(target, rule, window=4, settings=greedy, index=range(50))
+    assert bool((result.tokens == target.tables[1, 0].argmax()).all())
+    assert set(result.passes.tolist()) == {2}
+
+
+@pytest.mark.parametrize("rule", EXACT_RULES)
+def test_greedy_decoding_follows_the_argmax_path(rule: str) -> None:
+    greedy = LawSettings(guidance=2.0, temperature=0)
+    result = decode(TARGET, rule, window=4, settings=greedy, index=range(50))
+    assert bool((cells(result.tokens, V) == TARGET.joint(1, greedy).argmax()).all())
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rule", EXACT_RULES)
+def test_the_law_holds_when_every_draft_is_rejected(rule: str, window: int) -> None:
+    target = alternating_target(V, N)
+    result = decode(target, rule, window=window, index=range(IMAGES))
+    assert p_value(result.tokens, target.joint(1, PLAIN)) > ACCEPTABLE
+    assert int(result.accepted.sum()) == 0
+    assert set(result.passes.tolist()) == {N}
+
+
+# Deliberately wrong rules and drafters: the battery must reject each of them.
+
+
+@dataclass(frozen=True)
+class AcceptEverything(Exact):
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        after = gumbel_argmax(log_p[:, -1:], noise.gumbel[:, -1:])
+        return Verdict(torch.cat([draft.tokens, after], 1), torch.full_like(after[:, 0], draft.length))
+
+
+@dataclass(frozen=True)
+class CommitPastTheFirstReject(Exact):
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        right = super().verify(draft, log_p, noise)
+        return Verdict(right.tokens, torch.full_like(right.accepted, draft.length))
+
+
+@dataclass(frozen=True)
+class RedrawFromTheTarget(Exact):
+    """On a reject draws from p instead of norm([p - q]+)."""
+
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        right = super().verify(draft, log_p, noise)
+        if draft.length == 0:
+            return right
+        redrawn = inverse_cdf(log_p[:, :-1].exp(), noise.uniforms[:, :-1, 1])
+        tokens = right.tokens.clone()
+        tokens[:, :-1] = torch.where(tokens[:, :-1] == draft.tokens, draft.tokens, redrawn)
+        return Verdict(tokens, leading(tokens[:, :-1] == draft.tokens))
+
+
+@dataclass(frozen=True)
+class OneUniformForTestAndRedraw(Exact):
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        shared = noise.uniforms[..., :1].expand_as(noise.uniforms)
+        return super().verify(draft, log_p, RuleNoise(noise.gumbel, shared))
+
+
+class KeepStaleLaw(Jacobi):
+    """Kept tokens go on with the law they were first drawn from (the deviation found in released code)."""
+
+    def propose(self, batch: int, limit: int) -> Draft:
+        self.proposed = super().propose(batch, limit)
+        return self.proposed
+
+    def observe(self, seen: Observation) -> None:
+        old = self.proposed
+        if old.length:
+            kept = (seen.verdict.tokens[:, : old.length] == old.tokens)[..., None]
+            mixed = torch.where(kept, old.log_q, seen.log_p[:, : old.length])
+            seen = Observation(
+                torch.cat([mixed, seen.log_p[:, old.length :]], 1), seen.verdict, seen.committed, seen.start
+            )
+        super().observe(seen)
+
+
+@pytest.mark.parametrize(
+    "wrong", [AcceptEverything(), CommitPastTheFirstReject(), RedrawFromTheTarget(), OneUniformForTestAndRedraw()]
+)
+def test_the_battery_rejects_a_wrong_rule(wrong: Exact) -> None:
+    result = decode(TARGET, wrong, window=4, index=range(IMAGES))
+    assert p_value(result.tokens, TARGET.joint(1, PLAIN)) < DAMNING
+
+
+def test_the_battery_rejects_a_drafter_that_keeps_stale_laws() -> None:
+    result = decode(TARGET, "exact", KeepStaleLaw(4), index=range(IMAGES))
+    assert p_value(result.tokens, TARGET.joint(1, PLAIN)) < DAMNING
+
+
+def test_the_battery_rejects_another_labels_law() -> None:
+    assert p_value(big_batch("exact", 4, PLAIN), TARGET.joint(0, PLAIN)) < DAMNING
+
+
+def test_residual_of_equal_laws_is_the_law_itself() -> None:
+    log_p = torch.randn(3, V).log_softmax(-1)
+    assert torch.equal(residual(log_p, log_p), log_p.exp())

@@ -1,0 +1,153 @@
+"""What the README, the examples and the recipes show is what works."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bozzetto import cli
+from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.models.store import save_llamagen
+from bozzetto.pipeline import shipped_models
+from bozzetto.train.recipes import TargetRecipe, TokenizerRecipe, read_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/seeds.md", "docs/log.md"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+PYTHON = blocks("python")
+BASH = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+COMMANDS = [line for line in BASH if line.startswith("bozzetto ")]
+MAKE = [line for line in BASH if line.startswith("make ")]
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A folder with a random model of 4x4 tokens, 32x32 pixels and the classes daisy, rose, tulip."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small-model")
+    network = LlamaGen(LlamaGenConfig(dim=32, layers=1, heads=2, vocab=24, grid=4, classes=3, ffn_multiple=32))
+    torch.nn.init.normal_(network.output.weight, std=0.3)
+    tokenizer = VQTokenizer(VQConfig(codes=24, code_dim=4, width=16, pre_blocks=1, post_blocks=1, image_size=32))
+    save_llamagen(folder, network, tokenizer, {"name": "small", "class_names": ["daisy", "rose", "tulip"]})
+    return folder
+
+
+@pytest.fixture
+def shown_model(small_model) -> str:
+    """`flowers` as the README says; the small model where it is not shipped."""
+    return "flowers" if "flowers" in shipped_models() else str(small_model)
+
+
+def test_the_readme_has_blocks_of_each_kind():
+    assert len(PYTHON) >= 2 and len(COMMANDS) >= 5
+    assert MAKE == ["make demo", "make test"]
+    verbs = {tuple(command.split()[1:3]) if " train " in command else command.split()[1] for command in COMMANDS}
+    assert verbs >= {"generate", "bench", "models", ("train", "tokenizer"), ("train", "target")}
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code, shown_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert 'bozzetto.load("flowers")' in code
+    exec(compile(code.replace('"flowers"', repr(shown_model)), "README.md", "exec"), {"__name__": "readme"})
+    if "sha256 ==" in code:
+        assert capsys.readouterr().out.strip() == "[True, True]"
+    elif ".save(" in code:
+        assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    parsed = cli._parse(shlex.split(command)[1:])
+    assert type(parsed) in cli.HANDLERS
+    if isinstance(parsed, cli.Train):
+        kinds = {"tokenizer": TokenizerRecipe, "target": TargetRecipe}
+        assert isinstance(read_recipe(ROOT / parsed.recipe, kinds[parsed.what]), kinds[parsed.what])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("bozzetto train ")])
+def test_commands_run(command, small_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(command.replace(" --model flowers", ""))[1:]
+    if arguments[0] != "models":
+        arguments += ["--model", str(small_model)]
+    parsed = cli._parse(arguments)
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    if isinstance(parsed, cli.Generate):
+        listed = json.loads((parsed.out / "manifest.json").read_text(encoding="utf-8"))["images"]
+        pictures = [p for p in parsed.out.glob("*.png") if p.name != "sheet.png"]
+        assert len(listed) == len(pictures) == parsed.count or parsed.count is None
+        assert (parsed.out / "sheet.png").is_file()
+    elif isinstance(parsed, cli.Bench):
+        assert json.loads(parsed.json.read_text(encoding="utf-8"))["results"]
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, flags=re.M))
+    asked = {word for line in MAKE for word in line.split()[1:]} | set(re.findall(r"`make ([\w-]+)`", README))
+    assert asked <= targets
+    shown = re.findall(r"bozzetto generate (.*)$", makefile, flags=re.M)
+    assert len(shown) == 1
+    demo = cli._parse(["generate", *shlex.split(shown[0].replace("$(OUT)", "out/demo"))])
+    assert (demo.count, demo.seed, demo.classes, demo.model) == (10, 7, (), "flowers")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_valid(path):
+    kind = TokenizerRecipe if path.stem.endswith("tokenizer") else TargetRecipe
+    assert read_recipe(path, kind).steps if kind is TargetRecipe else read_recipe(path, kind).stages
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    text = path.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, f"{page}: no heading {target}"
+        elif not target.startswith("https://"):
+            assert (path.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+def run_example(name: str, monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+
+
+def test_every_example_is_tested():
+    assert {p.name for p in (ROOT / "examples").glob("*.py")} == {"same_bytes.py", "watch_it_draw.py"}
+
+
+def test_example_same_bytes(shown_model, tmp_path, monkeypatch, capsys):
+    run_example("same_bytes.py", monkeypatch, "--model", shown_model, "--out", str(tmp_path), "--count", "2")
+    assert capsys.readouterr().out.count(" equal") == 2
+    assert len(list(tmp_path.glob("*-sequential.png"))) == len(list(tmp_path.glob("*-speculative.png"))) == 2
+
+
+def test_example_watch_it_draw(shown_model, tmp_path, monkeypatch):
+    run_example("watch_it_draw.py", monkeypatch, "--model", shown_model, "--out", str(tmp_path), "--every", "2")
+    (path,) = tmp_path.glob("*.gif")
+    with Image.open(path) as picture:
+        assert picture.format == "GIF" and picture.n_frames >= 2

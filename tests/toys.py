@@ -1,0 +1,83 @@
+"""Shared by the tests: toy targets, a tiny LlamaGen, decoding in one line, and a chi-square test without scipy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafters.base import Drafter
+from bozzetto.engine.loop import BatchResult, Decoder
+from bozzetto.laws.categorical import LawSettings
+from bozzetto.models.base import Target
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.models.tabular import TabularTarget
+from bozzetto.registry import make_drafter, make_rule
+from bozzetto.rules.base import Rule
+
+PLAIN = LawSettings()
+
+
+def decode(
+    target: Target,
+    rule: str | Rule,
+    drafter: str | Drafter = "jacobi",
+    window: int = 4,
+    settings: LawSettings = PLAIN,
+    index: Tensor | list[int] | range = range(8),
+    labels: Tensor | list[int] | int = 1,
+    seed: int = 0,
+) -> BatchResult:
+    """Decode images `index` to the end; names are looked up in the registry."""
+    index = torch.as_tensor(index if isinstance(index, Tensor) else list(index))
+    labels = torch.as_tensor(labels).expand(len(index))
+    rule = make_rule(rule) if isinstance(rule, str) else rule
+    drafter = make_drafter(drafter, window) if isinstance(drafter, str) else drafter
+    return Decoder(target, drafter, rule, settings).run(labels, seed, index)
+
+
+def alternating_target(vocab: int = 4, length: int = 5) -> TabularTarget:
+    """Even tokens are followed by odd ones and odd by even: a one-pass-stale draft is never in the support."""
+    target = TabularTarget(vocab, length, seed=3)
+    for n in range(length):
+        rows = torch.arange(int(target.offsets[n]), int(target.offsets[n + 1]))
+        last = (rows - target.offsets[n]) % vocab if n else torch.ones_like(rows)
+        wrong = (torch.arange(vocab) % 2) == (last % 2)[:, None]
+        target.tables[:, rows] = target.tables[:, rows].masked_fill(wrong, -1e9)
+    return target
+
+
+def constant_target(vocab: int = 4, length: int = 5) -> TabularTarget:
+    """One law for every prefix and position, so that every draft law equals the target's."""
+    target = TabularTarget(vocab, length, seed=4)
+    target.tables[:] = target.tables[:, :1].clone()
+    return target
+
+
+def cells(tokens: Tensor, vocab: int) -> Tensor:
+    """Lexicographic number of each sequence [B, N] -> [B]."""
+    return (tokens * vocab ** torch.arange(tokens.shape[1] - 1, -1, -1)).sum(-1)
+
+
+def fit_p_value(observed: Tensor, law: Tensor) -> float:
+    """p-value of Pearson's chi-square test of counts [K] against probabilities [K]; rare cells are pooled."""
+    observed, order = observed.double(), law.argsort()
+    expected = observed.sum() * law.double()[order]
+    observed = observed[order]
+    pool = max(int((expected < 5).sum()), int((expected.cumsum(0) < 5).sum()) + 1)
+    expected = torch.cat([expected[:pool].sum()[None], expected[pool:]])
+    observed = torch.cat([observed[:pool].sum()[None], observed[pool:]])
+    if len(expected) == 1:
+        return 1.0
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), chi2 / 2))
+
+
+def tiny_llamagen(seed: int = 0, **changes: int) -> LlamaGen:
+    """A random network with weights large enough for every part to matter (the head is not zero)."""
+    shape = {"dim": 32, "layers": 2, "heads": 2, "vocab": 11, "grid": 4, "classes": 3, "ffn_multiple": 16}
+    model = LlamaGen(LlamaGenConfig(**{**shape, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.data = 1 + 0.2 * noise if "norm" in name else 0.25 * noise
+    return model.eval().requires_grad_(False)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from toys import PLAIN, alternating_target, cells, constant_target, decode, fit_p_value
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation
@@ -18,6 +17,7 @@ from bozzetto.models.tabular import TabularTarget
 from bozzetto.registry import RULES
 from bozzetto.rules.base import RuleNoise, leading
 from bozzetto.rules.exact import Exact, residual
+from toys import PLAIN, alternating_target, cells, constant_target, decode, fit_p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 40_000, 1e-3, 1e-9
 V, N = 4, 5
@@ -149,9 +149,7 @@ class KeepStaleLaw(Jacobi):
         if old.length:
             kept = (seen.verdict.tokens[:, : old.length] == old.tokens)[..., None]
             mixed = torch.where(kept, old.log_q, seen.log_p[:, : old.length])
-            seen = Observation(
-                torch.cat([mixed, seen.log_p[:, old.length :]], 1), seen.verdict, seen.committed, seen.start
-            )
+            seen = replace(seen, log_p=torch.cat([mixed, seen.log_p[:, old.length :]], 1))
         super().observe(seen)
 
 

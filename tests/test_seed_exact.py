@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import PLAIN, decode, tiny_llamagen
 from torch import Tensor
 
 from bozzetto.laws.categorical import LawSettings, law_of
@@ -12,6 +11,7 @@ from bozzetto.laws.noise import STREAM_TOKEN, fold, gumbel, image_keys
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.tabular import TabularTarget
 from bozzetto.registry import RULES
+from toys import PLAIN, decode, tiny_llamagen
 
 TARGET = TabularTarget(5, 5, seed=11)
 GUIDED = LawSettings(guidance=2.0, top_k=4)

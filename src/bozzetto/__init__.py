@@ -1,8 +1,25 @@
 """bozzetto: speculative decoding for autoregressive image generators."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bozzetto.errors import UsageError
+    from bozzetto.pipeline import GenerateResult, GenerateSettings, Pipeline, load
+
 __version__ = "0.1.0"
+__all__ = ["GenerateResult", "GenerateSettings", "Pipeline", "UsageError", "__version__", "load"]
 
-from bozzetto.errors import UsageError
-from bozzetto.pipeline import GenerateResult, GenerateSettings, Pipeline, load
 
-__all__ = ["GenerateResult", "GenerateSettings", "Pipeline", "UsageError", "load", "__version__"]
+def __getattr__(name: str) -> Any:
+    """Import torch and the models only when something of them is wanted, so that `bozzetto --help` is quick."""
+    if name not in __all__:
+        raise AttributeError(f"module 'bozzetto' has no attribute {name!r}")
+    if name == "UsageError":
+        from bozzetto.errors import UsageError
+
+        return UsageError
+    from bozzetto import pipeline
+
+    return getattr(pipeline, name)

@@ -215,15 +215,14 @@ def _generate(options: Generate) -> None:
 def _check_request(options: Generate, settings: Any) -> None:
     """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
     from bozzetto.models.store import read_config
-    from bozzetto.pipeline import DTYPES, Pipeline, model_folder
+    from bozzetto.pipeline import DTYPES, model_folder, plan_batches
 
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {options.dtype!r} (allowed: {', '.join(DTYPES)})")
     names = read_config(model_folder(options.model)).get("class_names")
     if isinstance(names, list):  # if not, loading explains what is wrong with the folder
-        unloaded: Any = None
-        pipe = Pipeline(options.model, unloaded, unloaded, [str(n).lower() for n in names], options.dtype)
-        pipe._batches(options.classes, options.count, options.seed, 0, settings.batch)
+        known = [str(n).lower() for n in names]
+        plan_batches(known, options.classes, options.count, options.seed, 0, settings.batch)
 
 
 def _bench(options: Bench) -> None:
@@ -243,9 +242,9 @@ def _bench(options: Bench) -> None:
         check_writable(options.json)
     pipe = load(options.model, dtype=options.dtype)
     report = bench(pipe, settings, progress=_wants_progress(options.progress))
+    print(bench_table(report))
     if options.json is not None:
         write_report(options.json, report)
-    print(bench_table(report))
 
 
 N = TypeVar("N", str, int, float)

@@ -8,9 +8,7 @@ from PIL import Image, ImageDraw
 _GAP = 4
 
 
-def contact_sheet(
-    images: np.ndarray, columns: int, captions: list[str] | None = None, scale: int = 1
-) -> Image.Image:
+def contact_sheet(images: np.ndarray, columns: int, captions: list[str] | None = None, scale: int = 1) -> Image.Image:
     """Tile uint8 images [N, H, W, 3] on white, row by row, with optional captions below each.
 
     scale: integer enlargement (nearest neighbour).

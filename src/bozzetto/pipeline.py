@@ -118,6 +118,37 @@ class StreamEvent(PassEvent):
     class_names: list[str] = field(default_factory=list)
 
 
+def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
+    """Class names or numbers -> labels; none given: all in turn. Raises UsageError naming the value and the classes."""
+    labels = []
+    for item in classes:
+        text = str(item).strip().lower()
+        if text in names:
+            labels.append(names.index(text))
+        elif text.isdecimal() and int(text) < len(names):
+            labels.append(int(text))
+        else:
+            raise UsageError(f"unknown class {item!r} (allowed: {', '.join(names)} or 0-{len(names) - 1})")
+    return labels or list(range(len(names)))
+
+
+def plan_batches(
+    names: Sequence[str], classes: Sequence[str | int], count: int | None, seed: int, first_index: int, batch: int
+) -> list[tuple[list[int], list[int]]]:
+    """(image indices, labels) of each batch of a request. Raises UsageError for a value out of range."""
+    labels = labels_of(names, classes)
+    count = len(labels) if count is None else count
+    if count < 1:
+        raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed = {seed} is not allowed: a whole number from 0 to 2^63 - 1")
+    if first_index < 0:
+        raise UsageError(f"first_index = {first_index} is not allowed: a whole number >= 0")
+    indices = range(first_index, first_index + count)
+    chunks = [list(indices[i : i + batch]) for i in range(0, count, batch)]
+    return [(chunk, [labels[i % len(labels)] for i in chunk]) for chunk in chunks]
+
+
 class Pipeline:
     """A target with its tokenizer. Make one with bozzetto.load."""
 
@@ -125,40 +156,12 @@ class Pipeline:
         self.name, self.target, self.tokenizer = name, target, tokenizer
         self.classes, self.dtype = classes, dtype
 
-    def labels_of(self, classes: Sequence[str | int]) -> list[int]:
-        """Class names or numbers -> labels. Raises UsageError naming the value and the classes."""
-        labels = []
-        for item in classes:
-            text = str(item).strip().lower()
-            if text in self.classes:
-                labels.append(self.classes.index(text))
-            elif text.isdecimal() and int(text) < len(self.classes):
-                labels.append(int(text))
-            else:
-                allowed = f"{', '.join(self.classes)} or 0-{len(self.classes) - 1}"
-                raise UsageError(f"unknown class {item!r} (allowed: {allowed})")
-        return labels or list(range(len(self.classes)))
-
-    def _batches(
-        self, classes: Sequence[str | int], count: int | None, seed: int, first_index: int, batch: int
-    ) -> list[tuple[list[int], list[int]]]:
-        """(indices, labels) of each batch."""
-        labels = self.labels_of(classes)
-        count = len(labels) if count is None else count
-        if count < 1:
-            raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"seed = {seed} is not allowed: a whole number from 0 to 2^63 - 1")
-        if first_index < 0:
-            raise UsageError(f"first_index = {first_index} is not allowed: a whole number >= 0")
-        indices = range(first_index, first_index + count)
-        chunks = [list(indices[i : i + batch]) for i in range(0, count, batch)]
-        return [(chunk, [labels[i % len(labels)] for i in chunk]) for chunk in chunks]
-
     def _decoder(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
         window = settings.window_for(batch, self.target.length, self.dtype)
         drafter = make_drafter(settings.drafter, window)
-        return Decoder(self.target, drafter, make_rule(settings.rule), settings.law), window
+        # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
+        rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
+        return Decoder(self.target, drafter, rule, settings.law), window
 
     def stream(
         self,
@@ -175,7 +178,7 @@ class Pipeline:
         A partial picture of an event is `pipe.preview(event.tokens[i], int(event.count[i]))`.
         """
         settings = _settings(settings, options)
-        for indices, labels in self._batches(classes, count, seed, first_index, settings.batch):
+        for indices, labels in plan_batches(self.classes, classes, count, seed, first_index, settings.batch):
             decoder, _ = self._decoder(settings, len(indices))
             names = [self.classes[label] for label in labels]
             for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
@@ -201,7 +204,7 @@ class Pipeline:
         began = time.perf_counter()
         seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
         images, windows = [], []
-        batches = self._batches(classes, count, seed, first_index, settings.batch)
+        batches = plan_batches(self.classes, classes, count, seed, first_index, settings.batch)
         total = sum(len(indices) for indices, _ in batches) * self.target.length
         with tqdm(total=total, unit="token", disable=not progress) as bar:
             for indices, labels in batches:
@@ -296,8 +299,10 @@ def model_folder(name_or_folder: str | Path) -> Path:
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
-    raise UsageError(f"unknown model {str(name_or_folder)!r} (shipped: {', '.join(shipped_models()) or 'none'}; "
-                     "or a folder with a config.json)")
+    raise UsageError(
+        f"unknown model {str(name_or_folder)!r} (shipped: {', '.join(shipped_models()) or 'none'}; "
+        "or a folder with a config.json)"
+    )
 
 
 def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu") -> Pipeline:
@@ -311,5 +316,11 @@ def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str =
     names = config.get("class_names")
     if not isinstance(names, list) or len(names) != network.config.classes:
         raise UsageError(f"{folder}: class_names must list {network.config.classes} names")
+    have, want = tokenizer.config, network.config
+    if (have.codes, have.grid) != (want.vocab, want.grid):
+        raise UsageError(
+            f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
+            f"{want.vocab} on {want.grid}x{want.grid}"
+        )
     target = LlamaGenTarget(network, DTYPES[dtype])
     return Pipeline(str(config.get("name", folder.name)), target, tokenizer, [str(n).lower() for n in names], dtype)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bozzetto.errors import UsageError
+
 LATENT_CHANNELS = 32
 DOWNSAMPLE = 8
 _WIDTH = 64
@@ -90,16 +92,19 @@ def tiny_decoder() -> nn.Sequential:
 def load_tiny(folder: str | Path) -> tuple[nn.Sequential, nn.Sequential]:
     """Read `taef2_encoder.pth` and `taef2_decoder.pth` from `folder` (strictly, as float32).
 
-    Raises FileNotFoundError when either is missing and RuntimeError when a key or shape differs.
+    Raises UsageError when either is missing or a key or shape differs.
     """
     folder = Path(folder)
     pair = []
     for name, make in (("encoder", tiny_encoder), ("decoder", tiny_decoder)):
         path = folder / f"taef2_{name}.pth"
         if not path.is_file():
-            raise FileNotFoundError(f"tiny autoencoder weights not found: {path}")
+            raise UsageError(f"tiny autoencoder weights not found: {path}")
         module = make()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+        try:
+            module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+        except (RuntimeError, AttributeError) as error:
+            raise UsageError(f"{path}: not the tiny autoencoder's {name}: {error}") from error
         pair.append(module)
     return pair[0], pair[1]

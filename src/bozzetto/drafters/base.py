@@ -14,11 +14,13 @@ from bozzetto.laws.noise import GumbelField
 @dataclass
 class Observation:
     """What one pass taught. log_p: float32 [B, W, V], the target's laws at positions start..start + W - 1;
-    verdict: the rule's tokens there; committed: int64 [B], tokens appended to each image; start: int64 [B]."""
+    verdict: the rule's tokens there; committed: int64 [B], tokens appended to each image; longest: the largest of them,
+    known to the host; start: int64 [B]."""
 
     log_p: Tensor
     verdict: Verdict
     committed: Tensor
+    longest: int
     start: Tensor
 
 

@@ -1,9 +1,9 @@
 """Coupled Jacobi window: the target's own, one-pass-stale samples are the draft (no training, no second model).
 
 One pass gives a law at every window position. The rule's tokens there (coupled to the previous ones by fixed Gumbel
-noise or by the keep-or-residual test) are the next draft, and the laws they follow are the next draft laws, for kept and
-redrawn tokens alike. Positions that enter the window are drawn from a copy of the last law of the window. Speculative
-Jacobi decoding: arXiv 2410.01699; coupling: SCD, arXiv 2510.24211.
+noise or by the keep-or-residual test) are the next draft, and the laws they follow are the next draft laws, for kept
+and redrawn tokens alike. Positions that enter the window are drawn from a copy of the last law of the window.
+Speculative Jacobi decoding: arXiv 2410.01699; coupling: SCD, arXiv 2510.24211.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ class Jacobi:
         device, width = seen.log_p.device, seen.log_p.shape[1]
         # Slot s of the next window stood at column committed + s of this one; columns past the end are new.
         column = seen.committed[:, None] + torch.arange(self.window - 1, device=device)  # [B, L]
-        source = column.clamp_max(width - 1)
-        carried = seen.verdict.tokens.gather(1, source)
-        position = seen.start[:, None] + column
+        new = max(0, seen.longest + self.window - 1 - width)
+        position = seen.start[:, None] + torch.arange(width, width + new, device=device)
         entering = gumbel_argmax(seen.log_p[:, -1:], self.noise.rows(position))
-        tokens = torch.where(column < width, carried, entering)
+        tokens = torch.cat([seen.verdict.tokens, entering], 1).gather(1, column)
         laws = None
         if self.with_laws:
-            laws = seen.log_p[torch.arange(len(source), device=device)[:, None], source]
+            laws = seen.log_p[torch.arange(len(column), device=device)[:, None], column.clamp_max(width - 1)]
         self.draft = Draft(tokens, laws)
 
     def keep(self, rows: Tensor) -> None:

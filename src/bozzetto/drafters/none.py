@@ -11,6 +11,8 @@ from bozzetto.laws.noise import GumbelField
 
 
 class NoDrafter:
+    """Proposes nothing, ever."""
+
     name = "none"
     max_draft = 0
 

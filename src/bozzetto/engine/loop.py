@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Drafter, Observation
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import LawSettings, gumbel_margin, law_of
 from bozzetto.laws.noise import STREAM_VERIFY, GumbelField, fold, image_keys, uniform
 from bozzetto.models.base import Session, Target
@@ -72,8 +72,8 @@ class PassEvent:
 
 @dataclass
 class BatchResult:
-    """tokens int64 [B, N]; passes, drafted, accepted int64 [B]; margin float32 [B]; seconds spent in the target, in
-    drafting and verifying, and in all."""
+    """tokens int64 [B, N]; passes, drafted, accepted int64 [B]; margin float32 [B]; seconds: `target` (passes), `draft`
+    (drafting and verifying) and their sum `total`."""
 
     tokens: Tensor
     passes: Tensor
@@ -88,12 +88,16 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device, self.parts = device, {"target": 0.0, "draft": 0.0}
-        self.last = self.start = self._now()
+        self.last = self._now()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def resume(self) -> None:
+        """Start counting again after time that is somebody else's (a consumer of the stream)."""
+        self.last = self._now()
 
     def lap(self, part: str) -> None:
         now = self._now()
@@ -101,7 +105,7 @@ class Clock:
         self.last = now
 
     def seconds(self) -> dict[str, float]:
-        return {"total": self._now() - self.start, **self.parts}
+        return {"total": sum(self.parts.values()), **self.parts}
 
 
 class Decoder:
@@ -130,18 +134,24 @@ class Decoder:
         while counts:
             began = time.perf_counter()
             noise.fill(max(counts) + 2 * width)
-            draft = drafter.propose(len(counts), target.length - min(counts) - 1)
+            # Every draft inside the image is scored: cutting one that batch mates would keep would make an image depend
+            # on its batch under rules with fresh randomness.
+            draft = drafter.propose(len(counts), target.length - min(counts))
             clock.lap("draft")
             log_p = law_of(session.score(_inputs(state, draft), state.count), self.settings)
             clock.lap("target")
             verdict = self.rule.verify(draft, log_p, self._noise(noise, state, draft))
-            state, seen = self._commit(state, draft, verdict, log_p, noise)
+            committed = torch.minimum(verdict.accepted + 1, target.length - state.count)
+            before, counts = counts, (state.count + committed).tolist()  # the one synchronisation
+            longest = max(now - then for now, then in zip(counts, before, strict=True))
+            seen = Observation(log_p, verdict, committed, longest, state.count)
+            state = self._commit(state, draft, seen, noise)
             drafter.observe(seen)
-            counts = state.count.tolist()  # the one synchronisation
             final = state if number == 0 else _merge(final, state)
             clock.lap("draft")
             number += 1
             yield PassEvent(final.tokens, final.count, number, draft.length + 1, time.perf_counter() - began)
+            clock.resume()
             if max(counts) == target.length:
                 state = self._drop_finished(state, session, noise, counts)
                 counts = state.count.tolist()
@@ -157,36 +167,29 @@ class Decoder:
             uniforms = uniform(fold(keys[..., None], torch.arange(2, device=keys.device)))
         return RuleNoise(noise.rows(position), uniforms)
 
-    def _commit(
-        self, state: DecodeState, draft: Draft, verdict: Verdict, log_p: Tensor, noise: GumbelField
-    ) -> tuple[DecodeState, Observation]:
+    def _commit(self, state: DecodeState, draft: Draft, seen: Observation, noise: GumbelField) -> DecodeState:
         """Append the accepted drafts and the rule's own token, never past the end of the image."""
-        length = self.target.length
-        left = length - state.count
-        committed = torch.minimum(verdict.accepted + 1, left)
-        position = _positions(state, draft)
-        offset = torch.arange(draft.length + 1, device=position.device)
-        fresh = offset < committed[:, None]  # [B, W]
-        kept = state.tokens.gather(1, position.clamp_max(length - 1))
-        # Columns past the committed ones write back what stands there; clamped ones must agree, so they come from the
-        # padded copy and are cut off again.
-        padded = torch.nn.functional.pad(state.tokens, (0, draft.length + 1))
-        padded.scatter_(1, position, torch.where(fresh, verdict.tokens, kept * (position < length)))
+        length, left = self.target.length, self.target.length - state.count
+        offset = torch.arange(seen.longest, device=left.device)
+        position = state.count[:, None] + offset  # [B, longest]
+        fresh = offset < seen.committed[:, None]
+        # Columns past the committed ones are sent to a spare column that is cut off again.
+        padded = torch.nn.functional.pad(state.tokens, (0, 1))
+        padded.scatter_(1, position.masked_fill(~fresh, length), seen.verdict.tokens[:, : seen.longest])
         margin = state.margin
         if self.rule.seed_exact:
-            gaps = gumbel_margin(log_p, noise.rows(position)).masked_fill(~fresh, float("inf"))
-            margin = torch.minimum(margin, gaps.amin(1))
-        after = DecodeState(
+            gaps = gumbel_margin(seen.log_p[:, : seen.longest], noise.rows(position))
+            margin = torch.minimum(margin, gaps.masked_fill(~fresh, float("inf")).amin(1))
+        return DecodeState(
             tokens=padded[:, :length],
-            count=state.count + committed,
+            count=state.count + seen.committed,
             slot=state.slot,
             keys=state.keys,
             passes=state.passes + 1,
             drafted=state.drafted + left.clamp_max(draft.length),
-            accepted=state.accepted + torch.minimum(verdict.accepted, left),
+            accepted=state.accepted + torch.minimum(seen.verdict.accepted, left),
             margin=margin,
         )
-        return after, Observation(log_p, verdict, committed, state.count)
 
     def _drop_finished(
         self, state: DecodeState, session: Session, noise: GumbelField, counts: list[int]

@@ -23,10 +23,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
+from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.files import write_text
 from bozzetto.output import table, versions
 from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.registry import make_rule
 
 BARE, SEQUENTIAL = "bare", "none"
 _WARM_UP_PASSES = 4
@@ -99,7 +102,8 @@ class Timing:
 class BenchRow:
     """One method in one cell. images_per_second, ms_per_pass, draft_share: medians over rounds; *_low, *_high: lowest
     and highest; speedup: sequential time over this method's time, same images, same round; overhead_vs_bare: extra time
-    of sequential decoding over the bare loop (row `none`); ceiling: filled by the caller's own measure, or null."""
+    of sequential decoding over the bare loop (row `none`); ceiling, ceiling_next: mean 1 - TV between a position's
+    successive laws, over the whole window and at the position next to be committed (see evaluate/ceiling.py)."""
 
     method: str
     batch: int
@@ -121,15 +125,10 @@ class BenchRow:
     rounds: int
     overhead_vs_bare: float | None = None
     ceiling: float | None = None
+    ceiling_next: float | None = None
 
 
-Ceiling = Callable[[Pipeline, GenerateSettings], float]
-"""A hook: what a cell's laws would allow, from the pipeline and the cell's sequential settings."""
-
-
-def bench(
-    pipe: Pipeline, settings: BenchSettings, *, progress: bool = False, ceiling: Ceiling | None = None
-) -> dict[str, Any]:
+def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) -> dict[str, Any]:
     """Measure every method in every cell; returns {settings, results}, ready for JSON."""
     before = torch.get_num_threads()
     cells = settings.cells()
@@ -140,9 +139,7 @@ def bench(
         rows: list[BenchRow] = []
         with tqdm(total=work, unit="batch", disable=not progress) as bar:
             for cell in cells:
-                found = measure_cell(pipe, settings, cell, bar.update)
-                limit = ceiling(pipe, cell) if ceiling else None
-                rows += [replace(row, ceiling=limit) for row in found]
+                rows += measure_cell(pipe, settings, cell, bar.update)
         return {"settings": _provenance(pipe, settings), "results": [asdict(row) for row in rows]}
     finally:
         torch.set_num_threads(before)
@@ -153,8 +150,10 @@ def measure_cell(
 ) -> list[BenchRow]:
     """Warm up, then time interleaved rounds of one cell."""
     entries = settings.entries(cell)
+    ceilings: list[tuple[float, float] | None] = []
     for _, entry in entries:
         _warm_up(pipe, entry, cell)
+        ceilings.append(_ceiling(pipe, entry, cell, settings.seed))
         tick()
     timings: list[list[Timing]] = [[] for _ in entries]
     for number in range(_rounds(settings, cell)):
@@ -166,6 +165,9 @@ def measure_cell(
     rows = [_row(pipe, m, s, cell, t, sequential) for (m, s), t in zip(entries, timings, strict=True)]
     overheads = [s.seconds / b.seconds - 1 for s, b in zip(sequential, bare, strict=True)]
     rows[1].overhead_vs_bare = median(overheads)
+    for row, found in zip(rows, ceilings, strict=True):
+        if found is not None:
+            row.ceiling, row.ceiling_next = found
     return rows
 
 
@@ -187,6 +189,20 @@ def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSetti
         passes = pipe._decoder(entry, cell.batch)[0].stream(labels, 0, index)
     for _ in islice(passes, _WARM_UP_PASSES):
         pass
+
+
+def _ceiling(
+    pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int
+) -> tuple[float, float] | None:
+    """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
+    window = 1 if entry is None else entry.window_for(cell.batch, pipe.target.length, pipe.dtype)
+    if entry is None or entry.drafter != "jacobi" or window == 1:
+        return None
+    probe = CeilingProbe(window, pipe.target.length)
+    labels, index = _images(pipe, cell.batch, 0)
+    Decoder(pipe.target, probe, make_rule(entry.rule), entry.law).run(labels, seed, index)
+    by_offset = probe.by_offset()
+    return float(by_offset.mean()), float(by_offset[0])
 
 
 @torch.no_grad()
@@ -274,17 +290,21 @@ def _processor() -> str:
 def bench_table(report: dict[str, Any]) -> str:
     """The results for people."""
     header = ["method", "batch", "guidance", "window", "top-k", "tok/pass", "ms/pass", "img/s", "speedup", "range"]
-    header += ["drafting", "vs bare"]
+    header += ["drafting", "1-TV", "vs bare"]
     rows = []
     for r in report["results"]:
         figures = [f"{r['tokens_per_pass']:.2f}", f"{r['ms_per_pass']:.2f}", f"{r['images_per_second']:.3f}"]
         speed = [f"{r['speedup']:.2f}x", f"{r['speedup_low']:.2f}-{r['speedup_high']:.2f}"]
         over = "" if r["overhead_vs_bare"] is None else f"{100 * r['overhead_vs_bare']:+.1f}%"
+        limit = "" if r["ceiling"] is None else f"{r['ceiling']:.2f}"
         cell = [r["method"], str(r["batch"]), f"{r['guidance']:g}", str(r["window"]), str(r["top_k"])]
-        rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", over])
+        rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", limit, over])
     return table(header, rows)
 
 
 def write_report(path: str | Path, report: dict[str, Any]) -> None:
-    """Write the results as JSON, whole or not at all."""
-    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    """Write the results as JSON, whole or not at all. Raises OSError naming the file."""
+    try:
+        write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

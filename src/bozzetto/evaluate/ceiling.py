@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.jacobi import Jacobi
+from bozzetto.drafts import Draft
 from bozzetto.laws.noise import GumbelField
 
 
@@ -27,7 +28,7 @@ class CeilingProbe(Jacobi):
     def begin(self, batch: int, noise: GumbelField, with_laws: bool) -> None:
         super().begin(batch, noise, True)
 
-    def propose(self, batch: int, limit: int):  # noqa: ANN201  (as the base class)
+    def propose(self, batch: int, limit: int) -> Draft:
         self.proposed = super().propose(batch, limit)
         return self.proposed
 

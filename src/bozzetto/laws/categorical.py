@@ -27,7 +27,12 @@ class LawSettings:
         checks = [
             ("guidance", self.guidance, self.guidance >= 1, "a number >= 1 (1 turns guidance off)"),
             ("temperature", self.temperature, self.temperature >= 0, "a number >= 0 (0 is greedy)"),
-            ("top_k", self.top_k, self.top_k >= 0, "a whole number >= 0 (0 keeps all)"),
+            (
+                "top_k",
+                self.top_k,
+                self.top_k >= 0 and self.top_k % 1 == 0,
+                "a whole number >= 0 (0 keeps all)",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]"),
         ]
         for name, value, fine, allowed in checks:
@@ -51,7 +56,8 @@ def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
     """
     logits = logits.float()
     if settings.guided:
-        logits = guide(*logits.chunk(2), settings.guidance)
+        cond, uncond = logits.chunk(2)
+        logits = guide(cond, uncond, settings.guidance)
     if settings.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -math.inf).scatter_(-1, best, 0.0)
@@ -83,6 +89,8 @@ def gumbel_margin(log_p: Tensor, noise: Tensor) -> Tensor:
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     """Draw from unnormalised weights [..., V] >= 0 with float64 uniforms u [...]; never a zero-weight token."""
     total = weights.double().cumsum(-1)
-    return torch.searchsorted(total, (u * total[..., -1])[..., None], right=True).squeeze(-1).clamp_max(
-        weights.shape[-1] - 1
+    return (
+        torch.searchsorted(total, (u * total[..., -1])[..., None], right=True)
+        .squeeze(-1)
+        .clamp_max(weights.shape[-1] - 1)
     )

@@ -42,7 +42,8 @@ def image_keys(seed: int, stream: int, index: Tensor) -> Tensor:
 
 def uniform(key: Tensor) -> Tensor:
     """float64 uniforms in the open interval (0, 1), one per key."""
-    return (_shift(key, 11).double() + 0.5) * 2.0**-53
+    # The largest key would round up to 1.
+    return ((_shift(key, 11).double() + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-53)
 
 
 def gumbel(key: Tensor) -> Tensor:

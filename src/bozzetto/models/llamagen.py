@@ -104,6 +104,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head attention with fused qkv; V is not rotated."""
+
     def __init__(self, config: LlamaGenConfig, dropout: float):
         super().__init__()
         self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, dropout
@@ -125,6 +127,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.ffn, bias=False)
@@ -136,6 +140,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """One pre-norm transformer block."""
+
     def __init__(self, config: LlamaGenConfig, dropout: float):
         super().__init__()
         self.attention = Attention(config, 0.0)
@@ -175,11 +181,14 @@ class LlamaGen(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """labels int64 [B] (config.classes: unconditional), tokens int64 [B, n] with n < N -> logits [B, n + 1, V]."""
-        x = torch.cat(
-            [self.cls_embedding.embedding_table(labels)[:, None], self.tok_embeddings(tokens)], dim=1
-        )
+        x = torch.cat([self.cls_embedding.embedding_table(labels)[:, None], self.tok_embeddings(tokens)], dim=1)
         rotation = self.rope[None, : x.shape[1], None]
         x = self.drop(x)
         for layer in self.layers:
@@ -213,8 +222,13 @@ def read_published(path: str | Path, config: LlamaGenConfig) -> LlamaGen:
             break
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a state dict, found {type(content).__name__}")
-    state = {k: v.float() for k, v in content.items() if k != "freqs_cis"}
-    for key, value in state.items():
+    state = {}
+    for key, value in content.items():
+        if key == "freqs_cis":
+            continue
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{path}: {key!r} is not a tensor but {type(value).__name__}")
+        state[key] = value.float()
         if not bool(torch.isfinite(value).all()):
             raise UsageError(f"{path}: weight {key!r} has non-finite values")
     model = LlamaGen(config)

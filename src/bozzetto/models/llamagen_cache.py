@@ -10,15 +10,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, rotate
+from bozzetto.models.llamagen import Block, LlamaGen, LlamaGenConfig
 
 
 class PackedLayer:
     """One block's weights in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f], gains [d]."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+    def __init__(self, layer: Block, dtype: torch.dtype):
         a, f = layer.attention, layer.feed_forward
         self.wqkv, self.wo = a.wqkv.weight.to(dtype), a.wo.weight.to(dtype)
         self.w13 = torch.cat([f.w1.weight, f.w3.weight]).to(dtype)
@@ -36,9 +36,9 @@ class LlamaGenTarget:
         self.device = model.output.weight.device
         self.labels = model.cls_embedding.embedding_table.weight.to(dtype)
         self.embedding = model.tok_embeddings.weight.to(dtype)
-        self.layers = [PackedLayer(layer, dtype) for layer in model.layers]
+        self.layers = [PackedLayer(layer, dtype) for layer in model.blocks]
         self.gain, self.head = model.norm.weight.to(dtype), model.output.weight.to(dtype)
-        self.rope = model.rope
+        self.rope = torch.view_as_complex(model.rope.contiguous())  # complex64 [N + 1, hd/2]
 
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> LlamaGenSession:
         """labels int64 [B] in 0..classes (classes: unconditional)."""
@@ -72,7 +72,7 @@ class LlamaGenSession:
         if self.copies > 1:
             position, x = position.repeat(self.copies, 1), x.repeat(self.copies, 1, 1)
         x = torch.where(position[..., None] == 0, self.condition, x)  # [R, W, d]
-        rotation = t.rope[position.clamp_max(t.length - 1)][:, :, None, None]  # [R, W, 1, 1, hd/2, 2]
+        rotation = t.rope[position.clamp_max(t.length - 1)][:, :, None, None]  # complex64 [R, W, 1, 1, hd/2]
         hidden = self.columns > position[:, None, :, None]
         mask = torch.zeros(hidden.shape, dtype=t.dtype, device=x.device).masked_fill_(hidden, -math.inf)
         slot = (self.first_slot + position).flatten()
@@ -81,13 +81,11 @@ class LlamaGenSession:
         x = F.rms_norm(x, (x.shape[-1],), t.gain, t.config.norm_eps)
         return F.linear(x, t.head).float()
 
-    def _layer(
-        self, w: PackedLayer, cache: Tensor, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _layer(self, w: PackedLayer, cache: Tensor, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
         c = self.target.config
         normed = F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)
         qkv = F.linear(normed, w.wqkv).unflatten(-1, (3, c.heads, c.head_dim))
-        q, k = rotate(qkv[:, :, :2], rotation).unbind(2)
+        q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
         cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
         keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
@@ -105,3 +103,9 @@ class LlamaGenSession:
         self.cache = kept.reshape(c.layers, 2, self.rows * self.slots, c.dim)
         self.condition = self.condition[rows]
         self._number_slots()
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """`llamagen.rotate` as one complex product. x [..., hd]; rotation complex64, broadcastable to [..., hd/2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

@@ -20,17 +20,18 @@ from bozzetto.errors import UsageError
 from bozzetto.files import write_text, write_whole
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 
-CONFIG, WEIGHTS, TOKENIZER_WEIGHTS = "config.json", "model.safetensors", "tokenizer.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises UsageError when it is missing or not a JSON object."""
-    path = Path(folder) / CONFIG
+def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises UsageError when the file is missing or holds something else."""
+    path = Path(folder) / name
     if not path.is_file():
         raise UsageError(f"not a model folder: {path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # broken JSON or not UTF-8
         raise UsageError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -44,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UsageError(f"weights not found: {path}")
     try:
         with safe_open(path, framework="pt") as f:
-            state = {key: f.get_tensor(key) for key in f.keys()}
+            state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
     for key, value in state.items():
@@ -70,11 +71,16 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
 
 
 def save_weights(path: str | Path, module: nn.Module) -> None:
-    """Write a module's state as float16 safetensors, whole or not at all."""
-    state = {
-        k: (v.half() if v.is_floating_point() else v).contiguous(memory_format=torch.contiguous_format)
-        for k, v in module.state_dict().items()
-    }
+    """Write a module's state as float16 safetensors, whole or not at all.
+
+    Raises UsageError when a weight is not finite in float16.
+    """
+    state = {}
+    for key, value in module.state_dict().items():
+        stored = value.half() if value.is_floating_point() else value
+        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+            raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")
+        state[key] = stored.contiguous(memory_format=torch.contiguous_format)
     write_whole(path, lambda name: save_file(state, name))
 
 
@@ -83,22 +89,22 @@ def save_tokenizer(folder: str | Path, model: VQTokenizer, notes: dict[str, Any]
     folder = Path(folder)
     save_weights(folder / TOKENIZER_WEIGHTS, model)
     content = {"config": dataclasses.asdict(model.config), **notes}
-    write_text(folder / "tokenizer.json", json.dumps(content, indent=2) + "\n")
+    write_text(folder / TOKENIZER_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> VQTokenizer:
     """Read what save_tokenizer wrote; float32, in evaluation mode."""
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UsageError(f"tokenizer not found: {path}")
-    model = VQTokenizer(config_from(VQConfig, json.loads(path.read_text(encoding="utf-8"))["config"], path))
+    content = read_config(folder, TOKENIZER_CONFIG)
+    model = VQTokenizer(config_from(VQConfig, content.get("config"), folder / TOKENIZER_CONFIG))
     load_strict(model, read_weights(folder / TOKENIZER_WEIGHTS), folder / TOKENIZER_WEIGHTS)
     return model.eval().requires_grad_(False)
 
 
-def config_from(kind: type, values: dict[str, Any], source: str | Path) -> Any:
+def config_from(kind: type, values: object, source: str | Path) -> Any:
     """Build a config dataclass; unknown or missing keys are a UsageError."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{source}: `config` must be a mapping, found {type(values).__name__}")
     allowed = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(allowed))
     if unknown:
@@ -124,6 +130,6 @@ def load_llamagen(folder: str | Path) -> LlamaGen:
     content = read_config(folder)
     if content.get("family") != "llamagen":
         raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed: 'llamagen')")
-    model = LlamaGen(config_from(LlamaGenConfig, content.get("config", {}), folder / CONFIG))
+    model = LlamaGen(config_from(LlamaGenConfig, content.get("config"), folder / CONFIG))
     load_strict(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     return model.eval().requires_grad_(False)

@@ -47,6 +47,8 @@ class TabularTarget:
 
 
 class TabularSession:
+    """A batch on the toy target: its cache is the list of inputs seen so far."""
+
     def __init__(self, target: TabularTarget, labels: Tensor, guided: bool, max_width: int):
         self.target, self.guided, self.labels = target, guided, labels
         # The slots are poisoned so that reading one that no pass has written shows up as an index error.

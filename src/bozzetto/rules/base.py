@@ -26,11 +26,16 @@ class Rule(Protocol):
     """exact: the output has exactly the target's law. needs_law: drafts must carry log_q.
     needs_uniforms: fresh uniforms are wanted. seed_exact: output equals sequential decoding of the same seed."""
 
-    name: str
-    exact: bool
-    seed_exact: bool
-    needs_law: bool
-    needs_uniforms: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def seed_exact(self) -> bool: ...
+    @property
+    def needs_law(self) -> bool: ...
+    @property
+    def needs_uniforms(self) -> bool: ...
 
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
         """log_p: target log-laws float32 [B, L + 1, V] at the drafted positions and the one after."""

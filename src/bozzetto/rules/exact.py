@@ -20,6 +20,8 @@ from bozzetto.rules.base import RuleNoise, leading
 
 @dataclass(frozen=True)
 class Exact:
+    """Keep-or-residual at every drafted position; lossless in law."""
+
     name: str = "exact"
     exact: bool = True
     seed_exact: bool = False

@@ -18,6 +18,8 @@ from bozzetto.rules.base import RuleNoise, leading
 
 @dataclass(frozen=True)
 class SeedExact:
+    """Keep what sequential decoding of the same seed would have drawn; lossless to the byte."""
+
     name: str = "seed-exact"
     exact: bool = True
     seed_exact: bool = True

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bozzetto.errors import UsageError
+
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -54,20 +56,20 @@ def _square(raw: bytes, size: int) -> np.ndarray:
 def read_parquet(path: str | Path, split: str | None, size: int = 160) -> ImageSet:
     """Read one split (None: all rows) of an image parquet as `size` x `size` uint8.
 
-    Raises FileNotFoundError for a missing file and ValueError for an unknown split or missing column.
+    Raises UsageError for a missing file, an unknown split or a missing column.
     """
     import pyarrow.parquet as pq
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data file not found: {path}")
+        raise UsageError(f"data file not found: {path}")
     table = pq.read_table(path)
     missing = {"image", "label", "class_name", "split"} - set(table.column_names)
     if missing:
-        raise ValueError(f"{path}: missing columns {sorted(missing)}; found {table.column_names}")
+        raise UsageError(f"{path}: missing columns {sorted(missing)}; found {table.column_names}")
     splits = table["split"].to_pylist()
     if split is not None and split not in splits:
-        raise ValueError(f"{path}: unknown split {split!r}; found {sorted(set(splits))}")
+        raise UsageError(f"{path}: unknown split {split!r}; found {sorted(set(splits))}")
     labels, names = table["label"].to_pylist(), table["class_name"].to_pylist()
     by_label = dict(zip(labels, names, strict=True))
     classes = [by_label.get(i, str(i)) for i in range(max(by_label) + 1)]
@@ -82,7 +84,7 @@ def read_folder(path: str | Path, size: int = 160) -> ImageSet:
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"no images ({', '.join(sorted(_IMAGE_SUFFIXES))}) below {path}")
+        raise UsageError(f"no images ({', '.join(sorted(_IMAGE_SUFFIXES))}) below {path}")
     classes = sorted({p.parent.name for p in files})
     labels = np.array([classes.index(p.parent.name) for p in files])
     return ImageSet(np.stack([_square(p.read_bytes(), size) for p in files]), labels, classes)

@@ -8,11 +8,14 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bozzetto.files import write_whole
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class RunFolder:
@@ -81,7 +84,13 @@ def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def channels_last(module: M) -> M:
+    """Lay out convolution weights for the fast CPU kernels."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

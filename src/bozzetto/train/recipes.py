@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -109,7 +110,7 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
         raise UsageError(f"recipe not found: {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
@@ -120,7 +121,7 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
 
 
 def _explain(error: ValidationError, kind: type) -> str:
-    allowed = ", ".join(kind.__dataclass_fields__)
+    allowed = ", ".join(f.name for f in fields(kind))
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "recipe"

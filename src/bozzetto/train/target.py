@@ -1,7 +1,8 @@
 """`bozzetto train target RECIPE.yaml`: fit a LlamaGen-architecture target to tokenised images, resumably.
 
-Tokens of `views` augmented views per image are held in memory and one view is drawn anew every `refresh_every` steps, so
-that augmentation keeps moving without encoding every batch. The averaged weights with the lowest held-out loss are kept.
+Tokens of `views` augmented views per image are held in memory and one view is drawn anew every `refresh_every` steps,
+so that augmentation keeps moving without encoding every batch. The averaged weights with the lowest held-out loss are
+kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import load_tokenizer, save_llamagen
 from bozzetto.train.data import augment, evaluation_view, read_images
-from bozzetto.train.loop import RunFolder, WeightAverage, cosine, set_lr
+from bozzetto.train.loop import RunFolder, WeightAverage, channels_last, cosine, set_lr
 from bozzetto.train.recipes import TargetRecipe
 
 _CHUNK = 64
@@ -44,7 +45,7 @@ class _Trainer:
         self.run = RunFolder(recipe.out)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
-        self.tokenizer = load_tokenizer(recipe.tokenizer).to(memory_format=torch.channels_last)
+        self.tokenizer = channels_last(load_tokenizer(recipe.tokenizer))
         size = self.tokenizer.config.image_size
         self.data = read_images(recipe.train.path, recipe.train.split)
         test = read_images(recipe.test.path, recipe.test.split)

@@ -7,6 +7,7 @@ that the latent stage costs no image convolutions. Pixel stages decode random ha
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import save_tokenizer
 from bozzetto.train.data import ImageSet, augment, evaluation_view, read_images
-from bozzetto.train.loop import RunFolder, cosine, psnr, set_lr
+from bozzetto.train.loop import RunFolder, channels_last, cosine, psnr, set_lr
 from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 
 _CHUNK = 64
@@ -33,7 +34,7 @@ class Critic(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
-        for inner, outer in zip(widths, widths[1:], strict=False):
+        for inner, outer in pairwise(widths):
             layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(inner, outer, 4, 2, 1)), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
 
@@ -63,6 +64,7 @@ class _Data:
 
 @torch.no_grad()
 def encode_latents(encoder: nn.Module, x: Tensor) -> Tensor:
+    """Images [B, 3, S, S] -> float32 latents [B, 32, S/8, S/8], computed in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16):
         return encoder(x.contiguous(memory_format=torch.channels_last)).float()
 
@@ -84,13 +86,13 @@ class _Trainer:
         config = VQConfig(
             recipe.codes, recipe.code_dim, recipe.width, recipe.pre_blocks, recipe.post_blocks, recipe.image_size
         )
-        self.model = VQTokenizer(config).to(memory_format=torch.channels_last)
+        self.model = channels_last(VQTokenizer(config))
         encoder, decoder = load_tiny(recipe.tiny)
         self.model.encoder.load_state_dict(encoder.state_dict())
         self.model.decoder.load_state_dict(decoder.state_dict())
         self.model.encoder.requires_grad_(False)
         self.codebook = CodebookEMA(self.model.codebook)
-        self.critic = Critic().to(memory_format=torch.channels_last)
+        self.critic = channels_last(Critic())
         self.run = RunFolder(recipe.out)
         self.data = _Data(recipe, self.model.encoder, self.generator)
 

@@ -1,0 +1,136 @@
+"""Model folders: round trips, and a UsageError that names whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.errors import UsageError
+from bozzetto.models.store import load_llamagen, load_tokenizer, read_config, save_llamagen
+from toys import tiny_llamagen
+
+TOKENIZER = VQConfig(codes=11, code_dim=4, width=8, pre_blocks=1, post_blocks=1, image_size=32)
+
+
+def tokenizer() -> VQTokenizer:
+    torch.manual_seed(0)
+    return VQTokenizer(TOKENIZER)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_llamagen(tmp_path / "m", tiny_llamagen(), tokenizer(), {"license": "Apache-2.0"})
+    return tmp_path / "m"
+
+
+def edit(path: Path, change: dict) -> None:
+    """Update the `config` section of a JSON file."""
+    content = json.loads(path.read_text())
+    content["config"].update(change)
+    path.write_text(json.dumps(content))
+
+
+def test_a_saved_network_comes_back_rounded_to_float16(folder: Path) -> None:
+    before, after = tiny_llamagen(), load_llamagen(folder)
+    assert after.config == before.config
+    assert not after.training
+    assert not any(p.requires_grad for p in after.parameters())
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value.half().float()), name
+
+
+def test_a_saved_tokenizer_comes_back_rounded_to_float16(folder: Path) -> None:
+    before, after = tokenizer(), load_tokenizer(folder)
+    assert after.config == TOKENIZER
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value.half().float()), name
+
+
+def test_files_hold_float16_and_the_notes(folder: Path) -> None:
+    assert {v.dtype for v in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert read_config(folder)["license"] == "Apache-2.0"
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.safetensors"}
+    assert {p.name for p in folder.iterdir()} == names
+
+
+def test_unknown_config_keys_are_refused_by_name(folder: Path) -> None:
+    edit(folder / "config.json", {"wings": 2})
+    with pytest.raises(UsageError, match=r"'wings'.*allowed.*dim"):
+        load_llamagen(folder)
+    edit(folder / "tokenizer.json", {"feet": 2})
+    with pytest.raises(UsageError, match=r"'feet'.*allowed.*codes"):
+        load_tokenizer(folder)
+
+
+def test_missing_config_keys_are_refused_by_name(folder: Path) -> None:
+    (folder / "config.json").write_text('{"family": "llamagen", "config": {"dim": 32, "layers": 2}}')
+    with pytest.raises(UsageError, match="heads"):
+        load_llamagen(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "list"),
+        ('{"family": "unicorn"}', "'unicorn'"),
+        ('{"family": "llamagen", "config": null}', r"config\.json"),
+    ],
+)
+def test_broken_configs_are_refused(folder: Path, text: str, named: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=named):
+        load_llamagen(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": null}'])
+def test_broken_tokenizer_configs_are_refused(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(UsageError, match=r"tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_files_are_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=name):
+        load_llamagen(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.safetensors"])
+def test_missing_tokenizer_files_are_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=name):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 300])
+def test_truncated_weights_are_refused(folder: Path, size: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        load_llamagen(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing key", "unexpected key", "shape", "non-finite"])
+def test_weights_that_do_not_fit_are_refused_by_key(folder: Path, kind: str) -> None:
+    path, key = folder / "model.safetensors", "layers.1.ffn_norm.weight"
+    state = load_file(path)
+    if kind == "missing key":
+        del state[key]
+    elif kind == "unexpected key":
+        key = "layers.2.ffn_norm.weight"
+        state[key] = torch.ones(32)
+    elif kind == "shape":
+        state[key] = torch.ones(31)
+    else:
+        state[key][3] = torch.nan
+    save_file(state, path)
+    with pytest.raises(UsageError, match=kind) as caught:
+        load_llamagen(folder)
+    assert key in str(caught.value)

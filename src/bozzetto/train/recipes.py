@@ -60,6 +60,7 @@ class TokenizerRecipe:
     image_size: Count = 128
     views: Count = 2
     commitment: Annotated[float, Field(ge=0)] = 0.25
+    save_every: Count = 100
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -170,7 +170,8 @@ class _Trainer:
         """A contact sheet of samples of the best weights so far."""
         from bozzetto.train.samples import sample_sheet
 
-        sample_sheet(Path(self.recipe.out) / "model", self.run.path / "samples.png")
+        with torch.random.fork_rng():  # building the sampler draws numbers that a resumed run would not draw
+            sample_sheet(Path(self.recipe.out) / "model", self.run.path / "samples.png")
 
     def fit(self) -> None:
         r = self.recipe

@@ -194,25 +194,21 @@ class _Trainer:
         }
 
     def fit(self) -> VQTokenizer:
+        """Run the stages that are not done yet."""
         saved = self.run.load()
         first, start = (saved["stage"], saved["step"]) if saved else (0, 0)
-        for number, stage in enumerate(self.recipe.stages):
-            if number < first:
-                continue
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.codebook.load_state_dict(saved["codebook"])
+            self.critic.load_state_dict(saved["critic"])
+            self.generator.set_state(saved["generator"])
+        for number, stage in enumerate(self.recipe.stages[first:], first):
             optimizer = self.optimizer(stage)
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.9))
-            begin = 0
-            if saved is not None:
-                self.model.load_state_dict(saved["model"])
-                self.codebook.load_state_dict(saved["codebook"])
-                self.critic.load_state_dict(saved["critic"])
-                self.generator.set_state(saved["generator"])
-                if saved["stage"] == number and start:
-                    optimizer.load_state_dict(saved["optimizer"])
-                    self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-                    begin = start
-                saved = None
-            self._stage(number, stage, optimizer, begin)
+            if saved and start and number == first:
+                optimizer.load_state_dict(saved["optimizer"])
+                self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+            self._stage(number, stage, optimizer, start if number == first else 0)
         return self.model
 
     def _stage(self, number: int, stage: TokenizerStage, optimizer: torch.optim.Optimizer, begin: int) -> None:
@@ -221,7 +217,7 @@ class _Trainer:
             set_lr(optimizer, cosine(step, stage.steps, stage.lr, stage.warmup))
             parts = self.step(stage, optimizer)
             done = step + 1
-            if done % 100 == 0 or done == stage.steps:
+            if done % self.recipe.save_every == 0 or done == stage.steps:
                 figures, y = self.evaluate(128)
                 self.run.log(stage=stage.kind, step=done, **parts, **figures)
                 bar.set_postfix({"psnr": f"{figures['psnr']:.2f}", "codes": figures["codes_used"]})

@@ -1,0 +1,200 @@
+"""Training verbs: an interrupted run ends where an uninterrupted one does, and what is written can be loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bozzetto
+from bozzetto.autoencoders.tiny import tiny_decoder, tiny_encoder
+from bozzetto.errors import UsageError
+from bozzetto.models.store import load_tokenizer
+from bozzetto.train import target as target_module
+from bozzetto.train import tokenizer as tokenizer_module
+from bozzetto.train.data import augment, evaluation_view, read_images
+from bozzetto.train.loop import RunFolder, WeightAverage, cosine, psnr
+from bozzetto.train.recipes import DataSource, TargetRecipe, TokenizerRecipe, TokenizerStage
+from bozzetto.train.target import train_target
+from bozzetto.train.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of five coloured gradients each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name in ("blue", "red"):
+        (folder / name).mkdir()
+        for i in range(5):
+            ramp = np.linspace(0, 255, 40)[None, :, None] * rng.random((40, 1, 3))
+            Image.fromarray(ramp.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    torch.save(tiny_encoder().state_dict(), folder / "taef2_encoder.pth")
+    torch.save(tiny_decoder().state_dict(), folder / "taef2_decoder.pth")
+    return folder
+
+
+def tokenizer_recipe(out: Path, pictures: Path, tiny_weights: Path) -> TokenizerRecipe:
+    data = DataSource(str(pictures))
+    stages = [
+        TokenizerStage("latent", steps=2, lr=1e-3, batch=4),
+        TokenizerStage("pixel", steps=2, lr=1e-3, batch=4, feature_weight=0.1),
+        TokenizerStage("decoder", steps=2, lr=1e-3, batch=4, adversarial_weight=0.1),
+    ]
+    return TokenizerRecipe(
+        str(out), str(tiny_weights), [data], data, stages, codes=16, width=16, pre_blocks=1, post_blocks=1,
+        image_size=32, views=1, save_every=1,
+    )  # fmt: skip
+
+
+def target_recipe(out: Path, pictures: Path, tokenizer: Path) -> TargetRecipe:
+    data = DataSource(str(pictures))
+    return TargetRecipe(
+        str(out), str(tokenizer), data, data, name="toy", dim=32, layers=1, heads=2, views=2, refresh_every=2,
+        steps=6, batch=4, warmup=2, evaluate_every=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_weights: Path) -> Path:
+    return train_tokenizer(tokenizer_recipe(tmp_path_factory.mktemp("run"), pictures, tiny_weights))
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, after: int) -> None:
+    """Make the (after + 1)-th call of a method raise KeyboardInterrupt."""
+    original, calls = getattr(owner, method), []
+
+    def stopped(*args: object) -> object:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, method, stopped)
+
+
+def weights(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_an_interrupted_tokenizer_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, pictures: Path, tiny_weights: Path, trained_tokenizer: Path, after: int
+) -> None:
+    recipe = tokenizer_recipe(tmp_path / "run", pictures, tiny_weights)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, tokenizer_module._Trainer, "step", after)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(recipe)
+    out = train_tokenizer(recipe)
+    assert weights(out / "tokenizer.safetensors") == weights(trained_tokenizer / "tokenizer.safetensors")
+
+
+def test_a_finished_tokenizer_run_is_not_trained_again(
+    trained_tokenizer: Path, pictures: Path, tiny_weights: Path
+) -> None:
+    before = weights(trained_tokenizer / "tokenizer.safetensors")
+    train_tokenizer(tokenizer_recipe(trained_tokenizer.parent, pictures, tiny_weights))
+    assert weights(trained_tokenizer / "tokenizer.safetensors") == before
+
+
+def test_a_tokenizer_run_leaves_metrics_and_a_sheet(trained_tokenizer: Path) -> None:
+    lines = [json.loads(line) for line in (trained_tokenizer.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines[:6]] == ["latent"] * 2 + ["pixel"] * 2 + ["decoder"] * 2
+    assert all("psnr" in line for line in lines)
+    assert Image.open(trained_tokenizer.parent / "reconstructions.png").size[0] > 0
+
+
+def test_the_decoder_stage_changes_no_token(tmp_path: Path, pictures: Path, tiny_weights: Path) -> None:
+    recipe = tokenizer_recipe(tmp_path / "all", pictures, tiny_weights)
+    short = replace(recipe, out=str(tmp_path / "short"), stages=recipe.stages[:2])
+    full, cut = load_tokenizer(train_tokenizer(recipe)), load_tokenizer(train_tokenizer(short))
+    x = evaluation_view(read_images(pictures, None).images, 32)
+    assert torch.equal(full.encode(x), cut.encode(x))
+    assert not torch.equal(full.decode(full.encode(x)), cut.decode(cut.encode(x)))
+
+
+def test_an_interrupted_target_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, pictures: Path, trained_tokenizer: Path
+) -> None:
+    straight = train_target(target_recipe(tmp_path / "straight", pictures, trained_tokenizer))
+    recipe = target_recipe(tmp_path / "stopped", pictures, trained_tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, target_module._Trainer, "train_step", 5)
+        with pytest.raises(KeyboardInterrupt):
+            train_target(recipe)
+    resumed = train_target(recipe)
+    assert weights(resumed / "model.safetensors") == weights(straight / "model.safetensors")
+    assert bozzetto.load(resumed).generate(["red"], seed=1).images[0].class_name == "red"
+    assert (tmp_path / "stopped" / "samples.png").is_file()
+
+
+def test_a_missing_file_or_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.parquet"):
+        read_images(tmp_path / "nowhere.parquet", "train")
+    with pytest.raises(UsageError, match="no images"):
+        read_images(tmp_path, None)
+
+
+def test_parquet_and_folder_agree(tmp_path: Path, pictures: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = sorted(pictures.rglob("*.png"))
+    rows = {
+        "image": [{"bytes": f.read_bytes(), "path": f.name} for f in files],
+        "label": [0 if f.parent.name == "blue" else 1 for f in files],
+        "class_name": [f.parent.name for f in files],
+        "split": ["train"] * len(files),
+    }
+    pq.write_table(pa.table(rows), tmp_path / "data.parquet")
+    ours, theirs = read_images(tmp_path / "data.parquet", "train"), read_images(pictures, None)
+    assert np.array_equal(ours.images, theirs.images)
+    assert ours.classes == theirs.classes == ["blue", "red"]
+    with pytest.raises(UsageError, match="unknown split 'test'"):
+        read_images(tmp_path / "data.parquet", "test")
+
+
+def test_augmentation_is_a_function_of_its_generator(pictures: Path) -> None:
+    images = read_images(pictures, None).images
+    a, b = (augment(images, 32, torch.Generator().manual_seed(5), 0.1) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == (10, 3, 32, 32)
+    assert 0 <= float(a.min()) <= float(a.max()) <= 1
+
+
+def test_the_weight_average_lags_and_swaps_back() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    average = WeightAverage([parameter], decay=0.5)
+    parameter.data.fill_(1.0)
+    average.update()
+    average.swap()
+    assert 0 < float(parameter) < 1
+    average.swap()
+    assert float(parameter) == 1
+
+
+def test_the_schedule_rises_then_falls() -> None:
+    rates = [cosine(step, 100, 1.0, 10) for step in range(101)]
+    assert rates[9] == 1.0 and rates[0] == 0.1
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[100] == pytest.approx(0.05)
+
+
+def test_psnr_of_a_tenth_off_is_twenty_decibel() -> None:
+    a = torch.full((2, 3, 4, 4), 0.5)
+    assert torch.allclose(psnr(a, a + 0.1), torch.full((2,), 20.0), atol=1e-4)
+
+
+def test_a_run_folder_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "new").load() is None

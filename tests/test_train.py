@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +103,7 @@ def test_an_interrupted_tokenizer_run_ends_where_an_uninterrupted_one_does(
     assert weights(out / "tokenizer.safetensors") == weights(trained_tokenizer / "tokenizer.safetensors")
 
 
-def test_a_finished_tokenizer_run_is_not_trained_again(
-    trained_tokenizer: Path, pictures: Path, tiny_weights: Path
-) -> None:
+def test_a_finished_tokenizer_run_is_kept(trained_tokenizer: Path, pictures: Path, tiny_weights: Path) -> None:
     before = weights(trained_tokenizer / "tokenizer.safetensors")
     train_tokenizer(tokenizer_recipe(trained_tokenizer.parent, pictures, tiny_weights))
     assert weights(trained_tokenizer / "tokenizer.safetensors") == before
@@ -179,15 +178,15 @@ def test_the_weight_average_lags_and_swaps_back() -> None:
     parameter.data.fill_(1.0)
     average.update()
     average.swap()
-    assert 0 < float(parameter) < 1
+    assert 0 < parameter.item() < 1
     average.swap()
-    assert float(parameter) == 1
+    assert parameter.item() == 1
 
 
 def test_the_schedule_rises_then_falls() -> None:
     rates = [cosine(step, 100, 1.0, 10) for step in range(101)]
     assert rates[9] == 1.0 and rates[0] == 0.1
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.05)
 
 

@@ -1,0 +1,76 @@
+"""The shipped model `flowers`: same bytes with and without speculation, alone and in a batch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bozzetto
+from bozzetto.laws.categorical import LawSettings, law_of
+from bozzetto.pipeline import ASSETS, ROUNDING, GeneratedImage, Pipeline
+
+SEEDS, GUIDANCES = (0, 1, 2), (1.0, 2.0)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return bozzetto.load("flowers")
+
+
+def differing(ours: list[GeneratedImage], reference: list[GeneratedImage]) -> list[int]:
+    """Indices of images that differ; a difference without a near-tie flag fails at once."""
+    found = []
+    for a, b in zip(ours, reference, strict=True):
+        assert (a.index, a.class_name) == (b.index, b.class_name)
+        assert (a.sha256 == b.sha256) == torch.equal(a.tokens, b.tokens)
+        if a.sha256 != b.sha256:
+            assert a.near_tie or b.near_tie, f"image {a.index} differs and neither run flagged a near tie"
+            found.append(a.index)
+    return found
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_speculation_and_batch_size_do_not_change_a_byte(pipe: Pipeline, guidance: float) -> None:
+    different, compared = 0, 0
+    for seed in SEEDS:
+        plain = pipe.generate(seed=seed, guidance=guidance, drafter="none", batch=5).images
+        alone = pipe.generate(seed=seed, guidance=guidance, drafter="none", batch=1, count=1).images
+        together = pipe.generate(seed=seed, guidance=guidance, drafter="jacobi", rule="seed-exact", batch=5).images
+        one_by_one = pipe.generate(seed=seed, guidance=guidance, drafter="jacobi", rule="seed-exact", batch=1).images
+        for ours, reference in ((together, plain), (one_by_one, plain), (alone, plain[:1])):
+            different += len(differing(ours, reference))
+            compared += len(reference)
+        assert sum(i.target_passes for i in one_by_one) < 0.5 * sum(i.target_passes for i in plain)
+    assert different <= 0.05 * compared
+
+
+@torch.no_grad()
+def test_the_near_tie_tolerance_covers_the_rounding_between_pass_shapes(pipe: Pipeline) -> None:
+    settings = LawSettings(guidance=2.0)
+    tokens = pipe.generate(["rose"], seed=3).images[0].tokens[None]
+    labels, start = torch.tensor([2]), torch.zeros(1, dtype=torch.int64)
+    inputs = torch.cat([torch.zeros(1, 1, dtype=torch.int64), tokens[:, :31]], 1)
+    wide = law_of(pipe.target.begin(labels, True, 32).score(inputs, start), settings)
+    session = pipe.target.begin(labels, True, 32)
+    narrow = torch.cat([law_of(session.score(inputs[:, i : i + 1], start + i), settings) for i in range(32)], 1)
+    # A margin is a difference of two log-probabilities, so it can move by twice the rounding of one.
+    assert 2 * float((wide - narrow).abs().max()) < ROUNDING["float32"]
+
+
+def test_bfloat16_draws_pictures_of_the_same_kind() -> None:
+    pipe = bozzetto.load("flowers", dtype="bfloat16")
+    result = pipe.generate(["tulip"], seed=0)
+    pixels = np.asarray(result.images[0].image)
+    assert pixels.shape == (128, 128, 3)
+    assert pixels.std() > 10  # not a flat card
+
+
+def test_the_asset_is_complete_and_small() -> None:
+    folder = ASSETS / "flowers"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["class_names"] == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+    assert "photographers" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 60e6

@@ -61,12 +61,13 @@ def test_laws_are_left_out_when_the_rule_needs_none() -> None:
 
 
 def test_limit_cuts_and_keep_selects_tokens_and_laws_together() -> None:
-    jacobi, _, _ = seen_once()
+    jacobi, _, noise = seen_once()
     whole = jacobi.propose(2, 15)
     cut = jacobi.propose(2, 2)
     assert torch.equal(cut.tokens, whole.tokens[:, :2])
     assert torch.equal(cut.log_q, whole.log_q[:, :2])
     jacobi.keep(torch.tensor([1]))
+    noise.keep(torch.tensor([1]))
     kept = jacobi.propose(1, 15)
     assert torch.equal(kept.tokens, whole.tokens[1:])
     assert torch.equal(kept.log_q, whole.log_q[1:])
@@ -77,3 +78,19 @@ def test_window_one_never_drafts() -> None:
     jacobi.begin(2, GumbelField(1, torch.tensor([8, 9]), 16, V), True)
     jacobi.observe(seen)
     assert jacobi.propose(2, 15).length == 0
+
+
+def test_a_window_that_widens_keeps_the_drafts_it_had() -> None:
+    narrow, seen, noise = seen_once()
+    before = narrow.propose(2, 15).tokens
+    wide = Jacobi(W, lambda live: 7 if live == 1 else W)
+    wide.begin(2, noise, True)
+    wide.observe(seen)
+    assert wide.max_draft == 6
+    assert torch.equal(wide.propose(2, 15).tokens, before)
+    wide.keep(torch.tensor([1]))
+    noise.keep(torch.tensor([1]))
+    draft = wide.propose(1, 15)
+    assert draft.length == 6
+    assert torch.equal(draft.tokens[:, :3], before[1:])
+    assert int(draft.tokens[0, 5]) == int((seen.log_p[1, 3] + noise.table[0, 13]).argmax())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.llamagen import LlamaGen, published_config, read_published
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, published_config, read_published
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from toys import decode, tiny_llamagen
 
@@ -284,3 +284,17 @@ def test_read_published_names_missing_and_truncated_files(tmp_path: Path) -> Non
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:1000])
     with pytest.raises(UsageError, match=r"cut\.pt"):
         read_published(tmp_path / "cut.pt", C)
+
+
+def test_leaving_out_unreached_cache_columns_changes_nothing() -> None:
+    config = LlamaGenConfig(dim=32, layers=2, heads=2, vocab=11, grid=12, classes=3)  # 144 tokens: several blocks
+    torch.manual_seed(1)
+    model = LlamaGen(config).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.output.weight)
+    sessions = [LlamaGenTarget(model).begin(torch.tensor([0, 2]), True, 4) for _ in range(2)]
+    start = torch.zeros(2, dtype=torch.int64)
+    for number in range(0, 140, 4):
+        inputs = torch.randint(11, (2, 4), generator=torch.Generator().manual_seed(number))
+        whole, part = sessions[0].score(inputs, start), sessions[1].score(inputs, start, number)
+        assert torch.allclose(whole, part, atol=1e-5)
+        start = start + 4

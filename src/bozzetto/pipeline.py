@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,12 @@ class GenerateSettings:
 
 
 def default_window(sequences: int, dtype: str) -> int:
-    """A window that pays on a two-core CPU: wide for one image, narrow for many (docs/log.md has the measurements).
+    """A window that pays on a two-core CPU: wide for few images, narrow for many (docs/log.md has the measurements).
 
     sequences: rows in a pass, images times two under guidance.
     """
-    rows = 96 if dtype == "bfloat16" else 48
-    return max(2, min(32, rows // sequences))
+    rows = 128 if dtype == "bfloat16" else 64
+    return max(2, min(16, rows // sequences))
 
 
 @dataclass
@@ -158,7 +159,10 @@ class Pipeline:
 
     def _decoder(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
         window = settings.window_for(batch, self.target.length, self.dtype)
-        drafter = make_drafter(settings.drafter, window)
+        widen = None
+        if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
+            widen = partial(settings.window_for, length=self.target.length, dtype=self.dtype)
+        drafter = make_drafter(settings.drafter, window, widen)
         # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
         rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
         return Decoder(self.target, drafter, rule, settings.law), window

@@ -13,17 +13,19 @@ from bozzetto.rules.base import Rule
 from bozzetto.rules.exact import Exact
 from bozzetto.rules.seed_exact import SeedExact
 
-DRAFTERS: Mapping[str, Callable[[int], Drafter]] = MappingProxyType(
-    {"none": lambda window: NoDrafter(), "jacobi": lambda window: Jacobi(window)}
+Widen = Callable[[int], int]
+DRAFTERS: Mapping[str, Callable[[int, Widen | None], Drafter]] = MappingProxyType(
+    {"none": lambda window, widen: NoDrafter(), "jacobi": lambda window, widen: Jacobi(window, widen)}
 )
 RULES: Mapping[str, Callable[[], Rule]] = MappingProxyType({"seed-exact": SeedExact, "exact": Exact})
 
 
-def make_drafter(name: str, window: int) -> Drafter:
-    """window: scored positions per pass, >= 1. Raises UsageError for an unknown name."""
+def make_drafter(name: str, window: int, widen: Widen | None = None) -> Drafter:
+    """window: scored positions per pass, >= 1; widen: the window for a number of images, where it may change as images
+    finish. Raises UsageError for an unknown name."""
     if name not in DRAFTERS:
         raise UsageError(f"unknown drafter {name!r} (allowed: {', '.join(DRAFTERS)})")
-    return DRAFTERS[name](window)
+    return DRAFTERS[name](window, widen)
 
 
 def make_rule(name: str) -> Rule:

@@ -23,6 +23,11 @@ class Observation:
     longest: int
     start: Tensor
 
+    def keep(self, rows: Tensor) -> Observation:
+        """The given batch rows int64 [B']."""
+        verdict = Verdict(self.verdict.tokens[rows], self.verdict.accepted[rows])
+        return Observation(self.log_p[rows], verdict, self.committed[rows], self.longest, self.start[rows])
+
 
 class Drafter(Protocol):
     """begin, then propose / observe in turn. All tensors are batched over the images still being decoded."""

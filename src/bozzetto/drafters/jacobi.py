@@ -8,6 +8,8 @@ Speculative Jacobi decoding: arXiv 2410.01699; coupling: SCD, arXiv 2510.24211.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,41 +20,44 @@ from bozzetto.laws.noise import GumbelField
 
 
 class Jacobi:
-    """window: scored positions per pass W (1 is sequential decoding); W - 1 of them are drafted."""
+    """window: scored positions per pass W (1 is sequential decoding); W - 1 of them are drafted.
+
+    widen: window for the number of images still in progress, where it may change with that (wider as images finish).
+    """
 
     name = "jacobi"
 
-    def __init__(self, window: int):
-        self.window = window
+    def __init__(self, window: int, widen: Callable[[int], int] | None = None):
+        self.window, self.widen = window, widen
 
     @property
     def max_draft(self) -> int:
-        return self.window - 1
+        return (max(self.window, self.widen(1)) if self.widen else self.window) - 1
 
     def begin(self, batch: int, noise: GumbelField, with_laws: bool) -> None:
         self.noise, self.with_laws = noise, with_laws
-        # Nothing is known before the first pass: it runs without drafts.
-        self.draft = Draft(torch.empty(batch, 0, dtype=torch.int64, device=noise.keys.device))
+        self.seen: Observation | None = None
 
     def propose(self, batch: int, limit: int) -> Draft:
-        d = self.draft
-        return Draft(d.tokens[:, :limit], None if d.log_q is None else d.log_q[:, :limit])
-
-    def observe(self, seen: Observation) -> None:
-        if self.window == 1:
-            return
-        device, width = seen.log_p.device, seen.log_p.shape[1]
-        # Slot s of the next window stood at column committed + s of this one; columns past the end are new.
-        column = seen.committed[:, None] + torch.arange(self.window - 1, device=device)  # [B, L]
-        new = max(0, seen.longest + self.window - 1 - width)
+        seen, device = self.seen, self.noise.keys.device
+        length = min(limit, (self.widen(batch) if self.widen else self.window) - 1)
+        if seen is None or length < 1:  # nothing is known before the first pass: it runs without drafts
+            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=device))
+        width = seen.log_p.shape[1]
+        # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
+        column = seen.committed[:, None] + torch.arange(length, device=device)  # [B, L]
+        new = max(0, seen.longest + length - width)
         position = seen.start[:, None] + torch.arange(width, width + new, device=device)
         entering = gumbel_argmax(seen.log_p[:, -1:], self.noise.rows(position))
         tokens = torch.cat([seen.verdict.tokens, entering], 1).gather(1, column)
-        laws = None
-        if self.with_laws:
-            laws = seen.log_p[torch.arange(len(column), device=device)[:, None], column.clamp_max(width - 1)]
-        self.draft = Draft(tokens, laws)
+        if not self.with_laws:
+            return Draft(tokens)
+        rows = torch.arange(batch, device=device)[:, None]
+        return Draft(tokens, seen.log_p[rows, column.clamp_max(width - 1)])
+
+    def observe(self, seen: Observation) -> None:
+        self.seen = seen
 
     def keep(self, rows: Tensor) -> None:
-        d = self.draft
-        self.draft = Draft(d.tokens[rows], None if d.log_q is None else d.log_q[rows])
+        if self.seen is not None:
+            self.seen = self.seen.keep(rows)

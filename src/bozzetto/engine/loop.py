@@ -138,16 +138,17 @@ class Decoder:
             # on its batch under rules with fresh randomness.
             draft = drafter.propose(len(counts), target.length - min(counts))
             clock.lap("draft")
-            log_p = law_of(session.score(_inputs(state, draft), state.count), self.settings)
+            log_p = law_of(session.score(_inputs(state, draft), state.count, max(counts)), self.settings)
             clock.lap("target")
-            verdict = self.rule.verify(draft, log_p, self._noise(noise, state, draft))
+            given = self._noise(noise, state, draft)
+            verdict = self.rule.verify(draft, log_p, given)
             committed = torch.minimum(verdict.accepted + 1, target.length - state.count)
             before, counts = counts, (state.count + committed).tolist()  # the one synchronisation
             longest = max(now - then for now, then in zip(counts, before, strict=True))
             seen = Observation(log_p, verdict, committed, longest, state.count)
-            state = self._commit(state, draft, seen, noise)
+            state = self._commit(state, draft, seen, given)
             drafter.observe(seen)
-            final = state if number == 0 else _merge(final, state)
+            final = state if len(counts) == len(index) else _merge(final, state)
             clock.lap("draft")
             number += 1
             yield PassEvent(final.tokens, final.count, number, draft.length + 1, time.perf_counter() - began)
@@ -167,7 +168,7 @@ class Decoder:
             uniforms = uniform(fold(keys[..., None], torch.arange(2, device=keys.device)))
         return RuleNoise(noise.rows(position), uniforms)
 
-    def _commit(self, state: DecodeState, draft: Draft, seen: Observation, noise: GumbelField) -> DecodeState:
+    def _commit(self, state: DecodeState, draft: Draft, seen: Observation, noise: RuleNoise) -> DecodeState:
         """Append the accepted drafts and the rule's own token, never past the end of the image."""
         length, left = self.target.length, self.target.length - state.count
         offset = torch.arange(seen.longest, device=left.device)
@@ -178,7 +179,7 @@ class Decoder:
         padded.scatter_(1, position.masked_fill(~fresh, length), seen.verdict.tokens[:, : seen.longest])
         margin = state.margin
         if self.rule.seed_exact:
-            gaps = gumbel_margin(seen.log_p[:, : seen.longest], noise.rows(position))
+            gaps = gumbel_margin(seen.log_p[:, : seen.longest], noise.gumbel[:, : seen.longest])
             margin = torch.minimum(margin, gaps.masked_fill(~fresh, float("inf")).amin(1))
         return DecodeState(
             tokens=padded[:, :length],

@@ -210,8 +210,8 @@ def bare_passes(pipe: Pipeline, labels: torch.Tensor, guided: bool) -> Iterator[
     """The target passes of sequential decoding and nothing else: constant tokens, logits thrown away."""
     session = pipe.target.begin(labels, guided, 1)
     inputs, start = torch.zeros_like(labels)[:, None], torch.zeros_like(labels)
-    for _ in range(pipe.target.length):
-        yield session.score(inputs, start)
+    for number in range(pipe.target.length):
+        yield session.score(inputs, start, number)
         start = start + 1
 
 

@@ -16,9 +16,11 @@ class Session(Protocol):
     costs nothing to undo: its slots are written again before anything can see them.
     """
 
-    def score(self, inputs: Tensor, start: Tensor) -> Tensor:
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None) -> Tensor:
         """One target pass. inputs int64 [B, W]: tokens at inputs start..start + W - 1 (the value at input 0 is
-        ignored); start int64 [B]. Returns raw logits [B, W, V], or [2B, W, V] = [cond; uncond] rows when guided."""
+        ignored); start int64 [B]; furthest: the largest start where the host knows it, so that cache columns that no
+        image has reached can be left out. Returns raw logits [B, W, V], or [2B, W, V] = [cond; uncond] rows when
+        guided."""
         ...
 
     def keep(self, rows: Tensor) -> None:

@@ -65,7 +65,7 @@ class LlamaGenSession:
         self.columns = torch.arange(self.slots, device=device)
 
     @torch.no_grad()
-    def score(self, inputs: Tensor, start: Tensor) -> Tensor:
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None) -> Tensor:
         t = self.target
         position = start[:, None] + torch.arange(inputs.shape[1], device=inputs.device)  # [B, W]
         x = t.embedding[inputs]
@@ -73,7 +73,8 @@ class LlamaGenSession:
             position, x = position.repeat(self.copies, 1), x.repeat(self.copies, 1, 1)
         x = torch.where(position[..., None] == 0, self.condition, x)  # [R, W, d]
         rotation = t.rope[position.clamp_max(t.length - 1)][:, :, None, None]  # complex64 [R, W, 1, 1, hd/2]
-        hidden = self.columns > position[:, None, :, None]
+        reach = self.slots if furthest is None else _whole_blocks(furthest + inputs.shape[1], self.slots)
+        hidden = self.columns[:reach] > position[:, None, :, None]
         mask = torch.zeros(hidden.shape, dtype=t.dtype, device=x.device).masked_fill_(hidden, -math.inf)
         slot = (self.first_slot + position).flatten()
         for number, layer in enumerate(t.layers):
@@ -89,7 +90,10 @@ class LlamaGenSession:
         cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
         keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask)
+        reach = mask.shape[-1]
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask
+        )
         x = x + F.linear(mixed.transpose(1, 2).flatten(2), w.wo)
         gate, up = F.linear(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps), w.w13).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, w.w2)
@@ -103,6 +107,11 @@ class LlamaGenSession:
         self.cache = kept.reshape(c.layers, 2, self.rows * self.slots, c.dim)
         self.condition = self.condition[rows]
         self._number_slots()
+
+
+def _whole_blocks(columns: int, most: int, block: int = 64) -> int:
+    """Columns rounded up to whole blocks: few distinct shapes, at most `most`."""
+    return min(most, -(-columns // block) * block)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

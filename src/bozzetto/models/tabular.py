@@ -54,7 +54,7 @@ class TabularSession:
         # The slots are poisoned so that reading one that no pass has written shows up as an index error.
         self.cache = torch.full((len(labels), target.length + max_width), -(10**9))
 
-    def score(self, inputs: Tensor, start: Tensor) -> Tensor:
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None) -> Tensor:
         width = inputs.shape[1]
         slots = start[:, None] + torch.arange(width)
         self.cache.scatter_(1, slots, inputs)

@@ -1,0 +1,129 @@
+"""The Python interface on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bozzetto
+from bozzetto import GenerateSettings, Pipeline, UsageError
+from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.models.store import save_tokenizer
+from bozzetto.pipeline import default_window
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model: Path) -> Pipeline:
+    return bozzetto.load(tiny_model)
+
+
+def test_classes_go_by_name_or_number_and_take_turns(pipe: Pipeline) -> None:
+    images = pipe.generate(["tulip", 0], seed=1, count=3).images
+    assert [i.class_name for i in images] == ["tulip", "daisy", "tulip"]
+    assert [i.index for i in images] == [0, 1, 2]
+    assert [i.class_name for i in pipe.generate(seed=1).images] == ["daisy", "rose", "tulip"]
+
+
+@pytest.mark.parametrize("rule", ["seed-exact", "exact"])
+def test_an_image_does_not_depend_on_its_batch(pipe: Pipeline, rule: str) -> None:
+    options = {"seed": 4, "rule": rule, "window": 4}
+    together = pipe.generate(["rose"], count=5, batch=5, **options).images
+    alone = pipe.generate(["rose"], count=5, batch=1, **options).images
+    last = pipe.generate(["rose"], count=1, first_index=4, **options).images[0]
+    assert [i.sha256 for i in together] == [i.sha256 for i in alone]
+    assert last.sha256 == together[4].sha256
+
+
+def test_accounts_add_up(pipe: Pipeline) -> None:
+    result = pipe.generate(count=4, batch=2, seed=2, window=3)
+    for image in result.images:
+        assert image.accepted <= image.drafted
+        assert image.accepted + image.target_passes - len(image.tokens) in (0, 1)
+    passes = sum(i.target_passes for i in result.images)
+    assert result.tokens_per_pass == pytest.approx(4 * 16 / passes)
+    assert set(result.seconds) == {"total", "draft", "target", "decode"}
+    assert result.seconds["total"] >= result.seconds["target"] > 0
+
+
+def test_margins_belong_to_deterministic_rules_only(pipe: Pipeline) -> None:
+    assert pipe.generate(["rose"], rule="exact", window=4).images[0].margin is None
+    for options in ({"drafter": "none", "rule": "exact"}, {"rule": "seed-exact"}):
+        margin = pipe.generate(["rose"], **options).images[0].margin
+        assert margin is not None and 0 <= margin < float("inf")
+
+
+def test_without_drafts_both_rules_are_the_sequential_sampler(pipe: Pipeline) -> None:
+    a, b = (pipe.generate(seed=5, drafter="none", rule=rule).images for rule in ("seed-exact", "exact"))
+    assert [i.sha256 for i in a] == [i.sha256 for i in b]
+
+
+def test_the_stream_ends_with_what_generate_returns(pipe: Pipeline) -> None:
+    events = list(pipe.stream(["rose", "tulip"], seed=3, batch=2))
+    images = pipe.generate(["rose", "tulip"], seed=3, batch=2).images
+    assert events[-1].indices == [0, 1]
+    assert events[-1].class_names == ["rose", "tulip"]
+    assert all(torch.equal(tokens, image.tokens) for tokens, image in zip(events[-1].tokens, images, strict=True))
+    assert int(events[0].count.min()) >= 1
+
+
+def test_a_preview_is_grey_where_nothing_is_drawn(pipe: Pipeline) -> None:
+    tokens = pipe.generate(["rose"], seed=3).images[0].tokens
+    half = np.asarray(pipe.preview(tokens, 8))  # two of four rows of tokens, 16 of 32 pixel rows
+    assert (half[16:] == 128).all()
+    assert np.array_equal(half[:16], np.asarray(pipe.decode(tokens))[:16])
+    assert np.array_equal(np.asarray(pipe.preview(tokens, 16)), np.asarray(pipe.decode(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"classes": ["lily"]}, "unknown class 'lily' .*daisy, rose, tulip"),
+        ({"classes": [3]}, "unknown class 3 .*0-2"),
+        ({"classes": ["-1"]}, "unknown class '-1'"),
+        ({"count": 0}, "count = 0"),
+        ({"seed": -1}, "seed = -1"),
+        ({"first_index": -1}, "first_index = -1"),
+        ({"batch": 0}, "batch = 0"),
+        ({"window": -2}, "window = -2"),
+        ({"guidance": 0.5}, "guidance = 0.5"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"drafter": "psychic"}, "unknown drafter 'psychic' .*none, jacobi"),
+        ({"rule": "lucky"}, "unknown rule 'lucky' .*seed-exact, exact"),
+        ({"windows": 3}, "unknown option 'windows' .*window"),
+        ({"settings": GenerateSettings(), "window": 3}, "not both: window"),
+    ],
+)
+def test_bad_requests_name_the_value_and_what_is_allowed(pipe: Pipeline, options: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        pipe.generate(**{"classes": ["rose"], **options})
+
+
+def test_bad_models_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown model 'nowhere'"):
+        bozzetto.load("nowhere")
+    with pytest.raises(UsageError, match=r"unknown dtype 'int4' .*float32, bfloat16"):
+        bozzetto.load(tiny_model, dtype="int4")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    save_tokenizer(folder, VQTokenizer(VQConfig(codes=8, width=16, pre_blocks=1, post_blocks=1, image_size=32)), {})
+    with pytest.raises(UsageError, match="8 codes on a 4x4 grid, the target expects 16"):
+        bozzetto.load(folder)
+    config = json.loads((tiny_model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "class_names": ["rose"]}))
+    with pytest.raises(UsageError, match="class_names must list 3 names"):
+        bozzetto.load(folder)
+
+
+def test_the_automatic_window_narrows_with_the_batch() -> None:
+    for dtype in ("float32", "bfloat16"):
+        windows = [default_window(n, dtype) for n in (1, 2, 4, 8, 16, 64)]
+        assert windows == sorted(windows, reverse=True)
+        assert min(windows) >= 2
+    assert GenerateSettings(drafter="none").window_for(1, 256, "float32") == 1
+    assert GenerateSettings(window=64).window_for(1, 16, "float32") == 16

@@ -109,6 +109,9 @@ def test_bad_models_are_named(tiny_model: Path, tmp_path: Path) -> None:
         bozzetto.load("nowhere")
     with pytest.raises(UsageError, match=r"unknown dtype 'int4' .*float32, bfloat16"):
         bozzetto.load(tiny_model, dtype="int4")
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(UsageError, match=f"device '{device}' is not available"):
+            bozzetto.load(tiny_model, device=device)
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     save_tokenizer(folder, VQTokenizer(VQConfig(codes=8, width=16, pre_blocks=1, post_blocks=1, image_size=32)), {})

@@ -310,9 +310,16 @@ def model_folder(name_or_folder: str | Path) -> Path:
 
 
 def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu") -> Pipeline:
-    """Load a shipped model by name, or a model folder. dtype: float32 or bfloat16 (the target's passes only)."""
+    """Load a shipped model by name, or a model folder. dtype: float32 or bfloat16 (the target's passes only).
+
+    Raises UsageError for an unknown model, dtype or device and for files that do not fit together.
+    """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r} (allowed: {', '.join(DTYPES)})")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
     folder = model_folder(model)
     config = read_config(folder)
     network = load_llamagen(folder).to(device)

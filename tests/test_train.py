@@ -14,11 +14,11 @@ from PIL import Image
 
 import bozzetto
 from bozzetto.autoencoders.tiny import tiny_decoder, tiny_encoder
+from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.errors import UsageError
 from bozzetto.models.store import load_tokenizer
 from bozzetto.train import target as target_module
 from bozzetto.train import tokenizer as tokenizer_module
-from bozzetto.train.data import augment, evaluation_view, read_images
 from bozzetto.train.loop import RunFolder, WeightAverage, cosine, psnr
 from bozzetto.train.recipes import DataSource, TargetRecipe, TokenizerRecipe, TokenizerStage
 from bozzetto.train.target import train_target

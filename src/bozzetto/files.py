@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,16 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text whole or not at all."""
     write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def digest(*paths: str | Path) -> str:
+    """sha256 of the files' bytes one after another, the first 16 hex digits."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 20):
+                total.update(chunk)
+    return total.hexdigest()[:16]
 
 
 def _umask() -> int:

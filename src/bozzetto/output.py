@@ -1,4 +1,4 @@
-"""What the command line leaves behind: run folders that appear whole or not at all, manifests, tables, versions."""
+"""What the command line leaves behind: run folders that appear whole or not at all, manifests, tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -16,28 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from bozzetto import __version__
 from bozzetto.errors import UsageError
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import CONFIG, WEIGHTS, read_config
 from bozzetto.pipeline import ASSETS, GeneratedImage, GenerateResult
+from bozzetto.provenance import provenance
 
 SHEET, MANIFEST = "sheet.png", "manifest.json"
 _SHEET_COLUMNS = 8
-
-
-def versions() -> dict[str, str]:
-    """What produced a file."""
-    return {
-        "bozzetto": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
 
 
 @contextlib.contextmanager
@@ -127,7 +115,7 @@ def manifest(result: GenerateResult, settings: Mapping[str, object]) -> dict[str
             "windows": result.windows,
             **settings,
         },
-        "versions": versions(),
+        **provenance(),
     }
 
 
@@ -144,6 +132,7 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "drafted": image.drafted,
         "margin": image.margin if finite else None,
         "near_tie": bool(image.near_tie),
+        "trace": vars(image.trace),
         "tokens": image.tokens.tolist(),
     }
 

@@ -17,10 +17,20 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.engine.loop import BatchResult, Decoder, PassEvent
+from bozzetto.engine.trace import PassTrace, TraceRecorder
 from bozzetto.errors import UsageError
+from bozzetto.files import digest
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
+from bozzetto.models.store import (
+    CONFIG,
+    TOKENIZER_CONFIG,
+    TOKENIZER_WEIGHTS,
+    WEIGHTS,
+    load_llamagen,
+    load_tokenizer,
+    read_config,
+)
 from bozzetto.registry import make_drafter, make_rule
 
 ASSETS = Path(__file__).parent / "assets"
@@ -79,7 +89,8 @@ def default_window(sequences: int, dtype: str) -> int:
 @dataclass
 class GeneratedImage:
     """One image and how it came about. tokens: int64 [N]; sha256: of the RGB pixel bytes; margin: smallest Gumbel
-    margin of a token (None where the rule flips coins); near_tie: margin within float rounding."""
+    margin of a token (None where the rule flips coins); near_tie: margin within float rounding; trace: what each target
+    pass offered and kept."""
 
     image: Image.Image
     tokens: Tensor
@@ -93,6 +104,7 @@ class GeneratedImage:
     drafted: int
     margin: float | None
     near_tie: bool
+    trace: PassTrace
 
 
 @dataclass
@@ -134,10 +146,21 @@ def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
 
 
 def plan_batches(
-    names: Sequence[str], classes: Sequence[str | int], count: int | None, seed: int, first_index: int, batch: int
+    names: Sequence[str],
+    classes: Sequence[str | int],
+    count: int | None,
+    seed: int,
+    first_index: int,
+    batch: int,
+    indices: Sequence[int] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """(image indices, labels) of each batch of a request. Raises UsageError for a value out of range."""
+    """(image indices, labels) of each batch of a request; `indices` in place of a first one and a count.
+
+    Raises UsageError for a value out of range.
+    """
     labels = labels_of(names, classes)
+    if indices is not None:
+        count, first_index = len(indices), min(indices, default=0)
     count = len(labels) if count is None else count
     if count < 1:
         raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
@@ -145,7 +168,7 @@ def plan_batches(
         raise UsageError(f"seed = {seed} is not allowed: a whole number from 0 to 2^63 - 1")
     if first_index < 0:
         raise UsageError(f"first_index = {first_index} is not allowed: a whole number >= 0")
-    indices = range(first_index, first_index + count)
+    indices = range(first_index, first_index + count) if indices is None else indices
     chunks = [list(indices[i : i + batch]) for i in range(0, count, batch)]
     return [(chunk, [labels[i % len(labels)] for i in chunk]) for chunk in chunks]
 
@@ -153,9 +176,22 @@ def plan_batches(
 class Pipeline:
     """A target with its tokenizer. Make one with bozzetto.load."""
 
-    def __init__(self, name: str, target: LlamaGenTarget, tokenizer: VQTokenizer, classes: list[str], dtype: str):
+    def __init__(
+        self,
+        name: str,
+        target: LlamaGenTarget,
+        tokenizer: VQTokenizer,
+        classes: list[str],
+        dtype: str,
+        folder: Path | None = None,
+    ):
         self.name, self.target, self.tokenizer = name, target, tokenizer
-        self.classes, self.dtype = classes, dtype
+        self.classes, self.dtype, self.folder = classes, dtype, folder
+
+    def fingerprint(self) -> str:
+        """A digest of the model's files, so that samples of two states of one model are not mixed up."""
+        names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
+        return "unknown" if self.folder is None else digest(*(self.folder / name for name in names))
 
     def _decoder(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
         window = settings.window_for(batch, self.target.length, self.dtype)
@@ -195,26 +231,29 @@ class Pipeline:
         seed: int = 0,
         count: int | None = None,
         first_index: int = 0,
+        indices: Sequence[int] | None = None,
         settings: GenerateSettings | None = None,
         progress: bool = False,
         **options: object,
     ) -> GenerateResult:
         """Generate `count` images (default: one per class given), cycling through `classes` (none given: all).
 
-        Image `index` of `seed` is the same in any batch. `options` are fields of GenerateSettings.
+        Image `index` of `seed` is the same in any batch. indices: these images, in place of `count` from `first_index`.
+        `options` are fields of GenerateSettings.
         Raises UsageError for an unknown class or a setting out of range.
         """
         settings = _settings(settings, options)
         began = time.perf_counter()
         seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
         images, windows = [], []
-        batches = plan_batches(self.classes, classes, count, seed, first_index, settings.batch)
-        total = sum(len(indices) for indices, _ in batches) * self.target.length
+        batches = plan_batches(self.classes, classes, count, seed, first_index, settings.batch, indices)
+        total = sum(len(chunk) for chunk, _ in batches) * self.target.length
         with tqdm(total=total, unit="token", disable=not progress) as bar:
-            for indices, labels in batches:
-                decoder, window = self._decoder(settings, len(indices))
-                done = 0
-                for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
+            for chunk, labels in batches:
+                decoder, window = self._decoder(settings, len(chunk))
+                done, recorder = 0, TraceRecorder()
+                for event in decoder.stream(self._tensor(labels), seed, self._tensor(chunk)):
+                    recorder.add(event)
                     now = int(event.count.sum())
                     bar.update(now - done)
                     done = now
@@ -222,13 +261,19 @@ class Pipeline:
                 for part in ("draft", "target"):
                     seconds[part] += decoder.result.seconds[part]
                 start = time.perf_counter()
-                images += self._finish(decoder.result, indices, labels, seed, settings)
+                images += self._finish(decoder.result, recorder.traces(), chunk, labels, seed, settings)
                 seconds["decode"] += time.perf_counter() - start
         seconds["total"] = time.perf_counter() - began
         return GenerateResult(images, settings, windows, seconds)
 
     def _finish(
-        self, result: BatchResult, indices: list[int], labels: list[int], seed: int, settings: GenerateSettings
+        self,
+        result: BatchResult,
+        traces: list[PassTrace],
+        indices: list[int],
+        labels: list[int],
+        seed: int,
+        settings: GenerateSettings,
     ) -> list[GeneratedImage]:
         tolerance = ROUNDING[self.dtype]
         images = []
@@ -250,6 +295,7 @@ class Pipeline:
                     drafted=int(result.drafted[row]),
                     margin=margin if measured else None,
                     near_tie=measured and margin < tolerance,
+                    trace=traces[row],
                 )
             )
         return images
@@ -334,4 +380,5 @@ def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str =
             f"{want.vocab} on {want.grid}x{want.grid}"
         )
     target = LlamaGenTarget(network, DTYPES[dtype])
-    return Pipeline(str(config.get("name", folder.name)), target, tokenizer, [str(n).lower() for n in names], dtype)
+    classes = [str(n).lower() for n in names]
+    return Pipeline(str(config.get("name", folder.name)), target, tokenizer, classes, dtype, folder)

@@ -60,11 +60,13 @@ class DecodeState:
 @dataclass
 class PassEvent:
     """After one target pass. tokens: int64 [B, N] of the caller's whole batch (zeros beyond what is committed);
-    count: int64 [B], committed tokens per image; number: passes so far; width: positions scored in this pass;
-    seconds: wall time of this pass."""
+    count: int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and offered so far;
+    number: passes so far; width: positions scored in this pass; seconds: wall time of this pass."""
 
     tokens: Tensor
     count: Tensor
+    accepted: Tensor
+    drafted: Tensor
     number: int
     width: int
     seconds: float
@@ -151,7 +153,8 @@ class Decoder:
             final = state if len(counts) == len(index) else _merge(final, state)
             clock.lap("draft")
             number += 1
-            yield PassEvent(final.tokens, final.count, number, draft.length + 1, time.perf_counter() - began)
+            whole = (final.tokens, final.count, final.accepted, final.drafted)
+            yield PassEvent(*whole, number, draft.length + 1, time.perf_counter() - began)
             clock.resume()
             if max(counts) == target.length:
                 state = self._drop_finished(state, session, noise, counts)

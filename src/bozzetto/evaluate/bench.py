@@ -10,8 +10,6 @@ and reported as median, lowest and highest. Pixels are not decoded: the tokenize
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +25,9 @@ from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.files import write_text
-from bozzetto.output import table, versions
+from bozzetto.output import table
 from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.provenance import provenance
 from bozzetto.registry import make_rule
 
 BARE, SEQUENTIAL = "bare", "none"
@@ -273,18 +272,8 @@ def _provenance(pipe: Pipeline, settings: BenchSettings) -> dict[str, Any]:
         "dtype": pipe.dtype,
         "device": str(pipe.target.device),
         "threads": torch.get_num_threads(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
-        "versions": versions(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **provenance(),
     }
-
-
-def _processor() -> str:
-    """The processor's name as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def bench_table(report: dict[str, Any]) -> str:

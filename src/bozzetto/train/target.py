@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import load_tokenizer, save_llamagen
-from bozzetto.train.data import augment, evaluation_view, read_images
 from bozzetto.train.loop import RunFolder, WeightAverage, channels_last, cosine, set_lr
 from bozzetto.train.recipes import TargetRecipe
 

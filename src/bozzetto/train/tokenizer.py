@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, load_tiny
 from bozzetto.autoencoders.vq import CodebookEMA, VQConfig, VQTokenizer
+from bozzetto.data import ImageSet, augment, evaluation_view, read_images
 from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import save_tokenizer
-from bozzetto.train.data import ImageSet, augment, evaluation_view, read_images
 from bozzetto.train.loop import RunFolder, channels_last, cosine, psnr, set_lr
 from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 

@@ -1,0 +1,70 @@
+"""What each target pass offered and kept, image by image: the raw material of acceptance maps and timelines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bozzetto.engine.loop import PassEvent
+
+
+@dataclass
+class PassTrace:
+    """One image, one entry per target pass. committed: tokens appended; accepted: how many of them were drafts;
+    drafted: drafts offered (inside the image). committed - accepted is 1, or 0 in a last pass that kept all drafts."""
+
+    committed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+
+    def offsets(self) -> np.ndarray:
+        """Where each token came from, int16 [N]: 0 is the target's own draw, j >= 1 the j-th draft of its pass."""
+        parts = [np.zeros(0, np.int16)]
+        for committed, accepted in zip(self.committed, self.accepted, strict=True):
+            offset = np.arange(1, committed + 1, dtype=np.int16)
+            parts.append(np.where(offset <= accepted, offset, 0).astype(np.int16))
+        return np.concatenate(parts)
+
+
+class TraceRecorder:
+    """Collects the events of one batch; nothing is copied to the host before the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def add(self, event: PassEvent) -> None:
+        """Note one pass."""
+        self.rows.append(torch.stack([event.count, event.accepted, event.drafted]))
+
+    def traces(self) -> list[PassTrace]:
+        """One trace per image of the batch, without the passes after it was finished."""
+        total = torch.stack(self.rows, -1)  # [3, B, passes], running sums
+        steps = torch.diff(total, prepend=torch.zeros_like(total[..., :1])).tolist()
+        traces = []
+        for committed, accepted, drafted in zip(*steps, strict=True):
+            passes = sum(c > 0 for c in committed)
+            traces.append(PassTrace(committed[:passes], accepted[:passes], drafted[:passes]))
+        return traces
+
+
+def acceptance_by_offset(traces: Sequence[PassTrace]) -> tuple[np.ndarray, np.ndarray]:
+    """How often the j-th draft of a pass was offered and how often kept, over all passes: int64 [L] each, j = 1..L."""
+    longest = max((max(t.drafted, default=0) for t in traces), default=0)
+    offered, kept = np.zeros(longest + 1, np.int64), np.zeros(longest + 1, np.int64)
+    for trace in traces:
+        np.add.at(offered, trace.drafted, 1)
+        np.add.at(kept, trace.accepted, 1)
+    # A pass that offers d drafts offers each of the first d.
+    return offered[::-1].cumsum()[::-1][1:], kept[::-1].cumsum()[::-1][1:]
+
+
+def mean_progress(traces: Sequence[PassTrace]) -> np.ndarray:
+    """Mean share of the image that is committed after 0, 1, 2, ... passes, float64 [passes + 1]; finished images
+    stay at 1."""
+    curves = [np.cumsum([0, *t.committed]) / max(1, sum(t.committed)) for t in traces]
+    return np.array([np.mean(step) for step in zip_longest(*curves, fillvalue=1.0)])

@@ -1,0 +1,291 @@
+"""Sampling many images into a folder: by any number of processes, resumable, whole files only.
+
+A run folder holds `run.json` (what is sampled) and shards of one batch each. A process of rank r of W takes the indices
+r, r + W, r + 2W, ... and leaves out those that a shard already holds, so no process has to talk to another, and a run
+may be resumed by another number of processes. An image depends on its seed and index only (in float32; see README).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from tqdm import tqdm
+
+from bozzetto.engine.trace import PassTrace
+from bozzetto.errors import UsageError
+from bozzetto.files import write_text, write_whole
+from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, labels_of, plan_batches
+from bozzetto.provenance import provenance
+
+RUN, ADM = "run.json", "samples.npz"
+PARTS = ("total", "draft", "target", "decode")
+_TRACE = ("committed", "accepted", "drafted")
+_WARM_UP_PASSES = 4
+
+
+@dataclass
+class Samples:
+    """What a run folder holds, in index order. index, label: int64 [n]; tokens: int32 [n, N]; pixels: uint8
+    [n, H, W, 3]; margin: float32 [n] (NaN where the rule measures none); traces: one per image; settings: of run.json;
+    batches: one dictionary per shard with its indices, seconds by part and the process that made it."""
+
+    index: np.ndarray
+    label: np.ndarray
+    tokens: np.ndarray
+    pixels: np.ndarray
+    margin: np.ndarray
+    traces: list[PassTrace]
+    settings: dict[str, Any]
+    batches: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens per target pass, averaged over images."""
+        return self.tokens.size / max(1, sum(len(t.committed) for t in self.traces))
+
+
+def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
+    """`base` with the drafter and rule of a method: none, or DRAFTER/RULE. Raises UsageError for unknown names."""
+    drafter, slash, rule = method.partition("/")
+    if slash and not rule:
+        raise UsageError(f"unknown method {method!r} (allowed: none, or DRAFTER/RULE such as jacobi/exact)")
+    return replace(base, drafter=drafter, rule=rule or "seed-exact")
+
+
+class SampleRun:
+    """One folder of samples of one method. Raises UsageError where the folder holds samples of something else."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        pipe: Pipeline,
+        settings: GenerateSettings,
+        *,
+        seed: int = 0,
+        classes: Sequence[str | int] = (),
+    ):
+        self.folder, self.pipe, self.seed = Path(folder), pipe, seed
+        self.classes = [pipe.classes[i] for i in labels_of(pipe.classes, classes)]
+        if settings.drafter != "none" and settings.rule != "seed-exact":
+            # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
+            window = settings.window_for(settings.batch, pipe.target.length, pipe.dtype)
+            settings = replace(settings, window=window)
+        self.settings = settings
+        self.process = secrets.randbelow(2**62)
+        plan_batches(pipe.classes, self.classes, 1, seed, 0, settings.batch)  # refuses a seed out of range
+        self._claim()
+
+    @property
+    def method(self) -> str:
+        """none, or DRAFTER/RULE."""
+        return self.settings.drafter if self.settings.drafter == "none" else f"{self.settings.drafter}/{self.rule}"
+
+    @property
+    def rule(self) -> str:
+        return self.settings.rule
+
+    def description(self) -> dict[str, Any]:
+        """What fixes the images: everything but the batch size."""
+        law = {k: v for k, v in asdict(self.settings).items() if k != "batch"}
+        model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
+        grid, size = self.pipe.tokenizer.config.grid, self.pipe.tokenizer.config.image_size
+        shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}
+        return {"method": self.method, **model, **law, "seed": self.seed, "classes": self.classes, **shape}
+
+    def _claim(self) -> None:
+        path, mine = self.folder / RUN, self.description()
+        if path.exists():
+            theirs = read_run(self.folder)["settings"]
+            if theirs != mine:
+                odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+                different = "; ".join(f"{k} = {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in odd)
+                raise UsageError(f"{self.folder} holds samples of another run ({different}): choose another folder")
+            return
+        if self.folder.is_dir() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
+            raise UsageError(f"{self.folder} is not empty and holds no {RUN}: choose another folder")
+        content = {"kind": "samples", "settings": mine, "provenance": provenance()}
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def done(self) -> set[int]:
+        """Indices that are sampled already."""
+        return {int(i) for shard in _shards(self.folder) for i in _load(shard, "index")}
+
+    def pending(self, count: int, rank: int = 0, world: int = 1) -> list[int]:
+        """What is left for a process, in order."""
+        have = self.done()
+        return [i for i in range(rank, count, world) if i not in have]
+
+    def warm_up(self) -> None:
+        """A few passes whose results are thrown away, so that the first batch is timed like the others."""
+        events = self.pipe.stream(self.classes, count=self.settings.batch, settings=self.settings)
+        for _ in islice(events, _WARM_UP_PASSES):
+            pass
+
+    def draw(self, indices: Sequence[int]) -> float:
+        """Sample one batch and write its shard; returns the seconds it took."""
+        result = self.pipe.generate(self.classes, seed=self.seed, indices=indices, settings=self.settings)
+        content = _pack(result.images)
+        content["seconds"] = np.array([result.seconds[part] for part in PARTS])
+        content["process"] = np.int64(self.process)
+        path = self.folder / f"shard-{indices[0]:06d}.npz"
+        write_whole(path, lambda name: np.savez_compressed(name, **content))  # type: ignore[arg-type]
+        return result.seconds["total"]
+
+
+def sample(run: SampleRun, count: int, *, rank: int = 0, world: int = 1, progress: bool = False) -> int:
+    """Sample what is missing of indices 0..count-1 that fall to this rank; returns how many images that were."""
+    if count < 1:
+        raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
+    left = run.pending(count, rank, world)
+    whole = len(range(rank, count, world))
+    with tqdm(total=whole, initial=whole - len(left), unit="image", desc="sampling", disable=not progress) as bar:
+        for batch in batched(left, run.settings.batch):
+            run.draw(batch)
+            bar.update(len(batch))
+    return len(left)
+
+
+def batched(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Consecutive lists of at most `size` items."""
+    for i in range(0, len(items), size):
+        yield list(items[i : i + size])
+
+
+def _pack(images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
+    """The arrays of a shard; traces are padded with zeros to the longest."""
+    passes = max(len(i.trace.committed) for i in images)
+    traces = {
+        name: np.array([[*getattr(i.trace, name), *[0] * (passes - len(i.trace.committed))] for i in images], np.int16)
+        for name in _TRACE
+    }
+    return {
+        "index": np.array([i.index for i in images], np.int64),
+        "label": np.array([i.label for i in images], np.int64),
+        "tokens": np.stack([i.tokens.numpy() for i in images]).astype(np.int32),
+        "pixels": np.stack([np.asarray(i.image) for i in images]),
+        "margin": np.array([np.nan if i.margin is None else i.margin for i in images], np.float32),
+        **traces,
+    }
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.npz"))
+
+
+def _load(path: Path, *names: str) -> Any:
+    """Arrays of a shard by name (one name: the array itself). Raises UsageError for a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            found = [content[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} cannot be read as a shard of samples: {error}") from error
+    return found[0] if len(names) == 1 else found
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The content of run.json. Raises UsageError where there is none."""
+    path = Path(folder) / RUN
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} is not a folder of samples: {RUN} is missing or not valid JSON") from error
+    if not isinstance(content, dict) or content.get("kind") != "samples" or "settings" not in content:
+        raise UsageError(f"{path} does not describe a run of samples")
+    return content
+
+
+def read_samples(folder: str | Path, count: int | None = None) -> Samples:
+    """All samples of a folder, or its images 0..count-1. Raises UsageError where some of them are missing."""
+    folder = Path(folder)
+    settings = read_run(folder)["settings"]
+    rows, batches = _read_shards(folder, count)
+    found = np.sort(rows["index"]) if rows else np.zeros(0, np.int64)
+    wanted = len(found) if count is None else count
+    if not wanted or not np.array_equal(found, np.arange(wanted)):
+        missing = sorted(set(range(max(wanted, 1))) - set(found.tolist()))
+        raise UsageError(f"{folder} holds {len(found)} of {wanted} images; missing: {missing[:8]} (sample again)")
+    order = np.argsort(rows["index"])
+    arrays = {k: v[order] for k, v in rows.items() if k not in _TRACE}
+    traces = [PassTrace(*_unpadded([rows[name][i] for name in _TRACE])) for i in order]
+    return Samples(**arrays, traces=traces, settings=settings, batches=batches)
+
+
+def _read_shards(folder: Path, count: int | None) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    names = ("index", "label", "tokens", "pixels", "margin", *_TRACE)
+    parts: list[list[np.ndarray]] = []
+    batches: list[dict[str, Any]] = []
+    for shard in _shards(folder):
+        *arrays, seconds, process = _load(shard, *names, "seconds", "process")
+        keep = arrays[0] < (len(arrays[0]) + arrays[0].max() if count is None else count)
+        parts.append([a[keep] for a in arrays])
+        timing = dict(zip(PARTS, seconds.tolist(), strict=True))
+        batches.append({"index": arrays[0].tolist(), "seconds": timing, "process": int(process)})
+    if not parts:
+        return {}, batches
+    longest = max(p[-1].shape[1] for p in parts)
+    merged = {}
+    for i, name in enumerate(names):
+        column = [p[i] for p in parts]
+        if name in _TRACE:
+            column = [np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in column]
+        merged[name] = np.concatenate(column)
+    return merged, batches
+
+
+def _unpadded(rows: list[np.ndarray]) -> list[list[int]]:
+    passes = int((rows[0] > 0).sum())
+    return [row[:passes].tolist() for row in rows]
+
+
+def write_adm(folder: str | Path, count: int, path: str | Path | None = None) -> Path:
+    """Write images 0..count-1 as the `.npz` that the usual ImageNet evaluators read (Dhariwal and Nichol's ADM suite):
+    arr_0 uint8 [count, H, W, 3], arr_1 int64 [count] class labels. Images pass through memory one shard at a time."""
+    folder = Path(folder)
+    path = folder / ADM if path is None else Path(path)
+    where = {int(i): (shard, row) for shard in _shards(folder) for row, i in enumerate(_load(shard, "index"))}
+    missing = [i for i in range(count) if i not in where]
+    if missing:
+        raise UsageError(f"{folder} holds {count - len(missing)} of {count} images; missing: {missing[:8]}")
+    size = _load(where[0][0], "pixels").shape[1:]
+    labels = np.zeros(count, np.int64)
+
+    def write(name: str) -> None:
+        with zipfile.ZipFile(name, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+                header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
+                npy.write_array_header_1_0(out, {**header, "shape": (count, *size)})  # type: ignore[arg-type]
+                for i, image, label in _in_order(where, count):
+                    out.write(np.ascontiguousarray(image).tobytes())
+                    labels[i] = label
+            with archive.open("arr_1.npy", "w") as out:
+                npy.write_array(out, labels, allow_pickle=False)  # type: ignore[arg-type]
+
+    write_whole(path, write)
+    return path
+
+
+def _in_order(where: dict[int, tuple[Path, int]], count: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(index, pixels, label) by index. Strided ranks interleave shards: as many stay open as there are ranks."""
+    open_shards: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+    last = {where[i][0]: i for i in range(count)}
+    for i in range(count):
+        shard, row = where[i]
+        if shard not in open_shards:
+            pixels, label = _load(shard, "pixels", "label")
+            open_shards[shard] = (pixels, label)
+        pixels, label = open_shards[shard]
+        yield i, pixels[row], int(label[row])
+        if last[shard] == i:
+            del open_shards[shard]

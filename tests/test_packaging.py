@@ -40,6 +40,7 @@ FLOORS = {
     "train": 10,
     "evaluate": 10,
     "report": 11,
+    "options": 11,
     "cli": 12,
     "__main__": 13,
 }

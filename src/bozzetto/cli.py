@@ -8,123 +8,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as checked
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
+from bozzetto.options import COMMANDS, Bench, Evaluate, Generate, Models, Report, Sample, Train
 
-_STRICT = ConfigDict(extra="forbid")
 BAD_INPUT, CANCELLED = 2, 130
-
-
-@checked(frozen=True, config=_STRICT)
-class Generate:
-    """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
-
-    Example: bozzetto generate tulip rose --count 4 --seed 7 --out flowers
-    """
-
-    classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
-    """Class names or numbers, taken in turn until --count is reached. None: all classes of the model."""
-    model: str = "flowers"
-    """A shipped model by name, or a model folder (see `bozzetto models`)."""
-    count: int | None = None
-    """How many images in all. Not given: one for each class."""
-    seed: int = 0
-    """Image i of a seed is the same picture in any batch and with any number of images around it."""
-    drafter: str = "jacobi"
-    """jacobi: guess several tokens ahead and check them in one pass; none: plain sequential decoding."""
-    rule: str = "seed-exact"
-    """seed-exact: the very tokens that sequential decoding of the seed gives; exact: the same law, other tokens."""
-    window: int = 0
-    """Positions scored in one pass. 0: chosen for the batch."""
-    guidance: float = 2.0
-    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
-    temperature: float = 1.0
-    """Above 0; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the K likeliest tokens. 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
-    batch: int = 4
-    """Images decoded together."""
-    dtype: str = "float32"
-    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
-    out: Path = Path("out")
-    """Folder for the results. It appears, or changes, only when everything is done."""
-    config: Path | None = None
-    """YAML file with any of these options (top_k: 100). Options on the command line win over it."""
-    progress: bool = False
-    """Show the progress bar even where no terminal is attached."""
-
-
-@checked(frozen=True, config=_STRICT)
-class Bench:
-    """Measure decoding methods against our own sequential engine: interleaved rounds, medians and ranges.
-
-    Example: bozzetto bench --batch 1,4 --guidance 1,2 --json bench.json
-    """
-
-    model: str = "flowers"
-    """A shipped model by name, or a model folder."""
-    methods: str = "none,jacobi/seed-exact,jacobi/exact"
-    """none, or DRAFTER/RULE, separated by commas. none and the bare loop of passes always take part."""
-    count: int = 4
-    """Images per method and setting, rounded up to whole batches."""
-    rounds: int = 3
-    """At least this many rounds, a batch each."""
-    batch: str = "1"
-    """Batch sizes, separated by commas."""
-    guidance: str = "2"
-    """Guidance scales, separated by commas."""
-    window: str = "0"
-    """Windows, separated by commas. 0: chosen for the batch."""
-    top_k: str = "0"
-    """Values of top-k, separated by commas. 0: all tokens."""
-    temperature: float = 1.0
-    """Shared by all methods."""
-    top_p: float = 1.0
-    """Shared by all methods."""
-    seed: int = 0
-    """Seed of the images."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
-    threads: int = 0
-    """CPU threads. 0: as torch chooses."""
-    json: Path | None = None
-    """Also write {settings, results} to this file."""
-    progress: bool = False
-    """Show the progress bar even where no terminal is attached."""
-
-
-@checked(frozen=True, config=_STRICT)
-class Models:
-    """List the models that are shipped, or those found in a folder."""
-
-    folder: tyro.conf.Positional[Path | None] = None
-    """A model folder, or a folder that holds model folders."""
-
-
-@checked(frozen=True, config=_STRICT)
-class Train:
-    """Train a tokenizer or a target from a YAML recipe. Interrupt at will: the same command resumes."""
-
-    what: tyro.conf.Positional[Literal["tokenizer", "target"]]
-    """What to train. A target needs a trained tokenizer."""
-    recipe: tyro.conf.Positional[Path]
-    """YAML file; recipes/ has those of the shipped models."""
-
-
-COMMANDS: Any = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Models, tyro.conf.subcommand("models")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-)
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
 
@@ -259,6 +151,86 @@ def _listed(name: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
         raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error
 
 
+def _base(options: Sample | Evaluate) -> Any:
+    """The law, batch and window of the options, as settings of sequential decoding."""
+    from bozzetto.pipeline import GenerateSettings
+
+    names = ("window", "guidance", "temperature", "top_k", "top_p", "batch")
+    return GenerateSettings("none", "seed-exact", **{name: getattr(options, name) for name in names})
+
+
+def _sample(options: Sample) -> None:
+    from bozzetto.pipeline import load
+    from bozzetto.sampling import SampleRun, gathered, method_settings, sample, world_of, write_adm
+
+    settings = method_settings(options.method, _base(options))
+    rank, world = world_of()
+    show = _wants_progress(options.progress) and rank == 0
+    with _resumable(options.out), gathered(world):
+        pipe = load(options.model, dtype=options.dtype)
+        run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes)
+        sample(run, options.count, rank=rank, world=world, progress=show)
+    if rank == 0:
+        print(f"{options.count} images: {options.out}")
+        if options.npz:
+            print(f"for evaluators: {write_adm(options.out, options.count)}")
+
+
+def _evaluate(options: Evaluate) -> None:
+    from bozzetto.evaluate.compare import CompareSettings, compare, comparison_table
+    from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table, to_json
+    from bozzetto.evaluate.features import make_extractor
+    from bozzetto.files import write_text
+    from bozzetto.output import check_writable
+    from bozzetto.pipeline import load
+
+    if options.json is not None:
+        check_writable(options.json)
+    shared: dict[str, Any] = {"count": options.count, "seed": options.seed, "base": _base(options)}
+    methods, references = (_listed(n, getattr(options, n), str) for n in ("methods", "reference"))
+    wanted: Any = EvaluateSettings(methods, references, bootstrap=options.bootstrap, data=options.data, **shared)
+    if options.compare is not None:
+        wanted = CompareSettings(*options.compare, **shared)
+    with _resumable(options.out), _needs("evaluate"):
+        extractor = make_extractor(options.extractor)
+        pipe = load(options.model, dtype=options.dtype)
+        work: Any = evaluate if options.compare is None else compare
+        report = work(pipe, wanted, extractor, options.out, progress=_wants_progress(options.progress))
+    print(evaluation_table(report) if options.compare is None else comparison_table(report))
+    if options.json is not None:
+        write_text(options.json, to_json(report))
+
+
+def _report(options: Report) -> None:
+    from bozzetto.report import build_report
+
+    print(f"report: {build_report(options.runs, options.out, progress=_wants_progress(options.progress))}")
+
+
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """A cancelled run says where it stands and how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = out.is_dir() and any(out.rglob("shard-*.npz"))
+        how = (
+            f"the same command goes on from {out}" if kept else "no batch was finished, the same command starts afresh"
+        )
+        raise KeyboardInterrupt(how) from None
+
+
+@contextlib.contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """A missing optional package is an error that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("pyarrow", "torchmetrics"):
+            raise
+        raise UsageError(f"this needs {error.name}, which is not installed: pip install 'bozzetto[{extra}]'") from error
+
+
 def _models(options: Models) -> None:
     from bozzetto.output import list_models
 
@@ -275,15 +247,20 @@ def _train(options: Train) -> None:
             from bozzetto.train.tokenizer import train_tokenizer as train
         else:
             from bozzetto.train.target import train_target as train  # type: ignore[assignment]
-        print(f"written: {train(recipe)}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "pyarrow":
-            raise
-        raise UsageError("training needs pyarrow, which is not installed: pip install 'bozzetto[train]'") from error
+        with _needs("train"):
+            print(f"written: {train(recipe)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
         how = f"the same command resumes from {saved}" if saved.exists() else "nothing saved yet, it starts afresh"
         raise KeyboardInterrupt(how) from None
 
 
-HANDLERS: dict[type, Callable[[Any], None]] = {Generate: _generate, Bench: _bench, Models: _models, Train: _train}
+HANDLERS: dict[type, Callable[[Any], None]] = {
+    Generate: _generate,
+    Bench: _bench,
+    Sample: _sample,
+    Evaluate: _evaluate,
+    Report: _report,
+    Models: _models,
+    Train: _train,
+}

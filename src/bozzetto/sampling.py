@@ -7,11 +7,14 @@ may be resumed by another number of processes. An image depends on its seed and 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ RUN, ADM = "run.json", "samples.npz"
 PARTS = ("total", "draft", "target", "decode")
 _TRACE = ("committed", "accepted", "drafted")
 _WARM_UP_PASSES = 4
+PROCESS = secrets.randbelow(2**62)  # tells which shards were timed by one process
 
 
 @dataclass
@@ -83,9 +87,8 @@ class SampleRun:
             window = settings.window_for(settings.batch, pipe.target.length, pipe.dtype)
             settings = replace(settings, window=window)
         self.settings = settings
-        self.process = secrets.randbelow(2**62)
         plan_batches(pipe.classes, self.classes, 1, seed, 0, settings.batch)  # refuses a seed out of range
-        self._claim()
+        self._check_folder()
 
     @property
     def method(self) -> str:
@@ -104,19 +107,23 @@ class SampleRun:
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}
         return {"method": self.method, **model, **law, "seed": self.seed, "classes": self.classes, **shape}
 
-    def _claim(self) -> None:
-        path, mine = self.folder / RUN, self.description()
-        if path.exists():
-            theirs = read_run(self.folder)["settings"]
-            if theirs != mine:
-                odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-                different = "; ".join(f"{k} = {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in odd)
-                raise UsageError(f"{self.folder} holds samples of another run ({different}): choose another folder")
+    def _check_folder(self) -> None:
+        if not (self.folder / RUN).exists():
+            if self.folder.is_dir() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
+                raise UsageError(f"{self.folder} is not empty and holds no {RUN}: choose another folder")
             return
-        if self.folder.is_dir() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
-            raise UsageError(f"{self.folder} is not empty and holds no {RUN}: choose another folder")
-        content = {"kind": "samples", "settings": mine, "provenance": provenance()}
-        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        mine, theirs = self.description(), read_run(self.folder)["settings"]
+        odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if odd:
+            different = "; ".join(f"{k} = {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in odd)
+            raise UsageError(f"{self.folder} holds samples of another run ({different}): choose another folder")
+
+    def claim(self) -> None:
+        """Write run.json, or check that it says the same."""
+        self._check_folder()
+        if not (self.folder / RUN).exists():
+            content = {"kind": "samples", "settings": self.description(), "provenance": provenance()}
+            write_text(self.folder / RUN, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def done(self) -> set[int]:
         """Indices that are sampled already."""
@@ -138,7 +145,7 @@ class SampleRun:
         result = self.pipe.generate(self.classes, seed=self.seed, indices=indices, settings=self.settings)
         content = _pack(result.images)
         content["seconds"] = np.array([result.seconds[part] for part in PARTS])
-        content["process"] = np.int64(self.process)
+        content["process"] = np.int64(PROCESS)
         path = self.folder / f"shard-{indices[0]:06d}.npz"
         write_whole(path, lambda name: np.savez_compressed(name, **content))  # type: ignore[arg-type]
         return result.seconds["total"]
@@ -148,6 +155,7 @@ def sample(run: SampleRun, count: int, *, rank: int = 0, world: int = 1, progres
     """Sample what is missing of indices 0..count-1 that fall to this rank; returns how many images that were."""
     if count < 1:
         raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
+    run.claim()
     left = run.pending(count, rank, world)
     whole = len(range(rank, count, world))
     with tqdm(total=whole, initial=whole - len(left), unit="image", desc="sampling", disable=not progress) as bar:
@@ -155,6 +163,29 @@ def sample(run: SampleRun, count: int, *, rank: int = 0, world: int = 1, progres
             run.draw(batch)
             bar.update(len(batch))
     return len(left)
+
+
+def world_of() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun tells them; 0 and 1 without it."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return rank, world
+
+
+@contextlib.contextmanager
+def gathered(world: int) -> Iterator[None]:
+    """At the end of the block every process waits for the others (torchrun's processes, over gloo)."""
+    if world == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    # The slowest process may need hours longer than the quickest.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def batched(items: Sequence[int], size: int) -> Iterator[list[int]]:

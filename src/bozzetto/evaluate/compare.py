@@ -1,0 +1,191 @@
+"""`bozzetto evaluate --compare A B`: may two samplers be taken for one?
+
+A and B are methods, or folders of samples. Their images are independent (different seeds), paired by index and class;
+the tests are those of samelaw.py. Where both rules are seed-exact, the share of images that are the same under the same
+seed is counted as well.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bozzetto.errors import UsageError
+from bozzetto.evaluate.evaluation import slug
+from bozzetto.evaluate.features import FeatureExtractor, features_of
+from bozzetto.evaluate.samelaw import (
+    LEVEL,
+    PERMUTATIONS,
+    kernel_differences,
+    rejected,
+    surprisal_test,
+    swap_test,
+    token_tests,
+)
+from bozzetto.files import write_text
+from bozzetto.laws.categorical import LawSettings, law_of
+from bozzetto.output import table
+from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.provenance import provenance
+from bozzetto.sampling import RUN, SampleRun, Samples, method_settings, read_run, read_samples, sample
+
+COMPARISON = "comparison.json"
+_IDENTICAL = 64
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """a, b: methods (none, or DRAFTER/RULE) or folders of samples; count: images of each; seed: of A's images, B's have
+    the next one; base: law, batch and window where a method has to be sampled."""
+
+    a: str
+    b: str
+    count: int = 500
+    seed: int = 0
+    base: GenerateSettings = GenerateSettings(batch=8)  # noqa: RUF009  (frozen)
+
+    def __post_init__(self) -> None:
+        if self.count < 8:
+            raise UsageError(f"count = {self.count} is not allowed: a whole number >= 8")
+        for spec in (self.a, self.b):
+            if not is_folder(spec):
+                method_settings(spec, self.base)
+
+
+def is_folder(spec: str) -> bool:
+    """Whether A or B names a folder of samples and not a method."""
+    return (Path(spec) / RUN).is_file()
+
+
+def compare(
+    pipe: Pipeline, settings: CompareSettings, extractor: FeatureExtractor, out: Path, *, progress: bool = False
+) -> dict[str, Any]:
+    """Sample what is missing, test, write `comparison.json` into `out`; returns its content."""
+    seeds = _seeds(settings)
+    drawn = [
+        _samples(pipe, settings, spec, seed, out, progress)
+        for spec, seed in zip((settings.a, settings.b), seeds, strict=True)
+    ]
+    _check_pairs(pipe, drawn)
+    a, b = (torch.from_numpy(s.tokens).long() for s in drawn)
+    law = LawSettings(*(drawn[0].settings[k] for k in ("guidance", "temperature", "top_k", "top_p")))
+    surprise = [surprisal(pipe, s, law, settings.base.batch, progress) for s in drawn]
+    tests = [surprisal_test(surprise[0], surprise[1]), *token_tests(a, b, pipe.target.vocab)]
+    features = [torch.from_numpy(features_of(extractor, s.pixels, progress=progress)) for s in drawn]
+    name = f"features, MMD ({extractor.name})"
+    tests.append(swap_test(name, kernel_differences(features[0], features[1])))
+    report = {
+        "kind": "comparison",
+        "settings": {
+            **{k: v for k, v in asdict(settings).items() if k != "base"},
+            "a_settings": drawn[0].settings,
+            "b_settings": drawn[1].settings,
+            "extractor": extractor.name,
+            "permutations": PERMUTATIONS,
+            "level": LEVEL,
+            **provenance(),
+        },
+        "tests": [asdict(t) for t in tests],
+        "mean_surprisal": [float(s[s.isfinite()].mean()) for s in surprise],
+        "outside_support": [int((~s.isfinite()).sum()) for s in surprise],
+        "identity": _identity(pipe, settings, drawn, out, progress),
+        "rejected": rejected(tests),
+    }
+    write_text(out / COMPARISON, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return report
+
+
+def _seeds(settings: CompareSettings) -> list[int]:
+    """The seed that each side is sampled with: those of the folders, other ones for methods."""
+    given = [int(read_run(s)["settings"]["seed"]) if is_folder(s) else None for s in (settings.a, settings.b)]
+    first = given[0] if given[0] is not None else settings.seed + (given[1] == settings.seed)
+    second = given[1] if given[1] is not None else first + 1
+    if first == second:
+        raise UsageError(
+            f"{settings.a} and {settings.b} were sampled with the same seed {first}: the test needs independent "
+            "images, sample one of them with another seed"
+        )
+    return [first, second]
+
+
+def _samples(pipe: Pipeline, settings: CompareSettings, spec: str, seed: int, out: Path, progress: bool) -> Samples:
+    if is_folder(spec):
+        return read_samples(spec, settings.count)
+    folder = out / "samples" / f"{slug(spec)}-seed-{seed}"
+    run = SampleRun(folder, pipe, method_settings(spec, settings.base), seed=seed)
+    sample(run, settings.count, progress=progress)
+    return read_samples(folder, settings.count)
+
+
+def _check_pairs(pipe: Pipeline, drawn: list[Samples]) -> None:
+    for s in drawn:
+        if s.settings["weights"] != pipe.fingerprint():
+            raise UsageError(
+                f"samples of {s.settings['model']!r} with weights {s.settings['weights']} cannot be compared here: "
+                f"--model is {pipe.name!r} with weights {pipe.fingerprint()}"
+            )
+    if (drawn[0].label != drawn[1].label).any():
+        raise UsageError("the two sets of samples are not of the same classes in the same order")
+
+
+@torch.no_grad()
+def surprisal(pipe: Pipeline, samples: Samples, law: LawSettings, batch: int, progress: bool = False) -> Tensor:
+    """-log p of every token under the target's law given those before it: float64 [n, N] in nats, inf outside the
+    support. One pass over a whole image."""
+    parts = []
+    rows = torch.arange(len(samples)).split(batch)
+    for row in tqdm(rows, desc="surprisal", unit="batch", disable=not progress):
+        tokens = torch.from_numpy(samples.tokens[row.numpy()]).long().to(pipe.target.device)
+        labels = torch.from_numpy(samples.label[row.numpy()]).to(pipe.target.device)
+        session = pipe.target.begin(labels, law.guided, tokens.shape[1])
+        inputs = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+        log_p = law_of(session.score(inputs, torch.zeros_like(labels), 0), law)
+        parts.append(-log_p.gather(-1, tokens[..., None]).squeeze(-1).double().cpu())
+    return torch.cat(parts)
+
+
+def _identity(
+    pipe: Pipeline, settings: CompareSettings, drawn: list[Samples], out: Path, progress: bool
+) -> dict[str, Any] | None:
+    """Share of images that B's method draws like A's when it is given A's seed; None unless both are seed-exact."""
+    a, b = (s.settings for s in drawn)
+    same = {k: a[k] for k in a if k not in ("method", "drafter", "rule", "window", "seed", "dtype")}
+    if a["rule"] != "seed-exact" or b["rule"] != "seed-exact" or any(b[k] != v for k, v in same.items()):
+        return None
+    law = {k: b[k] for k in GenerateSettings.__dataclass_fields__ if k in b and k not in ("drafter", "rule")}
+    count = min(_IDENTICAL, settings.count)
+    run = SampleRun(
+        out / "samples" / f"{slug(b['method'])}-seed-{a['seed']}-again",
+        pipe,
+        replace(method_settings(b["method"], settings.base), **law),
+        seed=a["seed"],
+        classes=a["classes"],
+    )
+    sample(run, count, progress=progress)
+    again = read_samples(run.folder, count)
+    equal = (again.tokens == drawn[0].tokens[:count]).all(1)
+    return {"share": float(equal.mean()), "count": count}
+
+
+def comparison_table(report: dict[str, Any]) -> str:
+    """The tests for people."""
+    rows = [[t["name"], f"{t['statistic']:+.2f}", f"{t['p_value']:.4f}"] for t in report["tests"]]
+    settings, limit = report["settings"], report["settings"]["level"] / len(report["tests"])
+    lines = [table(("compared", "statistic", "p-value"), rows)]
+    if any(report["outside_support"]):
+        lines.append("tokens outside the law's support: {} in A, {} in B".format(*report["outside_support"]))
+    if report["identity"] is not None:
+        same = report["identity"]
+        lines.append(f"same seed, same tokens: {100 * same['share']:.1f}% of {same['count']} images")
+    verdict = "REJECTED: A and B do not draw from the same law" if report["rejected"] else "not rejected"
+    lines.append(
+        f"same law, {settings['count']} images each, {settings['permutations']} swaps: {verdict} "
+        f"(some p-value < {limit:.4f} would reject, {100 * settings['level']:g}% over all tests)"
+    )
+    return "\n".join(lines)

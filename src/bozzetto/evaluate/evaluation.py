@@ -1,0 +1,294 @@
+"""`bozzetto evaluate`: how good are the pictures of each method, and how quickly did they come, in one run.
+
+The methods sample the same images round by round (a round is one batch of each method, the order rotates), so that
+speeds are ratios within a round. Samples stay in the folder: an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bozzetto.errors import UsageError
+from bozzetto.evaluate.features import FeatureExtractor, features_of
+from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
+from bozzetto.evaluate.photographs import SPLITS, Photographs, data_path, photographs, reconstructions
+from bozzetto.evaluate.quality import ClassProbe, memorisation, nearest
+from bozzetto.files import write_text, write_whole
+from bozzetto.images import contact_sheet
+from bozzetto.output import table
+from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.provenance import provenance
+from bozzetto.sampling import SampleRun, Samples, batched, method_settings, read_samples
+
+EVALUATION, NEAREST = "evaluation.json", "nearest.png"
+SEQUENTIAL, PHOTOGRAPHS, RECONSTRUCTIONS = "none", "photographs", "reconstructions"
+_SHOWN = 16
+_LEAST = 8
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """methods: none, or DRAFTER/RULE (none always takes part); references: splits to compare with; count: images per
+    method; bootstrap: resamples behind every interval; seed: of the images; base: law, batch and window of all methods;
+    data: photographs (None: those named by the model)."""
+
+    methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/exact", "jacobi/seed-exact")
+    references: tuple[str, ...] = ("test",)
+    count: int = 500
+    bootstrap: int = 100
+    seed: int = 0
+    base: GenerateSettings = GenerateSettings(batch=8)  # noqa: RUF009  (frozen)
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < _LEAST:
+            raise UsageError(f"count = {self.count} is not allowed: a whole number >= {_LEAST}")
+        if self.bootstrap < 2:
+            raise UsageError(f"bootstrap = {self.bootstrap} is not allowed: a whole number >= 2")
+        for reference in self.references:
+            if reference not in SPLITS:
+                raise UsageError(f"unknown reference {reference!r} (allowed: {', '.join(SPLITS)})")
+        if not self.references:
+            raise UsageError(f"no reference given (allowed: {', '.join(SPLITS)})")
+        for method in self.methods:
+            method_settings(method, self.base)
+
+    def all_methods(self) -> list[str]:
+        """The methods, sequential decoding first, each once."""
+        return list(dict.fromkeys([SEQUENTIAL, *self.methods]))
+
+
+def slug(method: str) -> str:
+    """Folder name of a method."""
+    return method.replace("/", "-")
+
+
+def sample_rounds(runs: Sequence[SampleRun], count: int, *, progress: bool = False) -> None:
+    """Sample what is missing of images 0..count-1 of every run, a batch of each in turn."""
+    for run in runs:
+        run.claim()
+    pending = [set(run.pending(count)) for run in runs]
+    left, batch = sum(map(len, pending)), runs[0].settings.batch
+    with tqdm(total=count * len(runs), initial=count * len(runs) - left, unit="image", disable=not progress) as bar:
+        for run, wanted in zip(runs, pending, strict=True):
+            if wanted:
+                run.warm_up()
+        for number, chunk in enumerate(batched(range(count), batch)):
+            for i in range(len(runs)):
+                at = (number + i) % len(runs)
+                wanted_now = [index for index in chunk if index in pending[at]]
+                if wanted_now:
+                    bar.set_description(runs[at].method)
+                    runs[at].draw(wanted_now)
+                    bar.update(len(wanted_now))
+
+
+def evaluate(
+    pipe: Pipeline, settings: EvaluateSettings, extractor: FeatureExtractor, out: Path, *, progress: bool = False
+) -> dict[str, Any]:
+    """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
+    path = data_path(pipe, settings.data)
+    real = {split: photographs(pipe, path, split) for split in SPLITS}
+    runs = [
+        SampleRun(out / "samples" / slug(m), pipe, method_settings(m, settings.base), seed=settings.seed)
+        for m in settings.all_methods()
+    ]
+    sample_rounds(runs, settings.count, progress=progress)
+    samples = {run.method: read_samples(run.folder, settings.count) for run in runs}
+    study = _Study(pipe, settings, extractor, real, samples, progress)
+    speed = speeds(samples, settings.bootstrap)
+    results = [row for reference in settings.references for row in study.rows(reference, speed)]
+    recited = study.recited(out / NEAREST)
+    report: dict[str, Any] = {
+        "kind": "evaluation",
+        "settings": {
+            "model": pipe.name,
+            "weights": pipe.fingerprint(),
+            **{k: v for k, v in asdict(settings).items() if k not in ("base", "data")},
+            **{k: v for k, v in asdict(settings.base).items() if k not in ("drafter", "rule")},
+            "methods": settings.all_methods(),
+            "dtype": pipe.dtype,
+            "extractor": extractor.name,
+            "data": path.name,
+            "class_probe_accuracy": study.probe_accuracy,
+            **provenance(),
+        },
+        "results": results,
+        "memorisation": recited,
+    }
+    text = to_json(report)
+    write_text(out / EVALUATION, text)
+    return json.loads(text)
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """JSON text of a report; a number that is not finite is an error, not a NaN in a file."""
+    return json.dumps(report, indent=1, allow_nan=False, default=asdict) + "\n"
+
+
+class _Study:
+    """Features of everything, and the figures made from them."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        settings: EvaluateSettings,
+        extractor: FeatureExtractor,
+        real: dict[str, Photographs],
+        samples: dict[str, Samples],
+        progress: bool,
+    ):
+        self.pipe, self.settings, self.samples, self.progress = pipe, settings, samples, progress
+        self.extractor, self.real = extractor, real
+        self.features = {split: self._features(split, photos.images) for split, photos in real.items()}
+        self.drawn = {method: self._features(method, s.pixels) for method, s in samples.items()}
+        known = torch.from_numpy(real["train"].labels)
+        self.probe = ClassProbe(self.features["train"][known >= 0], known[known >= 0], len(pipe.classes))
+        labels = torch.from_numpy(real["test"].labels)
+        self.probe_accuracy = float((self.probe.predict(self.features["test"]) == labels)[labels >= 0].double().mean())
+
+    def _features(self, name: str, images: np.ndarray) -> Tensor:
+        found = features_of(self.extractor, images, progress=self.progress, desc=f"features of {name}")
+        return torch.from_numpy(np.asarray(found)).double()
+
+    def rows(self, reference: str, speed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Photographs of the other split, their reconstructions, then every method, against one split."""
+        other = next(split for split in SPLITS if split != reference)
+        chosen = self.real[other].balanced(len(self.pipe.classes), self.settings.count)
+        labels = torch.from_numpy(self.real[other].labels[chosen])
+        again = reconstructions(self.pipe, self.real[other].images[chosen])
+        sets = {
+            PHOTOGRAPHS: (self.features[other][chosen], labels),
+            RECONSTRUCTIONS: (self._features(RECONSTRUCTIONS, again), labels),
+            **{m: (self.drawn[m], torch.from_numpy(s.label)) for m, s in self.samples.items()},
+        }
+        target = self.features[reference]
+        v = resamples(len(target), self.settings.bootstrap, seed=2)
+        rows, sequential = [], None
+        for method, (features, asked) in tqdm(sets.items(), desc=f"against {reference}", disable=not self.progress):
+            # The same draws for every method: differences between methods are then differences of paired images.
+            w = resamples(len(features), self.settings.bootstrap, seed=1)
+            row, replicates = self._row(Comparison(features, target), w, v)
+            row["consistency"] = mean_interval((self.probe.predict(features) == asked).double(), w)
+            if method == SEQUENTIAL:
+                sequential = (row["frechet"].value, replicates)
+            elif method in self.samples and sequential is not None:
+                value = row["frechet"].value - sequential[0]
+                row["frechet_change"] = interval(value, replicates - sequential[1])
+            whole = {"method": method, "reference": reference, "count": len(features), "reference_count": len(target)}
+            rows.append({**whole, **row, **speed.get(method, {})})
+        return rows
+
+    def _row(self, pair: Comparison, w: Tensor, v: Tensor) -> tuple[dict[str, Any], Tensor]:
+        replicates = replicate(pair.frechet, w, v)
+        figures = {
+            "frechet": interval(pair.frechet(), replicates),
+            "frechet_change": None,
+            "kernel": interval(pair.kernel(), replicate(pair.kernel, w, v)),
+            "precision": mean_interval(pair.precision(), w),
+            "recall": mean_interval(pair.recall(), v),
+        }
+        return figures, replicates
+
+    def recited(self, picture: Path) -> list[dict[str, Any]]:
+        """Nearest training images of every method's samples; writes the closest pairs of sequential samples."""
+        # Training also saw mirror images.
+        mirrored = self._features("train, mirrored", self.real["train"].images[:, :, ::-1])
+        training = torch.cat([self.features["train"], mirrored])
+        unseen, _ = nearest(self.features["test"], training)
+        v = resamples(len(unseen), self.settings.bootstrap, seed=2)
+        rows = []
+        for method, features in self.drawn.items():
+            apart, row = nearest(features, training)
+            w = resamples(len(apart), self.settings.bootstrap, seed=1)
+            rows.append({"method": method, **asdict(memorisation(apart, unseen, w, v))})
+            if method == SEQUENTIAL:
+                self._draw_nearest(picture, apart, row % len(self.features["train"]))
+        return rows
+
+    def _draw_nearest(self, picture: Path, apart: Tensor, row: Tensor) -> None:
+        closest = apart.argsort()[:_SHOWN].tolist()
+        images = [[self.samples[SEQUENTIAL].pixels[i], self.real["train"].images[int(row[i])]] for i in closest]
+        captions = [[f"sample {i}", f"at {float(apart[i]):.1f}"] for i in closest]
+        sheet = contact_sheet(np.concatenate(images), 8, [c for pair in captions for c in pair])
+        write_whole(picture, lambda name: sheet.save(name, format="PNG"))
+
+
+def speeds(samples: dict[str, Samples], bootstrap: int) -> dict[str, dict[str, Any]]:
+    """Figures of speed by method, over the rounds that one process ran for all methods: seconds are those of drafting,
+    verifying and target passes; pixels cost the same for every method and are left out. Intervals: over rounds."""
+    rounds = _common_rounds(samples)
+    found: dict[str, dict[str, Any]] = {}
+    counts = resamples(len(rounds), bootstrap, seed=3) if rounds else torch.zeros(0, 0)
+    base = _seconds(samples[SEQUENTIAL], rounds)
+    for method, drawn in samples.items():
+        row: dict[str, Any] = {"tokens_per_pass": drawn.tokens_per_pass}
+        found[method] = row
+        if not rounds:
+            continue
+        seconds, images = _seconds(drawn, rounds), torch.tensor([len(r) for r in rounds], dtype=torch.float64)
+        row["images_per_second"] = _ratio(images, seconds, counts)
+        row["speedup"] = _ratio(base, seconds, counts)
+        passes = sum(max(len(drawn.traces[i].committed) for i in r) for r in rounds)
+        row["ms_per_pass"] = 1000 * float(seconds.sum()) / passes
+        parts = {tuple(b["index"]): b["seconds"] for b in drawn.batches}
+        row["draft_share"] = sum(parts[r]["draft"] for r in rounds) / float(seconds.sum())
+    return found
+
+
+def _common_rounds(samples: dict[str, Samples]) -> list[tuple[int, ...]]:
+    """Index lists of the rounds that every method ran in the same process."""
+    made = [{(tuple(b["index"]), b["process"]) for b in s.batches} for s in samples.values()]
+    return sorted(index for index, _ in set.intersection(*made))
+
+
+def _seconds(drawn: Samples, rounds: Sequence[tuple[int, ...]]) -> Tensor:
+    parts = {tuple(b["index"]): b["seconds"] for b in drawn.batches}
+    return torch.tensor([parts[r]["draft"] + parts[r]["target"] for r in rounds], dtype=torch.float64)
+
+
+def _ratio(above: Tensor, below: Tensor, counts: Tensor) -> Interval:
+    return interval(float(above.sum() / below.sum()), (counts @ above) / (counts @ below))
+
+
+def evaluation_table(report: dict[str, Any]) -> str:
+    """The figures for people, one block per reference."""
+    header = ["method", "Fréchet", "change", "kernel x1000", "precision", "recall", "class", "tok/pass", "speedup"]
+    blocks = []
+    for reference in report["settings"]["references"]:
+        chosen = [r for r in report["results"] if r["reference"] == reference]
+        n, m = chosen[-1]["count"], chosen[-1]["reference_count"]
+        blocks.append(f"against {reference} ({m} photographs, {n} samples each), {report['settings']['extractor']}")
+        blocks.append(table(header, [_cells(r) for r in chosen]) + "\n")
+    head = ["method", "nearest training image", "of unseen photographs", "nearer than the nearest 5%", "nearer"]
+    rows = [
+        [r["method"], f"{r['distance']:.2f}", f"{r['distance_unseen']:.2f}", _shown(r["close"]), _shown(r["nearer"])]
+        for r in report["memorisation"]
+    ]
+    resampled, accuracy = report["settings"]["bootstrap"], report["settings"]["class_probe_accuracy"]
+    note = f"95% intervals from {resampled} resamples. class: share in which a probe on these features agrees"
+    return "\n".join(
+        [*blocks, table(head, rows), f"{note} (it is right on {100 * accuracy:.1f}% of test photographs)."]
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    change = "" if row["frechet_change"] is None else _shown(row["frechet_change"], 1, sign="+")
+    kernel = {k: 1000 * v for k, v in row["kernel"].items()}
+    quality = [_shown(row["frechet"], 1), change, _shown(kernel, 2)]
+    shares = [_shown(row[k]) for k in ("precision", "recall", "consistency")]
+    rate = f"{row['tokens_per_pass']:.2f}" if row.get("tokens_per_pass") else ""
+    return [row["method"], *quality, *shares, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
+
+
+def _shown(i: dict[str, float], digits: int = 2, sign: str = "") -> str:
+    return f"{i['value']:{sign}.{digits}f} ({i['low']:{sign}.{digits}f} to {i['high']:{sign}.{digits}f})"

@@ -1,0 +1,78 @@
+"""The real images that samples are held against: two splits, at the model's size, classes in the model's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bozzetto.data import evaluation_view, read_folder, read_parquet
+from bozzetto.errors import UsageError
+from bozzetto.models.store import read_config
+from bozzetto.pipeline import Pipeline
+
+SPLITS = ("test", "train")
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """images: uint8 [N, S, S, 3] at the model's size; labels: int64 [N], -1 for a class unknown to the model."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def balanced(self, classes: int, count: int) -> np.ndarray:
+        """Rows of at most `count` images, all classes in turn, as samples are drawn; stops when a class runs out."""
+        rows = [np.flatnonzero(self.labels == label) for label in range(classes)]
+        turns = min(min(map(len, rows)), -(-count // classes))
+        return np.stack([r[:turns] for r in rows], 1).flatten()[:count]
+
+
+def data_path(pipe: Pipeline, asked: str | Path | None) -> Path:
+    """The data given, or those that the model's config.json says it was trained on."""
+    if asked is None:
+        recipe = read_config(pipe.folder).get("recipe", {}) if pipe.folder else {}
+        asked = recipe.get("test", {}).get("path")
+        if asked is None:
+            raise UsageError(f"model {pipe.name!r} does not say which data it was trained on: give --data")
+        if not Path(asked).exists():
+            raise UsageError(f"the data that {pipe.name!r} was trained on are not at {asked}: give --data")
+    path = Path(asked)
+    if not path.exists():
+        raise UsageError(f"data = {str(path)!r} not found (allowed: a parquet file, or a folder with train/ and test/)")
+    return path
+
+
+def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
+    """One split of a parquet file, or of a folder with sub-folders train and test, each with one folder per class."""
+    if path.is_dir():
+        if not (path / split).is_dir():
+            raise UsageError(f"{path} has no sub-folder {split!r} (wanted: {' and '.join(SPLITS)})")
+        found = read_folder(path / split)
+    else:
+        found = read_parquet(path, split)
+    size = pipe.tokenizer.config.image_size
+    parts = [as_bytes(evaluation_view(found.images[i : i + 256], size)) for i in range(0, len(found), 256)]
+    names = [name.lower() for name in found.classes]
+    label = np.array([pipe.classes.index(name) if name in pipe.classes else -1 for name in names], np.int64)
+    return Photographs(np.concatenate(parts), label[found.labels])
+
+
+def as_bytes(pixels: torch.Tensor) -> np.ndarray:
+    """float [B, 3, S, S] in [0, 1] -> uint8 [B, S, S, 3]."""
+    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+@torch.no_grad()
+def reconstructions(pipe: Pipeline, images: np.ndarray, batch: int = 32) -> np.ndarray:
+    """What the tokenizer keeps of images uint8 [N, S, S, 3]: encoded to tokens and decoded again, same shape."""
+    parts = []
+    for i in range(0, len(images), batch):
+        x = evaluation_view(images[i : i + batch], images.shape[1]).to(pipe.target.device)
+        parts.append(as_bytes(pipe.tokenizer.decode(pipe.tokenizer.encode(x))))
+    return np.concatenate(parts)

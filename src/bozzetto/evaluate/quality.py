@@ -1,0 +1,67 @@
+"""Two questions that distances do not answer: is the class right, and are training images recited?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bozzetto.evaluate.metrics import Interval, interval, mean_interval
+
+_SHRINKAGE = 0.1  # towards a round covariance: there are more features than a class has images
+_CLOSE = 0.05
+
+
+class ClassProbe:
+    """Linear discriminant analysis on features of real images: which class does a picture show? One covariance for all
+    classes, shrunk; every class is as likely as the others, however many images it has.
+
+    features: float64 [N, d]; labels: int64 [N]; classes: how many there are.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int):
+        x = features.double()
+        means = torch.stack([x[labels == k].mean(0) for k in range(classes)])
+        within = x - means[labels]
+        covariance = within.T @ within / max(1, len(x) - classes)
+        round_part = covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(x.shape[1], dtype=torch.float64)
+        self.weight = torch.linalg.solve((1 - _SHRINKAGE) * covariance + _SHRINKAGE * round_part, means.T)
+        self.bias = -0.5 * (means.T * self.weight).sum(0)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Likeliest class: int64 [n]."""
+        return (features.double() @ self.weight + self.bias).argmax(1)
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Distances to the nearest training image, in feature space, of samples against photographs that were not trained
+    on. distance, distance_unseen: medians; close: share of samples that are nearer than the nearest 5% of the unseen
+    photographs (5% would be expected of new photographs); nearer: probability that a sample is nearer to its training
+    image than an unseen photograph is to its own (one half for new photographs, one for copies; the test of Meehan et
+    al., arXiv 2004.05675)."""
+
+    distance: float
+    distance_unseen: float
+    close: Interval
+    nearer: Interval
+
+
+def nearest(features: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to the nearest training image and its row: float64 [n], int64 [n]."""
+    found = torch.cdist(features.double(), training.double()).min(1)
+    return found.values, found.indices
+
+
+def memorisation(samples: Tensor, unseen: Tensor, w: Tensor, v: Tensor) -> Memorisation:
+    """From nearest distances of samples [n] and unseen photographs [m], with resamples w [R, n], v [R, m]."""
+    limit = torch.quantile(unseen, _CLOSE)
+    ahead = (samples[:, None] < unseen[None]).double() + 0.5 * (samples[:, None] == unseen[None]).double()
+    replicates = ((w @ ahead) * v).sum(1) / (w.sum(1) * v.sum(1))
+    return Memorisation(
+        distance=float(samples.median()),
+        distance_unseen=float(unseen.median()),
+        close=mean_interval((samples < limit).double(), w),
+        nearer=interval(float(ahead.mean()), replicates),
+    )

@@ -1,0 +1,226 @@
+"""What can be typed: one frozen dataclass per verb. Its docstrings are the help texts; unknown YAML keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@checked(frozen=True, config=_STRICT)
+class Generate:
+    """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
+
+    Example: bozzetto generate tulip rose --count 4 --seed 7 --out flowers
+    """
+
+    classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
+    """Class names or numbers, taken in turn until --count is reached. None: all classes of the model."""
+    model: str = "flowers"
+    """A shipped model by name, or a model folder (see `bozzetto models`)."""
+    count: int | None = None
+    """How many images in all. Not given: one for each class."""
+    seed: int = 0
+    """Image i of a seed is the same picture in any batch and with any number of images around it."""
+    drafter: str = "jacobi"
+    """jacobi: guess several tokens ahead and check them in one pass; none: plain sequential decoding."""
+    rule: str = "seed-exact"
+    """seed-exact: the very tokens that sequential decoding of the seed gives; exact: the same law, other tokens."""
+    window: int = 0
+    """Positions scored in one pass. 0: chosen for the batch."""
+    guidance: float = 2.0
+    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
+    temperature: float = 1.0
+    """Above 0; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the K likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
+    batch: int = 4
+    """Images decoded together."""
+    dtype: str = "float32"
+    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
+    out: Path = Path("out")
+    """Folder for the results. It appears, or changes, only when everything is done."""
+    config: Path | None = None
+    """YAML file with any of these options (top_k: 100). Options on the command line win over it."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Bench:
+    """Measure decoding methods against our own sequential engine: interleaved rounds, medians and ranges.
+
+    Example: bozzetto bench --batch 1,4 --guidance 1,2 --json bench.json
+    """
+
+    model: str = "flowers"
+    """A shipped model by name, or a model folder."""
+    methods: str = "none,jacobi/seed-exact,jacobi/exact"
+    """none, or DRAFTER/RULE, separated by commas. none and the bare loop of passes always take part."""
+    count: int = 4
+    """Images per method and setting, rounded up to whole batches."""
+    rounds: int = 3
+    """At least this many rounds, a batch each."""
+    batch: str = "1"
+    """Batch sizes, separated by commas."""
+    guidance: str = "2"
+    """Guidance scales, separated by commas."""
+    window: str = "0"
+    """Windows, separated by commas. 0: chosen for the batch."""
+    top_k: str = "0"
+    """Values of top-k, separated by commas. 0: all tokens."""
+    temperature: float = 1.0
+    """Shared by all methods."""
+    top_p: float = 1.0
+    """Shared by all methods."""
+    seed: int = 0
+    """Seed of the images."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    threads: int = 0
+    """CPU threads. 0: as torch chooses."""
+    json: Path | None = None
+    """Also write {settings, results} to this file."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Sample:
+    """Sample many images into a folder of shards: resumable, and by any number of processes under torchrun.
+
+    Example: bozzetto sample --count 1000 --batch 8 --npz --out samples
+    Example: torchrun --nproc-per-node 2 -m bozzetto sample --count 50000 --out samples
+    """
+
+    classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
+    """Class names or numbers, taken in turn. None: all classes of the model."""
+    model: str = "flowers"
+    """A shipped model by name, or a model folder."""
+    method: str = "jacobi/seed-exact"
+    """none, or DRAFTER/RULE."""
+    count: int = 1000
+    """Images 0 to count - 1 of the seed. A larger count later adds to the folder."""
+    seed: int = 0
+    """Image i of a seed is the same for any number of processes (float32)."""
+    window: int = 0
+    """Positions scored in one pass. 0: chosen for the batch."""
+    guidance: float = 2.0
+    """Classifier-free guidance, 1 or more."""
+    temperature: float = 1.0
+    """Above 0; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the K likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that make up this probability."""
+    batch: int = 8
+    """Images decoded together, and images per shard."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    npz: bool = False
+    """When all images are there, also write samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 labels), the format of the
+    usual ImageNet evaluators."""
+    out: Path = Path("out/samples")
+    """Folder of the samples. The same command goes on where it stopped."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Evaluate:
+    """Measure picture quality and speed of methods in one run, or test whether two samplers draw from the same law.
+
+    Example: bozzetto evaluate --methods none,jacobi/exact --count 500 --reference test --json quality.json
+    Example: bozzetto evaluate --compare none jacobi/exact --count 500
+    """
+
+    model: str = "flowers"
+    """A shipped model by name, or a model folder."""
+    methods: str = "none,jacobi/exact,jacobi/seed-exact"
+    """none, or DRAFTER/RULE, separated by commas. none always takes part."""
+    count: int = 500
+    """Images per method."""
+    reference: str = "test"
+    """Photographs to compare with: test, train, or both separated by a comma."""
+    compare: tuple[str, str] | None = None
+    """Instead of quality: the same-law test on two methods or folders of samples."""
+    data: Path | None = None
+    """Photographs: a parquet file with a split column, or a folder with train/ and test/. Not given: the data that the
+    model's config.json names."""
+    extractor: str = "efficientnet-lite0"
+    """efficientnet-lite0, or a TorchScript file such as an Inception network."""
+    bootstrap: int = 100
+    """Resamples behind every interval."""
+    seed: int = 0
+    """Seed of the images."""
+    window: int = 0
+    """Positions scored in one pass. 0: chosen for the batch."""
+    guidance: float = 2.0
+    """Shared by all methods."""
+    temperature: float = 1.0
+    """Shared by all methods."""
+    top_k: int = 0
+    """Shared by all methods. 0: all tokens."""
+    top_p: float = 1.0
+    """Shared by all methods."""
+    batch: int = 8
+    """Images decoded together."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    out: Path = Path("out/evaluate")
+    """Folder for samples and results: a run for `bozzetto report`. The same command goes on where it stopped."""
+    json: Path | None = None
+    """Also write the results to this file."""
+    progress: bool = False
+    """Show progress bars even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Report:
+    """Put runs together on one HTML page: pictures, acceptance maps, speed and quality, where it all came from.
+
+    Example: bozzetto report out/evaluate --out report.html
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of generate, sample or evaluate; JSON files of evaluate or bench."""
+    out: Path = Path("report.html")
+    """The page: one file that needs nothing else."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Models:
+    """List the models that are shipped, or those found in a folder."""
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """A model folder, or a folder that holds model folders."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Train:
+    """Train a tokenizer or a target from a YAML recipe. Interrupt at will: the same command resumes."""
+
+    what: tyro.conf.Positional[Literal["tokenizer", "target"]]
+    """What to train. A target needs a trained tokenizer."""
+    recipe: tyro.conf.Positional[Path]
+    """YAML file; recipes/ has those of the shipped models."""
+
+
+COMMANDS: Any = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+)

@@ -1,0 +1,354 @@
+"""Putting the page together: what of the runs goes where, and the words around it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bozzetto.engine.trace import PassTrace, acceptance_by_offset, mean_progress
+from bozzetto.errors import UsageError
+from bozzetto.files import write_text
+from bozzetto.output import check_writable
+from bozzetto.report import figures as draw
+from bozzetto.report.runs import BENCH, Drawn, Figure, Run, figure_of, read_runs
+
+MOST_SHOWN, MOST_MAPS = 24, 8
+SEQUENTIAL, BARE = "none", "bare"
+# Rows of an evaluation that are no decoding methods: what they are, in words.
+YARDSTICKS = {
+    "photographs": "real photographs of the other split",
+    "reconstructions": "the same photographs through the tokenizer and back",
+}
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
+_QUALITY = (
+    ("frechet", "", 1),
+    ("frechet_change", "change from none", 1),
+    ("kernel", "kernel distance ×1000", 1000),
+    ("precision", "precision", 1),
+    ("recall", "recall", 1),
+    ("consistency", "class recognised", 1),
+)
+_MEMORISATION = {
+    "distance": "median distance to the nearest training image",
+    "distance_unseen": "the same for unseen photographs",
+    "close": "share nearer than the nearest 5% of unseen photographs",
+    "nearer": "probability of being nearer than an unseen photograph",
+}
+
+Cell = dict[str, str]
+Table = dict[str, Any]
+
+
+def build_report(runs: Sequence[str | Path], out: str | Path, progress: bool = False) -> Path:
+    """Write one self-contained HTML file about `runs` to `out`, whole or not at all; returns its path.
+
+    A run is a folder written by generate, sample or evaluate, or a JSON file of evaluate or bench. Equal runs give
+    equal bytes. progress: show a bar. Raises UsageError for anything that is not a run, for an `out` that cannot be
+    written and where jinja2 or matplotlib is missing; OSError on a full disk.
+    """
+    out = Path(out)
+    check_writable(out)
+    with draw.drawing(), tqdm(total=len(runs) + 2, desc="report", unit="step", disable=not progress) as bar:
+        study = _Study.of(read_runs(runs, bar.update))
+        bar.update()
+        try:
+            text = _render(study.page())
+        except (TypeError, ValueError, KeyError) as error:
+            if isinstance(error, UsageError):
+                raise
+            wanted = ", ".join(repr(str(run)) for run in runs)
+            raise UsageError(f"{wanted}: the figures do not read as those of a run: {error}") from error
+        write_text(out, text)
+        bar.update()
+    return out
+
+
+def _render(content: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(content)
+
+
+@dataclass
+class _Study:
+    """The runs under the names that the page gives their methods. drawn, rows: by label; rows are those of evaluations
+    without the yardsticks."""
+
+    runs: list[Run]
+    labels: dict[tuple[str, str], str]
+    drawn: dict[str, Drawn]
+    rows: dict[str, list[dict[str, Any]]]
+    styles: dict[str, draw.Style]
+
+    @classmethod
+    def of(cls, runs: list[Run]) -> _Study:
+        pairs = dict.fromkeys((r.name, m) for r in runs for m in _methods(r))
+        often = Counter(method for _, method in pairs)
+        labels = {(run, m): m if often[m] == 1 else f"{m} ({run})" for run, m in pairs}
+        drawn = {labels[run.name, d.method]: d for run in runs for d in run.drawn}
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            for row in run.results:
+                if row["method"] not in YARDSTICKS:
+                    rows.setdefault(labels[run.name, row["method"]], []).append(row)
+        methods = {label: method for (_, method), label in labels.items()}
+        benched = {row["method"]: row["method"] for run in runs for row in run.bench}
+        return cls(runs, labels, drawn, rows, draw.styles_of({**methods, **benched}))
+
+    def page(self) -> dict[str, Any]:
+        """What the template needs."""
+        ids = (f"figure{i}" for i in count(1))
+        traced = {label: d.traces for label, d in self.drawn.items() if d.traces}
+        drafting = {label: t for label, t in traced.items() if any(sum(one.drafted) for one in t)}
+        shown = self._shown()
+        models = ", ".join(dict.fromkeys(run.model for run in self.runs))
+        return {
+            "models": models,
+            "methods": list(dict.fromkeys([*self.labels.values(), *(self.styles if not self.labels else ())])),
+            "lead": self._lead(),
+            "tiles": self._tiles(),
+            "notes": [note for run in self.runs for note in run.notes] + self._capped(),
+            "rules": {m.partition("/")[2] for run in self.runs for m in [*_methods(run), *_benched(run)]},
+            "sheets": self._sheets(shown),
+            "maps": self._maps(shown, drafting, ids),
+            "without_drafts": [label for label in traced if label not in drafting],
+            "acceptance": _when(drafting, lambda: self._acceptance(drafting, next(ids))),
+            "passes": _when(traced, lambda: self._passes(shown, traced, ids)),
+            "scatters": self._scatters(ids),
+            "bench_plot": self._bench_plot(ids),
+            "quality": [t for run in self.runs for t in self._quality(run)],
+            "speed": self._speed(),
+            "bench": [_bench_table(run) for run in self.runs if run.bench],
+            "memorisation": [self._recited(run) for run in self.runs if run.memorisation],
+            "provenance": [_provenance(run) for run in self.runs],
+            "styles": self.styles,
+        }
+
+    def _capped(self) -> list[str]:
+        return [
+            f"{label}: figures over the first {len(d.index)} of {d.total} images."
+            for label, d in self.drawn.items()
+            if len(d.index) < d.total
+        ]
+
+    def _tiles(self) -> list[dict[str, Any]]:
+        """One per method: tokens per pass, speed-up, change of the distance."""
+        tiles = []
+        for label in dict.fromkeys(self.labels.values()):
+            row = next(iter(self.rows.get(label, [])), {})
+            rate, change, distance = self._rate(label), figure_of(row, "frechet_change"), figure_of(row, "frechet")
+            stats = [("tokens per target pass", _cell(rate))] if rate else []
+            speedup = figure_of(row, "speedup")
+            if speedup:
+                stats.append(("times as fast as sequential decoding", _cell(speedup)))
+            name = _distance(self._run_of(label))
+            if change:
+                stats.append((f"change of the {name}, against {row.get('reference')}", _cell(change, sign=True)))
+            elif distance:
+                stats.append((f"{name}, against {row.get('reference')}", _cell(distance)))
+            tiles.append({"label": label, "colour": self.styles[label].colour, "stats": stats})
+        return tiles or self._bench_tiles()
+
+    def _bench_tiles(self) -> list[dict[str, Any]]:
+        rows = [row for run in self.runs for row in run.bench if row["method"] != BARE]
+        tiles = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            stats = []
+            for key, words in (
+                ("tokens_per_pass", "tokens per target pass"),
+                ("speedup", "times as fast as sequential decoding"),
+            ):
+                values = [f.value for f in (figure_of(row, key) for row in mine) if f]
+                if values:
+                    ends = " to ".join(dict.fromkeys([_number(min(values), 2), _number(max(values), 2)]))
+                    stats.append((f"{words}, over {len(mine)} settings", {"text": ends, "range": ""}))
+            tiles.append({"label": method, "colour": self.styles[method].colour, "stats": stats})
+        return tiles
+
+    def _rate(self, label: str) -> Figure | None:
+        """Tokens per target pass, as the evaluation says or else from the traces."""
+        said = figure_of(next(iter(self.rows.get(label, [])), {}), "tokens_per_pass")
+        mine = self.drawn[label].tokens_per_pass if label in self.drawn else None
+        return said or (Figure(mine) if mine is not None else None)
+
+    def _run_of(self, label: str) -> Run:
+        name = next(run for (run, _), mine in self.labels.items() if mine == label)
+        return next(run for run in self.runs if run.name == name)
+
+    def _lead(self) -> str:
+        """The page in one sentence."""
+        timed = {label: figure_of(rows[0], "speedup") for label, rows in self.rows.items()}
+        best = max((label for label, f in timed.items() if f), key=lambda m: timed[m] or Figure(0), default=None)
+        if best is not None and _cell(timed[best])["range"]:
+            speed, rate, change = timed[best], self._rate(best), figure_of(self.rows[best][0], "frechet_change")
+            words = f"{best} is {_cell(speed)['text']} times as fast as sequential decoding ({_cell(speed)['range']})"
+            words += f", at {_cell(rate)['text']} tokens per target pass" if rate else ""
+            if change:
+                cell, name = _cell(change, sign=True), _distance(self._run_of(best))
+                words += f"; its {name} differs from sequential decoding's by {cell['text']} ({cell['range']})"
+            return words + "."
+        rates = {label: self._rate(label) for label in self.drawn}
+        parts = [f"{label} {_cell(rate)['text']}" for label, rate in rates.items() if rate]
+        return f"Tokens per target pass: {', '.join(parts)}." if parts else ""
+
+    def _shown(self) -> dict[str, list[int]]:
+        """Rows of the images on the page, by label: the first that all methods have, or else each method's first."""
+        keys = {m: list(zip(d.index, d.class_names, strict=True)) for m, d in self.drawn.items()}
+        common = set.intersection(*map(set, keys.values())) if keys else set()
+        chosen = {m: [i for i, k in enumerate(own) if not common or k in common] for m, own in keys.items()}
+        return {label: rows[:MOST_SHOWN] for label, rows in chosen.items()}
+
+    def _sheets(self, shown: Mapping[str, list[int]]) -> list[dict[str, Any]]:
+        pixels = {label: [self.drawn[label].load(i) for i in rows] for label, rows in shown.items()}
+        base = next((label for label, d in self.drawn.items() if d.method == SEQUENTIAL), None)
+        sheets = []
+        for label, rows in shown.items():
+            d = self.drawn[label]
+            shots = [{"src": draw.picture_uri(p), **_name(d, i)} for p, i in zip(pixels[label], rows, strict=True)]
+            same = None
+            if base is not None and base != label and [_name(d, i) for i in rows] == [
+                _name(self.drawn[base], i) for i in shown[base]
+            ]:
+                same = sum(np.array_equal(a, b) for a, b in zip(pixels[label], pixels[base], strict=True))
+            sheets.append({"label": label, "shots": shots, "total": d.total, "same": same, "base": base})
+        return sheets
+
+    def _maps(
+        self, shown: Mapping[str, list[int]], drafting: Mapping[str, list[PassTrace]], ids: Any
+    ) -> dict[str, Any] | None:
+        """Overlays of a few images and the mean map of each method that drafts."""
+        if not drafting:
+            return None
+        picked = {label: shown[label][:MOST_MAPS] for label in drafting}
+        highest = max((int(drafting[m][i].offsets().max()) for m, rows in picked.items() for i in rows), default=1)
+        colours = draw.offset_colours(min(max(highest, 1), draw.MOST_OFFSETS))
+        groups = []
+        for label, rows in picked.items():
+            d, traces = self.drawn[label], drafting[label]
+            items = []
+            for i in rows:
+                mask = draw.overlay(traces[i], d.grid, colours)
+                kept, passes = float((mask[..., 3] > 0).mean()), len(traces[i].committed)
+                sources = {"src": draw.picture_uri(d.load(i)), "mask": draw.overlay_uri(mask)}
+                items.append({**sources, **_name(d, i), "kept": f"{100 * kept:.0f}%", "passes": passes})
+            groups.append({"label": label, "items": items, "grid": d.grid, "total": d.total})
+        legend = [{"colour": f"#{bytes(c).hex()}", "offset": str(j)} for j, c in enumerate(colours, 1)]
+        if highest > len(colours):
+            legend[-1]["offset"] += " or more"
+        return {"groups": groups, "legend": legend, "means": self._means(drafting, ids)}
+
+    def _means(self, drafting: Mapping[str, list[PassTrace]], ids: Any) -> list[dict[str, Any]]:
+        means = {}
+        for label, traces in drafting.items():
+            grid = self.drawn[label].grid
+            means[label] = np.mean([t.offsets() > 0 for t in traces], 0).reshape(grid, grid)
+        top = max(0.1, math.ceil(10 * max(float(m.max()) for m in means.values())) / 10)
+        return [
+            {
+                "label": label,
+                "svg": draw.mean_map(mean, top, label, next(ids)),
+                "images": len(drafting[label]),
+                "mean": f"{100 * float(mean.mean()):.0f}%",
+            }
+            for label, mean in means.items()
+        ]
+
+    def _acceptance(self, drafting: Mapping[str, list[PassTrace]], name: str) -> dict[str, Any]:
+        curves = {label: acceptance_by_offset(traces) for label, traces in drafting.items()}
+        offered = {label: int(o.sum()) for label, (o, _) in curves.items()}
+        shares = {m: f"{100 * k.sum() / o.sum():.0f}%" for m, (o, k) in curves.items()}
+        return {"svg": draw.acceptance_figure(curves, self.styles, name), "offered": offered, "shares": shares}
+
+    def _passes(
+        self, shown: Mapping[str, list[int]], traced: Mapping[str, list[PassTrace]], ids: Any
+    ) -> dict[str, Any]:
+        curves = {label: mean_progress(traces) for label, traces in traced.items()}
+        first = {label: shown[label][0] for label in traced}
+        one = {label: traced[label][i] for label, i in first.items()}
+        names = dict.fromkeys(f"image {n['index']} ({n['class']})" for n in (_name(self.drawn[m], first[m]) for m in one))
+        return {
+            "svg": draw.progress_figure(curves, self.styles, next(ids)),
+            "strip": draw.strip_figure(one, self.styles, next(ids)),
+            "image": ", ".join(names),
+            "average": {
+                label: f"{np.mean([len(t.committed) for t in traces]):.1f}" for label, traces in traced.items()
+            },
+        }
+
+    def _scatters(self, ids: Any) -> list[dict[str, Any]]:
+        """Speed against quality: a panel per evaluation and reference."""
+        panels = []
+        for run in self.runs:
+            for reference in dict.fromkeys(row.get("reference") for row in run.results):
+                rows = [row for row in run.results if row.get("reference") == reference]
+                points, lines = [], {}
+                for row in rows:
+                    x, y = figure_of(row, "speedup"), figure_of(row, "frechet")
+                    if row["method"] in YARDSTICKS and y:
+                        lines[row["method"]] = y
+                    elif x and y:
+                        points.append(draw.Point(self.labels[run.name, row["method"]], x, y))
+                if points:
+                    axis = f"{_distance(run, capital=True)}\n({run.settings.get('extractor', 'unnamed features')})"
+                    svg = draw.quality_figure(points, lines, axis, self.styles, next(ids))
+                    described = {name: YARDSTICKS[name] for name in lines}
+                    panels.append({"reference": reference, "run": run.name, "svg": svg, "lines": described})
+        return panels
+
+    def _bench_plot(self, ids: Any) -> str | None:
+        points = []
+        for row in (row for run in self.runs for row in run.bench if row["method"] != BARE):
+            x, y = figure_of(row, "tokens_per_pass"), figure_of(row, "speedup")
+            if x and y:
+                points.append(draw.Point(row["method"], x, y))
+        return draw.bench_figure(points, self.styles, next(ids)) if points else None
+
+    def _quality(self, run: Run) -> list[Table]:
+        tables = []
+        for reference in dict.fromkeys(row.get("reference") for row in run.results):
+            rows = [row for row in run.results if row.get("reference") == reference]
+            header = ["method", *(words or _distance(run, capital=True) for _, words, _ in _QUALITY), "images"]
+            cells = []
+            for row in rows:
+                name = self.labels.get((run.name, row["method"]), row["method"])
+                found = [_cell(figure_of(row, k), scale, k == "frechet_change") for k, _, scale in _QUALITY]
+                cells.append([_plain(name), *found, _plain(row.get("count"))])
+            against = f"{rows[0].get('reference_count', '')} {reference or ''} photographs".strip()
+            words = f"{run.name}: against {against}. Features: {run.settings.get('extractor', 'unnamed')}."
+            tables.append({"caption": words, "header": header, "rows": cells})
+        return tables
+
+    def _speed(self) -> Table | None:
+        rows = []
+        for label in dict.fromkeys(self.labels.values()):
+            row, drawn = next(iter(self.rows.get(label, [])), {}), self.drawn.get(label)
+            share = figure_of(row, "draft_share") or (
+                Figure(drawn.draft_share) if drawn and drawn.draft_share is not None else None
+            )
+            found = [self._rate(label), figure_of(row, "ms_per_pass")]
+            cells = [_cell(f) for f in [*found, figure_of(row, "images_per_second"), figure_of(row, "speedup")]]
+            if any(f for f in (*found, share)):
+                number = row.get("count") or (drawn.total if drawn else "")
+                rows.append([_plain(label), _plain(number), *cells, _percent(share)])
+        header = ["method", "images", "tokens per target pass", "ms per target pass", "images per second"]
+        header += ["times as fast as none", "time in drafting and verifying"]
+        return {"caption": "Speed by method.", "header": header, "rows": rows} if rows else None
+
+    def _recited(self, run: Run) -> Table:
+        keys = list(dict.fromkeys(k for row in run.memorisation for k in row if k != "method"))
+        rows = [
+            [_plain(self.labels.get((run.name, row["method"]), row["method"])), *(_cell(figure_of(row, k)) for k in keys)]
+            for row in run.memorisation
+        ]
+        header = ["method", *(_MEMORISATION.get(k, k.replace("_", " ")) for k in keys)]
+        return {"caption": f"{run.name}: nearest training images.", "header": header, "rows": rows}

@@ -1,0 +1,296 @@
+"""Reading runs: what `generate`, `sample`, `evaluate` and `bench` left behind, in one form for the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from bozzetto.engine.trace import PassTrace
+from bozzetto.errors import UsageError
+from bozzetto.output import MANIFEST
+from bozzetto.sampling import RUN, read_run, read_samples
+
+EVALUATION = "evaluation.json"
+GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"
+# Pixels of a run are held in memory together: very large runs are represented by their first images.
+MOST_READ = 2048
+_PROVENANCE = ("command", "commit", "versions", "machine", "time")
+_ALLOWED = (
+    f"a folder of generate ({MANIFEST}), sample ({RUN}) or evaluate ({EVALUATION}), "
+    "or a JSON file of evaluate or bench"
+)
+
+
+class Figure(NamedTuple):
+    """A number and the range around it (95% interval, or lowest and highest); low and high are None where unknown."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Drawn:
+    """Images of one method of one run, in index order. load(i): pixels of the i-th, uint8 [H, W, 3]; traces: one per
+    image, or None where the run kept none; grid: tokens per side; total: images in the run, of which `index` lists
+    those read; draft_share: share of the decoding time that went into drafting and verifying."""
+
+    method: str
+    index: list[int]
+    class_names: list[str]
+    load: Callable[[int], np.ndarray]
+    traces: list[PassTrace] | None
+    grid: int
+    total: int
+    draft_share: float | None = None
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens per target pass, averaged over images."""
+        if self.traces is None:
+            return None
+        return len(self.traces) * self.grid**2 / max(1, sum(len(t.committed) for t in self.traces))
+
+
+@dataclass
+class Run:
+    """One run. results, memorisation: rows of an evaluation; bench: rows of a benchmark; provenance: command, commit,
+    versions, machine, time; notes: what the reader of the page should know about it."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    drawn: list[Drawn] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    memorisation: list[dict[str, Any]] = field(default_factory=list)
+    bench: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.settings.get("model", "unknown model"))
+
+
+def read_runs(paths: Sequence[str | Path], tick: Callable[[], object] = lambda: None) -> list[Run]:
+    """Read every run, with a `tick` after each; their names are made unique. Raises UsageError naming the first that is
+    not a run."""
+    if not paths:
+        raise UsageError(f"no run given (allowed: {_ALLOWED})")
+    runs = []
+    for path in paths:
+        runs.append(read_any(path))
+        tick()
+    seen: Counter[str] = Counter()
+    for run in runs:
+        seen[run.name] += 1
+        if seen[run.name] > 1:
+            run.name = f"{run.name} #{seen[run.name]}"
+    return runs
+
+
+def read_any(path: str | Path) -> Run:
+    """One run of any kind, told by its content. Raises UsageError naming the path and what is allowed."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"run {str(path)!r} not found (allowed: {_ALLOWED})")
+    name = path.resolve().name
+    try:
+        if path.is_file():
+            return _of_json(name, path, _json(path))
+        for marker, read in ((EVALUATION, _evaluation_folder), (RUN, _samples_folder), (MANIFEST, _manifest_folder)):
+            if (path / marker).is_file():
+                return read(name, path)
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"run {str(path)!r} cannot be read: {type(error).__name__}: {error} (allowed: {_ALLOWED})"
+        ) from error
+    raise UsageError(f"{str(path)!r} is not a run: none of the known files is in it (allowed: {_ALLOWED})")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is not a run: not valid JSON: {error} (allowed: {_ALLOWED})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{str(path)!r} is not a run: its JSON is not an object (allowed: {_ALLOWED})")
+    return content
+
+
+def _of_json(name: str, path: Path, content: dict[str, Any]) -> Run:
+    """An evaluation or a benchmark without pictures."""
+    settings, rows = content.get("settings"), content.get("results")
+    known = isinstance(settings, dict) and isinstance(rows, list)
+    if known and content.get("kind") == "evaluation":
+        return _evaluation(name, content)
+    if known and rows and content.get("kind") in (None, BENCH) and all("batch" in row for row in _rows(rows)):
+        return Run(name, BENCH, *_split(settings), bench=[_ranged(row) for row in rows])
+    kind = content.get("kind")
+    raise UsageError(f"{str(path)!r} is not a run: its JSON is of kind {kind!r} (allowed: {_ALLOWED})")
+
+
+def _evaluation(name: str, content: dict[str, Any]) -> Run:
+    rows, recited = _rows(content["results"]), _rows(content.get("memorisation") or [])
+    for row in rows:
+        figure_of(row, "frechet")  # a malformed file is refused here, not half-way through the page
+    return Run(name, "evaluation", *_split(content["settings"]), results=rows, memorisation=recited)
+
+
+def _evaluation_folder(name: str, folder: Path) -> Run:
+    run = _evaluation(name, _json(folder / EVALUATION))
+    methods = [str(m) for m in run.settings.get("methods") or dict.fromkeys(r["method"] for r in run.results)]
+    made = []
+    for method in methods:
+        samples = folder / "samples" / method.replace("/", "-")
+        if (samples / RUN).is_file():
+            drawn, provenance = _drawn(samples, run.settings.get("count"))
+            run.drawn.append(drawn)
+            commit = str(provenance.get("commit") or "unknown")
+            made.append(f"{method}: commit {commit}, {provenance.get('time', 'time unknown')}")
+    if made:
+        run.provenance["samples"] = "; ".join(made)
+    else:
+        run.notes.append(f"{name}: its samples are not in the folder, so it has figures only.")
+    return run
+
+
+def _samples_folder(name: str, folder: Path) -> Run:
+    drawn, provenance = _drawn(folder, None)
+    settings, _ = _split(read_run(folder)["settings"])
+    return Run(name, SAMPLES, settings, provenance, drawn=[drawn])
+
+
+def _drawn(folder: Path, count: int | None) -> tuple[Drawn, dict[str, Any]]:
+    """The samples of a folder (its images 0..count-1) and where they come from."""
+    content = read_run(folder)
+    total = _held(folder) if count is None else int(count)
+    samples = read_samples(folder, min(total, MOST_READ) or None)
+    names = samples.settings.get("class_names") or []
+    seconds = [batch["seconds"] for batch in samples.batches]
+    drafting, decoding = (sum(s[k] for s in seconds) for k in ("draft", "target"))
+    drawn = Drawn(
+        method=str(samples.settings["method"]),
+        index=samples.index.tolist(),
+        class_names=[str(names[i]) if i < len(names) else str(i) for i in samples.label.tolist()],
+        load=lambda i: samples.pixels[i],
+        traces=samples.traces,
+        grid=_side(samples.tokens.shape[1]),
+        total=total,
+        draft_share=drafting / (drafting + decoding) if drafting + decoding else None,
+    )
+    return drawn, dict(content.get("provenance") or {})
+
+
+def _held(folder: Path) -> int:
+    """How many images the shards hold."""
+    total = 0
+    for shard in sorted(folder.glob("shard-*.npz")):
+        try:
+            with np.load(shard, allow_pickle=False) as content:
+                total += len(content["index"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{shard} cannot be read as a shard of samples: {error}") from error
+    return total
+
+
+def _manifest_folder(name: str, folder: Path) -> Run:
+    content = _json(folder / MANIFEST)
+    images = sorted(content["images"], key=lambda entry: int(entry["index"]))
+    if not images:
+        raise UsageError(f"{str(folder)!r} holds no images")
+    settings, provenance = _split({**content["settings"], **{k: content[k] for k in _PROVENANCE if k in content}})
+    grid, traced = _side(len(images[0]["tokens"])), all("trace" in entry for entry in images)
+    drafter, seconds = str(settings.get("drafter", "none")), content.get("seconds") or {}
+    decoding = seconds.get("draft", 0.0) + seconds.get("target", 0.0)
+    drawn = Drawn(
+        method=drafter if drafter == "none" else f"{drafter}/{settings.get('rule')}",
+        index=[int(entry["index"]) for entry in images],
+        class_names=[str(entry["class"]) for entry in images],
+        # Only the name counts: a manifest must not point outside its folder.
+        load=partial(_png, [folder / Path(str(entry["file"])).name for entry in images]),
+        traces=[_trace(entry, grid) for entry in images] if traced else None,
+        grid=grid,
+        total=len(images),
+        draft_share=seconds.get("draft", 0.0) / decoding if decoding else None,
+    )
+    run = Run(name, GENERATE, settings, provenance, drawn=[drawn])
+    if not traced:
+        run.notes.append(
+            f"{name}: its {MANIFEST} holds no traces of the target passes (an older version wrote it), so acceptance "
+            "maps, acceptance by offset and passes are left out for it."
+        )
+    return run
+
+
+def _png(files: Sequence[Path], i: int) -> np.ndarray:
+    """Pixels of the i-th file, uint8 [H, W, 3]. Raises UsageError for one that is missing or damaged."""
+    try:
+        with Image.open(files[i]) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UsageError(f"{str(files[i])!r} cannot be read as a picture: {error}") from error
+
+
+def _trace(entry: Mapping[str, Any], grid: int) -> PassTrace:
+    trace = PassTrace(*([int(n) for n in entry["trace"][k]] for k in ("committed", "accepted", "drafted")))
+    fits = len(trace.committed) == len(trace.accepted) == len(trace.drafted)
+    if not fits or sum(trace.committed) != grid**2:
+        raise ValueError(f"the trace of image {entry['index']} does not add up to its {grid**2} tokens")
+    return trace
+
+
+def _side(tokens: int) -> int:
+    side = math.isqrt(tokens)
+    if not side or side * side != tokens:
+        raise ValueError(f"{tokens} tokens do not make a square grid")
+    return side
+
+
+def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings, and where they come from."""
+    settings = {k: v for k, v in content.items() if k not in _PROVENANCE}
+    return settings, {k: content[k] for k in _PROVENANCE if k in content}
+
+
+def _rows(rows: Any) -> list[dict[str, Any]]:
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("method"), str) for r in rows):
+        raise ValueError("its results are not a list of rows with a method each")
+    return rows
+
+
+def _ranged(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the benchmark with `x`, `x_low`, `x_high` put together as intervals are in an evaluation."""
+    found = dict(row)
+    for name in [k for k in row if f"{k}_low" in row and f"{k}_high" in row]:
+        found[name] = {"value": row[name], "low": found.pop(f"{name}_low"), "high": found.pop(f"{name}_high")}
+    return found
+
+
+def figure_of(row: Mapping[str, Any], name: str) -> Figure | None:
+    """The figure of that name in a row: a number, or one with its interval; None where it is missing, null or not
+    finite. Raises ValueError for anything else."""
+    content = row.get(name)
+    if content is None:
+        return None
+    if isinstance(content, dict):
+        parts = [content.get(k) for k in ("value", "low", "high")]
+    else:
+        parts = [content, None, None]
+    if any(isinstance(p, bool) or not isinstance(p, int | float | None) for p in parts):
+        raise ValueError(f"{name} of {row.get('method')} is neither a number nor one with an interval: {content!r}")
+    value, low, high = (float(p) if p is not None and math.isfinite(p) else None for p in parts)
+    return None if value is None else Figure(value, low, high)

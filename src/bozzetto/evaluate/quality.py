@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bozzetto.evaluate.metrics import Interval, interval, mean_interval
 
-_SHRINKAGE = 0.1  # towards a round covariance: there are more features than a class has images
+_SHRINKAGE = 0.2  # towards a round covariance: there are more features than a class has images
 _CLOSE = 0.05
 
 

@@ -87,8 +87,8 @@ def drawing() -> Iterator[None]:
                 "grid.alpha": 0.3,
                 "grid.linewidth": 0.6,
                 "lines.linewidth": 1.8,
-                **{k: _GREY for k in ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")},
-                **{k: "none" for k in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")},
+                **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _GREY),
+                **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
             }
         )
         yield
@@ -203,11 +203,17 @@ def bench_figure(points: Sequence[Point], styles: Mapping[str, Style], name: str
 def _scatter(axes: Any, points: Sequence[Point], styles: Mapping[str, Style]) -> None:
     for point in points:
         look = styles[point.label]
-        errors = [_whiskers(f) for f in (point.x, point.y)]
         axes.errorbar(
-            [point.x.value], [point.y.value], xerr=errors[0], yerr=errors[1], fmt=look.marker, color=look.colour, ms=6.5,
-            elinewidth=1.3, capsize=2.5,
-        )  # fmt: skip
+            [point.x.value],
+            [point.y.value],
+            xerr=_whiskers(point.x),
+            yerr=_whiskers(point.y),
+            fmt=look.marker,
+            color=look.colour,
+            ms=6.5,
+            elinewidth=1.3,
+            capsize=2.5,
+        )
 
 
 def _whiskers(figure: Figure) -> np.ndarray | None:

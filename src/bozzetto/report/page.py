@@ -18,33 +18,25 @@ from bozzetto.errors import UsageError
 from bozzetto.files import write_text
 from bozzetto.output import check_writable
 from bozzetto.report import figures as draw
-from bozzetto.report.runs import BENCH, Drawn, Figure, Run, figure_of, read_runs
+from bozzetto.report.runs import Drawn, Figure, Run, figure_of, read_runs
+from bozzetto.report.tables import (
+    BARE,
+    YARDSTICKS,
+    Table,
+    bench_table,
+    cell,
+    distance_name,
+    memorisation_table,
+    number,
+    provenance_table,
+    quality_tables,
+    speed_row,
+    speed_table,
+)
 
 MOST_SHOWN, MOST_MAPS = 24, 8
-SEQUENTIAL, BARE = "none", "bare"
-# Rows of an evaluation that are no decoding methods: what they are, in words.
-YARDSTICKS = {
-    "photographs": "real photographs of the other split",
-    "reconstructions": "the same photographs through the tokenizer and back",
-}
+SEQUENTIAL = "none"
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
-_QUALITY = (
-    ("frechet", "", 1),
-    ("frechet_change", "change from none", 1),
-    ("kernel", "kernel distance ×1000", 1000),
-    ("precision", "precision", 1),
-    ("recall", "recall", 1),
-    ("consistency", "class recognised", 1),
-)
-_MEMORISATION = {
-    "distance": "median distance to the nearest training image",
-    "distance_unseen": "the same for unseen photographs",
-    "close": "share nearer than the nearest 5% of unseen photographs",
-    "nearer": "probability of being nearer than an unseen photograph",
-}
-
-Cell = dict[str, str]
-Table = dict[str, Any]
 
 
 def build_report(runs: Sequence[str | Path], out: str | Path, progress: bool = False) -> Path:
@@ -117,19 +109,19 @@ class _Study:
             "lead": self._lead(),
             "tiles": self._tiles(),
             "notes": [note for run in self.runs for note in run.notes] + self._capped(),
-            "rules": {m.partition("/")[2] for run in self.runs for m in [*_methods(run), *_benched(run)]},
+            "rules": {label.partition("/")[2].split(" (")[0] for label in self.styles},
             "sheets": self._sheets(shown),
             "maps": self._maps(shown, drafting, ids),
             "without_drafts": [label for label in traced if label not in drafting],
-            "acceptance": _when(drafting, lambda: self._acceptance(drafting, next(ids))),
-            "passes": _when(traced, lambda: self._passes(shown, traced, ids)),
+            "acceptance": self._acceptance(drafting, next(ids)) if drafting else None,
+            "passes": self._passes(shown, traced, ids) if traced else None,
             "scatters": self._scatters(ids),
             "bench_plot": self._bench_plot(ids),
-            "quality": [t for run in self.runs for t in self._quality(run)],
+            "quality": [t for run in self.runs for t in quality_tables(run, self.labels)],
             "speed": self._speed(),
-            "bench": [_bench_table(run) for run in self.runs if run.bench],
-            "memorisation": [self._recited(run) for run in self.runs if run.memorisation],
-            "provenance": [_provenance(run) for run in self.runs],
+            "bench": [bench_table(run) for run in self.runs if run.bench],
+            "memorisation": [memorisation_table(run, self.labels) for run in self.runs if run.memorisation],
+            "provenance": [provenance_table(run) for run in self.runs],
             "styles": self.styles,
         }
 
@@ -146,15 +138,15 @@ class _Study:
         for label in dict.fromkeys(self.labels.values()):
             row = next(iter(self.rows.get(label, [])), {})
             rate, change, distance = self._rate(label), figure_of(row, "frechet_change"), figure_of(row, "frechet")
-            stats = [("tokens per target pass", _cell(rate))] if rate else []
+            stats = [("tokens per target pass", cell(rate))] if rate else []
             speedup = figure_of(row, "speedup")
             if speedup:
-                stats.append(("times as fast as sequential decoding", _cell(speedup)))
-            name = _distance(self._run_of(label))
+                stats.append(("times as fast as sequential decoding", cell(speedup)))
+            name = distance_name(self._run_of(label))
             if change:
-                stats.append((f"change of the {name}, against {row.get('reference')}", _cell(change, sign=True)))
+                stats.append((f"change of the {name}, against {row.get('reference')}", cell(change, sign=True)))
             elif distance:
-                stats.append((f"{name}, against {row.get('reference')}", _cell(distance)))
+                stats.append((f"{name}, against {row.get('reference')}", cell(distance)))
             tiles.append({"label": label, "colour": self.styles[label].colour, "stats": stats})
         return tiles or self._bench_tiles()
 
@@ -170,10 +162,17 @@ class _Study:
             ):
                 values = [f.value for f in (figure_of(row, key) for row in mine) if f]
                 if values:
-                    ends = " to ".join(dict.fromkeys([_number(min(values), 2), _number(max(values), 2)]))
+                    ends = " to ".join(dict.fromkeys([number(min(values), 2), number(max(values), 2)]))
                     stats.append((f"{words}, over {len(mine)} settings", {"text": ends, "range": ""}))
             tiles.append({"label": method, "colour": self.styles[method].colour, "stats": stats})
         return tiles
+
+    def _speed(self) -> Table | None:
+        rows = []
+        for label in dict.fromkeys(self.labels.values()):
+            row, drawn = next(iter(self.rows.get(label, [])), {}), self.drawn.get(label)
+            rows.append(speed_row(label, row, drawn, self._rate(label)))
+        return speed_table([row for row in rows if row])
 
     def _rate(self, label: str) -> Figure | None:
         """Tokens per target pass, as the evaluation says or else from the traces."""
@@ -189,16 +188,16 @@ class _Study:
         """The page in one sentence."""
         timed = {label: figure_of(rows[0], "speedup") for label, rows in self.rows.items()}
         best = max((label for label, f in timed.items() if f), key=lambda m: timed[m] or Figure(0), default=None)
-        if best is not None and _cell(timed[best])["range"]:
+        if best is not None and cell(timed[best])["range"]:
             speed, rate, change = timed[best], self._rate(best), figure_of(self.rows[best][0], "frechet_change")
-            words = f"{best} is {_cell(speed)['text']} times as fast as sequential decoding ({_cell(speed)['range']})"
-            words += f", at {_cell(rate)['text']} tokens per target pass" if rate else ""
+            words = f"{best} is {cell(speed)['text']} times as fast as sequential decoding ({cell(speed)['range']})"
+            words += f", at {cell(rate)['text']} tokens per target pass" if rate else ""
             if change:
-                cell, name = _cell(change, sign=True), _distance(self._run_of(best))
-                words += f"; its {name} differs from sequential decoding's by {cell['text']} ({cell['range']})"
+                by, name = cell(change, sign=True), distance_name(self._run_of(best))
+                words += f"; its {name} differs from sequential decoding's by {by['text']} ({by['range']})"
             return words + "."
         rates = {label: self._rate(label) for label in self.drawn}
-        parts = [f"{label} {_cell(rate)['text']}" for label, rate in rates.items() if rate]
+        parts = [f"{label} {cell(rate)['text']}" for label, rate in rates.items() if rate]
         return f"Tokens per target pass: {', '.join(parts)}." if parts else ""
 
     def _shown(self) -> dict[str, list[int]]:
@@ -216,9 +215,11 @@ class _Study:
             d = self.drawn[label]
             shots = [{"src": draw.picture_uri(p), **_name(d, i)} for p, i in zip(pixels[label], rows, strict=True)]
             same = None
-            if base is not None and base != label and [_name(d, i) for i in rows] == [
-                _name(self.drawn[base], i) for i in shown[base]
-            ]:
+            if (
+                base is not None
+                and base != label
+                and [_name(d, i) for i in rows] == [_name(self.drawn[base], i) for i in shown[base]]
+            ):
                 same = sum(np.array_equal(a, b) for a, b in zip(pixels[label], pixels[base], strict=True))
             sheets.append({"label": label, "shots": shots, "total": d.total, "same": same, "base": base})
         return sheets
@@ -275,7 +276,9 @@ class _Study:
         curves = {label: mean_progress(traces) for label, traces in traced.items()}
         first = {label: shown[label][0] for label in traced}
         one = {label: traced[label][i] for label, i in first.items()}
-        names = dict.fromkeys(f"image {n['index']} ({n['class']})" for n in (_name(self.drawn[m], first[m]) for m in one))
+        names = dict.fromkeys(
+            f"image {n['index']} ({n['class']})" for n in (_name(self.drawn[m], first[m]) for m in one)
+        )
         return {
             "svg": draw.progress_figure(curves, self.styles, next(ids)),
             "strip": draw.strip_figure(one, self.styles, next(ids)),
@@ -299,7 +302,7 @@ class _Study:
                     elif x and y:
                         points.append(draw.Point(self.labels[run.name, row["method"]], x, y))
                 if points:
-                    axis = f"{_distance(run, capital=True)}\n({run.settings.get('extractor', 'unnamed features')})"
+                    axis = f"{distance_name(run)}\n({run.settings.get('extractor', 'unnamed features')})"
                     svg = draw.quality_figure(points, lines, axis, self.styles, next(ids))
                     described = {name: YARDSTICKS[name] for name in lines}
                     panels.append({"reference": reference, "run": run.name, "svg": svg, "lines": described})
@@ -313,42 +316,12 @@ class _Study:
                 points.append(draw.Point(row["method"], x, y))
         return draw.bench_figure(points, self.styles, next(ids)) if points else None
 
-    def _quality(self, run: Run) -> list[Table]:
-        tables = []
-        for reference in dict.fromkeys(row.get("reference") for row in run.results):
-            rows = [row for row in run.results if row.get("reference") == reference]
-            header = ["method", *(words or _distance(run, capital=True) for _, words, _ in _QUALITY), "images"]
-            cells = []
-            for row in rows:
-                name = self.labels.get((run.name, row["method"]), row["method"])
-                found = [_cell(figure_of(row, k), scale, k == "frechet_change") for k, _, scale in _QUALITY]
-                cells.append([_plain(name), *found, _plain(row.get("count"))])
-            against = f"{rows[0].get('reference_count', '')} {reference or ''} photographs".strip()
-            words = f"{run.name}: against {against}. Features: {run.settings.get('extractor', 'unnamed')}."
-            tables.append({"caption": words, "header": header, "rows": cells})
-        return tables
 
-    def _speed(self) -> Table | None:
-        rows = []
-        for label in dict.fromkeys(self.labels.values()):
-            row, drawn = next(iter(self.rows.get(label, [])), {}), self.drawn.get(label)
-            share = figure_of(row, "draft_share") or (
-                Figure(drawn.draft_share) if drawn and drawn.draft_share is not None else None
-            )
-            found = [self._rate(label), figure_of(row, "ms_per_pass")]
-            cells = [_cell(f) for f in [*found, figure_of(row, "images_per_second"), figure_of(row, "speedup")]]
-            if any(f for f in (*found, share)):
-                number = row.get("count") or (drawn.total if drawn else "")
-                rows.append([_plain(label), _plain(number), *cells, _percent(share)])
-        header = ["method", "images", "tokens per target pass", "ms per target pass", "images per second"]
-        header += ["times as fast as none", "time in drafting and verifying"]
-        return {"caption": "Speed by method.", "header": header, "rows": rows} if rows else None
+def _methods(run: Run) -> list[str]:
+    """Methods of a run that has pictures or an evaluation's figures, in their order."""
+    names = [d.method for d in run.drawn] + [row["method"] for row in run.results if row["method"] not in YARDSTICKS]
+    return list(dict.fromkeys(names))
 
-    def _recited(self, run: Run) -> Table:
-        keys = list(dict.fromkeys(k for row in run.memorisation for k in row if k != "method"))
-        rows = [
-            [_plain(self.labels.get((run.name, row["method"]), row["method"])), *(_cell(figure_of(row, k)) for k in keys)]
-            for row in run.memorisation
-        ]
-        header = ["method", *(_MEMORISATION.get(k, k.replace("_", " ")) for k in keys)]
-        return {"caption": f"{run.name}: nearest training images.", "header": header, "rows": rows}
+
+def _name(drawn: Drawn, i: int) -> dict[str, Any]:
+    return {"index": drawn.index[i], "class": drawn.class_names[i]}

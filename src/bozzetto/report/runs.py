@@ -26,8 +26,7 @@ GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"
 MOST_READ = 2048
 _PROVENANCE = ("command", "commit", "versions", "machine", "time")
 _ALLOWED = (
-    f"a folder of generate ({MANIFEST}), sample ({RUN}) or evaluate ({EVALUATION}), "
-    "or a JSON file of evaluate or bench"
+    f"a folder of generate ({MANIFEST}), sample ({RUN}) or evaluate ({EVALUATION}), or a JSON file of evaluate or bench"
 )
 
 
@@ -133,13 +132,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _of_json(name: str, path: Path, content: dict[str, Any]) -> Run:
     """An evaluation or a benchmark without pictures."""
-    settings, rows = content.get("settings"), content.get("results")
-    known = isinstance(settings, dict) and isinstance(rows, list)
-    if known and content.get("kind") == "evaluation":
-        return _evaluation(name, content)
-    if known and rows and content.get("kind") in (None, BENCH) and all("batch" in row for row in _rows(rows)):
-        return Run(name, BENCH, *_split(settings), bench=[_ranged(row) for row in rows])
-    kind = content.get("kind")
+    kind, settings, rows = content.get("kind"), content.get("settings"), content.get("results")
+    if isinstance(settings, dict) and isinstance(rows, list):
+        if kind == "evaluation":
+            return _evaluation(name, content)
+        if rows and kind in (None, BENCH) and all("batch" in row for row in _rows(rows)):
+            return Run(name, BENCH, *_split(settings), bench=[_ranged(row) for row in rows])
     raise UsageError(f"{str(path)!r} is not a run: its JSON is of kind {kind!r} (allowed: {_ALLOWED})")
 
 
@@ -286,10 +284,7 @@ def figure_of(row: Mapping[str, Any], name: str) -> Figure | None:
     content = row.get(name)
     if content is None:
         return None
-    if isinstance(content, dict):
-        parts = [content.get(k) for k in ("value", "low", "high")]
-    else:
-        parts = [content, None, None]
+    parts = [content.get(k) for k in ("value", "low", "high")] if isinstance(content, dict) else [content, None, None]
     if any(isinstance(p, bool) or not isinstance(p, int | float | None) for p in parts):
         raise ValueError(f"{name} of {row.get('method')} is neither a number nor one with an interval: {content!r}")
     value, low, high = (float(p) if p is not None and math.isfinite(p) else None for p in parts)

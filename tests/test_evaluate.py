@@ -22,6 +22,7 @@ from bozzetto.evaluate.evaluation import (
     EvaluateSettings,
     evaluate,
     evaluation_table,
+    identities,
     slug,
     speeds,
 )
@@ -103,6 +104,19 @@ def test_the_same_images_change_nothing(run):
         assert same["frechet_change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
         assert other["frechet_change"]["low"] < other["frechet_change"]["high"]
         assert rows[reference, "none"]["frechet_change"] is None
+        assert same["identical"] == 1.0 > other["identical"] and rows[reference, "photographs"]["identical"] is None
+
+
+def test_differing_images_are_counted_with_and_without_a_flag(run):
+    drawn = {m: read_samples(run[0] / "samples" / slug(m)) for m in ("none", "jacobi/seed-exact", "jacobi/exact")}
+    same = {"method": "jacobi/seed-exact", "count": 12, "differ": 0, "flagged": 0, "unflagged": 0}
+    assert identities(drawn, 0.0) == [same]
+    drawn["none"].tokens[3] += 1
+    drawn["none"].tokens[5] += 1
+    drawn["none"].margin[:] = 1.0
+    drawn["jacobi/seed-exact"].margin[:] = 1.0
+    drawn["jacobi/seed-exact"].margin[5] = 1e-6
+    assert identities(drawn, 1e-4) == [{**same, "differ": 2, "flagged": 1, "unflagged": 1}]
 
 
 def test_real_photographs_score_better_than_random_pictures(run):

@@ -25,7 +25,7 @@ from bozzetto.evaluate.quality import ClassProbe, memorisation, nearest
 from bozzetto.files import write_text, write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.output import table
-from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.pipeline import ROUNDING, GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
 from bozzetto.sampling import SampleRun, Samples, batched, method_settings, read_samples
 
@@ -124,6 +124,7 @@ def evaluate(
         },
         "results": results,
         "memorisation": recited,
+        "identity": identities(samples, ROUNDING[pipe.dtype]),
     }
     text = to_json(report)
     write_text(out / EVALUATION, text)
@@ -184,9 +185,16 @@ class _Study:
             elif method in self.samples and sequential is not None:
                 value = row["frechet"].value - sequential[0]
                 row["frechet_change"] = interval(value, replicates - sequential[1])
+            row["identical"] = self._identical(method)
             whole = {"method": method, "reference": reference, "count": len(features), "reference_count": len(target)}
             rows.append({**whole, **row, **speed.get(method, {})})
         return rows
+
+    def _identical(self, method: str) -> float | None:
+        """Share of images whose tokens are all those of sequential decoding; None for what has no tokens."""
+        if method not in self.samples:
+            return None
+        return float((self.samples[method].tokens == self.samples[SEQUENTIAL].tokens).all(1).mean())
 
     def _row(self, pair: Comparison, w: Tensor, v: Tensor) -> tuple[dict[str, Any], Tensor]:
         replicates = replicate(pair.frechet, w, v)
@@ -221,6 +229,20 @@ class _Study:
         captions = [[f"sample {i}", f"at {float(apart[i]):.1f}"] for i in closest]
         sheet = contact_sheet(np.concatenate(images), 8, [c for pair in captions for c in pair])
         write_whole(picture, lambda name: sheet.save(name, format="PNG"))
+
+
+def identities(samples: dict[str, Samples], tolerance: float) -> list[dict[str, Any]]:
+    """For methods whose rule is seed-exact: how many images differ from sequential decoding, how many are flagged as
+    near ties by either (margin below `tolerance`), and how many differ without a flag (none, if all is well)."""
+    base, found = samples[SEQUENTIAL], []
+    for method, drawn in samples.items():
+        if method == SEQUENTIAL or drawn.settings["rule"] != "seed-exact":
+            continue
+        differ = (drawn.tokens != base.tokens).any(1)
+        flagged = np.fmin(drawn.margin, base.margin) < tolerance
+        counts = {"differ": differ, "flagged": flagged, "unflagged": differ & ~flagged}
+        found.append({"method": method, "count": len(drawn), **{k: int(v.sum()) for k, v in counts.items()}})
+    return found
 
 
 def speeds(samples: dict[str, Samples], bootstrap: int) -> dict[str, dict[str, Any]]:
@@ -262,23 +284,29 @@ def _ratio(above: Tensor, below: Tensor, counts: Tensor) -> Interval:
 
 def evaluation_table(report: dict[str, Any]) -> str:
     """The figures for people, one block per reference."""
-    header = ["method", "Fréchet", "change", "kernel x1000", "precision", "recall", "class", "tok/pass", "speedup"]
+    header = ["method", "Fréchet", "change", "kernel x1000", "precision", "recall", "class", "same", "tok/pass"]
     blocks = []
     for reference in report["settings"]["references"]:
         chosen = [r for r in report["results"] if r["reference"] == reference]
         n, m = chosen[-1]["count"], chosen[-1]["reference_count"]
         blocks.append(f"against {reference} ({m} photographs, {n} samples each), {report['settings']['extractor']}")
-        blocks.append(table(header, [_cells(r) for r in chosen]) + "\n")
+        blocks.append(table([*header, "speedup"], [_cells(r) for r in chosen]) + "\n")
     head = ["method", "nearest training image", "of unseen photographs", "nearer than the nearest 5%", "nearer"]
     rows = [
         [r["method"], f"{r['distance']:.2f}", f"{r['distance_unseen']:.2f}", _shown(r["close"]), _shown(r["nearer"])]
         for r in report["memorisation"]
     ]
     resampled, accuracy = report["settings"]["bootstrap"], report["settings"]["class_probe_accuracy"]
-    note = f"95% intervals from {resampled} resamples. class: share in which a probe on these features agrees"
-    return "\n".join(
-        [*blocks, table(head, rows), f"{note} (it is right on {100 * accuracy:.1f}% of test photographs)."]
-    )
+    notes = [
+        f"95% intervals from {resampled} resamples. class: share in which a probe on these features agrees",
+        f"(it is right on {100 * accuracy:.1f}% of test photographs). same: share of images equal to those of none.",
+    ]
+    notes += [
+        "{method}: {differ} of {count} images differ from none, {unflagged} of them without a near-tie flag "
+        "({flagged} flagged).".format(**same)
+        for same in report["identity"]
+    ]
+    return "\n".join([*blocks, table(head, rows), *notes])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -287,7 +315,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     quality = [_shown(row["frechet"], 1), change, _shown(kernel, 2)]
     shares = [_shown(row[k]) for k in ("precision", "recall", "consistency")]
     rate = f"{row['tokens_per_pass']:.2f}" if row.get("tokens_per_pass") else ""
-    return [row["method"], *quality, *shares, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
+    same = "" if row["identical"] is None else f"{100 * row['identical']:.1f}%"
+    return [row["method"], *quality, *shares, same, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
 
 
 def _shown(i: dict[str, float], digits: int = 2, sign: str = "") -> str:

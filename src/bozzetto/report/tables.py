@@ -21,6 +21,7 @@ _QUALITY = (
     ("precision", "precision", 1),
     ("recall", "recall", 1),
     ("consistency", "class recognised", 1),
+    ("identical", "share identical to none", 1),
 )
 _MEMORISATION = {
     "distance": "median distance to the nearest training image",
@@ -34,7 +35,7 @@ _BENCH = {
     "images_per_second": "images per second",
     "speedup": "times as fast as none",
 }
-_MOST_DIGITS = 4
+_MOST_DIGITS = 3
 
 Cell = dict[str, str]
 Table = dict[str, Any]

@@ -74,3 +74,17 @@ def test_the_asset_is_complete_and_small() -> None:
     assert config["class_names"] == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
     assert "photographers" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert sum(p.stat().st_size for p in folder.iterdir()) < 60e6
+
+
+def test_pixels_do_not_depend_on_the_number_of_threads(pipe: Pipeline) -> None:
+    tokens = torch.randint(2048, (6, 256), generator=torch.Generator().manual_seed(0))
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append([np.asarray(picture) for picture in pipe.pictures(tokens)])
+            made.append([np.asarray(pipe.decode(row)) for row in tokens])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(other, made[0]) for other in made[1:])

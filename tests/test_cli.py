@@ -224,7 +224,7 @@ def test_a_cancelled_run_exits_130_and_leaves_nothing_behind(number, tiny_model,
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    monkeypatch.setattr(Pipeline, "decode", interrupted)
+    monkeypatch.setattr(Pipeline, "pictures", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         assert run("generate", "--model", tiny_model, "--out", empty / "a" / "out") == 130

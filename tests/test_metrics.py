@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.evaluate.features import features_of, make_extractor
-from bozzetto.evaluate.metrics import Comparison, interval, mean_interval, replicate, resamples
+from bozzetto.evaluate.metrics import Comparison, interval, mean_interval, median_interval, replicate, resamples
 from bozzetto.evaluate.quality import ClassProbe, memorisation, nearest
 
 pytest.importorskip("torchmetrics")
@@ -133,6 +133,12 @@ def test_a_mean_has_its_textbook_interval():
     assert found.high - found.low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.15)
 
 
+def test_a_median_of_repeated_values_is_the_median_of_the_repetition():
+    values, counts = gaussian(51, 1, 7)[:, 0], resamples(51, 30, 0)
+    found = [float(values.repeat_interleave(c.long()).median()) for c in counts]
+    assert median_interval(values, counts) == interval(float(values.median()), torch.tensor(found, dtype=torch.float64))
+
+
 def test_frechet_intervals_cover_what_other_samples_give():
     """The figure at this sample size, over fresh samples, lies in nine of ten intervals (95% is the aim)."""
     centre = torch.tensor(
@@ -161,6 +167,10 @@ def test_copies_of_training_images_are_noticed_and_new_images_are_not():
     w, v = resamples(200, 100, 0), resamples(200, 100, 1)
     apart = [nearest(x, training)[0] for x in (copied, new, unseen)]
     found, fresh = memorisation(apart[0], apart[2], w, v), memorisation(apart[1], apart[2], w, v)
-    assert found.close.value > 0.9 and found.nearer.value > 0.95 and found.distance < 0.1 * found.distance_unseen
+    assert (
+        found.close.value > 0.9
+        and found.nearer.value > 0.95
+        and found.distance.value < 0.1 * found.distance_unseen.value
+    )
     assert fresh.nearer.low < 0.5 < fresh.nearer.high and fresh.close.value < 0.15
     assert torch.equal(nearest(copied, training)[1], torch.arange(200))

@@ -72,10 +72,10 @@ def evaluation_of(methods: tuple[str, ...]) -> dict:
             row |= {name: interval(10.0 + i) for name in ("frechet", "kernel", "precision", "recall", "consistency")}
             row["frechet_change"] = interval(0.25) if method.startswith("jacobi") else None
             if i > 1:
-                row |= {"tokens_per_pass": 1.5, "ms_per_pass": 4.0, "draft_share": 0.1}
+                row |= {"tokens_per_pass": interval(1.5), "ms_per_pass": interval(4.0), "draft_share": 0.1}
                 row |= {"speedup": interval(1.0 + i), "images_per_second": interval(2.0)}
             rows.append(row)
-    nearest = {"distance": 5.0, "distance_unseen": 6.0, "close": interval(0.04), "nearer": interval(0.5)}
+    nearest = {"distance": interval(5.0), "distance_unseen": 6.0, "close": interval(0.04), "nearer": interval(0.5)}
     settings = {"model": "tiny", "methods": list(methods), "count": 6, "extractor": "mean colours", "bootstrap": 9}
     settings |= {"command": "bozzetto evaluate --count 6", "commit": "0123abc", "time": "2026-01-02T03:04:05+0000"}
     recited = [{"method": m, **nearest} for m in methods]

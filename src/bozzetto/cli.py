@@ -14,7 +14,7 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
-from bozzetto.options import COMMANDS, Bench, Evaluate, Generate, Models, Report, Sample, Train
+from bozzetto.options import COMMANDS, Bench, Evaluate, Generate, Law, Models, Report, Sample, Train
 
 BAD_INPUT, CANCELLED = 2, 130
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
@@ -151,7 +151,7 @@ def _listed(name: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
         raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error
 
 
-def _base(options: Sample | Evaluate) -> Any:
+def _base(options: Law) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline import GenerateSettings
 

@@ -13,7 +13,31 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 @checked(frozen=True, config=_STRICT)
-class Generate:
+class Law:
+    """What every verb that draws images can be told about the law and the engine."""
+
+    seed: int = 0
+    """Image i of a seed is the same picture in any batch and with any number of images or processes around it."""
+    window: int = 0
+    """Positions scored in one pass. 0: chosen for the batch."""
+    guidance: float = 2.0
+    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
+    temperature: float = 1.0
+    """Above 0; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the K likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
+    batch: int = 8
+    """Images decoded together."""
+    dtype: str = "float32"
+    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
+    progress: bool = False
+    """Show progress bars even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Generate(Law):
     """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
 
     Example: bozzetto generate tulip rose --count 4 --seed 7 --out flowers
@@ -25,32 +49,16 @@ class Generate:
     """A shipped model by name, or a model folder (see `bozzetto models`)."""
     count: int | None = None
     """How many images in all. Not given: one for each class."""
-    seed: int = 0
-    """Image i of a seed is the same picture in any batch and with any number of images around it."""
     drafter: str = "jacobi"
     """jacobi: guess several tokens ahead and check them in one pass; none: plain sequential decoding."""
     rule: str = "seed-exact"
     """seed-exact: the very tokens that sequential decoding of the seed gives; exact: the same law, other tokens."""
-    window: int = 0
-    """Positions scored in one pass. 0: chosen for the batch."""
-    guidance: float = 2.0
-    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
-    temperature: float = 1.0
-    """Above 0; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the K likeliest tokens. 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
     batch: int = 4
     """Images decoded together."""
-    dtype: str = "float32"
-    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
     out: Path = Path("out")
     """Folder for the results. It appears, or changes, only when everything is done."""
     config: Path | None = None
     """YAML file with any of these options (top_k: 100). Options on the command line win over it."""
-    progress: bool = False
-    """Show the progress bar even where no terminal is attached."""
 
 
 @checked(frozen=True, config=_STRICT)
@@ -93,10 +101,11 @@ class Bench:
 
 
 @checked(frozen=True, config=_STRICT)
-class Sample:
+class Sample(Law):
     """Sample many images into a folder of shards: resumable, and by any number of processes under torchrun.
 
     Example: bozzetto sample --count 1000 --batch 8 --npz --out samples
+
     Example: torchrun --nproc-per-node 2 -m bozzetto sample --count 50000 --out samples
     """
 
@@ -108,36 +117,21 @@ class Sample:
     """none, or DRAFTER/RULE."""
     count: int = 1000
     """Images 0 to count - 1 of the seed. A larger count later adds to the folder."""
-    seed: int = 0
-    """Image i of a seed is the same for any number of processes (float32)."""
-    window: int = 0
-    """Positions scored in one pass. 0: chosen for the batch."""
-    guidance: float = 2.0
-    """Classifier-free guidance, 1 or more."""
-    temperature: float = 1.0
-    """Above 0; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the K likeliest tokens. 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that make up this probability."""
     batch: int = 8
     """Images decoded together, and images per shard."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
     npz: bool = False
     """When all images are there, also write samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 labels), the format of the
     usual ImageNet evaluators."""
     out: Path = Path("out/samples")
     """Folder of the samples. The same command goes on where it stopped."""
-    progress: bool = False
-    """Show the progress bar even where no terminal is attached."""
 
 
 @checked(frozen=True, config=_STRICT)
-class Evaluate:
+class Evaluate(Law):
     """Measure picture quality and speed of methods in one run, or test whether two samplers draw from the same law.
 
     Example: bozzetto evaluate --methods none,jacobi/exact --count 500 --reference test --json quality.json
+
     Example: bozzetto evaluate --compare none jacobi/exact --count 500
     """
 
@@ -158,28 +152,10 @@ class Evaluate:
     """efficientnet-lite0, or a TorchScript file such as an Inception network."""
     bootstrap: int = 100
     """Resamples behind every interval."""
-    seed: int = 0
-    """Seed of the images."""
-    window: int = 0
-    """Positions scored in one pass. 0: chosen for the batch."""
-    guidance: float = 2.0
-    """Shared by all methods."""
-    temperature: float = 1.0
-    """Shared by all methods."""
-    top_k: int = 0
-    """Shared by all methods. 0: all tokens."""
-    top_p: float = 1.0
-    """Shared by all methods."""
-    batch: int = 8
-    """Images decoded together."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
     out: Path = Path("out/evaluate")
     """Folder for samples and results: a run for `bozzetto report`. The same command goes on where it stopped."""
     json: Path | None = None
     """Also write the results to this file."""
-    progress: bool = False
-    """Show progress bars even where no terminal is attached."""
 
 
 @checked(frozen=True, config=_STRICT)

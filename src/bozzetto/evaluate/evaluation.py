@@ -253,17 +253,19 @@ def speeds(samples: dict[str, Samples], bootstrap: int) -> dict[str, dict[str, A
     counts = resamples(len(rounds), bootstrap, seed=3) if rounds else torch.zeros(0, 0)
     base = _seconds(samples[SEQUENTIAL], rounds)
     for method, drawn in samples.items():
-        row: dict[str, Any] = {"tokens_per_pass": drawn.tokens_per_pass}
+        passes = torch.tensor([len(t.committed) for t in drawn.traces], dtype=torch.float64)
+        tokens = torch.full_like(passes, drawn.tokens.shape[1])
+        row: dict[str, Any] = {"tokens_per_pass": _ratio(tokens, passes, resamples(len(passes), bootstrap, seed=1))}
         found[method] = row
         if not rounds:
             continue
-        seconds, images = _seconds(drawn, rounds), torch.tensor([len(r) for r in rounds], dtype=torch.float64)
+        seconds, drafting = _seconds(drawn, rounds), _seconds(drawn, rounds, ("draft",))
+        images = torch.tensor([len(r) for r in rounds], dtype=torch.float64)
+        run = torch.stack([passes[list(r)].max() for r in rounds])  # a batch runs until its last image is finished
         row["images_per_second"] = _ratio(images, seconds, counts)
         row["speedup"] = _ratio(base, seconds, counts)
-        passes = sum(max(len(drawn.traces[i].committed) for i in r) for r in rounds)
-        row["ms_per_pass"] = 1000 * float(seconds.sum()) / passes
-        parts = {tuple(b["index"]): b["seconds"] for b in drawn.batches}
-        row["draft_share"] = sum(parts[r]["draft"] for r in rounds) / float(seconds.sum())
+        row["ms_per_pass"] = _ratio(1000 * seconds, run, counts)
+        row["draft_share"] = _ratio(drafting, seconds, counts)
     return found
 
 
@@ -273,9 +275,10 @@ def _common_rounds(samples: dict[str, Samples]) -> list[tuple[int, ...]]:
     return sorted(index for index, _ in set.intersection(*made))
 
 
-def _seconds(drawn: Samples, rounds: Sequence[tuple[int, ...]]) -> Tensor:
-    parts = {tuple(b["index"]): b["seconds"] for b in drawn.batches}
-    return torch.tensor([parts[r]["draft"] + parts[r]["target"] for r in rounds], dtype=torch.float64)
+def _seconds(drawn: Samples, rounds: Sequence[tuple[int, ...]], parts: Sequence[str] = ("draft", "target")) -> Tensor:
+    """Seconds of each round, of the parts named: float64 [rounds]."""
+    shards = {tuple(b["index"]): b["seconds"] for b in drawn.batches}
+    return torch.tensor([sum(shards[r][part] for part in parts) for r in rounds], dtype=torch.float64)
 
 
 def _ratio(above: Tensor, below: Tensor, counts: Tensor) -> Interval:
@@ -293,7 +296,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
         blocks.append(table([*header, "speedup"], [_cells(r) for r in chosen]) + "\n")
     head = ["method", "nearest training image", "of unseen photographs", "nearer than the nearest 5%", "nearer"]
     rows = [
-        [r["method"], f"{r['distance']:.2f}", f"{r['distance_unseen']:.2f}", _shown(r["close"]), _shown(r["nearer"])]
+        [r["method"], *(_shown(r[k]) for k in ("distance", "distance_unseen", "close", "nearer"))]
         for r in report["memorisation"]
     ]
     resampled, accuracy = report["settings"]["bootstrap"], report["settings"]["class_probe_accuracy"]
@@ -314,7 +317,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     kernel = {k: 1000 * v for k, v in row["kernel"].items()}
     quality = [_shown(row["frechet"], 1), change, _shown(kernel, 2)]
     shares = [_shown(row[k]) for k in ("precision", "recall", "consistency")]
-    rate = f"{row['tokens_per_pass']:.2f}" if row.get("tokens_per_pass") else ""
+    rate = f"{row['tokens_per_pass']['value']:.2f}" if row.get("tokens_per_pass") else ""
     same = "" if row["identical"] is None else f"{100 * row['identical']:.1f}%"
     return [row["method"], *quality, *shares, same, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
 

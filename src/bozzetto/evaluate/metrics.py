@@ -133,6 +133,13 @@ def mean_interval(hits: Tensor, counts: Tensor) -> Interval:
     return interval(float(hits.mean()), counts @ hits / counts.sum(1))
 
 
+def median_interval(values: Tensor, counts: Tensor) -> Interval:
+    """The lower median of figures [n] with its interval; counts: float64 [R, n] from `resamples`."""
+    ranked, order = values.double().sort()
+    reached = counts[:, order].cumsum(1) >= counts.sum(1, keepdim=True) / 2
+    return interval(float(values.double().median()), ranked[reached.double().argmax(1)])
+
+
 def replicate(figure: Callable[[Tensor, Tensor], float], w: Tensor, v: Tensor) -> Tensor:
     """A figure for every pair of resamples w [R, n], v [R, m]: float64 [R]."""
     return torch.tensor([figure(a, b) for a, b in zip(w, v, strict=True)], dtype=torch.float64)

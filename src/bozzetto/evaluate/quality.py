@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bozzetto.evaluate.metrics import Interval, interval, mean_interval
+from bozzetto.evaluate.metrics import Interval, interval, mean_interval, median_interval
 
 _SHRINKAGE = 0.2  # towards a round covariance: there are more features than a class has images
 _CLOSE = 0.05
@@ -42,8 +42,8 @@ class Memorisation:
     image than an unseen photograph is to its own (one half for new photographs, one for copies; the test of Meehan et
     al., arXiv 2004.05675)."""
 
-    distance: float
-    distance_unseen: float
+    distance: Interval
+    distance_unseen: Interval
     close: Interval
     nearer: Interval
 
@@ -60,8 +60,8 @@ def memorisation(samples: Tensor, unseen: Tensor, w: Tensor, v: Tensor) -> Memor
     ahead = (samples[:, None] < unseen[None]).double() + 0.5 * (samples[:, None] == unseen[None]).double()
     replicates = ((w @ ahead) * v).sum(1) / (w.sum(1) * v.sum(1))
     return Memorisation(
-        distance=float(samples.median()),
-        distance_unseen=float(unseen.median()),
+        distance=median_interval(samples, w),
+        distance_unseen=median_interval(unseen, v),
         close=mean_interval((samples < limit).double(), w),
         nearer=interval(float(ahead.mean()), replicates),
     )

@@ -133,6 +133,13 @@ def test_a_mean_has_its_textbook_interval():
     assert found.high - found.low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.15)
 
 
+def test_a_share_stays_between_nothing_and_everything():
+    hits = torch.ones(10).double()
+    hits[0] = 0
+    found = mean_interval(hits, resamples(10, 200, 0))
+    assert found.value == pytest.approx(0.9) and found.low < 0.9 and found.high == 1.0
+
+
 def test_a_median_of_repeated_values_is_the_median_of_the_repetition():
     values, counts = gaussian(51, 1, 7)[:, 0], resamples(51, 30, 0)
     found = [float(values.repeat_interleave(c.long()).median()) for c in counts]

@@ -128,9 +128,14 @@ def _covered(points: Tensor, centres: Tensor) -> Tensor:
     return (torch.cdist(points, centres) <= radius).any(1).double()
 
 
+def share_of(found: Interval) -> Interval:
+    """The same, cut to what a share can be."""
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+
+
 def mean_interval(hits: Tensor, counts: Tensor) -> Interval:
-    """A mean of per-image figures [n] with its interval; counts: float64 [R, n] from `resamples`."""
-    return interval(float(hits.mean()), counts @ hits / counts.sum(1))
+    """A share, the mean of zeros and ones [n], with its interval; counts: float64 [R, n] from `resamples`."""
+    return share_of(interval(float(hits.mean()), counts @ hits / counts.sum(1)))
 
 
 def median_interval(values: Tensor, counts: Tensor) -> Interval:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bozzetto.evaluate.metrics import Interval, interval, mean_interval, median_interval
+from bozzetto.evaluate.metrics import Interval, interval, mean_interval, median_interval, share_of
 
 _SHRINKAGE = 0.2  # towards a round covariance: there are more features than a class has images
 _CLOSE = 0.05
@@ -63,5 +63,5 @@ def memorisation(samples: Tensor, unseen: Tensor, w: Tensor, v: Tensor) -> Memor
         distance=median_interval(samples, w),
         distance_unseen=median_interval(unseen, v),
         close=mean_interval((samples < limit).double(), w),
-        nearer=interval(float(ahead.mean()), replicates),
+        nearer=share_of(interval(float(ahead.mean()), replicates)),
     )

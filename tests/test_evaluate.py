@@ -296,4 +296,5 @@ def test_samples_of_other_weights_or_classes_are_refused(pipe, tmp_path):
     text = (run.folder / "run.json").read_text(encoding="utf-8").replace(pipe.fingerprint(), "0123456789abcdef")
     (run.folder / "run.json").write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match="0123456789abcdef cannot be compared"):
-        compare(pipe, CompareSettings("none", str(run.folder), 20, base=base), Means(), tmp_path / "out")
+        compare(pipe, CompareSettings("none", str(run.folder), 20, base=base), Means(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # refused before anything was sampled

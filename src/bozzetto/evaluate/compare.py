@@ -68,11 +68,14 @@ def compare(
 ) -> dict[str, Any]:
     """Sample what is missing, test, write `comparison.json` into `out`; returns its content."""
     seeds = _seeds(settings)
+    for folder in filter(is_folder, (settings.a, settings.b)):
+        _check_weights(pipe, read_run(folder)["settings"])
     drawn = [
         _samples(pipe, settings, spec, seed, out, progress)
         for spec, seed in zip((settings.a, settings.b), seeds, strict=True)
     ]
-    _check_pairs(pipe, drawn)
+    if (drawn[0].label != drawn[1].label).any():
+        raise UsageError("the two sets of samples are not of the same classes in the same order")
     a, b = (torch.from_numpy(s.tokens).long() for s in drawn)
     law = LawSettings(*(drawn[0].settings[k] for k in ("guidance", "temperature", "top_k", "top_p")))
     surprise = [surprisal(pipe, s, law, settings.base.batch, progress) for s in drawn]
@@ -123,15 +126,13 @@ def _samples(pipe: Pipeline, settings: CompareSettings, spec: str, seed: int, ou
     return read_samples(folder, settings.count)
 
 
-def _check_pairs(pipe: Pipeline, drawn: list[Samples]) -> None:
-    for s in drawn:
-        if s.settings["weights"] != pipe.fingerprint():
-            raise UsageError(
-                f"samples of {s.settings['model']!r} with weights {s.settings['weights']} cannot be compared here: "
-                f"--model is {pipe.name!r} with weights {pipe.fingerprint()}"
-            )
-    if (drawn[0].label != drawn[1].label).any():
-        raise UsageError("the two sets of samples are not of the same classes in the same order")
+def _check_weights(pipe: Pipeline, theirs: dict[str, Any]) -> None:
+    """Before anything is sampled: a folder's samples must be of this very model."""
+    if theirs["weights"] != pipe.fingerprint():
+        raise UsageError(
+            f"samples of {theirs['model']!r} with weights {theirs['weights']} cannot be compared here: "
+            f"--model is {pipe.name!r} with weights {pipe.fingerprint()}"
+        )
 
 
 @torch.no_grad()

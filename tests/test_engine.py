@@ -11,11 +11,11 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.tabular import TabularTarget
 from bozzetto.registry import DRAFTERS, RULES, make_drafter, make_rule
-from toys import PLAIN, decode, tiny_llamagen
+from toys import PLAIN, WINDOW_RULES, decode, tiny_llamagen
 
 TARGET = TabularTarget(4, 5, spread=1.0, seed=2)
 N = TARGET.length
-every_rule = pytest.mark.parametrize("rule", RULES)
+every_rule = pytest.mark.parametrize("rule", WINDOW_RULES)
 
 
 def events(rule: str, window: int, batch: int) -> tuple[list[PassEvent], Decoder]:

@@ -109,7 +109,7 @@ both = pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_cached_passes_equal_the_whole_sequence(width: int, guided: bool) -> None:
     session = LlamaGenTarget(MODEL).begin(LABELS, guided, width)
     starts = range(0, C.length, width)
-    got = [session.score(INPUTS[:, s : s + width], torch.full((4,), s)) for s in starts]
+    got = [session.score(INPUTS[:, s : s + width], torch.full((4,), s)).logits for s in starts]
     assert torch.allclose(torch.cat(got, 1), expected(guided), atol=1e-4)
 
 
@@ -128,7 +128,7 @@ def test_ragged_passes_with_rejected_drafts_and_dropped_images_equal_the_whole_s
         true = INPUTS[rows].gather(1, position.clamp_max(C.length - 1))
         garbage = torch.randint(C.vocab, true.shape, generator=random)
         use = torch.arange(width) < right[:, None]
-        got = session.score(torch.where(use, true, garbage), start).unflatten(0, (-1, len(rows)))
+        got = session.score(torch.where(use, true, garbage), start).logits.unflatten(0, (-1, len(rows)))
         for b, row in enumerate(rows):
             n = int(right[b])
             assert torch.allclose(got[:, b, :n], wanted[:, row, start[b] : start[b] + n], atol=1e-4)
@@ -142,7 +142,7 @@ def test_ragged_passes_with_rejected_drafts_and_dropped_images_equal_the_whole_s
 
 def test_guided_rows_are_conditional_then_unconditional() -> None:
     session = LlamaGenTarget(MODEL).begin(LABELS, True, 1)
-    cond, uncond = session.score(INPUTS[:, :1], torch.zeros(4, dtype=torch.int64)).chunk(2)
+    cond, uncond = session.score(INPUTS[:, :1], torch.zeros(4, dtype=torch.int64)).logits.chunk(2)
     assert torch.allclose(uncond, uncond[:1].expand_as(uncond))
     assert not torch.allclose(cond[0], cond[1], atol=1e-3)
 
@@ -150,7 +150,7 @@ def test_guided_rows_are_conditional_then_unconditional() -> None:
 @both
 def test_bfloat16_runs_and_stays_near_float32(guided: bool) -> None:
     target = LlamaGenTarget(MODEL, torch.bfloat16)
-    logits = target.begin(LABELS, guided, C.length).score(INPUTS, torch.zeros(4, dtype=torch.int64))
+    logits = target.begin(LABELS, guided, C.length).score(INPUTS, torch.zeros(4, dtype=torch.int64)).logits
     wanted = expected(guided)
     assert logits.dtype == torch.float32
     assert float((logits - wanted).abs().mean()) < 0.1 * float(wanted.abs().mean())
@@ -295,6 +295,6 @@ def test_leaving_out_unreached_cache_columns_changes_nothing() -> None:
     start = torch.zeros(2, dtype=torch.int64)
     for number in range(0, 140, 4):
         inputs = torch.randint(11, (2, 4), generator=torch.Generator().manual_seed(number))
-        whole, part = sessions[0].score(inputs, start), sessions[1].score(inputs, start, number)
+        whole, part = sessions[0].score(inputs, start).logits, sessions[1].score(inputs, start, number).logits
         assert torch.allclose(whole, part, atol=1e-5)
         start = start + 4

@@ -151,7 +151,7 @@ def test_surprisal_is_that_of_the_decode_loop(pipe):
     grid = torch.stack([i.tokens for i in tokens])
     for n in range(grid.shape[1]):
         previous = grid[:, max(0, n - 1), None]
-        log_p = law_of(session.score(previous, torch.full((4,), n), n), LAW)[:, 0]
+        log_p = law_of(session.score(previous, torch.full((4,), n), n).logits, LAW)[:, 0]
         assert torch.allclose(-log_p.gather(1, grid[:, n, None])[:, 0].double(), whole[:, n], atol=1e-4)
 
 

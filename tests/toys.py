@@ -6,15 +6,25 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Drafter
+from bozzetto.drafters.grow import TreeDrafter
 from bozzetto.engine.loop import BatchResult, Decoder
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.base import Target
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.models.sketch import TargetSketcher
+from bozzetto.registry import RULES, make_drafter, make_rule, read_shape
 from bozzetto.rules.base import Rule
 
 PLAIN = LawSettings()
+WINDOW_RULES = [name for name, rule in RULES.items() if rule.window]
+EXACT_RULES = [name for name, rule in RULES.items() if rule.exact]
+RELAXED_RULES = [name for name, rule in RULES.items() if not rule.exact]
+
+
+def sketched(target: Target, tree: str) -> TreeDrafter:
+    """A tree drafter that sketches with `target`."""
+    return TreeDrafter("model", TargetSketcher(target), read_shape(tree))
 
 
 def decode(

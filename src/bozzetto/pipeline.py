@@ -32,7 +32,8 @@ from bozzetto.models.store import (
     load_tokenizer,
     read_config,
 )
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.registry import check_method, make_drafter, make_rule, tree_nodes, with_neighbours
+from bozzetto.workshop import TargetWorkshop
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,8 +46,9 @@ _GREY = 0.5
 class GenerateSettings:
     """How to generate.
 
-    drafter: none or jacobi; rule: seed-exact or exact; window: scored positions per pass (0: chosen for the batch);
-    guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded together.
+    drafter, rule: NAME or NAME:key=value:... (see registry.py); window: scored positions per pass of drafter jacobi (0:
+    chosen for the batch); guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded
+    together; tv_budget: most bias per image that a relaxed rule may spend (None: no limit).
     """
 
     drafter: str = "jacobi"
@@ -57,14 +59,16 @@ class GenerateSettings:
     top_k: int = 0
     top_p: float = 1.0
     batch: int = 1
+    tv_budget: float | None = None
 
     def __post_init__(self) -> None:
+        if self.tv_budget is not None and not 0 <= self.tv_budget < float("inf"):
+            raise UsageError(f"tv_budget = {self.tv_budget} is not allowed: a number >= 0")
         if self.window < 0:
             raise UsageError(f"window = {self.window} is not allowed: a whole number >= 1, or 0 to choose it")
         if self.batch < 1:
             raise UsageError(f"batch = {self.batch} is not allowed: a whole number >= 1")
-        make_rule(self.rule)
-        make_drafter(self.drafter, max(1, self.window))
+        check_method(self.drafter, self.rule)
         self.law  # noqa: B018  (validates its own numbers)
 
     @property
@@ -72,9 +76,12 @@ class GenerateSettings:
         return LawSettings(self.guidance, self.temperature, self.top_k, self.top_p)
 
     def window_for(self, batch: int, length: int, dtype: str) -> int:
-        """The window in use for a batch of this size."""
+        """Places scored in a pass for a batch of this size."""
         if self.drafter == "none":
             return 1
+        nodes = tree_nodes(self.drafter)
+        if nodes is not None:
+            return nodes + 1
         return min(self.window or default_window(batch * (2 if self.law.guided else 1), dtype), length)
 
 
@@ -90,8 +97,8 @@ def default_window(sequences: int, dtype: str) -> int:
 @dataclass
 class GeneratedImage:
     """One image and how it came about. tokens: int64 [N]; sha256: of the RGB pixel bytes; margin: smallest Gumbel
-    margin of a token (None where the rule flips coins); near_tie: margin within float rounding; trace: what each target
-    pass offered and kept."""
+    margin of a token (None where the rule flips coins); near_tie: margin within float rounding; spent: bias bound summed
+    over the tokens (0 for exact rules); trace: what each target pass offered and kept."""
 
     image: Image.Image
     tokens: Tensor
@@ -105,6 +112,7 @@ class GeneratedImage:
     drafted: int
     margin: float | None
     near_tie: bool
+    spent: float
     trace: PassTrace
 
 
@@ -188,6 +196,8 @@ class Pipeline:
     ):
         self.name, self.target, self.tokenizer = name, target, tokenizer
         self.classes, self.dtype, self.folder = classes, dtype, folder
+        writable = folder is not None and ASSETS not in folder.parents
+        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
 
     def fingerprint(self) -> str:
         """A digest of the model's files, so that samples of two states of one model are not mixed up."""
@@ -199,10 +209,11 @@ class Pipeline:
         widen = None
         if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
             widen = partial(settings.window_for, length=self.target.length, dtype=self.dtype)
-        drafter = make_drafter(settings.drafter, window, widen)
+        drafter = make_drafter(settings.drafter, window, widen, self.workshop)
         # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
         rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
-        return Decoder(self.target, drafter, rule, settings.law), window
+        rule = with_neighbours(rule, self.workshop.neighbours)
+        return Decoder(self.target, drafter, rule, settings.law, settings.tv_budget), window
 
     def stream(
         self,
@@ -281,7 +292,7 @@ class Pipeline:
         for row, picture in enumerate(self.pictures(result.tokens)):
             index, label = indices[row], labels[row]
             margin = float(result.margin[row])
-            measured = settings.rule == "seed-exact" or settings.drafter == "none"
+            measured = settings.drafter == "none" or make_rule(settings.rule).seed_exact
             images.append(
                 GeneratedImage(
                     image=picture,
@@ -296,6 +307,7 @@ class Pipeline:
                     drafted=int(result.drafted[row]),
                     margin=margin if measured else None,
                     near_tie=measured and margin < tolerance,
+                    spent=float(result.spent[row]),
                     trace=traces[row],
                 )
             )

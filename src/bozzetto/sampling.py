@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from bozzetto.errors import UsageError
 from bozzetto.files import write_text, write_whole
 from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, labels_of, plan_batches
 from bozzetto.provenance import provenance
+from bozzetto.registry import split_method
 
 RUN, ADM = "run.json", "samples.npz"
 PARTS = ("total", "draft", "target", "decode")
@@ -62,10 +64,13 @@ class Samples:
 
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
     """`base` with the drafter and rule of a method: none, or DRAFTER/RULE. Raises UsageError for unknown names."""
-    drafter, slash, rule = method.partition("/")
-    if slash and not rule:
-        raise UsageError(f"unknown method {method!r} (allowed: none, or DRAFTER/RULE such as jacobi/exact)")
-    return replace(base, drafter=drafter, rule=rule or "seed-exact")
+    drafter, rule = split_method(method)
+    return replace(base, drafter=drafter, rule=rule)
+
+
+def slug(method: str) -> str:
+    """Folder name of a method."""
+    return re.sub(r"[^\w.+-]+", "-", method)
 
 
 class SampleRun:

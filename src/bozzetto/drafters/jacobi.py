@@ -13,10 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Observation
+from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import gumbel_argmax
-from bozzetto.laws.noise import GumbelField
 
 
 class Jacobi:
@@ -26,16 +25,21 @@ class Jacobi:
     """
 
     name = "jacobi"
+    wants_features = False
 
     def __init__(self, window: int, widen: Callable[[int], int] | None = None):
         self.window, self.widen = window, widen
 
     @property
-    def max_draft(self) -> int:
+    def max_nodes(self) -> int:
         return (max(self.window, self.widen(1)) if self.widen else self.window) - 1
 
-    def begin(self, batch: int, noise: GumbelField, with_laws: bool) -> None:
-        self.noise, self.with_laws = noise, with_laws
+    @property
+    def max_depth(self) -> int:
+        return self.max_nodes
+
+    def begin(self, start: Start) -> None:
+        self.noise, self.with_laws = start.noise, start.with_laws
         self.seen: Observation | None = None
 
     def propose(self, batch: int, limit: int) -> Draft:

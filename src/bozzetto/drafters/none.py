@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Observation
+from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Draft
-from bozzetto.laws.noise import GumbelField
 
 
 class NoDrafter:
     """Proposes nothing, ever."""
 
     name = "none"
-    max_draft = 0
+    max_nodes = 0
+    max_depth = 0
+    wants_features = False
 
-    def begin(self, batch: int, noise: GumbelField, with_laws: bool) -> None:
-        self.device = noise.keys.device
+    def begin(self, start: Start) -> None:
+        self.device = start.labels.device
 
     def propose(self, batch: int, limit: int) -> Draft:
         return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.device))

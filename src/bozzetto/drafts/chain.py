@@ -1,4 +1,4 @@
-"""A chain of drafted tokens per image, and the verdict on it."""
+"""What a drafter proposes (a chain or a tree of tokens per image) and the verdict on it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,50 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bozzetto.drafts.tree import Tree, chain_tree
+
 
 @dataclass
 class Draft:
-    """tokens: int64 [B, L], drafted for the L positions after the committed ones (L may be 0).
+    """tokens: int64 [B, M], drafted nodes (M may be 0).
 
-    log_q: float32 [B, L, V], the log-law each token was drawn from (after guidance, temperature, top-k, top-p), or None
-    when the drafter keeps none (enough for rules that need no draft law).
+    tree: how they hang together; None is a chain over the M positions after the committed ones.
+    log_q: float32 [B, I, V], log-laws the tokens were drawn from (after guidance, temperature, top-k, top-p), row
+    tree.row[n] for the children of node n (for a chain row i is the law of token i); children are draws without
+    replacement in the order of their ranks. None when the drafter keeps no laws.
+    certain: the tokens are a function of what is committed and of the model, so that their draft law is a point mass.
+    hidden: [B, M + 1, d], the drafter's own hidden state at every node, where the rule asks for it.
     """
 
     tokens: Tensor
     log_q: Tensor | None = None
+    tree: Tree | None = None
+    certain: bool = False
+    hidden: Tensor | None = None
 
     @property
     def length(self) -> int:
+        """Drafted nodes, M."""
         return self.tokens.shape[1]
+
+    @property
+    def depth(self) -> int:
+        """Most drafts that one pass can accept."""
+        return self.length if self.tree is None else self.tree.max_depth
+
+    def shape(self) -> Tree:
+        """The tree of any draft."""
+        return chain_tree(self.length, self.tokens.device) if self.tree is None else self.tree
 
 
 @dataclass
 class Verdict:
-    """tokens: int64 [B, L + 1], the rule's token at every scored position; the first `accepted` equal the draft, the
-    next one is the rule's own, what follows is only a suggestion for later drafts. accepted: int64 [B]."""
+    """tokens: int64 [B, D + 1], along the accepted path: the first `accepted` are drafts, the next one is the rule's
+    own; on a chain what follows is a suggestion for later drafts, on a tree it means nothing. accepted: int64 [B].
+    path: int64 [B, D + 1], scored index of each place on the path (0: root; repeats its last node), None on a chain.
+    spent: float32 [B], bound of the bias of this pass, from rules that are not exact."""
 
     tokens: Tensor
     accepted: Tensor
+    path: Tensor | None = None
+    spent: Tensor | None = None

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Drafter, Observation
+from bozzetto.drafters.base import Drafter, Observation, Start
 from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import LawSettings, gumbel_margin, law_of
-from bozzetto.laws.noise import STREAM_VERIFY, GumbelField, fold, image_keys, uniform
+from bozzetto.laws.noise import STREAM_DRAFT, STREAM_VERIFY, GumbelField, fold, image_keys, uniform
 from bozzetto.models.base import Session, Target
 from bozzetto.rules.base import Rule, RuleNoise
 
@@ -26,7 +26,8 @@ class DecodeState:
 
     tokens: int64 [B, N], committed raster tokens, zeros beyond; count: int64 [B], how many are committed;
     slot: int64 [B], where the image stands in the caller's batch; keys: int64 [B], noise keys of the verifier;
-    passes, drafted, accepted: int64 [B]; margin: float32 [B], smallest Gumbel margin of a committed token.
+    passes, drafted, accepted: int64 [B]; margin: float32 [B], smallest Gumbel margin of a committed token; spent:
+    float32 [B], bias bound summed over tokens (relaxed rules).
     """
 
     tokens: Tensor
@@ -37,6 +38,7 @@ class DecodeState:
     drafted: Tensor
     accepted: Tensor
     margin: Tensor
+    spent: Tensor
 
     @staticmethod
     def new(seed: int, index: Tensor, length: int) -> DecodeState:
@@ -51,6 +53,7 @@ class DecodeState:
             drafted=zeros,
             accepted=zeros,
             margin=torch.full((batch,), float("inf"), device=device),
+            spent=torch.zeros(batch, device=device),
         )
 
     def keep(self, rows: Tensor) -> DecodeState:
@@ -60,13 +63,15 @@ class DecodeState:
 @dataclass
 class PassEvent:
     """After one target pass. tokens: int64 [B, N] of the caller's whole batch (zeros beyond what is committed);
-    count: int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and offered so far;
-    number: passes so far; width: positions scored in this pass; seconds: wall time of this pass."""
+    count: int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and positions drafted so far
+    (a tree drafts as many positions as it is deep); spent: float32 [B], bias bound so far; number: passes so far; width:
+    places scored in this pass; seconds: wall time of this pass."""
 
     tokens: Tensor
     count: Tensor
     accepted: Tensor
     drafted: Tensor
+    spent: Tensor
     number: int
     width: int
     seconds: float
@@ -74,14 +79,15 @@ class PassEvent:
 
 @dataclass
 class BatchResult:
-    """tokens int64 [B, N]; passes, drafted, accepted int64 [B]; margin float32 [B]; seconds: `target` (passes), `draft`
-    (drafting and verifying) and their sum `total`."""
+    """tokens int64 [B, N]; passes, drafted, accepted int64 [B]; margin, spent float32 [B]; seconds: `target` (passes),
+    `draft` (drafting and verifying) and their sum `total`."""
 
     tokens: Tensor
     passes: Tensor
     drafted: Tensor
     accepted: Tensor
     margin: Tensor
+    spent: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -111,10 +117,19 @@ class Clock:
 
 
 class Decoder:
-    """Decodes batches of images with one target, drafter, rule and law."""
+    """Decodes batches of images with one target, drafter, rule and law.
 
-    def __init__(self, target: Target, drafter: Drafter, rule: Rule, settings: LawSettings):
-        self.target, self.drafter, self.rule, self.settings = target, drafter, rule, settings
+    budget: most bias (total variation, summed over the tokens of an image) that a relaxed rule may spend; it decides
+    exactly from then on. None: no limit.
+    """
+
+    def __init__(
+        self, target: Target, drafter: Drafter, rule: Rule, settings: LawSettings, budget: float | None = None
+    ):
+        self.target, self.drafter, self.rule, self.settings, self.budget = target, drafter, rule, settings, budget
+        # A relaxed rule makes its greedy choice from the plain law.
+        self.greedy = settings.temperature == 0 and bool(rule.bias)
+        self.scored = LawSettings(guidance=settings.guidance) if self.greedy else settings
 
     def run(self, labels: Tensor, seed: int, index: Tensor) -> BatchResult:
         """Decode to the end. labels, index: int64 [B] (index: the images' numbers, which with the seed fix them)."""
@@ -122,54 +137,69 @@ class Decoder:
             pass
         return self.result
 
+    def _begin(self, labels: Tensor, seed: int, index: Tensor, noise: GumbelField) -> Session:
+        rule = self.rule
+        start = Start(labels, self.target.length, self.settings, noise, image_keys(seed, STREAM_DRAFT, index))
+        start.with_laws, start.fixed_noise, start.with_hidden = rule.needs_law, rule.seed_exact, rule.needs_hidden
+        self.drafter.begin(start)
+        return self.target.begin(labels, self.settings.guided, self.drafter.max_nodes + 1)
+
     @torch.no_grad()
     def stream(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[PassEvent]:
         """Decode and yield one event per target pass; afterwards `self.result` holds the batch's result."""
         target, drafter = self.target, self.drafter
         state = DecodeState.new(seed, index, target.length)
         final = state
-        width = drafter.max_draft + 1
         noise = GumbelField(seed, index, target.length, target.vocab)
-        session = target.begin(labels, self.settings.guided, width)
-        drafter.begin(len(index), noise, self.rule.needs_law)
+        session = self._begin(labels, seed, index, noise)
         counts, number, clock = [0] * len(index), 0, Clock(target.device)
         while counts:
             began = time.perf_counter()
-            noise.fill(max(counts) + 2 * width)
+            if self.rule.needs_gumbel:
+                noise.fill(max(counts) + 2 * (drafter.max_depth + 1))
             # Every draft inside the image is scored: cutting one that batch mates would keep would make an image depend
             # on its batch under rules with fresh randomness.
             draft = drafter.propose(len(counts), target.length - min(counts))
             clock.lap("draft")
-            log_p = law_of(session.score(_inputs(state, draft), state.count, max(counts)), self.settings)
+            layout = None if draft.tree is None else draft.tree.layout()
+            scores = session.score(_inputs(state, draft), state.count, max(counts), layout)
+            log_p = law_of(scores.logits, self.scored)
             clock.lap("target")
             given = self._noise(noise, state, draft)
             verdict = self.rule.verify(draft, log_p, given)
             committed = torch.minimum(verdict.accepted + 1, target.length - state.count)
             before, counts = counts, (state.count + committed).tolist()  # the one synchronisation
             longest = max(now - then for now, then in zip(counts, before, strict=True))
-            seen = Observation(log_p, verdict, committed, longest, state.count)
+            if verdict.path is not None:
+                session.compact(verdict.path[:, :longest], state.count)
+            features = _along(verdict.path, scores.features, longest) if drafter.wants_features else None
+            seen = Observation(log_p, verdict, committed, longest, state.count, features)
             state = self._commit(state, draft, seen, given)
             drafter.observe(seen)
             final = state if len(counts) == len(index) else _merge(final, state)
             clock.lap("draft")
             number += 1
-            whole = (final.tokens, final.count, final.accepted, final.drafted)
+            whole = (final.tokens, final.count, final.accepted, final.drafted, final.spent)
             yield PassEvent(*whole, number, draft.length + 1, time.perf_counter() - began)
             clock.resume()
             if max(counts) == target.length:
                 state = self._drop_finished(state, session, noise, counts)
                 counts = state.count.tolist()
-        self.result = BatchResult(
-            final.tokens, final.passes, final.drafted, final.accepted, final.margin, clock.seconds()
-        )
+        statistics = (final.passes, final.drafted, final.accepted, final.margin, final.spent)
+        self.result = BatchResult(final.tokens, *statistics, clock.seconds())
 
     def _noise(self, noise: GumbelField, state: DecodeState, draft: Draft) -> RuleNoise:
-        position = _positions(state, draft)
-        uniforms = None
+        place = torch.arange(draft.length + 1, device=state.count.device)
+        gumbel = uniforms = slack = None
+        if self.rule.needs_gumbel:
+            gumbel = noise.rows(state.count[:, None] + (place if draft.tree is None else draft.tree.depth))
         if self.rule.needs_uniforms:
-            keys = fold(fold(state.keys, state.passes)[:, None], position)
+            # One key per scored place, also where several stand at one position.
+            keys = fold(fold(state.keys, state.passes)[:, None], state.count[:, None] + place)
             uniforms = uniform(fold(keys[..., None], torch.arange(2, device=keys.device)))
-        return RuleNoise(noise.rows(position), uniforms)
+        if self.budget is not None:
+            slack = (self.budget - state.spent).clamp_min(0)
+        return RuleNoise(gumbel, uniforms, slack, self.greedy)
 
     def _commit(self, state: DecodeState, draft: Draft, seen: Observation, noise: RuleNoise) -> DecodeState:
         """Append the accepted drafts and the rule's own token, never past the end of the image."""
@@ -181,18 +211,21 @@ class Decoder:
         padded = torch.nn.functional.pad(state.tokens, (0, 1))
         padded.scatter_(1, position.masked_fill(~fresh, length), seen.verdict.tokens[:, : seen.longest])
         margin = state.margin
-        if self.rule.seed_exact:
-            gaps = gumbel_margin(seen.log_p[:, : seen.longest], noise.gumbel[:, : seen.longest])
+        if self.rule.seed_exact and noise.gumbel is not None:
+            path = seen.verdict.path
+            gaps = gumbel_margin(*(_along(path, part, seen.longest) for part in (seen.log_p, noise.gumbel)))
             margin = torch.minimum(margin, gaps.masked_fill(~fresh, float("inf")).amin(1))
+        spent = state.spent if seen.verdict.spent is None else state.spent + seen.verdict.spent
         return DecodeState(
             tokens=padded[:, :length],
             count=state.count + seen.committed,
             slot=state.slot,
             keys=state.keys,
             passes=state.passes + 1,
-            drafted=state.drafted + left.clamp_max(draft.length),
+            drafted=state.drafted + left.clamp_max(draft.depth),
             accepted=state.accepted + torch.minimum(seen.verdict.accepted, left),
             margin=margin,
+            spent=spent,
         )
 
     def _drop_finished(
@@ -207,9 +240,14 @@ class Decoder:
         return state.keep(rows)
 
 
-def _positions(state: DecodeState, draft: Draft) -> Tensor:
-    """Scored token positions, int64 [B, W]."""
-    return state.count[:, None] + torch.arange(draft.length + 1, device=state.count.device)
+def _along(path: Tensor | None, values: Tensor | None, count: int) -> Tensor:
+    """The first `count` places of the accepted path. values [R, M + 1, ...], R a multiple of B -> [R, count, ...]."""
+    if values is None:
+        raise ValueError("the target gives no features, which this drafter needs")
+    if path is None:
+        return values[:, :count]
+    path = path[:, :count].repeat(len(values) // len(path), 1)
+    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _inputs(state: DecodeState, draft: Draft) -> Tensor:

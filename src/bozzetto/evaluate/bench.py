@@ -28,7 +28,7 @@ from bozzetto.files import write_text
 from bozzetto.output import table
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.registry import make_rule
+from bozzetto.registry import make_rule, split_method
 
 BARE, SEQUENTIAL = "bare", "none"
 _WARM_UP_PASSES = 4
@@ -77,11 +77,11 @@ class BenchSettings:
         """(method, settings) of every row of a cell; the bare loop has none. Sequential decoding always takes part."""
         rows: list[tuple[str, GenerateSettings | None]] = [(BARE, None), (SEQUENTIAL, cell)]
         for method in self.methods:
-            drafter, _, rule = method.partition("/")
-            if drafter == SEQUENTIAL and not rule:
+            drafter, rule = split_method(method)
+            if method == SEQUENTIAL:
                 continue
-            settings = [replace(cell, drafter=drafter, rule=rule or "seed-exact", window=w) for w in self.windows]
-            rows += [(method, s) for s in (settings if drafter != SEQUENTIAL else settings[:1])]
+            settings = [replace(cell, drafter=drafter, rule=rule, window=w) for w in self.windows]
+            rows += [(method, s) for s in (settings if drafter == "jacobi" else settings[:1])]
         return rows
 
 
@@ -210,7 +210,7 @@ def bare_passes(pipe: Pipeline, labels: torch.Tensor, guided: bool) -> Iterator[
     session = pipe.target.begin(labels, guided, 1)
     inputs, start = torch.zeros_like(labels)[:, None], torch.zeros_like(labels)
     for number in range(pipe.target.length):
-        yield session.score(inputs, start, number)
+        yield session.score(inputs, start, number).logits
         start = start + 1
 
 

@@ -7,13 +7,14 @@ least (1 - TV) / (1 + TV), DISD, arXiv 2408.07978).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Observation
+from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft
-from bozzetto.laws.noise import GumbelField
 
 
 class CeilingProbe(Jacobi):
@@ -25,8 +26,8 @@ class CeilingProbe(Jacobi):
         self.total = torch.zeros(max(1, window - 1), dtype=torch.float64)
         self.count = torch.zeros(max(1, window - 1), dtype=torch.float64)
 
-    def begin(self, batch: int, noise: GumbelField, with_laws: bool) -> None:
-        super().begin(batch, noise, True)
+    def begin(self, start: Start) -> None:
+        super().begin(replace(start, with_laws=True))
 
     def propose(self, batch: int, limit: int) -> Draft:
         self.proposed = super().propose(batch, limit)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.evaluation import slug
+from bozzetto.sampling import slug
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.samelaw import (
     LEVEL,
@@ -146,7 +146,7 @@ def surprisal(pipe: Pipeline, samples: Samples, law: LawSettings, batch: int, pr
         labels = torch.from_numpy(samples.label[row.numpy()]).to(pipe.target.device)
         session = pipe.target.begin(labels, law.guided, tokens.shape[1])
         inputs = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
-        log_p = law_of(session.score(inputs, torch.zeros_like(labels), 0), law)
+        log_p = law_of(session.score(inputs, torch.zeros_like(labels), 0).logits, law)
         parts.append(-log_p.gather(-1, tokens[..., None]).squeeze(-1).double().cpu())
     return torch.cat(parts)
 

@@ -27,7 +27,7 @@ from bozzetto.images import contact_sheet
 from bozzetto.output import table
 from bozzetto.pipeline import ROUNDING, GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.sampling import SampleRun, Samples, batched, method_settings, read_samples
+from bozzetto.sampling import SampleRun, Samples, batched, method_settings, read_samples, slug
 
 EVALUATION, NEAREST = "evaluation.json", "nearest.png"
 SEQUENTIAL, PHOTOGRAPHS, RECONSTRUCTIONS = "none", "photographs", "reconstructions"
@@ -65,11 +65,6 @@ class EvaluateSettings:
     def all_methods(self) -> list[str]:
         """The methods, sequential decoding first, each once."""
         return list(dict.fromkeys([SEQUENTIAL, *self.methods]))
-
-
-def slug(method: str) -> str:
-    """Folder name of a method."""
-    return method.replace("/", "-")
 
 
 def sample_rounds(runs: Sequence[SampleRun], count: int, *, progress: bool = False) -> None:

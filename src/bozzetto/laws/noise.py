@@ -15,6 +15,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 STREAM_TOKEN = 0  # Gumbel noise that decides the token at a position
 STREAM_VERIFY = 1  # uniforms of accept/reject tests and residual draws
+STREAM_DRAFT = 2  # a drafter's own draws, fresh in every pass
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

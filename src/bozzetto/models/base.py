@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from bozzetto.drafts import Layout
+
+
+@dataclass
+class Scores:
+    """What one pass gives. logits: raw, float32 [B, W, V], or [2B, W, V] = [cond; uncond] rows when guided; features:
+    [R, W, d] in the same rows, what the head saw (drafters may learn from them), or None."""
+
+    logits: Tensor
+    features: Tensor | None = None
 
 
 class Session(Protocol):
@@ -16,11 +28,16 @@ class Session(Protocol):
     costs nothing to undo: its slots are written again before anything can see them.
     """
 
-    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None) -> Tensor:
+    def score(
+        self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None
+    ) -> Scores:
         """One target pass. inputs int64 [B, W]: tokens at inputs start..start + W - 1 (the value at input 0 is
         ignored); start int64 [B]; furthest: the largest start where the host knows it, so that cache columns that no
-        image has reached can be left out. Returns raw logits [B, W, V], or [2B, W, V] = [cond; uncond] rows when
-        guided."""
+        image has reached can be left out; layout: slots, positions and sight of the inputs where they are a tree."""
+        ...
+
+    def compact(self, path: Tensor, start: Tensor) -> None:
+        """After a pass over a tree: move what lies at slots start + path[:, t] to start + t. path int64 [B, P]."""
         ...
 
     def keep(self, rows: Tensor) -> None:
@@ -38,3 +55,14 @@ class Target(Protocol):
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> Session:
         """Start a batch. labels int64 [B]; guided: also keep unconditional rows; max_width: widest later pass."""
         ...
+
+
+def visible(columns: Tensor, start: Tensor, width: int, layout: Layout | None) -> Tensor:
+    """Which cache slots each input of a pass attends to: bool [B, W, S] for columns int64 [S], start int64 [B]."""
+    after = columns - start[:, None]  # [B, S], slots counted from the start
+    if layout is None:
+        return after[:, None] <= torch.arange(width, device=columns.device)[:, None]
+    reach = layout.sees.shape[-1]
+    index = after.clamp(0, reach - 1)[:, None].expand(-1, width, -1)
+    inside = layout.sees.expand(len(start), -1, -1).gather(2, index)
+    return (after < 0)[:, None] | (inside & (after < reach)[:, None])

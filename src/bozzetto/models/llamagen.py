@@ -188,12 +188,16 @@ class LlamaGen(nn.Module):
 
     def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """labels int64 [B] (config.classes: unconditional), tokens int64 [B, n] with n < N -> logits [B, n + 1, V]."""
+        return self.output(self.features(labels, tokens))
+
+    def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden states after the final norm, what the head sees: arguments as in `forward` -> [B, n + 1, d]."""
         x = torch.cat([self.cls_embedding.embedding_table(labels)[:, None], self.tok_embeddings(tokens)], dim=1)
         rotation = self.rope[None, : x.shape[1], None]
         x = self.drop(x)
         for layer in self.layers:
             x = layer(x, rotation)
-        return self.output(self.norm(x))
+        return self.norm(x)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bozzetto.drafts import Layout
+from bozzetto.models.base import Scores, visible
 from bozzetto.models.llamagen import Block, LlamaGen, LlamaGenConfig
 
 
@@ -65,28 +67,43 @@ class LlamaGenSession:
         self.columns = torch.arange(self.slots, device=device)
 
     @torch.no_grad()
-    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None) -> Tensor:
+    def score(
+        self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None
+    ) -> Scores:
         t = self.target
-        position = start[:, None] + torch.arange(inputs.shape[1], device=inputs.device)  # [B, W]
+        offset = torch.arange(inputs.shape[1], device=inputs.device)
+        slot = start[:, None] + (offset if layout is None else layout.slot)  # [B, W]
+        position = start[:, None] + (offset if layout is None else layout.depth)
+        reach = self.slots
+        if furthest is not None:
+            past = inputs.shape[1] if layout is None else layout.sees.shape[-1]
+            reach = _whole_blocks(furthest + past, self.slots)
+        seen = visible(self.columns[:reach], start, inputs.shape[1], layout)[:, None]  # [B, 1, W, reach]
+        mask = torch.zeros(seen.shape, dtype=t.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
         x = t.embedding[inputs]
         if self.copies > 1:
-            position, x = position.repeat(self.copies, 1), x.repeat(self.copies, 1, 1)
+            slot, position, x, mask = (copied(part, self.copies) for part in (slot, position, x, mask))
         x = torch.where(position[..., None] == 0, self.condition, x)  # [R, W, d]
         rotation = t.rope[position.clamp_max(t.length - 1)][:, :, None, None]  # complex64 [R, W, 1, 1, hd/2]
-        reach = self.slots if furthest is None else _whole_blocks(furthest + inputs.shape[1], self.slots)
-        hidden = self.columns[:reach] > position[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=t.dtype, device=x.device).masked_fill_(hidden, -math.inf)
-        slot = (self.first_slot + position).flatten()
+        flat = (self.first_slot + slot).flatten()
         for number, layer in enumerate(t.layers):
-            x = self._layer(layer, self.cache[number], x, rotation, slot, mask)
+            x = self._layer(layer, self.cache[number], x, rotation, flat, mask)
         x = F.rms_norm(x, (x.shape[-1],), t.gain, t.config.norm_eps)
-        return F.linear(x, t.head).float()
+        return Scores(F.linear(x, t.head).float(), x)
+
+    def compact(self, path: Tensor, start: Tensor) -> None:
+        """One gather and one scatter over all layers. path int64 [B, P]."""
+        path = path[:, 1:].repeat(self.copies, 1)  # the root does not move
+        first = (self.first_slot + start.repeat(self.copies)[:, None]).expand_as(path)
+        to = first + torch.arange(1, path.shape[1] + 1, device=path.device)
+        moved = self.cache.index_select(2, (first + path).flatten())
+        self.cache.index_copy_(2, to.flatten(), moved)
 
     def _layer(self, w: PackedLayer, cache: Tensor, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
         c = self.target.config
         normed = F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)
         qkv = F.linear(normed, w.wqkv).unflatten(-1, (3, c.heads, c.head_dim))
-        q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
+        q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
         cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
         keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
@@ -109,12 +126,17 @@ class LlamaGenSession:
         self._number_slots()
 
 
+def copied(part: Tensor, copies: int) -> Tensor:
+    """The batch `copies` times, one after another."""
+    return part.repeat(copies, *[1] * (part.ndim - 1))
+
+
 def _whole_blocks(columns: int, most: int, block: int = 64) -> int:
     """Columns rounded up to whole blocks: few distinct shapes, at most `most`."""
     return min(most, -(-columns // block) * block)
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """`llamagen.rotate` as one complex product. x [..., hd]; rotation complex64, broadcastable to [..., hd/2]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

@@ -10,7 +10,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from bozzetto.drafts import Layout
 from bozzetto.laws.categorical import LawSettings, law_of
+from bozzetto.models.base import Scores, visible
 
 
 class TabularTarget:
@@ -53,23 +55,39 @@ class TabularSession:
         self.target, self.guided, self.labels = target, guided, labels
         # The slots are poisoned so that reading one that no pass has written shows up as an index error.
         self.cache = torch.full((len(labels), target.length + max_width), -(10**9))
+        self.position = torch.zeros_like(self.cache)  # where the input in each slot stands
 
-    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None) -> Tensor:
-        width = inputs.shape[1]
-        slots = start[:, None] + torch.arange(width)
+    def score(
+        self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None
+    ) -> Scores:
+        offset = torch.arange(inputs.shape[1])
+        slots = (start[:, None] + (offset if layout is None else layout.slot)).expand(inputs.shape)
+        position = (start[:, None] + (offset if layout is None else layout.depth)).expand(inputs.shape)
         self.cache.scatter_(1, slots, inputs)
+        self.position.scatter_(1, slots, position)
+        seen = visible(torch.arange(self.cache.shape[1]), start, inputs.shape[1], layout)
         rows = [self.labels, torch.full_like(self.labels, self.target.labels)] if self.guided else [self.labels]
-        return torch.cat([self._scored(labels, slots) for labels in rows])
+        logits = torch.cat([self._scored(labels, position, seen) for labels in rows])
+        return Scores(logits, logits)
 
-    def _scored(self, labels: Tensor, slots: Tensor) -> Tensor:
-        """Logits [B, W, V]; slots past the end of the image give zeros."""
+    def _scored(self, labels: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """Logits [B, W, V] of inputs at `position` [B, W] that see slots [B, W, S]; zeros past the image's end."""
         t = self.target
-        out = torch.zeros(*slots.shape, t.vocab)
+        out = torch.zeros(*position.shape, t.vocab)
         for n in range(t.length):
-            batch, column = (slots == n).nonzero(as_tuple=True)
+            batch, column = (position == n).nonzero(as_tuple=True)
             if len(batch):
-                out[batch, column] = t.logits(labels[batch], self.cache[batch, 1 : n + 1])
+                # The visible inputs in the order of their positions are the prefix; input 0 is the condition.
+                where = torch.where(seen[batch, column], self.position[batch], 10**6)
+                ordered = self.cache[batch].gather(1, where.argsort(dim=1, stable=True))
+                out[batch, column] = t.logits(labels[batch], ordered[:, 1 : n + 1])
         return out
 
+    def compact(self, path: Tensor, start: Tensor) -> None:
+        to = start[:, None] + torch.arange(path.shape[1])
+        for table in (self.cache, self.position):
+            table.scatter_(1, to, table.gather(1, start[:, None] + path))
+        self.position.scatter_(1, to, to)
+
     def keep(self, rows: Tensor) -> None:
-        self.labels, self.cache = self.labels[rows], self.cache[rows]
+        self.labels, self.cache, self.position = self.labels[rows], self.cache[rows], self.position[rows]

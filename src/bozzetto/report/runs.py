@@ -18,7 +18,7 @@ from PIL import Image
 from bozzetto.engine.trace import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.output import MANIFEST
-from bozzetto.sampling import RUN, read_run, read_samples
+from bozzetto.sampling import RUN, read_run, read_samples, slug
 
 EVALUATION = "evaluation.json"
 GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"
@@ -153,7 +153,7 @@ def _evaluation_folder(name: str, folder: Path) -> Run:
     methods = [str(m) for m in run.settings.get("methods") or dict.fromkeys(r["method"] for r in run.results)]
     made = []
     for method in methods:
-        samples = folder / "samples" / method.replace("/", "-")
+        samples = folder / "samples" / slug(method)
         if (samples / RUN).is_file():
             drawn, provenance = _drawn(samples, run.settings.get("count"))
             run.drawn.append(drawn)

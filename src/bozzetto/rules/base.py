@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,34 +12,44 @@ from bozzetto.drafts import Draft, Verdict
 
 @dataclass
 class RuleNoise:
-    """All randomness of one verification, as arguments.
+    """All that a verification may use besides draft and law.
 
-    gumbel: float32 [B, L + 1, V], the fixed noise of each scored position (same in every pass);
-    uniforms: float64 [B, L + 1, 2] in (0, 1), fresh in every pass: one for the test, one for the redraw.
+    gumbel: float32 [B, M + 1, V], the fixed noise of each scored place (same in every pass), for rules that ask for it;
+    uniforms: float64 [B, M + 1, 2] in (0, 1), fresh in every pass: one for the test, one for the redraw;
+    slack: float32 [B], what is left of each image's budget of bias (None: no limit);
+    greedy: decoding is greedy and the laws given are the plain ones, from which a relaxed rule makes its choice.
     """
 
-    gumbel: Tensor
+    gumbel: Tensor | None = None
     uniforms: Tensor | None = None
+    slack: Tensor | None = None
+    greedy: bool = False
 
 
-class Rule(Protocol):
-    """exact: the output has exactly the target's law. needs_law: drafts must carry log_q.
-    needs_uniforms: fresh uniforms are wanted. seed_exact: output equals sequential decoding of the same seed."""
+class Rule:
+    """A verification rule. Parameters are fields of a frozen dataclass, traits are class variables.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def exact(self) -> bool: ...
-    @property
-    def seed_exact(self) -> bool: ...
-    @property
-    def needs_law(self) -> bool: ...
-    @property
-    def needs_uniforms(self) -> bool: ...
+    exact: the output has exactly the target's law; seed_exact: it equals sequential decoding of the same seed;
+    needs_law: drafts must carry their laws (or be certain); needs_gumbel, needs_uniforms: noise that is wanted;
+    needs_hidden: drafts must carry the drafter's hidden states; window: every place of a chain gets a token of the
+    target's law given its context, so that a window can be carried on; trees: trees are welcome, not just chains;
+    bias: for rules that are not exact, what bounds the bias, in words.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = False
+    seed_exact: ClassVar[bool] = False
+    needs_law: ClassVar[bool] = True
+    needs_gumbel: ClassVar[bool] = False
+    needs_uniforms: ClassVar[bool] = True
+    needs_hidden: ClassVar[bool] = False
+    window: ClassVar[bool] = False
+    trees: ClassVar[bool] = True
+    bias: ClassVar[str] = ""
 
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        """log_p: target log-laws float32 [B, L + 1, V] at the drafted positions and the one after."""
-        ...
+        """log_p: target log-laws float32 [B, M + 1, V] at the root and at every drafted node."""
+        raise NotImplementedError
 
 
 def leading(agree: Tensor) -> Tensor:

@@ -9,37 +9,41 @@ carries it on together with that law (SCD, arXiv 2510.24211; SJD-PAC, arXiv 2603
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import gumbel_argmax, inverse_cdf
-from bozzetto.rules.base import RuleNoise, leading
+from bozzetto.rules.base import Rule, RuleNoise, leading
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Keep-or-residual at every drafted position; lossless in law."""
+class Exact(Rule):
+    """Keep-or-residual at every drafted position of a chain; lossless in law."""
 
-    name: str = "exact"
-    exact: bool = True
-    seed_exact: bool = False
-    needs_law: bool = True
-    needs_uniforms: bool = True
+    name: ClassVar[str] = "exact"
+    exact: ClassVar[bool] = True
+    needs_gumbel: ClassVar[bool] = True
+    window: ClassVar[bool] = True
+    trees: ClassVar[bool] = False
 
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        if noise.gumbel is None or draft.tree is not None:
+            raise ValueError("rule 'exact' needs a chain and the positions' Gumbel noise")
         after = gumbel_argmax(log_p[:, -1:], noise.gumbel[:, -1:])  # no draft there: a plain draw of p
         if draft.length == 0:
             return Verdict(after, torch.zeros_like(after[:, 0]))
-        if draft.log_q is None or noise.uniforms is None:
-            raise ValueError("rule 'exact' needs the draft's law and fresh uniforms")
         log_p = log_p[:, :-1]
+        log_q = point_mass(draft.tokens, log_p) if draft.certain else draft.log_q
+        if log_q is None or noise.uniforms is None:
+            raise ValueError("rule 'exact' needs the draft's law and fresh uniforms")
         u_test, u_draw = noise.uniforms[:, :-1].unbind(-1)
         drafted = draft.tokens[..., None]
-        log_ratio = log_p.gather(-1, drafted) - draft.log_q.gather(-1, drafted)
+        log_ratio = log_p.gather(-1, drafted) - log_q.gather(-1, drafted)
         keep = u_test < log_ratio.squeeze(-1).double().exp()
-        redrawn = inverse_cdf(residual(log_p, draft.log_q), u_draw)
+        redrawn = inverse_cdf(residual(log_p, log_q), u_draw)
         tokens = torch.where(keep, draft.tokens, redrawn)
         return Verdict(torch.cat([tokens, after], 1), leading(keep))
 
@@ -49,3 +53,8 @@ def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     rest = (p - log_q.exp()).clamp_min(0)
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
+def point_mass(tokens: Tensor, like: Tensor) -> Tensor:
+    """The log-law that is certain of a token: int64 [B, L] -> [B, L, V]."""
+    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)

@@ -98,6 +98,44 @@ class TargetRecipe:
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+@checked(frozen=True, config=_STRICT)
+class DrafterRecipe:
+    """How to train an EAGLE-style drafter for a trained target.
+
+    model: the target, a shipped name or a model folder. guidance: scales are drawn from this range for the laws in the
+    loss ([1, 1]: no guidance; then `condition_dropout` of the labels become the unconditional one). Losses, each with
+    its weight: acceptance (1 - sum of min(p, q)), cross entropy (KL of the draft law from the target's), feature
+    (smooth L1, EAGLE-1). rollout: steps of the drafter's own roll-out in training (EAGLE-3; 1 is EAGLE-1); step k
+    weighs decay^(k-1). feature_noise: width of the uniform noise on features. test_images: held-out pictures used.
+    """
+
+    out: str
+    model: str
+    train: DataSource
+    test: DataSource
+    guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
+    condition_dropout: Share = 0.1
+    acceptance_weight: Annotated[float, Field(ge=0)] = 1.0
+    cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.1
+    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    rollout: Annotated[int, Field(gt=0, le=8)] = 3
+    decay: Rate = 0.8
+    feature_noise: Annotated[float, Field(ge=0)] = 0.0
+    test_images: Count = 64
+    views: Count = 4
+    refresh_every: Annotated[int, Field(ge=0)] = 0
+    jitter: Share = 0.0
+    steps: Count = 2000
+    batch: Count = 8
+    lr: Rate = 6e-4
+    warmup: Count = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    ema: Share = 0.995
+    evaluate_every: Count = 200
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 R = TypeVar("R")
 
 

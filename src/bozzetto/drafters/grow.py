@@ -1,0 +1,237 @@
+"""Growing a draft level by level with any causal sketcher: chains, static trees, dynamic trees.
+
+Static trees: the children of a node are drawn without replacement from the sketcher's law (EAGLE, arXiv 2401.15077), by
+Gumbel-top-k, which is the same thing. Dynamic trees: the likeliest children, the likeliest nodes expanded, and of all of
+them those of largest joint draft probability kept (EAGLE-2, arXiv 2406.16858); such drafts are certain, not drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafters.base import Observation, Start
+from bozzetto.drafts import Draft, Layout, Tree
+from bozzetto.drafts.tree import make_tree, static_tree
+from bozzetto.errors import UsageError
+from bozzetto.laws.categorical import LawSettings, law_of
+from bozzetto.laws.noise import fold, gumbel
+
+Shape = tuple[tuple[int, ...], ...]
+
+
+class Sketcher(Protocol):
+    """A cheap causal model with its own cache. All log-laws are made from logits [B, n, V] or [2B, n, V] (guided)."""
+
+    wants_features: bool
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None: ...
+
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        """Take in what a pass committed. Returns logits and hidden states (each [R, 1, ...]) for the next token."""
+        ...
+
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        """One level. tokens int64 [B, n]; parent int64 [b, n], numbers of their parents among the grown (0: the root, e:
+        the e-th grown node); first: number of nodes grown before; layout: slots after the committed ones. Returns
+        logits [R, n, V] and hidden states [R, n, d] that predict the nodes' children."""
+        ...
+
+    def keep(self, rows: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """EAGLE-2: nodes in all (without the root); depth; children per node and nodes expanded per level."""
+
+    nodes: int = 58
+    depth: int = 5
+    beam: int = 10
+
+
+def soft(settings: LawSettings) -> LawSettings:
+    """The settings with greedy decoding replaced by the plain law, which can be ranked."""
+    return settings if settings.temperature else LawSettings(guidance=settings.guidance)
+
+
+class TreeDrafter:
+    """Drafts trees of one static shape, or dynamic ones, from a sketcher."""
+
+    def __init__(self, name: str, sketcher: Sketcher, shape: Shape | Dynamic):
+        self.name, self.sketcher, self.shape = name, sketcher, shape
+        self.wants_features = sketcher.wants_features
+
+    @property
+    def max_nodes(self) -> int:
+        return self.shape.nodes if isinstance(self.shape, Dynamic) else sum(map(sum, self.shape))
+
+    @property
+    def max_depth(self) -> int:
+        return self.shape.depth if isinstance(self.shape, Dynamic) else len(self.shape)
+
+    def begin(self, start: Start) -> None:
+        self.start, self.keys, self.passes = start, start.keys, 0
+        self.seen: Observation | None = None
+        if isinstance(self.shape, Dynamic):
+            if start.with_hidden:
+                raise UsageError(f"drafter {self.name!r}: hidden states of every node are known for fixed trees only")
+            room = self.shape.depth * self.shape.beam
+        else:
+            room = self.max_nodes
+        self.sketcher.begin(start.labels, start.settings.guided, room)
+
+    def observe(self, seen: Observation) -> None:
+        self.seen = seen
+
+    def keep(self, rows: Tensor) -> None:
+        self.sketcher.keep(rows)
+        self.keys = self.keys[rows]
+        if self.seen is not None:
+            self.seen = self.seen.keep(rows)
+
+    def propose(self, batch: int, limit: int) -> Draft:
+        self.passes += 1
+        if self.seen is None or limit < 1:  # nothing is known before the first pass
+            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.keys.device))
+        logits, hidden = self.sketcher.extend(self.seen)
+        self.next = self.seen.start + self.seen.committed  # the position that the root's children stand at
+        if isinstance(self.shape, Dynamic):
+            return self._dynamic(self.shape, logits)
+        return self._static(static_tree(self.shape, self.keys.device), logits, hidden)
+
+    def _law(self, logits: Tensor) -> Tensor:
+        return law_of(logits, soft(self.start.settings))
+
+    def _cond(self, hidden: Tensor) -> Tensor:
+        """The conditional rows."""
+        return hidden[: len(self.keys)]
+
+    def _noise(self, rows: slice, depth: int, vocab: int) -> Tensor:
+        """Gumbel noise [B, n, V] of the draws from law rows `rows` at `depth`."""
+        count = rows.stop - rows.start
+        if self.start.fixed_noise:
+            return self.start.noise.rows((self.next + depth)[:, None]).expand(-1, count, -1)
+        number = torch.arange(rows.start, rows.stop, device=self.keys.device)
+        keys = fold(fold(self.keys, self.passes)[:, None], number)
+        return gumbel(fold(keys[..., None], torch.arange(vocab, device=keys.device)))
+
+    def _static(self, tree: Tree, logits: Tensor, hidden: Tensor) -> Draft:
+        """Level by level: laws of the mothers, draws of their children, hidden states of those that go on."""
+        device, greedy, all_grow = self.keys.device, self.start.settings.temperature == 0, self.start.with_hidden
+        tokens = torch.zeros(len(self.keys), tree.nodes + 1, dtype=torch.int64, device=device)
+        grown = torch.zeros(1, dtype=torch.int64, device=device)  # scored indices in the order of growing, root first
+        level, laws, states, row = grown, [], [self._cond(hidden)], 0
+        for depth, width in enumerate(tree.widths):
+            mothers = tree.families[depth][0]
+            log_q = self._law(logits)
+            if len(mothers) < len(level):
+                log_q = log_q[:, torch.searchsorted(level, mothers)]
+            laws.append(log_q)
+            rows = slice(row, row + len(mothers))
+            scores = log_q if greedy else log_q + self._noise(rows, depth, log_q.shape[-1])
+            drawn = scores.topk(width, -1).indices  # [B, I, C], in the order of the draws
+            kids = tree.child[0, mothers, :width].flatten()
+            tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
+            row = rows.stop
+            if depth + 1 == tree.max_depth and not all_grow:
+                break
+            level = kids[kids > 0] if all_grow else tree.families[depth + 1][0]
+            first = len(grown) - 1
+            parent = torch.searchsorted(grown, tree.parent[0, level - 1])[None]
+            grown = torch.cat([grown, level])
+            at = torch.arange(first, first + len(level), device=device)[None]
+            sees = tree.sees[:, level][:, :, grown[1:]]
+            logits, hidden = self.sketcher.grow(
+                tokens[:, level], parent, first, Layout(at, torch.full_like(at, depth), sees)
+            )
+            states.append(self._cond(hidden))
+        return Draft(
+            tokens[:, 1:],
+            None if greedy else torch.cat(laws, 1),
+            None if max(map(sum, self.shape)) == 1 else tree,  # type: ignore[arg-type]
+            certain=greedy,
+            hidden=torch.cat(states, 1) if all_grow else None,
+        )
+
+    def _dynamic(self, shape: Dynamic, logits: Tensor) -> Draft:
+        batch, device, beam = len(self.keys), self.keys.device, min(shape.beam, logits.shape[-1])
+        pool = _Pool(batch, device)
+        joint = torch.zeros(batch, 1, device=device)  # log-probability of the path to each expanded node
+        expanded = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # their numbers in the pool (0: the root)
+        sees = torch.zeros(batch, 0, 0, dtype=torch.bool, device=device)  # among the grown nodes
+        number = expanded  # of the expanded nodes among the grown ones (0: the root)
+        for depth in range(shape.depth):
+            likely, tokens = self._law(logits).topk(beam, -1)  # [B, n, beam]
+            pool.add(tokens, joint[..., None] + likely, expanded)
+            if depth + 1 == shape.depth:
+                break
+            chosen = pool.level_scores.topk(min(beam, pool.level_scores.shape[1]), -1).indices  # [B, n']
+            joint, expanded = pool.level_scores.gather(1, chosen), pool.first + chosen
+            parent, first = number.gather(1, chosen // beam), sees.shape[1]
+            sees = _with_children(sees, parent)
+            number = torch.arange(first + 1, sees.shape[1] + 1, device=device).expand(batch, -1)
+            at = number[:1] - 1
+            layout = Layout(at, torch.full_like(at, depth), sees[:, first:])
+            logits, _ = self.sketcher.grow(pool.level_tokens.gather(1, chosen), parent, first, layout)
+        return pool.best(shape, beam)
+
+
+class _Pool:
+    """All candidates of a dynamic tree. Numbers: 0 is the root, candidates follow level by level."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.tokens: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.parents: list[Tensor] = []
+        self.ranks: list[Tensor] = []
+        self.first, self.batch, self.device = 1, batch, device
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
+        """tokens, scores [B, n, beam]: the children of pool nodes parents [B, n]."""
+        if self.tokens:
+            self.first += self.tokens[-1].shape[1]
+        beam = tokens.shape[2]
+        self.level_tokens, self.level_scores = tokens.flatten(1), scores.flatten(1)
+        self.tokens.append(self.level_tokens)
+        self.scores.append(self.level_scores)
+        self.parents.append(parents.repeat_interleave(beam, 1))
+        rank = torch.arange(beam, device=self.device).repeat(parents.shape[1])
+        self.ranks.append(rank.expand(self.batch, -1))
+
+    def best(self, shape: Dynamic, beam: int) -> Draft:
+        """The nodes of largest joint probability. Ancestors are at least as likely as their descendants and come earlier
+        in the pool, and the sort is stable, so the chosen nodes hang together; of siblings a leading run is chosen."""
+        scores, parents = torch.cat(self.scores, 1), torch.cat(self.parents, 1)
+        nodes = min(shape.nodes, scores.shape[1])
+        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :nodes].sort(1).values  # [B, M]
+        # New numbers of the pool's nodes; those left out go to a spare number that nothing asks for.
+        number = torch.zeros(self.batch, scores.shape[1] + 1, dtype=torch.int64, device=self.device)
+        number.scatter_(1, chosen + 1, torch.arange(1, nodes + 1, device=self.device).expand(self.batch, -1))
+        parent = number.gather(1, parents.gather(1, chosen))
+        rank = torch.cat(self.ranks, 1).gather(1, chosen)
+        families = [self._mothers(number, parents, nodes) for parents in self._expanded(beam)]
+        row = torch.zeros(self.batch, nodes + 1, dtype=torch.int64, device=self.device)
+        tree = make_tree(parent, rank, row, families, [beam] * len(self.tokens))
+        return Draft(torch.cat(self.tokens, 1).gather(1, chosen), None, tree, certain=True)
+
+    def _expanded(self, beam: int) -> list[Tensor]:
+        """Pool numbers of the nodes expanded at each depth."""
+        return [parents[:, ::beam] for parents in self.parents]
+
+    def _mothers(self, number: Tensor, pool: Tensor, nodes: int) -> Tensor:
+        """Expanded nodes by their new numbers; those not chosen become nobody."""
+        new = number.gather(1, pool)
+        return torch.where((new == 0) & (pool > 0), nodes + 1, new)
+
+
+def _with_children(sees: Tensor, parent: Tensor) -> Tensor:
+    """bool [B, E, E] with the children of grown nodes parent [B, n] (0: the root) added: [B, E + n, E + n]."""
+    (batch, n), old = parent.shape, sees.shape[1]
+    own = torch.eye(n, dtype=torch.bool, device=parent.device).expand(batch, n, n)
+    root = torch.zeros(batch, 1, old, dtype=torch.bool, device=parent.device)
+    inherited = torch.cat([root, sees], 1).gather(1, parent[..., None].expand(-1, -1, old))
+    above = torch.cat([sees, torch.zeros(batch, old, n, dtype=torch.bool, device=parent.device)], 2)
+    return torch.cat([above, torch.cat([inherited, own], 2)], 1)

@@ -1,0 +1,149 @@
+"""EAGLE-style drafter network: one decoder layer that predicts the target's next hidden feature.
+
+Pair i is (f_i, x_i): the target's hidden state after its final norm at input i (its head gives the law of token i) and
+the token i that followed. From the pairs 0..i the network predicts f_{i+1}, and the target's frozen head turns the
+prediction into a draft law of token i + 1:
+
+    h = fc([embed(x_i); f_i]);  h += attention(h) (no norm before it);  h += SwiGLU(RMSNorm(h));  f^_{i+1} = h
+
+Architecture: EAGLE (Li et al., arXiv 2401.15077) as adapted to image tokens by LANTERN (Jang et al., arXiv 2410.03355);
+training on its own roll-out: EAGLE-3 (arXiv 2503.01840). Parameter names are those of the published drafters, so they
+load as they are. The rotary position of pair i is the grid cell of token i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, RMSNorm, rope_table, rotate
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """dim, heads, ffn: shape of the one layer (dim is the target's); vocab, grid: the target's; embedding: which rows
+    of the target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters)."""
+
+    dim: int
+    heads: int
+    ffn: int
+    vocab: int
+    grid: int
+    embedding: str = "tokens"
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+def eagle_config(target: LlamaGenConfig, embedding: str = "tokens") -> EagleConfig:
+    """A drafter with a layer of the target's shape."""
+    return EagleConfig(
+        target.dim, target.heads, target.ffn, target.vocab, target.grid, embedding, rope_base=target.rope_base
+    )
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+
+class _MLP(nn.Module):
+    def __init__(self, dim: int, ffn: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ffn, bias=False)
+        self.up_proj = nn.Linear(dim, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class EagleLayer(nn.Module):
+    """The decoder layer; its attention is written out by whoever calls it (training and cached drafting differ)."""
+
+    def __init__(self, config: EagleConfig):
+        super().__init__()
+        self.self_attn = _SelfAttention(config.dim)
+        self.mlp = _MLP(config.dim, config.ffn)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+
+
+class EagleNet(nn.Module):
+    """The trainable part: no embedding and no head, which are the target's own, frozen."""
+
+    rope: Tensor
+
+    def __init__(self, config: EagleConfig):
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(2 * config.dim, config.dim)
+        self.layers = nn.ModuleList([EagleLayer(config)])
+        self.register_buffer("rope", rope_table(_as_target(config), 0), persistent=False)  # [N, hd/2, 2]
+        for name, weight in self.named_parameters():
+            if weight.ndim > 1:
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    @property
+    def layer(self) -> EagleLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, EagleLayer)
+        return layer
+
+    def roll_out(self, features: Tensor, embedded: Tensor, steps: int) -> list[Tensor]:
+        """Predictions of `steps` roll-out steps over whole sequences, the slow twin of cached drafting.
+
+        features: true f_0..f_{n-1} [R, n, d]; embedded: e(x_0)..e(x_{n-1}) [R, n, d]. Step k returns [R, n, d]: at pair
+        i the prediction of f_{i+1} of a drafter that has seen true features up to pair i - k + 1 and its own predictions
+        after that (the first k - 1 pairs of step k have too short a past; leave them out of a loss).
+        """
+        n = features.shape[1]
+        rotation = self.rope[None, :n, None]
+        at = torch.arange(n, device=features.device)
+        fed, keys, values, out = features, [], [], []
+        for step in range(1, steps + 1):
+            h = self.fc(torch.cat([embedded, fed], -1))
+            q, k, v = self._project(h, rotation)
+            keys.append(k)
+            values.append(v)
+            mask = _roll_out_mask(at, step).to(h.dtype)
+            mixed = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
+            h = h + self.layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+            h = h + self.layer.mlp(self.layer.post_attention_layernorm(h))
+            out.append(h)
+            fed = torch.cat([features[:, :1], h[:, :-1]], 1)
+        return out
+
+    def _project(self, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, n, d] -> rotated q, k and plain v, [R, H, n, hd] each."""
+        a, heads = self.layer.self_attn, (self.config.heads, self.config.head_dim)
+        q, k, v = (p(h).unflatten(-1, heads) for p in (a.q_proj, a.k_proj, a.v_proj))
+        return rotate(q, rotation).transpose(1, 2), rotate(k, rotation).transpose(1, 2), v.transpose(1, 2)
+
+
+def _roll_out_mask(at: Tensor, step: int) -> Tensor:
+    """Additive mask [n, step * n] over the keys of steps 1..step: pair i sees step-1 keys up to i - step + 1, then one
+    key of each later step, its own last."""
+    gap = at[:, None] - at[None, :]  # query pair minus key pair
+    blocks = [gap >= step - 1] + [gap == step - m for m in range(2, step + 1)]
+    return torch.zeros(len(at), step * len(at), device=at.device).masked_fill(~torch.cat(blocks, 1), -torch.inf)
+
+
+def _as_target(config: EagleConfig) -> LlamaGenConfig:
+    return LlamaGenConfig(config.dim, 1, config.heads, config.vocab, config.grid, rope_base=config.rope_base)
+
+
+def token_rows(target: LlamaGen, config: EagleConfig) -> Tensor:
+    """The frozen rows [V, d] that stand for tokens."""
+    return (target.tok_embeddings if config.embedding == "tokens" else target.output).weight

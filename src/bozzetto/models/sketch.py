@@ -1,0 +1,130 @@
+"""Sketchers: cheap causal models that drafts are grown from (the contract is in drafters/grow.py)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.drafters.base import Observation
+from bozzetto.drafts import Layout
+from bozzetto.models.base import Session, Target, visible
+from bozzetto.models.eagle import EagleNet
+from bozzetto.models.llamagen_cache import copied, rotate_pairs
+
+
+class TargetSketcher:
+    """A smaller target with the same tokenizer. Input i of it carries token i - 1, as in any target."""
+
+    wants_features = False
+
+    def __init__(self, target: Target):
+        self.target = target
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        # The next pass scores the last committed input again and starts up to two inputs past the image.
+        self.session: Session = self.target.begin(labels, guided, max_nodes + 4)
+        self.last = torch.zeros_like(labels)  # token carried by the input at which the next pass starts
+        self.guided = guided
+
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        tokens = seen.verdict.tokens[:, : seen.longest]
+        scores = self.session.score(torch.cat([self.last[:, None], tokens], 1), seen.start)
+        at = seen.committed[:, None]
+        self.last = tokens.gather(1, at - 1)[:, 0]
+        self.next = seen.start + seen.committed + 1  # the input that carries the first drafted token
+        logits = _at(scores.logits, at)
+        return logits, _at(scores.features, at) if scores.features is not None else logits
+
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        scores = self.session.score(tokens, self.next, layout=layout)
+        return scores.logits, scores.logits if scores.features is None else scores.features
+
+    def keep(self, rows: Tensor) -> None:
+        self.session.keep(rows)
+        self.last = self.last[rows]
+
+def _at(values: Tensor, row: Tensor) -> Tensor:
+    """values [R, W, ...] at columns row int64 [B, 1] -> [R, 1, ...]; R is B or 2B."""
+    row = row.repeat(len(values) // len(row), 1)
+    return values.gather(1, row[..., None].expand(-1, -1, values.shape[-1]))
+
+
+class EagleSketcher:
+    """The cached EAGLE drafter: pairs of a target feature and a token in, the next feature out (models/eagle.py).
+
+    Slot i of the cache holds pair i; drafted pairs lie behind the committed ones and are written over by the next pass.
+    """
+
+    wants_features = True
+
+    @torch.no_grad()
+    def __init__(self, net: EagleNet, embedding: Tensor, head: Tensor):
+        """embedding, head: the target's rows [V, d] for tokens, in the dtype to compute in."""
+        c, layer, dtype = net.config, net.layer, head.dtype
+        a, m = layer.self_attn, layer.mlp
+        self.config, self.dtype, self.device = c, dtype, net.fc.weight.device
+        self.embedding, self.head = (head if c.embedding == "head" else embedding), head
+        self.fc, self.bias = net.fc.weight.to(dtype), net.fc.bias.to(dtype)
+        self.wqkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]).to(dtype)
+        self.wo = a.o_proj.weight.to(dtype)
+        self.w13 = torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(dtype)
+        self.w2, self.gain = m.down_proj.weight.to(dtype), layer.post_attention_layernorm.weight.to(dtype)
+        self.rope = torch.view_as_complex(net.rope.contiguous())  # complex64 [N, hd/2]
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        self.copies = 2 if guided else 1
+        self.rows = len(labels) * self.copies
+        self.slots = -(-(self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
+        self.cache = torch.zeros(2, self.rows * self.slots, self.config.dim, dtype=self.dtype, device=self.device)
+        self.first_slot = torch.arange(self.rows, device=self.device)[:, None] * self.slots  # [R, 1]
+        self.columns = torch.arange(self.slots, device=self.device)
+
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        assert seen.features is not None
+        offset = torch.arange(seen.longest, device=self.device)
+        slot = seen.start[:, None] + offset
+        shown = visible(self.columns, seen.start, seen.longest, None)
+        features = seen.features[:, : seen.longest]
+        out = self._step(seen.verdict.tokens[:, : seen.longest], features, slot, slot, shown)
+        self.next = seen.start + seen.committed  # slot of the first drafted pair
+        self.grown = _at(out, seen.committed[:, None] - 1)
+        return F.linear(self.grown, self.head).float(), self.grown
+
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        base = self.next[:, None]
+        shown = visible(self.columns, self.next, tokens.shape[1], layout)
+        parent = parent.expand(len(tokens), -1).repeat(self.copies, 1)
+        features = self.grown.gather(1, parent[..., None].expand(-1, -1, self.config.dim))
+        out = self._step(tokens, features, base + layout.slot, base + layout.depth, shown)
+        self.grown = torch.cat([self.grown, out], 1)
+        return F.linear(out, self.head).float(), out
+
+    @torch.no_grad()
+    def _step(self, tokens: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
+        """tokens, slot, position int64 [B, n], features [R, n, d], shown bool [B, n, S] -> hidden states [R, n, d]."""
+        c, copies = self.config, self.copies
+        mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)
+        rotation = self.rope[position.clamp_max(len(self.rope) - 1)][:, :, None, None]
+        x = self.embedding[tokens]
+        if copies > 1:
+            slot, rotation, x, mask = (copied(part, copies) for part in (slot, rotation, x, mask))
+        h = F.linear(torch.cat([x, features], -1), self.fc, self.bias)
+        qkv = F.linear(h, self.wqkv).unflatten(-1, (3, c.heads, c.head_dim))
+        q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
+        flat = (self.first_slot + slot).flatten()
+        self.cache[0].index_copy_(0, flat, k.reshape(-1, c.dim))
+        self.cache[1].index_copy_(0, flat, qkv[:, :, 2].reshape(-1, c.dim))
+        keys, values = self.cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask[:, None])
+        h = h + F.linear(mixed.transpose(1, 2).flatten(2), self.wo)
+        gate, up = F.linear(F.rms_norm(h, (c.dim,), self.gain, c.norm_eps), self.w13).chunk(2, -1)
+        return h + F.linear(F.silu(gate) * up, self.w2)
+
+    def keep(self, rows: Tensor) -> None:
+        batch = self.rows // self.copies
+        rows = torch.cat([rows + i * batch for i in range(self.copies)])
+        self.cache = self.cache.unflatten(1, (self.rows, self.slots))[:, rows].flatten(1, 2)
+        self.rows, self.first_slot = len(rows), self.first_slot[: len(rows)]

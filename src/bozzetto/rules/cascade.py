@@ -1,0 +1,94 @@
+"""CASCADE: siblings that the drafter finds alike pool their probability, and converging laws are trusted; lossy.
+
+Breadth: a drafted token counts the probability of all its siblings whose drafter hidden state has a cosine above
+`alike` with its own. Depth: where the target's logits at the token are close to those at its parent (cosine above
+`converged`, divergence below `kl`), the probability of keeping it is raised by `raise_by` times that cosine. A reject
+goes on with norm([p - q]+) (arXiv 2605.07230; its thresholds are given there only as ranges, 0.9 for the siblings, 0.5 to
+0.625 and 3 to 4 for the laws, so the defaults here are approximate, and so is the order in which the two are combined).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.errors import UsageError
+from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.tree import after_reject
+from bozzetto.rules.walk import Family, Judgement, nobody, walk
+
+
+@dataclass(frozen=True)
+class Cascade(Rule):
+    """alike, converged: cosines in [-1, 1]; kl: nats; raise_by: in [0, 1] (0: breadth only)."""
+
+    alike: float = 0.9
+    converged: float = 0.6
+    kl: float = 3.0
+    raise_by: float = 0.1
+
+    name: ClassVar[str] = "cascade"
+    needs_hidden: ClassVar[bool] = True
+    bias: ClassVar[str] = "no bound; what each decision adds to the exact keeping probability is summed"
+
+    def __post_init__(self) -> None:
+        for name in ("alike", "converged"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a number from -1 to 1")
+        if not self.kl >= 0:
+            raise UsageError(f"kl = {self.kl} is not allowed: a number >= 0")
+        if not 0 <= self.raise_by <= 1:
+            raise UsageError(f"raise_by = {self.raise_by} is not allowed: a number from 0 to 1")
+
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        if draft.length and draft.hidden is None:
+            raise ValueError("rule 'cascade' needs the drafter's hidden states")
+        states = None if draft.hidden is None else F.normalize(draft.hidden.float(), dim=-1)
+
+        def judge(family: Family) -> Judgement:
+            assert states is not None
+            rows = torch.arange(len(log_p), device=log_p.device)[:, None]
+            own = states[rows, family.kids]  # [B, C, d]
+            pool = own @ own.transpose(1, 2) > self.alike
+            pool = pool & family.present[:, None] | torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
+            lift = self._lift(log_p[rows, family.node[:, None]], log_p[rows, family.kids])
+            return self._judge(family, pool, lift, noise.greedy)
+
+        return walk(draft, log_p, noise, judge)
+
+    def _lift(self, parent: Tensor, child: Tensor) -> Tensor:
+        """What convergence adds to the keeping probability, [B, C]; parent [B, 1, V], child [B, C, V] log-laws."""
+        a, b = (law.clamp_min(-30) for law in (parent, child))
+        a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+        cosine = F.cosine_similarity(a, b, dim=-1)
+        divergence = (parent.exp() * (parent.clamp_min(-30) - child.clamp_min(-30))).sum(-1)
+        return torch.where((cosine > self.converged) & (divergence < self.kl), self.raise_by * cosine, 0.0)
+
+    def _judge(self, family: Family, pool: Tensor, lift: Tensor, greedy: bool) -> Judgement:
+        """pool: bool [B, C, C], who counts for whom; lift: float [B, C]."""
+        p, q = family.p, family.q
+        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        for rank in range(family.tokens.shape[1]):
+            if nobody(family.present[:, rank] & (pick < 0)):
+                break
+            x = family.tokens[:, rank, None]
+            px = p.gather(1, x)[:, 0]
+            qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
+            pooled = (p.gather(1, family.tokens) * pool[:, rank]).sum(1)
+            tiny = torch.finfo(px.dtype).tiny
+            exact = (px / qx.clamp_min(tiny)).clamp_max(1)
+            keep = ((pooled / qx.clamp_min(tiny)).clamp_max(1) + lift[:, rank] * (px > 0)).clamp_max(1)
+            keep = torch.where(keep - exact > family.slack - spent, exact, keep)
+            tried = family.present[:, rank] & (qx > 0) & (pick < 0)
+            u = torch.full_like(family.u[:, rank], 0.5) if greedy else family.u[:, rank]
+            stays = tried & (u < keep)
+            pick = torch.where(stays, rank, pick)
+            spent = torch.where(tried, spent + keep - exact, spent)
+            failed = (tried & ~stays)[:, None]
+            p, q = after_reject(p, q, x[:, 0], failed)
+        return Judgement(pick, p, spent)

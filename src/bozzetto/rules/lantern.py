@@ -1,0 +1,166 @@
+"""LANTERN and LANTERN++: a drafted token may borrow the probability of its nearest codes; lossy.
+
+For a drafted token x the set A grows from {x} by the k nearest codes in order of proximity as long as the mass that it
+borrows stays within the budget: delta (LANTERN, arXiv 2410.03355) or (lambda - 1) p(x) (LANTERN++, arXiv 2502.06352).
+With p~ the law whose mass on A is moved to x, x is kept with probability min(1, p~(x) / q(x)); on a reject the law of
+what follows is norm([p~ - q]+). TV(p~, p) is the borrowed mass. p~ depends on x, so the output's own distance from p is
+not bounded by delta, and a node with several children spends anew for each of them.
+
+`residual` chooses what follows a reject: `paper`; `optimal`, norm([p - q a]+) with a(v) the probability of keeping v
+(COOL-SD, arXiv 2601.09212, Prop. 1), which gives the least bias of any; `released`, what the published code does, kept
+so that it can be compared (it removes k + 1 codes whether they were used or not, on drawn trees with the opposite sign,
+and falls back to a uniform law).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.errors import UsageError
+from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.tree import after_reject
+from bozzetto.rules.walk import Family, Judgement, nobody, normalised, walk, without
+
+RESIDUALS = ("paper", "optimal", "released")
+
+
+@dataclass(frozen=True)
+class Lantern(Rule):
+    """k: neighbours looked at; delta: largest mass borrowed per candidate, in [0, 1]; residual: see above.
+
+    neighbours: int [V, >= k (+ 1 for `released`)], the nearest other codes of each code (set by `with_neighbours`).
+    """
+
+    k: int = 1000
+    delta: float = 0.1
+    residual: str = "paper"
+    neighbours: Tensor | None = field(default=None, repr=False, compare=False)
+
+    name: ClassVar[str] = "lantern"
+    bias: ClassVar[str] = "borrows at most delta per candidate; TV(output, p) itself is not bounded by delta"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"k = {self.k} is not allowed: a whole number >= 1")
+        if self.residual not in RESIDUALS:
+            raise UsageError(f"residual = {self.residual!r} is not allowed: {', '.join(RESIDUALS)}")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if not 0 <= self.delta <= 1:
+            raise UsageError(f"delta = {self.delta} is not allowed: a number from 0 to 1")
+
+    @property
+    def columns(self) -> int:
+        """Columns of the neighbour table that are read."""
+        return self.k + 1 if self.residual == "released" else self.k
+
+    def budget(self, px: Tensor) -> Tensor:
+        """Most mass that a candidate of probability px may borrow."""
+        return torch.full_like(px, self.delta)
+
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        if self.neighbours is None:
+            raise ValueError(f"rule {self.name!r} needs the table of neighbours")
+        table = self.neighbours
+
+        def judge(family: Family) -> Judgement:
+            return self._greedy(family, table) if noise.greedy else self._judge(family, table)
+
+        return walk(draft, log_p, noise, judge)
+
+    def borrowed(self, p: Tensor, x: Tensor, table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What x int64 [B] may borrow under p [B, V]: the mass [B], its neighbours int64 [B, k], which of them are in A
+        (bool [B, k])."""
+        near = table[x, : self.k].long()
+        mass = p.gather(1, near).cumsum(1)
+        most = torch.minimum(self.budget(p.gather(1, x[:, None])[:, 0]), slack)
+        inside = mass <= most[:, None]
+        return (mass * inside).amax(1), near, inside
+
+    def _judge(self, family: Family, table: Tensor) -> Judgement:
+        p, q = family.p, family.q
+        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        for rank in range(family.tokens.shape[1]):
+            if nobody(family.present[:, rank] & (pick < 0)):
+                break
+            x = family.tokens[:, rank]
+            mass, near, inside = self.borrowed(p, x, table, family.slack - spent)
+            px = p.gather(1, x[:, None])[:, 0] + mass
+            qx = torch.ones_like(px) if q is None else q.gather(1, x[:, None])[:, 0]
+            tried = family.present[:, rank] & (qx > 0) & (pick < 0)
+            keep = tried & (family.u[:, rank] * qx < px)
+            pick = torch.where(keep, rank, pick)
+            spent = torch.where(tried, spent + mass, spent)
+            failed = (tried & ~keep)[:, None]
+            rest = self._rest(p, q, x, near, inside, table, family.slack)
+            p = torch.where(failed, rest, p)
+            q = q if q is None else torch.where(failed, without(q, x), q)
+        return Judgement(pick, p, spent)
+
+    def _rest(
+        self, p: Tensor, q: Tensor | None, x: Tensor, near: Tensor, inside: Tensor, table: Tensor, slack: Tensor
+    ) -> Tensor:
+        """The law [B, V] after x was refused."""
+        exact, _ = after_reject(p, q, x, torch.ones_like(x, dtype=torch.bool)[:, None])
+        if self.residual == "paper":
+            moved = p.scatter(1, near, p.gather(1, near) * ~inside).scatter(1, x[:, None], 0.0)
+            return normalised(moved if q is None else (moved - q).clamp_min(0), exact)
+        if self.residual == "optimal":
+            return normalised(self._unkept(p, q, x, near, inside, table, slack), exact)
+        wide = torch.cat([x[:, None], table[x, : self.k + 1].long()], 1)
+        if q is None:
+            taken = p.scatter(1, wide, 0.0)
+        else:
+            taken = (p - q.scatter(1, wide[:, 1:], 0.0)).clamp_min(0)
+        uniform = torch.full_like(p, 1 / p.shape[1])
+        used = inside.any(1, keepdim=True)
+        return torch.where(used, normalised(taken, uniform), exact)
+
+    def _unkept(
+        self, p: Tensor, q: Tensor | None, x: Tensor, near: Tensor, inside: Tensor, table: Tensor, slack: Tensor
+    ) -> Tensor:
+        """[p - q a]+, where a(v) is the probability of keeping v."""
+        if q is None:  # only x was ever going to be kept
+            kept = (p.gather(1, x[:, None]) + (p.gather(1, near) * inside).sum(1, keepdim=True)).clamp_max(1)
+            return p.scatter(1, x[:, None], (p.gather(1, x[:, None]) - kept).clamp_min(0))
+        mass = p[:, table[:, : self.k].long()].cumsum(2)  # [B, V, k]: only this choice needs every code's neighbours
+        most = torch.minimum(self.budget(p), slack[:, None])
+        borrowed = (mass * (mass <= most[..., None])).amax(2)
+        return (p - torch.minimum(q, p + borrowed)).clamp_min(0)
+
+    def _greedy(self, family: Family, table: Tensor) -> Judgement:
+        """Keep the first child that is the likeliest code after borrowing; no coin is thrown."""
+        p = family.p
+        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        best = p.amax(1)
+        for rank in range(family.tokens.shape[1]):
+            x = family.tokens[:, rank]
+            mass, _, _ = self.borrowed(p, x, table, family.slack - spent)
+            keep = family.present[:, rank] & (pick < 0) & (p.gather(1, x[:, None])[:, 0] + mass >= best)
+            pick = torch.where(keep, rank, pick)
+            spent = torch.where(keep, spent + mass, spent)
+        return Judgement(pick, p, spent)
+
+
+@dataclass(frozen=True)
+class LanternPlusPlus(Lantern):
+    """k: neighbours looked at; lambda (`lam`): a candidate may count up to lambda times its own probability, >= 1."""
+
+    k: int = 10
+    lam: float = 2.0
+
+    name: ClassVar[str] = "lantern++"
+    bias: ClassVar[str] = "a candidate's probability is raised at most lambda times; TV(output, p) is not bounded by it"
+
+    def _check_budget(self) -> None:
+        if not self.lam >= 1 or self.lam == float("inf"):
+            raise UsageError(f"lambda = {self.lam} is not allowed: a number >= 1")
+
+    def budget(self, px: Tensor) -> Tensor:
+        return (self.lam - 1) * px

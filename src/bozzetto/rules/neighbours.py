@@ -1,0 +1,40 @@
+"""Which codes lie close to a code: the table that relaxed rules borrow probability by.
+
+Built on the codebook's own device in chunks; only the first k <= 1024 columns are kept, as int32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.errors import UsageError
+
+MOST = 1024
+
+
+def nearest_codes(codebook: Tensor, k: int, *, raw: bool = False, chunk: int = 1024) -> Tensor:
+    """Indices int32 [V, k] of the k nearest other codes of each row, nearest first; ties by the smaller index.
+
+    codebook: float [V, d]. raw: Euclidean distance of the rows as they are, instead of the unit vectors that a
+    tokenizer with normalised codes sees. Raises UsageError for a k that is not in 1..min(V - 1, 1024).
+    """
+    most = min(len(codebook) - 1, MOST)
+    if not 1 <= k <= most:
+        raise UsageError(f"k = {k} is not allowed: a whole number from 1 to {most} (the codebook has {len(codebook)})")
+    codes = codebook.float() if raw else F.normalize(codebook.float(), dim=-1)
+    square = codes.square().sum(-1)
+    parts = []
+    for first in range(0, len(codes), chunk):
+        rows = codes[first : first + chunk]
+        closeness = 2 * rows @ codes.t() - square  # minus the squared distance, up to a constant of the row
+        own = torch.arange(first, first + len(rows), device=codes.device)[:, None]
+        closeness.scatter_(1, own, -torch.inf)
+        found, order = closeness.topk(min(most, k + 8), -1)
+        # topk leaves the order of equal values open: sort by index, then stably by closeness.
+        by_index = order.argsort(1)
+        found, order = found.gather(1, by_index), order.gather(1, by_index)
+        ranked = found.argsort(dim=1, descending=True, stable=True)[:, :k]
+        parts.append(order.gather(1, ranked).int())
+    return torch.cat(parts)

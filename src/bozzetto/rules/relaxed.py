@@ -1,0 +1,142 @@
+"""Relaxed rules that give every token a probability of being kept: grouped (GSD) and annealed (COOL-SD); lossy.
+
+For a child x drawn from q with keeping probabilities a(v) and a law r after a reject, the token's law is
+
+    out = q a + (1 - sum q a) r,      bias = TV(out, p)
+
+which is computed at every decision: it is the exact bias of a node with one child, given what was drafted before it.
+Where it would exceed what is left of an image's budget, the exact rule decides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.errors import UsageError
+from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.walk import Family, Judgement, nobody, normalised, walk, without
+
+
+class KeepingRule(Rule):
+    """A rule given by a(v); subclasses define `keeping` and `rejected`."""
+
+    def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
+        """a [B, V] in [0, 1] at a node with laws p, q [B, V]; depth: of the child, from 1."""
+        raise NotImplementedError
+
+    def rejected(self, p: Tensor, q: Tensor, keep: Tensor) -> Tensor:
+        """Unnormalised law [B, V] after a reject."""
+        raise NotImplementedError
+
+    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        return walk(draft, log_p, noise, self._greedy if noise.greedy else self._judge)
+
+    def decide(self, p: Tensor, q: Tensor, depth: int, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeping probabilities and law after a reject [B, V], and the bias [B] that they cost."""
+        exact = torch.where(q > 0, p / q.clamp_min(torch.finfo(q.dtype).tiny), 1.0).clamp_max(1)
+        plain = normalised((p - q).clamp_min(0), p)
+        keep = self.keeping(p, q, depth)
+        rest = normalised(self.rejected(p, q, keep), plain)
+        kept = q * keep
+        bias = (kept + (1 - kept.sum(-1, keepdim=True)).clamp_min(0) * rest - p).abs().sum(-1) / 2
+        dear = (bias > slack)[:, None]
+        keep, rest = torch.where(dear, exact, keep), torch.where(dear, plain, rest)
+        return keep, rest, torch.where(dear[:, 0], 0.0, bias)
+
+    def _judge(self, family: Family) -> Judgement:
+        p, q = family.p, family.q
+        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        for rank in range(family.tokens.shape[1]):
+            if nobody(family.present[:, rank] & (pick < 0)):
+                break
+            x = family.tokens[:, rank]
+            law = torch.zeros_like(p).scatter_(1, x[:, None], 1.0) if q is None else q
+            keep, rest, bias = self.decide(p, law, family.depth, family.slack - spent)
+            tried = family.present[:, rank] & (law.gather(1, x[:, None])[:, 0] > 0) & (pick < 0)
+            stays = tried & (family.u[:, rank] < keep.gather(1, x[:, None])[:, 0])
+            pick = torch.where(stays, rank, pick)
+            spent = torch.where(tried, spent + bias, spent)
+            failed = (tried & ~stays)[:, None]
+            p = torch.where(failed, rest, p)
+            q = q if q is None else torch.where(failed, without(q, x), q)
+        return Judgement(pick, p, spent)
+
+    def _greedy(self, family: Family) -> Judgement:
+        """Keep the first child whose probability of being kept is 1 / 2 or more, or that is the likeliest token."""
+        pick, best = torch.full_like(family.node, -1), family.p.argmax(1)
+        for rank in range(family.tokens.shape[1]):
+            x = family.tokens[:, rank]
+            point = torch.zeros_like(family.p).scatter_(1, x[:, None], 1.0)
+            a = self.keeping(family.p, point, family.depth).gather(1, x[:, None])[:, 0]
+            keep = family.present[:, rank] & (pick < 0) & ((x == best) | ((a >= 0.5) & (a <= family.slack)))
+            pick = torch.where(keep, rank, pick)
+        return Judgement(pick, family.p, torch.zeros_like(family.slack))
+
+
+@dataclass(frozen=True)
+class Grouped(KeepingRule):
+    """GSD (arXiv 2508.07747): a token is kept for its group, min(1, p(C(x)) / q(C(x))), where C(x) holds the `group`
+    tokens whose rank by target probability is closest to its own; a reject draws from norm([p - q]+)."""
+
+    group: int = 8
+
+    name: ClassVar[str] = "grouped"
+    bias: ClassVar[str] = "no bound; the exact bias of every decision is measured and summed"
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise UsageError(f"group = {self.group} is not allowed: a whole number >= 1")
+
+    def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
+        vocab, below = p.shape[1], self.group // 2
+        order = p.argsort(dim=1, descending=True, stable=True)
+        at = torch.arange(vocab, device=p.device)
+        first, last = (at - below).clamp_min(0), (at - below + self.group - 1).clamp_max(vocab - 1)
+
+        def windows(law: Tensor) -> Tensor:
+            total = torch.nn.functional.pad(law.gather(1, order).double().cumsum(1), (1, 0))
+            return total[:, last + 1] - total[:, first]
+
+        mass_p, mass_q = windows(p), windows(q)
+        ratio = torch.where(mass_q > 0, mass_p / mass_q.clamp_min(1e-300), 1.0).clamp(0, 1)
+        # Outside the support of p nothing is kept, whatever the group.
+        return torch.zeros_like(p).scatter_(1, order, ratio.to(p.dtype)) * (p > 0)
+
+    def rejected(self, p: Tensor, q: Tensor, keep: Tensor) -> Tensor:
+        return (p - q).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Annealed(KeepingRule):
+    """COOL-SD (arXiv 2601.09212): min(1, w_i p / q) with w_i = delta exp(-nu i - mu) at draft i = 0, 1, ..., loose early
+    and strict late, never below 1 (the exact rule); a reject draws from norm([p - q a]+), which makes the bias of a
+    decision sum [q a - p]+, the least possible. `delta` of the paper is a factor here, 1 or more."""
+
+    delta: float = 2.0
+    nu: float = 0.7
+    mu: float = 0.0
+
+    name: ClassVar[str] = "annealed"
+    bias: ClassVar[str] = "sum [min(q, w p) - p]+ per decision, measured and summed"
+
+    def __post_init__(self) -> None:
+        for name, value, fine, allowed in (
+            ("delta", self.delta, self.delta >= 1, "a number >= 1"),
+            ("nu", self.nu, self.nu >= 0, "a number >= 0"),
+            ("mu", self.mu, True, "a number"),
+        ):
+            if not (fine and math.isfinite(value)):
+                raise UsageError(f"{name} = {value} is not allowed: {allowed}")
+
+    def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
+        factor = max(1.0, self.delta * math.exp(-self.nu * (depth - 1) - self.mu))
+        return torch.where(q > 0, factor * p / q.clamp_min(torch.finfo(q.dtype).tiny), 1.0).clamp_max(1)
+
+    def rejected(self, p: Tensor, q: Tensor, keep: Tensor) -> Tensor:
+        return (p - q * keep).clamp_min(0)

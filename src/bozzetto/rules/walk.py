@@ -1,0 +1,109 @@
+"""Walking down a drafted tree: one judge per rule decides between the children of a node, or what is drawn instead.
+
+All images of a batch walk in step, one level at a time and, inside a level, one sibling at a time; whoever has stopped
+waits. There is no loop over images or over the nodes of the tree, and nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.categorical import inverse_cdf
+from bozzetto.rules.base import RuleNoise
+
+
+@dataclass
+class Family:
+    """A node's children, as its judge sees them. p: float32 [B, V], the target's law there; q: [B, V], the law the
+    children were drawn from without replacement, None where the draft is certain; tokens: int64 [B, C] in draw order;
+    present: bool [B, C]; u: float64 [B, C], a fresh uniform each; depth: of the children, from 1; slack: float32 [B];
+    node, kids: int64 [B], [B, C], scored indices of the parent and of the children."""
+
+    p: Tensor
+    q: Tensor | None
+    tokens: Tensor
+    present: Tensor
+    u: Tensor
+    depth: int
+    slack: Tensor
+    node: Tensor
+    kids: Tensor
+
+
+@dataclass
+class Judgement:
+    """pick: int64 [B], rank of the child that is kept, -1 for none; rest: [B, V] >= 0, what to draw from if none is;
+    spent: float32 [B], bound of the bias that this decision cost."""
+
+    pick: Tensor
+    rest: Tensor
+    spent: Tensor
+
+
+class Judge(Protocol):
+    def __call__(self, family: Family) -> Judgement: ...
+
+
+def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict:
+    """Follow kept children from the root; draw the rule's own token where the walk ends."""
+    if noise.uniforms is None or (draft.length and draft.log_q is None and not draft.certain):
+        raise ValueError("this rule needs fresh uniforms and the draft's law")
+    batch, device = len(log_p), log_p.device
+    rows = torch.arange(batch, device=device)
+    node = torch.zeros(batch, dtype=torch.int64, device=device)
+    spent = torch.zeros(batch, device=device)
+    slack = torch.full_like(spent, torch.inf) if noise.slack is None else noise.slack
+    rest, going, path = log_p[:, 0].exp(), torch.ones_like(node, dtype=torch.bool), [node]
+    if draft.length:
+        tree = draft.shape()
+        tokens = torch.nn.functional.pad(draft.tokens, (1, 0))
+        child, row = (part.expand(batch, *part.shape[1:]) for part in (tree.child, tree.row))
+        for depth, width in enumerate(tree.widths, 1):
+            kids = child[rows, node][:, :width]
+            q = None if draft.log_q is None or draft.certain else draft.log_q[rows, row[rows, node]].exp()
+            present = (kids > 0) & going[:, None]
+            u = noise.uniforms[..., 0].gather(1, kids)
+            p = log_p[rows, node].exp() if depth > 1 else rest
+            found = judge(Family(p, q, tokens.gather(1, kids), present, u, depth, slack - spent, node, kids))
+            moved = going & (found.pick >= 0)
+            rest = torch.where(going[:, None], found.rest, rest)
+            spent = torch.where(going, spent + found.spent, spent)
+            node = torch.where(moved, kids.gather(1, found.pick.clamp_min(0)[:, None])[:, 0], node)
+            going = moved
+            path.append(node)
+            if nobody(going):
+                path += [node] * (tree.max_depth - depth)
+                break
+        # Who has kept a child at every level draws from the law there.
+        rest = torch.where(going[:, None], log_p[rows, node].exp(), rest)
+        depths = tree.depth.expand(batch, -1)
+        accepted = depths[rows, node]
+    else:
+        accepted, tokens = node, torch.zeros_like(node)[:, None]
+    own = rest.argmax(-1) if noise.greedy else inverse_cdf(rest, noise.uniforms[rows, node, 1])
+    way = torch.stack(path, 1)
+    drafted = torch.nn.functional.pad(tokens.gather(1, way)[:, 1:], (0, 1))
+    out = drafted.scatter(1, accepted[:, None], own[:, None])
+    return Verdict(out, accepted, None if draft.tree is None else way, spent)
+
+
+def nobody(mask: Tensor) -> bool:
+    """Whether no row is left, where finding out costs nothing: a GPU would have to be waited for."""
+    return mask.device.type == "cpu" and not bool(mask.any())
+
+
+def without(q: Tensor, token: Tensor) -> Tensor:
+    """q [B, V] without a token int64 [B], normalised (zeros where nothing is left)."""
+    rest = q.scatter(1, token[:, None], 0.0)
+    return rest / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+
+
+def normalised(rest: Tensor, otherwise: Tensor) -> Tensor:
+    """rest [B, V] >= 0 as a law; `otherwise` where it is zero (an event of probability zero, up to rounding)."""
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total.clamp_min(torch.finfo(rest.dtype).tiny), otherwise)

@@ -1,0 +1,216 @@
+"""`bozzetto train drafter RECIPE.yaml`: fit an EAGLE-style drafter to a trained target, resumably.
+
+Pictures are tokenised as for the target; the target's features are computed anew for every batch, nothing is dumped.
+Losses are taken on the guided law that drafting will use, over several steps of the drafter's own roll-out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from bozzetto.data import augment, evaluation_view, read_images
+from bozzetto.laws.categorical import guide
+from bozzetto.models.eagle import EagleNet, eagle_config, token_rows
+from bozzetto.models.eagle_store import save_eagle
+from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
+from bozzetto.pipeline import model_folder
+from bozzetto.train.loop import RunFolder, WeightAverage, channels_last, cosine, set_lr
+from bozzetto.train.recipes import DrafterRecipe
+from bozzetto.train.target import tokenise
+
+_DEPTHS = 5  # of the roll-out in the held-out report
+_ROWS = 16
+
+
+class _Trainer:
+    def __init__(self, recipe: DrafterRecipe):
+        self.recipe = recipe
+        self.run = RunFolder(recipe.out)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+        self.folder = model_folder(recipe.model)
+        self.target = load_llamagen(self.folder)
+        self.tokenizer = channels_last(load_tokenizer(self.folder))
+        size = self.tokenizer.config.image_size
+        self.data = read_images(recipe.train.path, recipe.train.split)
+        test = read_images(recipe.test.path, recipe.test.split)
+        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: recipe.test_images]
+        self.test_labels = torch.from_numpy(test.labels)[chosen]
+        self.test_tokens = tokenise(self.tokenizer, test.images[chosen], lambda x: evaluation_view(x, size)).long()
+        self.net = EagleNet(eagle_config(self.target.config))
+        self.rows = token_rows(self.target, self.net.config).bfloat16()
+        self.head = self.target.output.weight.bfloat16()
+        matrices = [p for p in self.net.parameters() if p.ndim > 1]
+        others = [p for p in self.net.parameters() if p.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        self.loss = torch.compile(self._loss) if recipe.compile else self._loss
+        self.average = WeightAverage(self.net.parameters(), recipe.ema)
+        self.step, self.best = 0, math.inf
+        self._resume()
+
+    def _view(self) -> Tensor:
+        size, jitter = self.tokenizer.config.image_size, self.recipe.jitter
+        return tokenise(self.tokenizer, self.data.images, lambda x: augment(x, size, self.generator, jitter))
+
+    def _resume(self) -> None:
+        saved = self.run.load()
+        if saved is None:
+            views = tqdm(range(self.recipe.views), desc="tokenising views")
+            self.tokens = torch.stack([self._view() for _ in views], 1)  # int16 [N, views, h*w]
+            self._save()
+            return
+        self.tokens = saved["tokens"]
+        self.net.load_state_dict(saved["net"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average.load_state_dict(saved["average"])
+        self.generator.set_state(saved["generator"])
+        self.step, self.best = saved["step"], saved["best"]
+
+    def _save(self) -> None:
+        self.run.save(
+            {
+                "tokens": self.tokens,
+                "net": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict(),
+                "generator": self.generator.get_state(),
+                "step": self.step,
+                "best": self.best,
+            }
+        )
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """labels int64 [R], tokens int64 [R, N] and a guidance scale float32 [B].
+
+        With guidance R = 2B, [cond; uncond] rows of the same pictures; without, some labels become the unconditional."""
+        r, g = self.recipe, self.generator
+        chosen = torch.randint(len(self.tokens), (r.batch,), generator=g)
+        tokens = self.tokens[chosen, torch.randint(r.views, (r.batch,), generator=g)].long()
+        labels, nobody = torch.from_numpy(self.data.labels)[chosen], self.target.config.classes
+        low, high = r.guidance
+        if high > 1:
+            scale = low + (high - low) * torch.rand(r.batch, generator=g)
+            return torch.cat([labels, torch.full_like(labels, nobody)]), tokens.repeat(2, 1), scale
+        dropped = torch.rand(r.batch, generator=g) < r.condition_dropout
+        return torch.where(dropped, torch.tensor(nobody), labels), tokens, torch.ones(r.batch)
+
+    @torch.no_grad()
+    def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """The target's hidden states after its final norm at inputs 0..N-1: [R, N, d]."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.target.features(labels, tokens[:, :-1])
+
+    def _laws(self, features: Tensor, scale: Tensor) -> Tensor:
+        """Guided log-laws [B, n, V] of hidden states [R, n, d]."""
+        logits = F.linear(features.bfloat16(), self.head).float()
+        if len(logits) > len(scale):
+            logits = guide(*logits.chunk(2), scale[:, None, None])  # type: ignore[arg-type]
+        return logits.log_softmax(-1)
+
+    def _loss(self, features: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+        """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses."""
+        r = self.recipe
+        with torch.autocast("cpu", torch.bfloat16):
+            noise = r.feature_noise * (torch.rand_like(features) - 0.5)
+            steps = self.net.roll_out(features[:, :-1] + noise[:, :-1], self.rows[tokens[:, :-1]], r.rollout)
+        wanted = features[:, 1:]
+        log_p = self._laws(wanted, scale)
+        p = log_p.exp()
+        total, weights = torch.zeros(()), 0.0
+        for k, predicted in enumerate(steps):
+            log_q = self._laws(predicted, scale)[:, k:]
+            loss = torch.zeros(())
+            if r.acceptance_weight:
+                loss = loss + r.acceptance_weight * (1 - torch.minimum(p[:, k:], log_q.exp()).sum(-1).mean())
+            if r.cross_entropy_weight:
+                loss = loss + r.cross_entropy_weight * (p[:, k:] * (log_p[:, k:] - log_q)).sum(-1).mean()
+            if r.feature_weight:
+                loss = loss + r.feature_weight * F.smooth_l1_loss(predicted[:, k:].float(), wanted[:, k:].float())
+            total, weights = total + r.decay**k * loss, weights + r.decay**k
+        return total / weights
+
+    def train_step(self) -> float:
+        r = self.recipe
+        if r.refresh_every and self.step and self.step % r.refresh_every == 0:
+            self.tokens[:, (self.step // r.refresh_every) % r.views] = self._view()
+        set_lr(self.optimizer, cosine(self.step, r.steps, r.lr, r.warmup))
+        labels, tokens, scale = self.batch()
+        loss = self.loss(self.features(labels, tokens), tokens, scale)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+        self.step += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def held_out(self, guidance: float) -> list[float]:
+        """Expected acceptance 1 - TV(p, q) by depth of the roll-out on held-out pictures, averaged weights."""
+        self.average.swap()
+        total, count = torch.zeros(_DEPTHS, dtype=torch.float64), 0
+        for labels, tokens in zip(self.test_labels.split(_ROWS), self.test_tokens.split(_ROWS), strict=True):
+            scale = torch.full((len(labels),), guidance)
+            if guidance > 1:
+                labels = torch.cat([labels, torch.full_like(labels, self.target.config.classes)])
+                tokens = tokens.repeat(2, 1)
+            features = self.features(labels, tokens)
+            with torch.autocast("cpu", torch.bfloat16):
+                steps = self.net.roll_out(features[:, :-1], self.rows[tokens[:, :-1]], _DEPTHS)
+            p = self._laws(features[:, 1:], scale).exp()
+            for k, predicted in enumerate(steps):
+                overlap = torch.minimum(p, self._laws(predicted, scale).exp())[:, _DEPTHS:].sum(-1)
+                total[k] += overlap.mean(1).sum().item()
+            count += len(scale)
+        self.average.swap()
+        return (total / count).tolist()
+
+    def checkpoint(self, train_loss: float) -> dict[str, Any]:
+        """Measure, keep the best averaged weights, save the resumable state."""
+        figures = {f"guidance {g:g}": self.held_out(g) for g in dict.fromkeys([1.0, sum(self.recipe.guidance) / 2])}
+        lost = 1 - sum(map(sum, figures.values())) / sum(map(len, figures.values()))
+        if lost < self.best:
+            self.best = lost
+            self.average.swap()
+            self.export(figures)
+            self.average.swap()
+        self._save()
+        self.run.log(step=self.step, train=train_loss, acceptance=figures)
+        return figures
+
+    def export(self, figures: dict[str, Any]) -> None:
+        notes = {
+            "target_name": read_config(self.folder).get("name", self.folder.name),
+            "acceptance_by_depth": {k: [round(x, 4) for x in v] for k, v in figures.items()},
+            "steps": self.step,
+            "recipe": asdict(self.recipe),
+        }
+        save_eagle(Path(self.recipe.out) / "eagle", self.net, self.folder, notes)
+
+    def fit(self) -> None:
+        r, running = self.recipe, math.nan
+        bar = tqdm(total=r.steps, initial=self.step, desc="drafter", smoothing=0.05)
+        while self.step < r.steps:
+            loss = self.train_step()
+            running = loss if math.isnan(running) else 0.98 * running + 0.02 * loss
+            bar.update()
+            if self.step % r.evaluate_every == 0 or self.step == r.steps:
+                figures = self.checkpoint(running)
+                last = list(figures.values())[-1]
+                bar.set_postfix({"loss": f"{running:.3f}", "held out": " ".join(f"{a:.2f}" for a in last)})
+        bar.close()
+
+
+def train_drafter(recipe: DrafterRecipe) -> Path:
+    """Train (or resume) to the recipe's last step. Returns the drafter folder."""
+    _Trainer(recipe).fit()
+    return Path(recipe.out) / "eagle"

@@ -1,0 +1,95 @@
+"""What belongs to a loaded target besides itself: its drafters, and the table of its codes' neighbours."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bozzetto.drafters.grow import Sketcher
+from bozzetto.errors import UsageError
+from bozzetto.files import digest, write_whole
+from bozzetto.models.eagle_store import load_eagle, target_digest
+from bozzetto.models.llamagen_cache import LlamaGenTarget
+from bozzetto.models.sketch import EagleSketcher, TargetSketcher
+from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
+from bozzetto.rules.neighbours import MOST, nearest_codes
+
+EAGLE, NEIGHBOURS = "eagle", "neighbours.safetensors"
+
+
+class TargetWorkshop:
+    """Makes drafters for one target. folder: the model's, if it has one; codebook: float [V, d]; writable: whether
+    tables may be kept in the folder."""
+
+    def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None, writable: bool = True):
+        self.target, self.codebook, self.folder, self.writable = target, codebook, folder, writable
+        self._eagle = functools.cache(self._load_eagle)
+        self._smaller = functools.cache(self._load_smaller)
+        self._table: Tensor | None = None
+
+    def eagle(self, folder: str) -> Sketcher:
+        """The trained drafter in `folder`, or the model's own. Raises UsageError where there is none, or where it was
+        trained for another target."""
+        return copy.copy(self._eagle(str(self.eagle_folder(folder))))
+
+    def eagle_folder(self, folder: str) -> Path:
+        """Where the drafter lies."""
+        if folder:
+            return Path(folder)
+        if self.folder is None or not (self.folder / EAGLE).is_dir():
+            where = "this model" if self.folder is None else self.folder
+            raise UsageError(f"{where} comes without a trained drafter (write eagle:folder=DIR, or train one)")
+        return self.folder / EAGLE
+
+    def _load_eagle(self, folder: str) -> EagleSketcher:
+        weights = "" if self.folder is None else target_digest(self.folder)
+        net = load_eagle(folder, self.target.config, weights).to(self.target.device)
+        return EagleSketcher(net, self.target.embedding, self.target.head)
+
+    def smaller(self, folder: str) -> Sketcher:
+        """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
+        return TargetSketcher(self._smaller(folder))
+
+    def _load_smaller(self, folder: str) -> LlamaGenTarget:
+        small, want = load_llamagen(folder).to(self.target.device), self.target.config
+        for name in ("vocab", "grid", "classes"):
+            have = getattr(small.config, name)
+            if have != getattr(want, name):
+                raise UsageError(f"{folder}: {name} = {have}, the target has {getattr(want, name)}")
+        theirs, ours = Path(folder) / TOKENIZER_WEIGHTS, self.folder and self.folder / TOKENIZER_WEIGHTS
+        if ours and theirs.is_file() and digest(theirs) != digest(ours):
+            raise UsageError(f"{folder}: another tokenizer than the target's, so that its tokens mean other things")
+        return LlamaGenTarget(small, self.target.dtype)
+
+    def neighbours(self, columns: int) -> Tensor:
+        """The nearest codes, int [V, columns] on the target's device; the whole table is kept beside the model."""
+        most = min(MOST, len(self.codebook) - 1)
+        if columns > most:
+            raise UsageError(f"k = {columns} is not allowed: at most {most} (the codebook has {len(self.codebook)} codes)")
+        if self._table is None:
+            self._table = self._whole_table(most).to(self.target.device)
+        return self._table[:, :columns]
+
+    def _whole_table(self, most: int) -> Tensor:
+        path = None if self.folder is None else self.folder / NEIGHBOURS
+        if path is not None and path.is_file():
+            table = load_file(path).get(digest(path.parent / TOKENIZER_WEIGHTS))
+            if table is not None and table.shape == (len(self.codebook), most):
+                return table
+        table = nearest_codes(self.codebook, most)
+        if path is not None and self.writable:
+            name = digest(path.parent / TOKENIZER_WEIGHTS)  # a table of other codes is not mistaken for this one
+            write_whole(path, lambda at: save_file({name: table.cpu().contiguous()}, at))
+        return table
+
+    def drafter_digest(self, name: str, folder: str) -> str | None:
+        """Digest of the weights of a tree drafter (`eagle` or `model`), None for the others."""
+        if name not in ("eagle", "model"):
+            return None
+        return digest((self.eagle_folder(folder) if name == "eagle" else Path(folder)) / WEIGHTS)
+
+

@@ -69,7 +69,7 @@ def test_generate_writes_exactly_the_promised_files_and_fields(tiny_model, tmp_p
     assert [i["file"] for i in content["images"]] == names
     assert [i["class"] for i in content["images"]] == ["tulip", "rose"] * 2
     for image in content["images"]:
-        assert set(image) == FIELDS | {"tokens", "trace"}
+        assert set(image) == FIELDS | {"tokens", "trace", "tv_spent"}
         assert len(image["tokens"]) == sum(image["trace"]["committed"]) == 16
         assert image["seed"] == 7
     assert set(content["seconds"]) == {"total", "draft", "target", "decode"}

@@ -32,17 +32,19 @@ FLOORS = {
     "models": 3,
     "engine": 4,
     "registry": 4,
-    "pipeline": 5,
-    "__init__": 6,  # the public face: the pipeline's names and the version
-    "provenance": 7,
-    "output": 8,
-    "sampling": 9,
-    "train": 10,
-    "evaluate": 10,
-    "report": 11,
-    "options": 11,
-    "cli": 12,
-    "__main__": 13,
+    "workshop": 4,
+    "settings": 5,
+    "pipeline": 6,
+    "__init__": 7,  # the public face: the pipeline's names and the version
+    "provenance": 8,
+    "output": 9,
+    "sampling": 10,
+    "train": 11,
+    "evaluate": 11,
+    "report": 12,
+    "options": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 
 by_file = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -151,7 +153,7 @@ def test_no_file_names_a_developers_machine():
 def test_large_files_are_few():
     heavy = {p: p.stat().st_size for p in repository_files()}
     assets = sum(size for p, size in heavy.items() if PACKAGE / "assets" in p.parents)
-    assert assets < 60e6, "the shipped assets have outgrown their limit"
+    assert assets < 70e6, "the shipped assets have outgrown their limit"
     others = {str(p.relative_to(ROOT)): s for p, s in heavy.items() if PACKAGE / "assets" not in p.parents}
     assert not [name for name, size in others.items() if size > 5e6]
 

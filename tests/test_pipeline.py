@@ -14,7 +14,7 @@ import bozzetto
 from bozzetto import GenerateSettings, Pipeline, UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.models.store import save_tokenizer
-from bozzetto.pipeline import default_window
+from bozzetto.settings import default_window
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +17,13 @@ import bozzetto
 from bozzetto.autoencoders.tiny import tiny_decoder, tiny_encoder
 from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.errors import UsageError
-from bozzetto.models.store import load_tokenizer
+from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.train import drafter as drafter_module
 from bozzetto.train import target as target_module
 from bozzetto.train import tokenizer as tokenizer_module
+from bozzetto.train.drafter import train_drafter
 from bozzetto.train.loop import RunFolder, WeightAverage, cosine, psnr
-from bozzetto.train.recipes import DataSource, TargetRecipe, TokenizerRecipe, TokenizerStage
+from bozzetto.train.recipes import DataSource, DrafterRecipe, TargetRecipe, TokenizerRecipe, TokenizerStage
 from bozzetto.train.target import train_target
 from bozzetto.train.tokenizer import train_tokenizer
 
@@ -138,6 +141,70 @@ def test_an_interrupted_target_run_ends_where_an_uninterrupted_one_does(
     assert weights(resumed / "model.safetensors") == weights(straight / "model.safetensors")
     assert bozzetto.load(resumed).generate(["red"], seed=1).images[0].class_name == "red"
     assert (tmp_path / "stopped" / "samples.png").is_file()
+
+
+def drafter_recipe(out: Path, pictures: Path, model: Path, **changes: object) -> DrafterRecipe:
+    data = DataSource(str(pictures))
+    recipe = DrafterRecipe(
+        str(out), str(model), data, data, test_images=4, views=2, refresh_every=2, steps=4, batch=2, warmup=2,
+        evaluate_every=2, feature_noise=0.1,
+    )  # fmt: skip
+    return replace(recipe, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained_target(tmp_path_factory: pytest.TempPathFactory, pictures: Path, trained_tokenizer: Path) -> Path:
+    return train_target(target_recipe(tmp_path_factory.mktemp("target"), pictures, trained_tokenizer))
+
+
+def test_an_interrupted_drafter_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, pictures: Path, trained_target: Path
+) -> None:
+    straight = train_drafter(drafter_recipe(tmp_path / "straight", pictures, trained_target))
+    recipe = drafter_recipe(tmp_path / "stopped", pictures, trained_target)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, drafter_module._Trainer, "train_step", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_drafter(recipe)
+    resumed = train_drafter(recipe)
+    assert weights(resumed / "model.safetensors") == weights(straight / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance": (1.0, 1.0), "condition_dropout": 0.5},
+        {"acceptance_weight": 0.0, "cross_entropy_weight": 0.1, "feature_weight": 1.0, "rollout": 1},
+    ],
+    ids=["guided acceptance", "unguided", "feature regression"],
+)
+def test_a_trained_drafter_names_its_target_reports_acceptance_by_depth_and_drafts(
+    tmp_path: Path, pictures: Path, trained_target: Path, changes: dict[str, object]
+) -> None:
+    out = train_drafter(drafter_recipe(tmp_path / "run", pictures, trained_target, **changes))
+    config = json.loads((out / "config.json").read_text())
+    assert config["family"] == "eagle" and config["target_name"] == "toy"
+    for by_depth in config["acceptance_by_depth"].values():
+        assert len(by_depth) == 5 and all(0 < a <= 1 for a in by_depth)
+    pipe = bozzetto.load(trained_target)
+    drafter = f"eagle:folder={out}:tree=chain-3"
+    image = pipe.generate(["red"], seed=1, drafter=drafter, rule="seed-exact").images[0]
+    assert image.sha256 == pipe.generate(["red"], seed=1, drafter="none").images[0].sha256
+
+
+def test_a_drafter_learns_to_be_accepted(tmp_path: Path, pictures: Path, trained_target: Path) -> None:
+    """A target with sharp laws; forty steps of training."""
+    folder = Path(shutil.copytree(trained_target, tmp_path / "sharp"))
+    network = load_llamagen(folder)
+    torch.manual_seed(1)
+    network.output.weight.data.normal_(std=0.6)
+    save_llamagen(folder, network, load_tokenizer(folder), {"name": "sharp", "class_names": ["blue", "red"]})
+    changes = {"steps": 60, "evaluate_every": 60, "lr": 5e-3, "batch": 8, "refresh_every": 0, "feature_noise": 0.0}
+    before = drafter_module._Trainer(drafter_recipe(tmp_path / "none", pictures, folder)).held_out(2.0)
+    out = train_drafter(drafter_recipe(tmp_path / "run", pictures, folder, ema=0.5, **changes))
+    after = json.loads((out / "config.json").read_text())["acceptance_by_depth"]["guidance 2"]
+    assert all(a > b + 0.05 for a, b in zip(after, before, strict=True))
 
 
 def test_a_missing_file_or_an_empty_folder_is_named(tmp_path: Path) -> None:

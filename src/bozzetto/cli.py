@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import sys
 import threading
@@ -132,11 +133,35 @@ def _bench(options: Bench) -> None:
     )
     if options.json is not None:
         check_writable(options.json)
-    pipe = load(options.model, dtype=options.dtype)
-    report = bench(pipe, settings, progress=_wants_progress(options.progress))
-    print(bench_table(report))
+    if options.suite is not None:
+        report = _suite(options, settings)
+    else:
+        pipe = load(options.model, dtype=options.dtype)
+        report = bench(pipe, settings, progress=_wants_progress(options.progress))
+        print(bench_table(report))
     if options.json is not None:
         write_report(options.json, report)
+
+
+def _suite(options: Bench, settings: Any) -> dict[str, Any]:
+    from bozzetto.evaluate.evaluation import EvaluateSettings
+    from bozzetto.evaluate.features import make_extractor
+    from bozzetto.evaluate.suites import run_suite, suite_table
+    from bozzetto.pipeline import GenerateSettings, load
+
+    if any(len(values) != 1 for values in (settings.batches, settings.guidances, settings.windows, settings.top_ks)):
+        raise UsageError("a suite is one cell: give one value each for batch, guidance, window and top_k")
+    law = (settings.guidances[0], options.temperature, settings.top_ks[0], options.top_p)
+    base = GenerateSettings("none", "seed-exact", 0, *law, options.quality_batch)
+    quality = EvaluateSettings(count=options.images, seed=options.seed, base=base, data=options.data)
+    assert options.suite is not None
+    with _resumable(options.out), _needs("evaluate"):
+        extractor = make_extractor(options.extractor)
+        pipe = load(options.model, dtype=options.dtype)
+        show = _wants_progress(options.progress)
+        report = run_suite(pipe, options.suite, settings, quality, extractor, options.out, progress=show)
+    print(suite_table(report))
+    return report
 
 
 N = TypeVar("N", str, int, float)
@@ -155,7 +180,7 @@ def _base(options: Law) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline import GenerateSettings
 
-    names = ("window", "guidance", "temperature", "top_k", "top_p", "batch")
+    names = ("window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget")
     return GenerateSettings("none", "seed-exact", **{name: getattr(options, name) for name in names})
 
 
@@ -240,14 +265,11 @@ def _models(options: Models) -> None:
 def _train(options: Train) -> None:
     from bozzetto.train import recipes
 
-    kind: Any = {"tokenizer": recipes.TokenizerRecipe, "target": recipes.TargetRecipe}[options.what]
+    kind: Any = recipes.RECIPES[options.what]
     recipe = recipes.read_recipe(options.recipe, kind)
     try:
-        if options.what == "tokenizer":
-            from bozzetto.train.tokenizer import train_tokenizer as train
-        else:
-            from bozzetto.train.target import train_target as train  # type: ignore[assignment]
         with _needs("train"):
+            train = getattr(importlib.import_module(f"bozzetto.train.{options.what}"), f"train_{options.what}")
             print(f"written: {train(recipe)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"

@@ -28,6 +28,9 @@ class Law:
     """Keep only the K likeliest tokens. 0: all."""
     top_p: float = 1.0
     """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
+    tv_budget: float | None = None
+    """Most bias (total variation, summed over an image's tokens) that a relaxed rule may spend before it decides
+    exactly. Not given: no limit."""
     batch: int = 8
     """Images decoded together."""
     dtype: str = "float32"
@@ -50,9 +53,12 @@ class Generate(Law):
     count: int | None = None
     """How many images in all. Not given: one for each class."""
     drafter: str = "jacobi"
-    """jacobi: guess several tokens ahead and check them in one pass; none: plain sequential decoding."""
+    """jacobi: guess several tokens ahead and check them in one pass; none: plain sequential decoding; eagle: a trained
+    drafter (eagle:tree=chain-5); model: a smaller target (model:folder=DIR)."""
     rule: str = "seed-exact"
-    """seed-exact: the very tokens that sequential decoding of the seed gives; exact: the same law, other tokens."""
+    """seed-exact: the very tokens that sequential decoding of the seed gives; exact: the same law, other tokens. For
+    eagle and model also tree, traversal, block (exact) and lantern, lantern++, grouped, annealed, cascade (lossy):
+    lantern:k=1000:delta=0.1."""
     batch: int = 4
     """Images decoded together."""
     out: Path = Path("out")
@@ -72,6 +78,18 @@ class Bench:
     """A shipped model by name, or a model folder."""
     methods: str = "none,jacobi/seed-exact,jacobi/exact"
     """none, or DRAFTER/RULE, separated by commas. none and the bare loop of passes always take part."""
+    suite: Literal["lantern"] | None = None
+    """A set of methods in place of --methods, measured in speed and in picture quality and bias too."""
+    images: int = 200
+    """With --suite: images per method behind the figures of quality."""
+    quality_batch: int = 8
+    """With --suite: batch of those images."""
+    data: Path | None = None
+    """With --suite: photographs to compare with, as in `evaluate`."""
+    extractor: str = "efficientnet-lite0"
+    """With --suite: features, as in `evaluate`."""
+    out: Path = Path("out/suite")
+    """With --suite: folder of those images; the same command goes on where it stopped."""
     count: int = 4
     """Images per method and setting, rounded up to whole batches."""
     rounds: int = 3
@@ -183,10 +201,10 @@ class Models:
 
 @checked(frozen=True, config=_STRICT)
 class Train:
-    """Train a tokenizer or a target from a YAML recipe. Interrupt at will: the same command resumes."""
+    """Train a tokenizer, a target or a drafter from a YAML recipe. Interrupt at will: the same command resumes."""
 
-    what: tyro.conf.Positional[Literal["tokenizer", "target"]]
-    """What to train. A target needs a trained tokenizer."""
+    what: tyro.conf.Positional[Literal["tokenizer", "target", "drafter"]]
+    """What to train. A target needs a trained tokenizer, a drafter a trained target."""
     recipe: tyro.conf.Positional[Path]
     """YAML file; recipes/ has those of the shipped models."""
 

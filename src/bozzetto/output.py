@@ -96,7 +96,7 @@ def write_run(folder: Path, result: GenerateResult, settings: Mapping[str, objec
     _write(folder / SHEET, _png(contact_sheet(pixels, _SHEET_COLUMNS, captions)))
     text = json.dumps(manifest(result, settings), indent=1, allow_nan=False)
     # Lists of tokens on one line each: the file stays readable.
-    text = re.sub(r"\[[\s\d,]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
+    text = re.sub(r"\[[-+\s\d.,e]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
     _write(folder / MANIFEST, text.encode() + b"\n")
 
 
@@ -132,6 +132,7 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "drafted": image.drafted,
         "margin": image.margin if finite else None,
         "near_tie": bool(image.near_tie),
+        "tv_spent": image.spent,
         "trace": vars(image.trace),
         "tokens": image.tokens.tolist(),
     }

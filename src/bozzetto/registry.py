@@ -1,6 +1,7 @@
 """The drafters and rules by name, with their options. Immutable tables; nothing registers itself.
 
-A drafter or rule is written NAME or NAME:key=value:key=value, a method DRAFTER/RULE: `eagle:tree=dynamic/lantern:k=500`.
+A drafter or rule is written NAME or NAME:key=value:key=value, a method DRAFTER/RULE:
+`eagle:tree=dynamic/lantern:k=500`.
 """
 
 from __future__ import annotations
@@ -150,9 +151,7 @@ def drafter_options(spec: str) -> tuple[str, Any]:
     return name, _filled(DRAFTERS[name], spec, options)
 
 
-def make_drafter(
-    spec: str, window: int = 1, widen: Widen | None = None, workshop: Workshop | None = None
-) -> Drafter:
+def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, workshop: Workshop | None = None) -> Drafter:
     """window: scored positions per pass of a window drafter, >= 1; widen: the window for a number of images, where it
     may change as images finish; workshop: where tree drafters come from. Raises UsageError for an unknown name."""
     name, options = drafter_options(spec)
@@ -235,7 +234,8 @@ def check_method(drafter: str, rule: str) -> None:
 
 
 def with_neighbours(rule: Rule, table: Callable[[int], Any]) -> Rule:
-    """The rule with its table of nearest codes, if it reads one. table: from a number of columns to int [V, columns]."""
+    """The rule with its table of nearest codes, if it reads one. table: from a number of columns to int [V,
+    columns]."""
     if isinstance(rule, Lantern):
         return replace(rule, neighbours=table(rule.columns))
     return rule

@@ -33,7 +33,7 @@ from bozzetto.registry import split_method
 
 RUN, ADM = "run.json", "samples.npz"
 PARTS = ("total", "draft", "target", "decode")
-_TRACE = ("committed", "accepted", "drafted")
+_TRACE = {"committed": np.int16, "accepted": np.int16, "drafted": np.int16, "spent": np.float32}
 _WARM_UP_PASSES = 4
 PROCESS = secrets.randbelow(2**62)  # tells which shards were timed by one process
 
@@ -87,7 +87,7 @@ class SampleRun:
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
         self.classes = [pipe.classes[i] for i in labels_of(pipe.classes, classes)]
-        if settings.drafter != "none" and settings.rule != "seed-exact":
+        if settings.drafter == "jacobi" and settings.rule != "seed-exact":
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
             window = settings.window_for(settings.batch, pipe.target.length, pipe.dtype)
             settings = replace(settings, window=window)
@@ -110,7 +110,8 @@ class SampleRun:
         model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
         grid, size = self.pipe.tokenizer.config.grid, self.pipe.tokenizer.config.image_size
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}
-        return {"method": self.method, **model, **law, "seed": self.seed, "classes": self.classes, **shape}
+        drafter = {"drafter_weights": self.pipe.drafter_weights(self.settings.drafter)}
+        return {"method": self.method, **model, **drafter, **law, "seed": self.seed, "classes": self.classes, **shape}
 
     def _check_folder(self) -> None:
         if not (self.folder / RUN).exists():
@@ -203,8 +204,8 @@ def _pack(images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
     """The arrays of a shard; traces are padded with zeros to the longest."""
     passes = max(len(i.trace.committed) for i in images)
     traces = {
-        name: np.array([[*getattr(i.trace, name), *[0] * (passes - len(i.trace.committed))] for i in images], np.int16)
-        for name in _TRACE
+        name: np.array([[*getattr(i.trace, name), *[0] * (passes - len(i.trace.committed))] for i in images], kind)
+        for name, kind in _TRACE.items()
     }
     return {
         "index": np.array([i.index for i in images], np.int64),
@@ -280,7 +281,7 @@ def _read_shards(folder: Path, count: int | None) -> tuple[dict[str, np.ndarray]
     return merged, batches
 
 
-def _unpadded(rows: list[np.ndarray]) -> list[list[int]]:
+def _unpadded(rows: list[np.ndarray]) -> list[list[Any]]:
     passes = int((rows[0] > 0).sum())
     return [row[:passes].tolist() for row in rows]
 

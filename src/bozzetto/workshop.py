@@ -69,7 +69,8 @@ class TargetWorkshop:
         """The nearest codes, int [V, columns] on the target's device; the whole table is kept beside the model."""
         most = min(MOST, len(self.codebook) - 1)
         if columns > most:
-            raise UsageError(f"k = {columns} is not allowed: at most {most} (the codebook has {len(self.codebook)} codes)")
+            held = f"the codebook has {len(self.codebook)} codes"
+            raise UsageError(f"k = {columns} is not allowed: at most {most} ({held})")
         if self._table is None:
             self._table = self._whole_table(most).to(self.target.device)
         return self._table[:, :columns]
@@ -91,5 +92,3 @@ class TargetWorkshop:
         if name not in ("eagle", "model"):
             return None
         return digest((self.eagle_folder(folder) if name == "eagle" else Path(folder)) / WEIGHTS)
-
-

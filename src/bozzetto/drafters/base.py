@@ -33,9 +33,9 @@ class Start:
 
 @dataclass
 class Observation:
-    """What one pass taught. log_p: float32 [B, W, V], the target's laws at the scored places; verdict: the rule's tokens
-    and path; committed: int64 [B], tokens appended to each image; longest: the largest of them, known to the host;
-    start: int64 [B]; features: [R, P, d], P >= longest, the target's hidden states along the path (R rows as in
+    """What one pass taught. log_p: float32 [B, W, V], the target's laws at the scored places; verdict: the rule's
+    tokens and path; committed: int64 [B], tokens appended to each image; longest: the largest of them, known to the
+    host; start: int64 [B]; features: [R, P, d], P >= longest, the target's hidden states along the path (R rows as in
     Scores), or None."""
 
     log_p: Tensor

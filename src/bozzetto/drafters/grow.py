@@ -1,8 +1,8 @@
 """Growing a draft level by level with any causal sketcher: chains, static trees, dynamic trees.
 
 Static trees: the children of a node are drawn without replacement from the sketcher's law (EAGLE, arXiv 2401.15077), by
-Gumbel-top-k, which is the same thing. Dynamic trees: the likeliest children, the likeliest nodes expanded, and of all of
-them those of largest joint draft probability kept (EAGLE-2, arXiv 2406.16858); such drafts are certain, not drawn.
+Gumbel-top-k, which is the same thing. Dynamic trees: the likeliest children, the likeliest nodes expanded, and of all
+of them those of largest joint draft probability kept (EAGLE-2, arXiv 2406.16858); such drafts are certain, not drawn.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Sketcher(Protocol):
         ...
 
     def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
-        """One level. tokens int64 [B, n]; parent int64 [b, n], numbers of their parents among the grown (0: the root, e:
-        the e-th grown node); first: number of nodes grown before; layout: slots after the committed ones. Returns
+        """One level. tokens int64 [B, n]; parent int64 [b, n], numbers of their parents among the grown (0: the root,
+        e: the e-th grown node); first: number of nodes grown before; layout: slots after the committed ones. Returns
         logits [R, n, V] and hidden states [R, n, d] that predict the nodes' children."""
         ...
 
@@ -202,8 +202,9 @@ class _Pool:
         self.ranks.append(rank.expand(self.batch, -1))
 
     def best(self, shape: Dynamic, beam: int) -> Draft:
-        """The nodes of largest joint probability. Ancestors are at least as likely as their descendants and come earlier
-        in the pool, and the sort is stable, so the chosen nodes hang together; of siblings a leading run is chosen."""
+        """The nodes of largest joint probability. Ancestors are at least as likely as their descendants and come
+        earlier in the pool, and the sort is stable, so the chosen nodes hang together; of siblings a leading run is
+        chosen."""
         scores, parents = torch.cat(self.scores, 1), torch.cat(self.parents, 1)
         nodes = min(shape.nodes, scores.shape[1])
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :nodes].sort(1).values  # [B, M]

@@ -62,9 +62,9 @@ class DecodeState:
 
 @dataclass
 class PassEvent:
-    """After one target pass. tokens: int64 [B, N] of the caller's whole batch (zeros beyond what is committed);
-    count: int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and positions drafted so far
-    (a tree drafts as many positions as it is deep); spent: float32 [B], bias bound so far; number: passes so far; width:
+    """After one target pass. tokens: int64 [B, N] of the caller's whole batch (zeros beyond what is committed); count:
+    int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and positions drafted so far (a
+    tree drafts as many positions as it is deep); spent: float32 [B], bias bound so far; number: passes so far; width:
     places scored in this pass; seconds: wall time of this pass."""
 
     tokens: Tensor

@@ -16,11 +16,13 @@ from bozzetto.engine.loop import PassEvent
 @dataclass
 class PassTrace:
     """One image, one entry per target pass. committed: tokens appended; accepted: how many of them were drafts;
-    drafted: drafts offered (inside the image). committed - accepted is 1, or 0 in a last pass that kept all drafts."""
+    drafted: positions drafted (inside the image); spent: bias bound of the pass (zeros under exact rules).
+    committed - accepted is 1, or 0 in a last pass that kept all drafts."""
 
     committed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)
 
     def offsets(self) -> np.ndarray:
         """Where each token came from, int16 [N]: 0 is the target's own draw, j >= 1 the j-th draft of its pass."""
@@ -36,19 +38,23 @@ class TraceRecorder:
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
+        self.spent: list[Tensor] = []
 
     def add(self, event: PassEvent) -> None:
         """Note one pass."""
         self.rows.append(torch.stack([event.count, event.accepted, event.drafted]))
+        self.spent.append(event.spent)
 
     def traces(self) -> list[PassTrace]:
         """One trace per image of the batch, without the passes after it was finished."""
         total = torch.stack(self.rows, -1)  # [3, B, passes], running sums
         steps = torch.diff(total, prepend=torch.zeros_like(total[..., :1])).tolist()
+        bias = torch.stack(self.spent, -1).double()  # [B, passes]
+        costs = torch.diff(bias, prepend=torch.zeros_like(bias[..., :1])).tolist()
         traces = []
-        for committed, accepted, drafted in zip(*steps, strict=True):
+        for committed, accepted, drafted, spent in zip(*steps, costs, strict=True):
             passes = sum(c > 0 for c in committed)
-            traces.append(PassTrace(committed[:passes], accepted[:passes], drafted[:passes]))
+            traces.append(PassTrace(committed[:passes], accepted[:passes], drafted[:passes], spent[:passes]))
         return traces
 
 
@@ -61,6 +67,16 @@ def acceptance_by_offset(traces: Sequence[PassTrace]) -> tuple[np.ndarray, np.nd
         np.add.at(kept, trace.accepted, 1)
     # A pass that offers d drafts offers each of the first d.
     return offered[::-1].cumsum()[::-1][1:], kept[::-1].cumsum()[::-1][1:]
+
+
+def mean_spend(traces: Sequence[PassTrace], points: int = 65) -> np.ndarray:
+    """Mean bias spent per image when a share 0..1 of its tokens is committed, float64 [points]."""
+    at = np.linspace(0, 1, points)
+    curves = []
+    for t in traces:
+        done = np.cumsum([0, *t.committed]) / max(1, sum(t.committed))
+        curves.append(np.interp(at, done, np.cumsum([0, *t.spent])))
+    return np.mean(curves, 0)
 
 
 def mean_progress(traces: Sequence[PassTrace]) -> np.ndarray:

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from bozzetto.errors import UsageError
-from bozzetto.sampling import slug
+from bozzetto.evaluate.bias import surprisal
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.samelaw import (
     LEVEL,
@@ -29,11 +27,11 @@ from bozzetto.evaluate.samelaw import (
     token_tests,
 )
 from bozzetto.files import write_text
-from bozzetto.laws.categorical import LawSettings, law_of
+from bozzetto.laws.categorical import LawSettings
 from bozzetto.output import table
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.sampling import RUN, SampleRun, Samples, method_settings, read_run, read_samples, sample
+from bozzetto.sampling import RUN, SampleRun, Samples, method_settings, read_run, read_samples, sample, slug
 
 COMPARISON = "comparison.json"
 _IDENTICAL = 64
@@ -133,22 +131,6 @@ def _check_weights(pipe: Pipeline, theirs: dict[str, Any]) -> None:
             f"samples of {theirs['model']!r} with weights {theirs['weights']} cannot be compared here: "
             f"--model is {pipe.name!r} with weights {pipe.fingerprint()}"
         )
-
-
-@torch.no_grad()
-def surprisal(pipe: Pipeline, samples: Samples, law: LawSettings, batch: int, progress: bool = False) -> Tensor:
-    """-log p of every token under the target's law given those before it: float64 [n, N] in nats, inf outside the
-    support. One pass over a whole image."""
-    parts = []
-    rows = torch.arange(len(samples)).split(batch)
-    for row in tqdm(rows, desc="surprisal", unit="batch", disable=not progress):
-        tokens = torch.from_numpy(samples.tokens[row.numpy()]).long().to(pipe.target.device)
-        labels = torch.from_numpy(samples.label[row.numpy()]).to(pipe.target.device)
-        session = pipe.target.begin(labels, law.guided, tokens.shape[1])
-        inputs = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
-        log_p = law_of(session.score(inputs, torch.zeros_like(labels), 0).logits, law)
-        parts.append(-log_p.gather(-1, tokens[..., None]).squeeze(-1).double().cpu())
-    return torch.cat(parts)
 
 
 def _identity(

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
+from bozzetto.evaluate.bias import bias_figures
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
 from bozzetto.evaluate.photographs import SPLITS, Photographs, data_path, photographs, reconstructions
@@ -101,7 +102,10 @@ def evaluate(
     samples = {run.method: read_samples(run.folder, settings.count) for run in runs}
     study = _Study(pipe, settings, extractor, real, samples, progress)
     speed = speeds(samples, settings.bootstrap)
-    results = [row for reference in settings.references for row in study.rows(reference, speed)]
+    counts = resamples(settings.count, settings.bootstrap, seed=1)
+    bias = bias_figures(pipe, samples, settings.base.law, SEQUENTIAL, counts, progress)
+    figures = {method: {**speed[method], **bias[method]} for method in samples}
+    results = [row for reference in settings.references for row in study.rows(reference, figures)]
     recited = study.recited(out / NEAREST)
     report: dict[str, Any] = {
         "kind": "evaluation",
@@ -282,7 +286,7 @@ def _ratio(above: Tensor, below: Tensor, counts: Tensor) -> Interval:
 
 def evaluation_table(report: dict[str, Any]) -> str:
     """The figures for people, one block per reference."""
-    header = ["method", "Fréchet", "change", "kernel x1000", "precision", "recall", "class", "same", "tok/pass"]
+    header = ["method", "Fréchet", "change", "kernel x1000", "precision", "recall", "class", "same", "bias", "tok/pass"]
     blocks = []
     for reference in report["settings"]["references"]:
         chosen = [r for r in report["results"] if r["reference"] == reference]
@@ -298,6 +302,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
     notes = [
         f"95% intervals from {resampled} resamples. class: share in which a probe on these features agrees",
         f"(it is right on {100 * accuracy:.1f}% of test photographs). same: share of images equal to those of none.",
+        "bias: change of the tokens' surprisal under the target's law, nats per token (0 if exact, up to noise).",
     ]
     notes += [
         "{method}: {differ} of {count} images differ from none, {unflagged} of them without a near-tie flag "
@@ -314,7 +319,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     shares = [_shown(row[k]) for k in ("precision", "recall", "consistency")]
     rate = f"{row['tokens_per_pass']['value']:.2f}" if row.get("tokens_per_pass") else ""
     same = "" if row["identical"] is None else f"{100 * row['identical']:.1f}%"
-    return [row["method"], *quality, *shares, same, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
+    bias = "" if row.get("surprisal_change") is None else _shown(row["surprisal_change"], 3, sign="+")
+    return [row["method"], *quality, *shares, same, bias, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
 
 
 def _shown(i: dict[str, float], digits: int = 2, sign: str = "") -> str:

@@ -28,9 +28,7 @@ class Session(Protocol):
     costs nothing to undo: its slots are written again before anything can see them.
     """
 
-    def score(
-        self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None
-    ) -> Scores:
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
         """One target pass. inputs int64 [B, W]: tokens at inputs start..start + W - 1 (the value at input 0 is
         ignored); start int64 [B]; furthest: the largest start where the host knows it, so that cache columns that no
         image has reached can be left out; layout: slots, positions and sight of the inputs where they are a tree."""

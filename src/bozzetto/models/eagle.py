@@ -105,8 +105,8 @@ class EagleNet(nn.Module):
         """Predictions of `steps` roll-out steps over whole sequences, the slow twin of cached drafting.
 
         features: true f_0..f_{n-1} [R, n, d]; embedded: e(x_0)..e(x_{n-1}) [R, n, d]. Step k returns [R, n, d]: at pair
-        i the prediction of f_{i+1} of a drafter that has seen true features up to pair i - k + 1 and its own predictions
-        after that (the first k - 1 pairs of step k have too short a past; leave them out of a loss).
+        i the prediction of f_{i+1} of a drafter that has seen true features up to pair i - k + 1 and its own
+        predictions after that (the first k - 1 pairs of step k have too short a past; leave them out of a loss).
         """
         n = features.shape[1]
         rotation = self.rope[None, :n, None]

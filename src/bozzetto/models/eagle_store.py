@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, write_text
-from bozzetto.models.eagle import EagleConfig, EagleNet
-from bozzetto.models.llamagen import LlamaGenConfig
-from bozzetto.models.store import CONFIG, WEIGHTS, config_from, load_strict, read_config, read_weights, save_weights
+from bozzetto.models.eagle import EagleConfig, EagleNet, eagle_config
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.models.store import (
+    CONFIG,
+    WEIGHTS,
+    config_from,
+    load_llamagen,
+    load_strict,
+    read_config,
+    read_weights,
+    save_weights,
+)
 
 FAMILY = "eagle"
 EMBEDDING = "embed_tokens.weight"
@@ -47,9 +60,64 @@ def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> Eagl
             raise UsageError(f"{folder}: a drafter of another target: {name} = {have}, the target has {want}")
     if content.get("target_weights") not in (None, weights):
         name = content.get("target_name", "unknown")
-        raise UsageError(f"{folder}: a drafter of another target: it was trained for the weights of {name!r} "
-                         f"({content['target_weights']}), the target's are {weights}")
+        raise UsageError(
+            f"{folder}: a drafter of another target: it was trained for the weights of {name!r} "
+            f"({content['target_weights']}), the target's are {weights}"
+        )
     net = EagleNet(config)
-    state = {key: value for key, value in read_weights(folder / WEIGHTS).items() if key != EMBEDDING}
-    load_strict(net, state, folder / WEIGHTS)
+    load_strict(net, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     return net.eval().requires_grad_(False)
+
+
+def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
+    """Turn a published EAGLE drafter of a LlamaGen target into a drafter folder; returns a line about it.
+
+    drafter: a torch pickle (opened with weights_only=True) or safetensors file with `fc`, `layers.0...` and
+    `embed_tokens.weight`; model: the folder of its target. The published drafters hold the rows of the target's head
+    in place of its embedding (LANTERN, arXiv 2410.03355): which of the two it is, is found by comparison.
+    Raises UsageError for a file of another family, of another target, or with missing or misshapen keys.
+    """
+    state = _read_state(drafter)
+    if "fc.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
+        found = ", ".join(sorted(state)[:4]) or "nothing"
+        raise UsageError(f"{drafter}: not an EAGLE drafter (wanted fc.weight, layers.0.self_attn...; found {found})")
+    target = load_llamagen(model)
+    config = replace(eagle_config(target.config), ffn=len(state.get("layers.0.mlp.gate_proj.weight", ())))
+    if state["fc.weight"].shape != (config.dim, 2 * config.dim):
+        wanted = (config.dim, 2 * config.dim)
+        raise UsageError(
+            f"{drafter}: a drafter of another target: fc.weight has shape {tuple(state['fc.weight'].shape)}, "
+            f"this target wants {wanted}"
+        )
+    rows = state.pop(EMBEDDING, None)
+    if rows is not None:
+        config = replace(config, embedding=_which_rows(drafter, rows, target))
+    net = EagleNet(config)
+    load_strict(net, state, drafter)
+    save_eagle(out, net, model, {"target_name": read_config(model).get("name", model.name), "converted": drafter.name})
+    return f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows: {out}"
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    if not path.is_file():
+        raise UsageError(f"checkpoint not found: {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
+        raise UsageError(f"{path}: not a checkpoint that can be read safely: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UsageError(f"{path}: expected a state dict of tensors")
+    for key, value in content.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UsageError(f"{path}: weight {key!r} has non-finite values")
+    return {key: value.float() for key, value in content.items()}
+
+
+def _which_rows(path: Path, rows: Tensor, target: LlamaGen) -> str:
+    """`head` or `tokens`: whose rows a drafter was trained with."""
+    for name, own in (("head", target.output.weight), ("tokens", target.tok_embeddings.weight)):
+        if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-2, atol=1e-3):
+            return name
+    raise UsageError(f"{path}: a drafter of another target: {EMBEDDING} holds neither its head's nor its token rows")

@@ -67,9 +67,7 @@ class LlamaGenSession:
         self.columns = torch.arange(self.slots, device=device)
 
     @torch.no_grad()
-    def score(
-        self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None
-    ) -> Scores:
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
         t = self.target
         offset = torch.arange(inputs.shape[1], device=inputs.device)
         slot = start[:, None] + (offset if layout is None else layout.slot)  # [B, W]

@@ -46,6 +46,7 @@ class TargetSketcher:
         self.session.keep(rows)
         self.last = self.last[rows]
 
+
 def _at(values: Tensor, row: Tensor) -> Tensor:
     """values [R, W, ...] at columns row int64 [B, 1] -> [R, 1, ...]; R is B or 2B."""
     row = row.repeat(len(values) // len(row), 1)

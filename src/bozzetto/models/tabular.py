@@ -57,9 +57,7 @@ class TabularSession:
         self.cache = torch.full((len(labels), target.length + max_width), -(10**9))
         self.position = torch.zeros_like(self.cache)  # where the input in each slot stands
 
-    def score(
-        self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None
-    ) -> Scores:
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
         offset = torch.arange(inputs.shape[1])
         slots = (start[:, None] + (offset if layout is None else layout.slot)).expand(inputs.shape)
         position = (start[:, None] + (offset if layout is None else layout.depth)).expand(inputs.shape)

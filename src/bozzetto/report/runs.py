@@ -244,8 +244,10 @@ def _png(files: Sequence[Path], i: int) -> np.ndarray:
 
 
 def _trace(entry: Mapping[str, Any], grid: int) -> PassTrace:
-    trace = PassTrace(*([int(n) for n in entry["trace"][k]] for k in ("committed", "accepted", "drafted")))
-    fits = len(trace.committed) == len(trace.accepted) == len(trace.drafted)
+    committed, accepted, drafted = ([int(n) for n in entry["trace"][k]] for k in ("committed", "accepted", "drafted"))
+    trace = PassTrace(committed, accepted, drafted)
+    trace.spent = [float(x) for x in entry["trace"].get("spent") or [0.0] * len(trace.committed)]
+    fits = len(trace.committed) == len(trace.accepted) == len(trace.drafted) == len(trace.spent)
     if not fits or sum(trace.committed) != grid**2:
         raise ValueError(f"the trace of image {entry['index']} does not add up to its {grid**2} tokens")
     return trace

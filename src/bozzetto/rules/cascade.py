@@ -3,8 +3,9 @@
 Breadth: a drafted token counts the probability of all its siblings whose drafter hidden state has a cosine above
 `alike` with its own. Depth: where the target's logits at the token are close to those at its parent (cosine above
 `converged`, divergence below `kl`), the probability of keeping it is raised by `raise_by` times that cosine. A reject
-goes on with norm([p - q]+) (arXiv 2605.07230; its thresholds are given there only as ranges, 0.9 for the siblings, 0.5 to
-0.625 and 3 to 4 for the laws, so the defaults here are approximate, and so is the order in which the two are combined).
+goes on with norm([p - q]+) (arXiv 2605.07230; its thresholds are given there only as ranges, 0.9 for the siblings, 0.5
+to 0.625 and 3 to 4 for the laws, so the defaults here are approximate, and so is the order in which the two are
+combined).
 """
 
 from __future__ import annotations

@@ -114,10 +114,7 @@ class Lantern(Rule):
         if self.residual == "optimal":
             return normalised(self._unkept(p, q, x, near, inside, table, slack), exact)
         wide = torch.cat([x[:, None], table[x, : self.k + 1].long()], 1)
-        if q is None:
-            taken = p.scatter(1, wide, 0.0)
-        else:
-            taken = (p - q.scatter(1, wide[:, 1:], 0.0)).clamp_min(0)
+        taken = p.scatter(1, wide, 0.0) if q is None else (p - q.scatter(1, wide[:, 1:], 0.0)).clamp_min(0)
         uniform = torch.full_like(p, 1 / p.shape[1])
         used = inside.any(1, keepdim=True)
         return torch.where(used, normalised(taken, uniform), exact)

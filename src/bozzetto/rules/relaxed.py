@@ -114,9 +114,9 @@ class Grouped(KeepingRule):
 
 @dataclass(frozen=True)
 class Annealed(KeepingRule):
-    """COOL-SD (arXiv 2601.09212): min(1, w_i p / q) with w_i = delta exp(-nu i - mu) at draft i = 0, 1, ..., loose early
-    and strict late, never below 1 (the exact rule); a reject draws from norm([p - q a]+), which makes the bias of a
-    decision sum [q a - p]+, the least possible. `delta` of the paper is a factor here, 1 or more."""
+    """COOL-SD (arXiv 2601.09212): min(1, w_i p / q) with w_i = delta exp(-nu i - mu) at draft i = 0, 1, ..., loose
+    early and strict late, never below 1 (the exact rule); a reject draws from norm([p - q a]+), which makes the bias of
+    a decision sum [q a - p]+, the least possible. `delta` of the paper is a factor here, 1 or more."""
 
     delta: float = 2.0
     nu: float = 0.7

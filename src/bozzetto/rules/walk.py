@@ -46,6 +46,8 @@ class Judgement:
 
 
 class Judge(Protocol):
+    """A rule at one node."""
+
     def __call__(self, family: Family) -> Judgement: ...
 
 

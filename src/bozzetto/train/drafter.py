@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.data import augment, evaluation_view, read_images
-from bozzetto.laws.categorical import guide
 from bozzetto.models.eagle import EagleNet, eagle_config, token_rows
 from bozzetto.models.eagle_store import save_eagle
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
@@ -91,7 +90,8 @@ class _Trainer:
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """labels int64 [R], tokens int64 [R, N] and a guidance scale float32 [B].
 
-        With guidance R = 2B, [cond; uncond] rows of the same pictures; without, some labels become the unconditional."""
+        With guidance R = 2B, [cond; uncond] rows of the same pictures; without, some labels become the
+        unconditional."""
         r, g = self.recipe, self.generator
         chosen = torch.randint(len(self.tokens), (r.batch,), generator=g)
         tokens = self.tokens[chosen, torch.randint(r.views, (r.batch,), generator=g)].long()
@@ -113,15 +113,16 @@ class _Trainer:
         """Guided log-laws [B, n, V] of hidden states [R, n, d]."""
         logits = F.linear(features.bfloat16(), self.head).float()
         if len(logits) > len(scale):
-            logits = guide(*logits.chunk(2), scale[:, None, None])  # type: ignore[arg-type]
+            cond, uncond = logits.chunk(2)
+            logits = uncond + (cond - uncond) * scale[:, None, None]  # a scale per picture
         return logits.log_softmax(-1)
 
-    def _loss(self, features: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
-        """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses."""
+    def _loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+        """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses. features: the target's [R, N, d];
+        fed: what the drafter sees of them."""
         r = self.recipe
         with torch.autocast("cpu", torch.bfloat16):
-            noise = r.feature_noise * (torch.rand_like(features) - 0.5)
-            steps = self.net.roll_out(features[:, :-1] + noise[:, :-1], self.rows[tokens[:, :-1]], r.rollout)
+            steps = self.net.roll_out(fed[:, :-1], self.rows[tokens[:, :-1]], r.rollout)
         wanted = features[:, 1:]
         log_p = self._laws(wanted, scale)
         p = log_p.exp()
@@ -144,7 +145,10 @@ class _Trainer:
             self.tokens[:, (self.step // r.refresh_every) % r.views] = self._view()
         set_lr(self.optimizer, cosine(self.step, r.steps, r.lr, r.warmup))
         labels, tokens, scale = self.batch()
-        loss = self.loss(self.features(labels, tokens), tokens, scale)
+        features = fed = self.features(labels, tokens)
+        if r.feature_noise:
+            fed = features + r.feature_noise * (torch.rand(features.shape, generator=self.generator) - 0.5)
+        loss = self.loss(features, fed, tokens, scale)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)

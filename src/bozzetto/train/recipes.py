@@ -136,6 +136,7 @@ class DrafterRecipe:
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe}
 R = TypeVar("R")
 
 

@@ -26,7 +26,12 @@ NEAR = TabularTarget(V, N)
 NEAR.tables = TARGET.tables + 0.7 * torch.randn(TARGET.tables.shape, generator=torch.Generator().manual_seed(5))
 SHAPES = ["chain-3", "2x2", "3x1x2", "dynamic-6-3-2"]
 GUIDED = LawSettings(guidance=2.0, top_k=3)
-SETTINGS = [PLAIN, LawSettings(guidance=2.0), LawSettings(top_k=2), LawSettings(guidance=2.0, temperature=0.8, top_p=0.9)]
+SETTINGS = [
+    PLAIN,
+    LawSettings(guidance=2.0),
+    LawSettings(top_k=2),
+    LawSettings(guidance=2.0, temperature=0.8, top_p=0.9),
+]
 
 
 def fitting(rule: str, tree: str) -> bool:
@@ -90,7 +95,10 @@ def test_the_law_holds_when_every_draft_is_rejected(rule: str, tree: str) -> Non
     wrong.tables = wrong.tables[..., [1, 0, 3, 2]]
     result = decode(target, rule, sketched(wrong, tree), settings=LawSettings(top_k=2), index=range(IMAGES))
     assert p_value(result.tokens, target.joint(1, LawSettings(top_k=2))) > ACCEPTABLE
-    if (rule, tree) != ("seed-exact", "3x1x2"):  # a third child of a law of two tokens is any token, perhaps the right one
+    if (rule, tree) != (
+        "seed-exact",
+        "3x1x2",
+    ):  # a third child of a law of two tokens is any token, perhaps the right one
         assert int(result.accepted.sum()) == 0
 
 
@@ -165,9 +173,7 @@ class ParentsFirst(Traversal):
         return super().verify(Draft(draft.tokens, draft.log_q, upside_down), log_p, noise)
 
 
-@pytest.mark.parametrize(
-    "wrong", [SiblingsWithReplacement(), OneUniform(), ParentsFirst()], ids=repr
-)
+@pytest.mark.parametrize("wrong", [SiblingsWithReplacement(), OneUniform(), ParentsFirst()], ids=repr)
 def test_the_battery_rejects_a_wrong_rule(wrong: TreeRejection) -> None:
     result = decode(TARGET, wrong, sketched(NEAR, "3x2"), index=range(IMAGES))
     assert p_value(result.tokens, TARGET.joint(1, PLAIN)) < DAMNING

@@ -11,8 +11,8 @@ from bozzetto.engine.loop import BatchResult, Decoder
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.base import Target
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.tabular import TabularTarget
 from bozzetto.models.sketch import TargetSketcher
+from bozzetto.models.tabular import TabularTarget
 from bozzetto.registry import RULES, make_drafter, make_rule, read_shape
 from bozzetto.rules.base import Rule
 

@@ -2,13 +2,15 @@
 
 Pre-norm blocks, fused qkv, SwiGLU, no biases, 2-D rotary positions on interleaved pairs with zero rows for condition
 tokens (so a condition token's rotated query and key are zero while its value flows on). Parameter names are those of
-the published checkpoints. Input index 0 is the condition; input index i >= 1 carries token i - 1; the output at input
-index i is the law of token i.
+the published checkpoints. Input index 0 is the last condition token; input index i >= 1 carries token i - 1; the output
+at input index i is the law of token i.
+
+Conditions: a class (one token), or the features of a caption (120 tokens, padded on the left, padding masked).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from bozzetto.errors import UsageError
 @dataclass(frozen=True)
 class LlamaGenConfig:
     """dim, layers, heads: transformer shape; vocab: codebook size V; grid: tokens per side (N = grid^2);
-    classes: class-conditional labels (one more row is the unconditional one)."""
+    classes: class-conditional labels (one more row is the unconditional one), 0 where captions are the condition;
+    condition_tokens: T, the condition's inputs; caption_dim: length of a caption feature, 0 for classes."""
 
     dim: int
     layers: int
@@ -32,6 +35,13 @@ class LlamaGenConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     ffn_multiple: int = 256
+    condition_tokens: int = 1
+    caption_dim: int = 0
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the condition is a caption (t2i) and not a class (c2i)."""
+        return self.caption_dim > 0
 
     @property
     def head_dim(self) -> int:
@@ -49,7 +59,8 @@ class LlamaGenConfig:
         return self.grid * self.grid
 
 
-_SHAPES = {
+# Published sizes: dim, layers, heads.
+SHAPES = {
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1280, 36, 20),
@@ -61,19 +72,28 @@ _SHAPES = {
 }
 
 
-def published_config(size: str, grid: int = 16) -> LlamaGenConfig:
-    """Class-conditional config of a published size at `grid` (16, 24 and 32 are 256, 384 and 512 pixels)."""
-    if size not in _SHAPES:
-        raise UsageError(f"unknown LlamaGen size {size!r} (allowed: {', '.join(_SHAPES)})")
-    dim, layers, heads = _SHAPES[size]
-    return LlamaGenConfig(dim, layers, heads, grid=grid)
+# Some published files also hold their table of rotations; it is made anew here.
+POSITIONS = "freqs_cis"
 
 
-def rope_table(config: LlamaGenConfig, condition_tokens: int = 1) -> Tensor:
+def published_config(size: str, grid: int = 16, captioned: bool = False) -> LlamaGenConfig:
+    """Config of a published size at `grid` (16, 24 and 32 are 256, 384 and 512 pixels): class-conditional with the 1000
+    ImageNet classes, or captioned with flan-t5-xl features."""
+    if size not in SHAPES:
+        raise UsageError(f"unknown LlamaGen size {size!r} (allowed: {', '.join(SHAPES)})")
+    dim, layers, heads = SHAPES[size]
+    config = LlamaGenConfig(dim, layers, heads, grid=grid)
+    return replace(config, classes=0, condition_tokens=120, caption_dim=2048) if captioned else config
+
+
+def rope_table(config: LlamaGenConfig, condition_tokens: int | None = None) -> Tensor:
     """Rotations [condition_tokens + grid^2, head_dim / 2, 2] as (cos, sin); condition rows are zero.
 
-    The first half of the frequencies turns with the row, the second with the column.
+    The first half of the frequencies turns with the row, the second with the column. condition_tokens: the config's, or
+    this many.
     """
+    if condition_tokens is None:
+        condition_tokens = config.condition_tokens
     half = config.head_dim // 2
     frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
     angle = torch.outer(torch.arange(config.grid).float(), frequency)  # [grid, head_dim/4]
@@ -118,11 +138,11 @@ class Attention(nn.Module):
         q, k = rotate(qkv[:, :, :2], rotation.unsqueeze(2)).unbind(2)
         return q, k, qkv[:, :, 2]
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """Causal attention over a whole sequence (training)."""
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention over a whole sequence x [B, W, d]: causal, or what mask bool [B, 1, W, W] allows."""
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rotation))
         p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=p)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -150,8 +170,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        x = x + self.drop(self.attention(self.attention_norm(x), rotation))
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), rotation, mask))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -162,6 +182,62 @@ class ClassEmbedding(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(config.classes + 1, config.dim)
 
+    def forward(self, labels: Tensor) -> Tensor:
+        """int64 [B] -> [B, 1, d]."""
+        return self.embedding_table(labels)[:, None]
+
+
+class CaptionProjection(nn.Module):
+    """fc2(gelu(fc1 x)), no biases."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Features of a text encoder, or the stored ones of no caption, as condition tokens."""
+
+    uncond_embedding: Tensor  # [T, caption_dim]
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        shape = (config.condition_tokens, config.caption_dim)
+        self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, caption_dim] -> [B, T, d]."""
+        return self.cap_proj(features)
+
+
+def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Captions padded on the right, as a text encoder gives them, to the left, as LlamaGen wants them.
+
+    features [B, T, C], mask [B, T] (1 or True: a real token; these come first) -> the rows rotated so that the real
+    tokens come last and everything else is zero, and their mask, bool [B, T].
+    """
+    length = mask.shape[1]
+    real = mask.bool().sum(1, keepdim=True)  # [B, 1]
+    turn = (torch.arange(length, device=mask.device) + real) % length  # [B, T]
+    mask = mask.bool().flip(1)
+    features = features.gather(1, turn[..., None].expand_as(features))
+    return features * mask[..., None].to(features.dtype), mask
+
+
+def caption_sight(mask: Tensor, width: int) -> Tensor:
+    """What each of `width` >= T inputs attends to under captions with mask [B, T]: bool [B, 1, width, width].
+
+    Causal, no padding, and every input itself, so that no row of the softmax is empty.
+    """
+    causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+    real = F.pad(mask.bool(), (0, width - mask.shape[1]), value=True)[:, None, None]
+    return causal & real | torch.eye(width, dtype=torch.bool, device=mask.device)
+
 
 class LlamaGen(nn.Module):
     """The whole-sequence network, used for training and as the slow twin of the cached decoder."""
@@ -171,7 +247,7 @@ class LlamaGen(nn.Module):
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0):
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        self.cls_embedding = CaptionEmbedding(config) if config.captioned else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.drop = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
@@ -186,18 +262,21 @@ class LlamaGen(nn.Module):
         """The layers, typed."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
-    def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """labels int64 [B] (config.classes: unconditional), tokens int64 [B, n] with n < N -> logits [B, n + 1, V]."""
-        return self.output(self.features(labels, tokens))
+    def forward(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, n + 1, V] of tokens 0..n, given tokens int64 [B, n] with n < N and the condition: labels int64 [B]
+        (config.classes: unconditional), or caption features [B, T, caption_dim] with their mask [B, T], padded on the
+        left (`left_pad`). Unconditional captions are `cls_embedding.uncond_embedding` under the caption's mask."""
+        return self.output(self.features(condition, tokens, mask))
 
-    def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
+    def features(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, what the head sees: arguments as in `forward` -> [B, n + 1, d]."""
-        x = torch.cat([self.cls_embedding.embedding_table(labels)[:, None], self.tok_embeddings(tokens)], dim=1)
+        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
+        sight = None if mask is None else caption_sight(mask, x.shape[1])
         rotation = self.rope[None, : x.shape[1], None]
         x = self.drop(x)
         for layer in self.layers:
-            x = layer(x, rotation)
-        return self.norm(x)
+            x = layer(x, rotation, sight)
+        return self.norm(x[:, self.config.condition_tokens - 1 :])
 
 
 def _initialise(module: nn.Module) -> None:
@@ -206,35 +285,14 @@ def _initialise(module: nn.Module) -> None:
 
 
 def read_published(path: str | Path, config: LlamaGenConfig) -> LlamaGen:
-    """Read a published class-conditional checkpoint (a torch pickle, opened with weights_only=True).
+    """Read a published checkpoint of this config (`convert.read_state` says which files); float32.
 
-    The state may lie under `model`, `module` or `state_dict`, or be bare; a stored `freqs_cis` is ignored.
     Raises UsageError for an unreadable file, missing or misshapen keys, or non-finite weights.
     """
+    from bozzetto.models.convert import read_state
     from bozzetto.models.store import load_strict
 
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"checkpoint not found: {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
-        raise UsageError(f"{path}: not a checkpoint that can be read safely: {error}") from error
-    for wrapper in ("model", "module", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a state dict, found {type(content).__name__}")
-    state = {}
-    for key, value in content.items():
-        if key == "freqs_cis":
-            continue
-        if not isinstance(value, Tensor):
-            raise UsageError(f"{path}: {key!r} is not a tensor but {type(value).__name__}")
-        state[key] = value.float()
-        if not bool(torch.isfinite(value).all()):
-            raise UsageError(f"{path}: weight {key!r} has non-finite values")
+    state = {key: value.float() for key, value in read_state(Path(path)).items() if key != POSITIONS}
     model = LlamaGen(config)
     load_strict(model, state, path)
     return model.eval()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.registry import make_rule
 from bozzetto.rules.base import Rule, RuleNoise
@@ -66,11 +66,32 @@ class Node:
 
     def verdict(self, tests: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         """accepted, first token, int64 [T] each; tests float64 [T, C], draw float64 [T]."""
+        found = self.whole_verdict(tests, draw)
+        return found.accepted, found.tokens[:, 0]
+
+    def whole_verdict(self, tests: Tensor, draw: Tensor) -> Verdict:
+        """All that the rule says."""
         uniforms = torch.full((len(tests), self.children + 1, 2), 0.5, dtype=torch.float64)
         uniforms[:, 1:, 0], uniforms[:, 0, 1] = tests, draw
         slack = None if self.slack is None else torch.full((len(tests),), self.slack)
-        found = self.rule.verify(self.draft, self.log_p, RuleNoise(None, uniforms, slack))
-        return found.accepted, found.tokens[:, 0]
+        return self.rule.verify(self.draft, self.log_p, RuleNoise(None, uniforms, slack))
+
+    def recorded(self, keep: Tensor) -> float:
+        """Mean over draws and coins of the bias that the rule records. keep: float64 [T, C]."""
+        total, left = 0.0, self.chance.clone()
+        refused = torch.full(self.tokens.shape, 1 - 1e-12, dtype=torch.float64)
+        middle = torch.full_like(left, 0.5)
+        for rank in range(self.children):
+            tests = refused.clone()
+            tests[:, rank] = 0.0
+            spent = self.whole_verdict(tests, middle).spent
+            if spent is None:
+                return 0.0
+            taken = left * keep[:, rank]
+            total += float((taken * spent).sum())
+            left = left - taken
+        spent = self.whole_verdict(refused, middle).spent
+        return total + float((left * (0 if spent is None else spent)).sum())
 
     def keeping(self) -> Tensor:
         """Probability of keeping each child once the earlier ones were refused: float64 [T, C]."""
@@ -119,6 +140,12 @@ def output_law(
     return law, 1 - float(left.sum())
 
 
+def mean_record(rule: Rule, p: Tensor, q: Tensor, children: int, certain: bool) -> float:
+    """What the rule records for a decision as the bound of its bias, on average."""
+    node = Node(rule, p, q, children, certain)
+    return node.recorded(node.keeping())
+
+
 def toy_rule(spec: str) -> Rule:
     """A rule with the neighbours of a random codebook, if it needs them."""
     rule = make_rule(spec)
@@ -136,18 +163,19 @@ def toy_laws(number: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(specs: Sequence[str] = RULES) -> list[dict[str, object]]:
-    """TV(output, p) and share of kept drafts of every rule in every setting, means over the toy laws."""
+    """TV(output, p), recorded bound and share of kept drafts of every rule, means over the toy laws."""
     rows = []
     for spec in specs:
         rule, row = toy_rule(spec), {"rule": spec}
         for name, children, certain in SETTINGS:
-            far, kept = [], []
+            far, kept, bound = [], [], []
             for number in range(LAWS):
                 p, q = toy_laws(number)
                 law, share = output_law(rule, p, q, children, certain)
                 far.append(float((law - p.double()).abs().sum() / 2))
                 kept.append(share)
-            row[name] = {"tv": sum(far) / LAWS, "kept": sum(kept) / LAWS}
+                bound.append(mean_record(rule, p, q, children, certain))
+            row[name] = {"tv": sum(far) / LAWS, "bound": sum(bound) / LAWS, "kept": sum(kept) / LAWS}
         rows.append(row)
     return rows
 
@@ -155,9 +183,10 @@ def measure(specs: Sequence[str] = RULES) -> list[dict[str, object]]:
 def markdown(rows: Sequence[dict[str, object]]) -> str:
     """The table of docs/bias.md."""
     names = [name for name, _, _ in SETTINGS]
-    lines = ["| rule | " + " | ".join(f"{n}: TV | kept" for n in names) + " |", "|---" * (1 + 2 * len(names)) + "|"]
+    lines = ["| rule | " + " | ".join(f"{n}: TV | bound | kept" for n in names) + " |"]
+    lines.append("|---" * (1 + 3 * len(names)) + "|")
     for row in rows:
-        cells = [f"{row[n]['tv']:.3f} | {row[n]['kept']:.2f}" for n in names]  # type: ignore[index]
+        cells = [f"{row[n]['tv']:.3f} | {row[n]['bound']:.3f} | {row[n]['kept']:.2f}" for n in names]  # type: ignore[index]
         lines.append(f"| `{row['rule']}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Verdict
 from bozzetto.laws.noise import GumbelField
+from toys import start_of
 
 W, V = 4, 3
 
@@ -17,7 +18,7 @@ def seen_once(with_laws: bool = True) -> tuple[Jacobi, Observation, GumbelField]
     noise = GumbelField(1, torch.tensor([8, 9]), 16, V)
     noise.fill(16)
     jacobi = Jacobi(W)
-    jacobi.begin(2, noise, with_laws)
+    jacobi.begin(start_of(noise, with_laws))
     seen = Observation(
         log_p=torch.randn(2, W, V, generator=torch.Generator().manual_seed(0)).log_softmax(-1),
         verdict=Verdict(torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]]), torch.tensor([0, 2])),
@@ -31,9 +32,9 @@ def seen_once(with_laws: bool = True) -> tuple[Jacobi, Observation, GumbelField]
 
 def test_the_first_pass_has_no_drafts() -> None:
     jacobi = Jacobi(W)
-    jacobi.begin(2, GumbelField(1, torch.tensor([8, 9]), 16, V), True)
+    jacobi.begin(start_of(GumbelField(1, torch.tensor([8, 9]), 16, V), True))
     assert jacobi.propose(2, 15).length == 0
-    assert jacobi.max_draft == W - 1
+    assert jacobi.max_nodes == W - 1
 
 
 def test_tokens_behind_the_committed_ones_are_carried_with_this_passs_laws() -> None:
@@ -75,7 +76,7 @@ def test_limit_cuts_and_keep_selects_tokens_and_laws_together() -> None:
 
 def test_window_one_never_drafts() -> None:
     jacobi, seen = Jacobi(1), seen_once()[1]
-    jacobi.begin(2, GumbelField(1, torch.tensor([8, 9]), 16, V), True)
+    jacobi.begin(start_of(GumbelField(1, torch.tensor([8, 9]), 16, V), True))
     jacobi.observe(seen)
     assert jacobi.propose(2, 15).length == 0
 
@@ -84,9 +85,9 @@ def test_a_window_that_widens_keeps_the_drafts_it_had() -> None:
     narrow, seen, noise = seen_once()
     before = narrow.propose(2, 15).tokens
     wide = Jacobi(W, lambda live: 7 if live == 1 else W)
-    wide.begin(2, noise, True)
+    wide.begin(start_of(noise, True))
     wide.observe(seen)
-    assert wide.max_draft == 6
+    assert wide.max_nodes == 6
     assert torch.equal(wide.propose(2, 15).tokens, before)
     wide.keep(torch.tensor([1]))
     noise.keep(torch.tensor([1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bozzetto.drafters.base import Start
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.engine.loop import Decoder, PassEvent
 from bozzetto.laws.categorical import LawSettings
@@ -107,16 +108,16 @@ def test_dropping_finished_images_keeps_the_others_right_on_a_transformer(rule: 
 class Oracle:
     """A drafter that knows the answer: every pass is accepted whole."""
 
-    name, max_draft = "oracle", 2
+    name, max_nodes, max_depth, wants_features = "oracle", 2, 2, False
 
     def __init__(self, answer: torch.Tensor):
         self.answer = answer
 
-    def begin(self, batch: int, noise: object, with_laws: bool) -> None:
-        self.at = torch.zeros(batch, dtype=torch.int64)
+    def begin(self, start: Start) -> None:
+        self.at = torch.zeros_like(start.labels)
 
     def propose(self, batch: int, limit: int) -> Draft:
-        length = min(self.max_draft, limit)
+        length = min(self.max_nodes, limit)
         return Draft(self.answer.gather(1, (self.at[:, None] + torch.arange(length)).clamp_max(N - 1)))
 
     def observe(self, seen: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, published_config, read_published
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, left_pad, published_config, read_published
 from bozzetto.models.llamagen_cache import LlamaGenTarget
-from toys import decode, tiny_llamagen
+from toys import decode, sketched, tiny_llamagen
 
 MODEL = tiny_llamagen()
 C = MODEL.config
 TOKENS = torch.randint(C.vocab, (4, C.length), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 1])
+Seen = Callable[[int, int], bool]
 
 
 # The slow reference: one image, float64, explicit loops and complex numbers, from the published description.
@@ -30,42 +32,49 @@ def rms(x: Tensor, gain: Tensor) -> Tensor:
     return x / (x.pow(2).mean() + C.norm_eps).sqrt() * gain
 
 
-def turned(vector: Tensor, position: int) -> list[complex]:
-    """Interleaved pairs as complex numbers, turned by grid row (first half) and column (second half); input 0 is the
-    condition, whose rotation is zero."""
+def turned(vector: Tensor, cell: int) -> list[complex]:
+    """Interleaved pairs as complex numbers, turned by grid row (first half) and column (second half); a condition
+    token has a cell below 0, and its rotation is zero."""
     half, quarter = C.head_dim // 2, C.head_dim // 4
-    row, column = divmod(position - 1, C.grid)
+    row, column = divmod(cell, C.grid)
     pairs = []
     for i in range(half):
         frequency = C.rope_base ** (-2 * (i % quarter) / half)
         angle = (row if i < quarter else column) * frequency
-        pairs.append(complex(vector[2 * i], vector[2 * i + 1]) * (cmath.exp(1j * angle) if position else 0))
+        pairs.append(complex(vector[2 * i], vector[2 * i + 1]) * (cmath.exp(1j * angle) if cell >= 0 else 0))
     return pairs
 
 
-def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-    """Causal softmax attention of one head over a whole sequence."""
-    queries, keys = ([turned(x, n) for n, x in enumerate(part)] for part in (q, k))
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], lead: int, seen: Seen) -> list[Tensor]:
+    """Softmax attention of one head over a whole sequence with `lead` condition tokens."""
+    queries, keys = ([turned(x, n - lead) for n, x in enumerate(part)] for part in (q, k))
     out = []
     for n, query in enumerate(queries):
+        there = [m for m in range(len(keys)) if seen(n, m)]
         scores = [
-            sum((a.conjugate() * b).real for a, b in zip(query, key, strict=True)) / math.sqrt(C.head_dim)
-            for key in keys[: n + 1]
+            sum((a.conjugate() * b).real for a, b in zip(query, keys[m], strict=True)) / math.sqrt(C.head_dim)
+            for m in there
         ]
         weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
-        out.append(sum(w * x for w, x in zip(weights, v, strict=False)))
+        out.append(sum(weight * v[m] for weight, m in zip(weights, there, strict=True)))
     return out
 
 
-def slow_forward(model: LlamaGen, label: int, tokens: list[int]) -> Tensor:
+def causal(n: int, m: int) -> bool:
+    return m <= n
+
+
+def slow_forward(model: LlamaGen, condition: list[Tensor], tokens: list[int], seen: Seen = causal) -> Tensor:
+    """Logits at every input, condition tokens included. seen(n, m): whether input n attends to input m."""
     w = {name: value.double() for name, value in model.state_dict().items()}
-    x = [w["cls_embedding.embedding_table.weight"][label], *(w["tok_embeddings.weight"][t] for t in tokens)]
+    x = [*condition, *(w["tok_embeddings.weight"][t] for t in tokens)]
+    lead = len(condition)
     for n in range(C.layers):
         p = f"layers.{n}."
         normed = [rms(row, w[p + "attention_norm.weight"]) for row in x]
         q, k, v = zip(*((w[p + "attention.wqkv.weight"] @ row).chunk(3) for row in normed), strict=True)
         heads = [
-            attend(*([row[h * C.head_dim : (h + 1) * C.head_dim] for row in part] for part in (q, k, v)))
+            attend(*([row[h * C.head_dim : (h + 1) * C.head_dim] for row in part] for part in (q, k, v)), lead, seen)
             for h in range(C.heads)
         ]
         mixed = [torch.cat(parts) for parts in zip(*heads, strict=True)]
@@ -80,7 +89,8 @@ def slow_forward(model: LlamaGen, label: int, tokens: list[int]) -> Tensor:
 def test_forward_equals_the_explicit_reference() -> None:
     fast = MODEL(LABELS[:2], TOKENS[:2, :-1])
     for b in range(2):
-        slow = slow_forward(MODEL, int(LABELS[b]), TOKENS[b, :-1].tolist())
+        row = MODEL.cls_embedding.embedding_table.weight[LABELS[b]].double()
+        slow = slow_forward(MODEL, [row], TOKENS[b, :-1].tolist())
         assert torch.allclose(fast[b].double(), slow, atol=1e-4)
     assert float(fast.std()) > 0.5  # the comparison is not of zeros
 
@@ -158,6 +168,121 @@ def test_bfloat16_runs_and_stays_near_float32(guided: bool) -> None:
     assert result.tokens.shape == (3, C.length)
 
 
+# Captions in place of classes: the same references, with 5 condition tokens, some of them padding.
+
+PADDED, RAW = 5, 6
+CAPTIONED = tiny_llamagen(classes=0, condition_tokens=PADDED, caption_dim=RAW)
+CAPTIONED.cls_embedding.uncond_embedding.copy_(torch.randn(PADDED, RAW, generator=torch.Generator().manual_seed(2)))
+RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+TEXT = torch.randn(4, PADDED, RAW, generator=torch.Generator().manual_seed(3))
+FEATURES, MASK = left_pad(TEXT, RIGHT)
+
+
+def test_left_pad_moves_the_real_tokens_to_the_end_and_clears_the_rest() -> None:
+    for b in range(4):
+        real = int(RIGHT[b].sum())
+        assert MASK[b].tolist() == [False] * (PADDED - real) + [True] * real
+        assert torch.equal(FEATURES[b, PADDED - real :], TEXT[b, :real])
+        assert int(FEATURES[b, : PADDED - real].count_nonzero()) == 0
+
+
+def slow_captions(features: Tensor, real: list[bool], tokens: list[int]) -> Tensor:
+    """Logits of the image tokens: features projected by hand, padding out of sight, every input in its own sight."""
+    w = {name: value.double() for name, value in CAPTIONED.cls_embedding.cap_proj.state_dict().items()}
+    condition = []
+    for feature in features.double():
+        h = w["fc1.weight"] @ feature
+        h = h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) / 2
+        condition.append(w["fc2.weight"] @ h)
+
+    def seen(n: int, m: int) -> bool:
+        return n == m or (m < n and (m >= PADDED or real[m]))
+
+    return slow_forward(CAPTIONED, condition, tokens, seen)[PADDED - 1 :]
+
+
+@pytest.mark.parametrize("b", range(4))
+def test_captioned_forward_equals_the_explicit_reference(b: int) -> None:
+    tokens, real = TOKENS[b : b + 1, :7], MASK[b].tolist()
+    for features in (FEATURES[b], CAPTIONED.cls_embedding.uncond_embedding):
+        fast = CAPTIONED(features[None], tokens, MASK[b : b + 1])[0]
+        assert fast.shape == (8, C.vocab)
+        assert torch.allclose(fast.double(), slow_captions(features, real, tokens[0].tolist()), atol=1e-4)
+        assert float(fast.std()) > 0.5
+
+
+def test_what_stands_in_the_padding_changes_nothing() -> None:
+    other = FEATURES + 10 * torch.randn(FEATURES.shape) * ~MASK[..., None]
+    assert torch.allclose(CAPTIONED(other, TOKENS[:, :5], MASK), CAPTIONED(FEATURES, TOKENS[:, :5], MASK), atol=1e-5)
+
+
+def expected_captioned(guided: bool) -> Tensor:
+    logits = [CAPTIONED(FEATURES, TOKENS[:, :-1], MASK)]
+    if guided:  # no caption, under the mask of the caption
+        none = CAPTIONED.cls_embedding.uncond_embedding.expand_as(FEATURES)
+        logits.append(CAPTIONED(none, TOKENS[:, :-1], MASK))
+    return torch.cat(logits)
+
+
+def captioned(dtype: torch.dtype = torch.float32) -> LlamaGenTarget:
+    return LlamaGenTarget(CAPTIONED, dtype).with_captions(FEATURES, MASK)
+
+
+@both
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_cached_captioned_passes_equal_the_whole_sequence(width: int, guided: bool) -> None:
+    order = torch.tensor([2, 0, 3, 1])  # labels are numbers of captions
+    session = captioned().begin(order, guided, width)
+    starts = range(0, C.length, width)
+    got = [session.score(INPUTS[order, s : s + width], torch.full((4,), s), s).logits for s in starts]
+    wanted = expected_captioned(guided).unflatten(0, (-1, 4))[:, order].flatten(0, 1)
+    assert torch.allclose(torch.cat(got, 1), wanted, atol=1e-4)
+
+
+@both
+def test_captioned_images_that_are_left_keep_their_captions(guided: bool) -> None:
+    session, rows = captioned().begin(torch.arange(4), guided, 4), torch.tensor([1, 3])
+    session.score(INPUTS[:, :4], torch.zeros(4, dtype=torch.int64))
+    session.keep(rows)
+    got = session.score(INPUTS[rows, 4:8], torch.full((2,), 4)).logits
+    wanted = expected_captioned(guided).unflatten(0, (-1, 4))[:, rows, 4:8].flatten(0, 1)
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_an_empty_caption_gives_finite_laws_equal_to_the_whole_sequence() -> None:
+    none = torch.zeros(1, PADDED, dtype=torch.bool)
+    session = LlamaGenTarget(CAPTIONED).with_captions(FEATURES[:1], none).begin(torch.tensor([0]), False, C.length)
+    got = session.score(INPUTS[:1], torch.tensor([0])).logits
+    assert torch.allclose(got, CAPTIONED(FEATURES[:1], TOKENS[:1, :-1], none), atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_captioned_images_are_the_same_with_and_without_drafts(guidance: float) -> None:
+    settings, target = LawSettings(guidance=guidance), captioned()
+    alone = decode(target, "seed-exact", "none", settings=settings, index=range(4), labels=torch.arange(4))
+    ahead = decode(target, "seed-exact", "jacobi", settings=settings, index=range(4), labels=torch.arange(4))
+    assert torch.equal(alone.tokens, ahead.tokens)
+    greedy = LawSettings(guidance=guidance, temperature=0.0)
+    alone = decode(target, "seed-exact", "none", settings=greedy, index=range(4), labels=torch.arange(4))
+    tree = decode(target, "tree", sketched(target, "2x2x1"), settings=greedy, index=range(4), labels=torch.arange(4))
+    assert torch.equal(alone.tokens, tree.tokens)
+
+
+def test_captioned_bfloat16_stays_near_float32() -> None:
+    session = captioned(torch.bfloat16).begin(torch.arange(4), True, C.length)
+    logits, wanted = session.score(INPUTS, torch.zeros(4, dtype=torch.int64)).logits, expected_captioned(True)
+    assert float((logits - wanted).abs().mean()) < 0.1 * float(wanted.abs().mean())
+
+
+def test_captions_and_classes_are_not_confused() -> None:
+    with pytest.raises(UsageError, match="with_captions"):
+        LlamaGenTarget(CAPTIONED).begin(torch.tensor([0]), False, 1)
+    with pytest.raises(UsageError, match="classes"):
+        LlamaGenTarget(MODEL).with_captions(FEATURES, MASK)
+    with pytest.raises(UsageError, match=r"\(4, 4, 6\)"):
+        LlamaGenTarget(CAPTIONED).with_captions(FEATURES[:, 1:], MASK[:, 1:])
+
+
 # Published sizes and checkpoints.
 
 PUBLISHED = {
@@ -188,6 +313,19 @@ def test_published_sizes_have_the_published_parameter_counts(size: str) -> None:
 def test_larger_sizes_have_the_published_counts_to_rounding(size: str) -> None:
     count, tolerance = ROUNDED[size]
     assert parameters(size) == pytest.approx(count, rel=tolerance)
+
+
+CAPTIONED_SIZES = {"B": (112_282_368, 0), "L": (345.0e6, 2e-4), "XL": (777_678_080, 0), "XXL": (1.415e9, 1e-3)}
+
+
+@pytest.mark.parametrize("size", CAPTIONED_SIZES)
+def test_captioned_sizes_have_the_published_parameter_counts(size: str) -> None:
+    with torch.device("meta"):
+        model = LlamaGen(published_config(size, captioned=True))
+    wanted, tolerance = CAPTIONED_SIZES[size]
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted, rel=tolerance, abs=0)
+    names = {name for name in model.state_dict() if name.startswith("cls_embedding.")}
+    assert names == {f"cls_embedding.{n}" for n in ("uncond_embedding", "cap_proj.fc1.weight", "cap_proj.fc2.weight")}
 
 
 def test_size_b_has_the_88_published_tensors() -> None:

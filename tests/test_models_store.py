@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.errors import UsageError
-from bozzetto.models.store import load_llamagen, load_tokenizer, read_config, save_llamagen
+from bozzetto.models.store import load_llamagen, load_tokenizer, read_config, save_llamagen, save_tokenizer
 from toys import tiny_llamagen
 
 TOKENIZER = VQConfig(codes=11, code_dim=4, width=8, pre_blocks=1, post_blocks=1, image_size=32)
@@ -49,6 +50,50 @@ def test_a_saved_tokenizer_comes_back_rounded_to_float16(folder: Path) -> None:
     assert after.config == TOKENIZER
     for name, value in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], value.half().float()), name
+
+
+def test_a_tokenizer_without_a_kind_is_the_tiny_one(folder: Path) -> None:
+    content = read_config(folder, "tokenizer.json")
+    assert content.pop("kind") == "vq-tiny"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert isinstance(load_tokenizer(folder), VQTokenizer)
+
+
+def test_unknown_kinds_of_tokenizer_are_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"kind": "vq-huge", "config": {}}')
+    with pytest.raises(UsageError, match=r"tokenizer\.json.*'vq-huge'.*'vq-llamagen'"):
+        load_tokenizer(folder)
+
+
+def test_a_published_tokenizer_comes_back_rounded_to_float16(tmp_path: Path) -> None:
+    config = LlamaGenVQConfig(codes=11, channels=32, multipliers=(1, 2), blocks=1, latent=16, image_size=8)
+    before = LlamaGenVQ(config).eval()
+    save_tokenizer(tmp_path, before, {})
+    after = load_tokenizer(tmp_path)
+    assert isinstance(after, LlamaGenVQ)
+    assert after.config == config
+    for name, value in before.state_dict().items():
+        if name != "codebook":
+            assert torch.equal(after.state_dict()[name], value.half().float()), name
+    assert torch.allclose(after.codebook, before.codebook, atol=1e-3)
+    assert torch.allclose(after.codebook.norm(dim=1), torch.ones(11))
+    assert not any(part.is_meta for part in after.state_dict().values())
+
+
+def test_configs_of_before_there_were_captions_still_load(folder: Path) -> None:
+    content = read_config(folder)
+    for name in ("condition_tokens", "caption_dim"):
+        del content["config"][name]
+    (folder / "config.json").write_text(json.dumps(content))
+    assert load_llamagen(folder).config == tiny_llamagen().config
+
+
+def test_a_captioned_network_comes_back(tmp_path: Path) -> None:
+    before = tiny_llamagen(classes=0, condition_tokens=5, caption_dim=6)
+    save_llamagen(tmp_path, before, tokenizer(), {})
+    after = load_llamagen(tmp_path)
+    assert after.config == before.config
+    assert torch.equal(after.cls_embedding.uncond_embedding, before.cls_embedding.uncond_embedding.half().float())
 
 
 def test_files_hold_float16_and_the_notes(folder: Path) -> None:

@@ -19,7 +19,7 @@ from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import save_llamagen
 from bozzetto.pipeline import shipped_models
-from bozzetto.train.recipes import TargetRecipe, TokenizerRecipe, read_recipe
+from bozzetto.train.recipes import RECIPES, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,8 +100,7 @@ def test_commands_parse(command):
     parsed = cli._parse(shlex.split(command)[1:])
     assert type(parsed) in cli.HANDLERS
     if isinstance(parsed, cli.Train):
-        kinds = {"tokenizer": TokenizerRecipe, "target": TargetRecipe}
-        assert isinstance(read_recipe(ROOT / parsed.recipe, kinds[parsed.what]), kinds[parsed.what])
+        assert isinstance(read_recipe(ROOT / parsed.recipe, RECIPES[parsed.what]), RECIPES[parsed.what])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("bozzetto train ")])
@@ -146,8 +145,8 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(path):
-    kind = TokenizerRecipe if path.stem.endswith("tokenizer") else TargetRecipe
-    assert read_recipe(path, kind).steps if kind is TargetRecipe else read_recipe(path, kind).stages
+    kind = {"tokenizer": "tokenizer", "eagle": "drafter"}.get(path.stem.rpartition("-")[2], "target")
+    assert isinstance(read_recipe(path, RECIPES[kind]), RECIPES[kind])
 
 
 @pytest.mark.parametrize("page", PAGES)

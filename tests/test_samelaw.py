@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bozzetto
-from bozzetto.drafters.base import Observation
+from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Draft
 from bozzetto.engine.loop import Decoder
 from bozzetto.evaluate.compare import surprisal
@@ -25,9 +25,9 @@ from bozzetto.evaluate.samelaw import (
     token_tests,
 )
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.laws.noise import GumbelField
 from bozzetto.pipeline import GenerateSettings
 from bozzetto.registry import make_drafter, make_rule
+from bozzetto.rules.exact import Exact
 from bozzetto.sampling import Samples
 
 N = 500
@@ -38,7 +38,7 @@ class Careless:
     """Drafts from a fixed flat law. `declared_k`: the law that it claims is cut to its K likeliest tokens; the drafts
     are not (0: it tells the truth)."""
 
-    name, max_draft = "careless", 3
+    name, max_nodes, max_depth, wants_features = "careless", 3, 3, False
 
     def __init__(self, vocab: int, declared_k: int):
         logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
@@ -46,11 +46,11 @@ class Careless:
         self.declared = law_of(logits, LawSettings(top_k=declared_k))
         self.generator = torch.Generator().manual_seed(2)
 
-    def begin(self, batch: int, noise: GumbelField, with_laws: bool) -> None:
+    def begin(self, start: Start) -> None:
         pass
 
     def propose(self, batch: int, limit: int) -> Draft:
-        length = min(limit, self.max_draft)
+        length = min(limit, self.max_nodes)
         drawn = torch.multinomial(self.law.exp(), batch * length, replacement=True, generator=self.generator)
         return Draft(drawn.view(batch, length), self.declared.expand(batch, length, -1))
 
@@ -62,14 +62,8 @@ class Careless:
 
 
 @dataclass(frozen=True)
-class Hot:
+class Hot(Exact):
     """Rule `exact` that verifies with a law whose temperature is off by 10%."""
-
-    name: str = "hot"
-    exact: bool = True
-    seed_exact: bool = False
-    needs_law: bool = True
-    needs_uniforms: bool = True
 
     def verify(self, draft, log_p, noise):
         return make_rule("exact").verify(draft, law_of(log_p, LawSettings(temperature=1.1)), noise)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Drafter
+from bozzetto.drafters.base import Drafter, Start
 from bozzetto.drafters.grow import TreeDrafter
 from bozzetto.engine.loop import BatchResult, Decoder
 from bozzetto.laws.categorical import LawSettings
+from bozzetto.laws.noise import GumbelField
 from bozzetto.models.base import Target
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.sketch import TargetSketcher
@@ -20,6 +21,12 @@ PLAIN = LawSettings()
 WINDOW_RULES = [name for name, rule in RULES.items() if rule.window]
 EXACT_RULES = [name for name, rule in RULES.items() if rule.exact]
 RELAXED_RULES = [name for name, rule in RULES.items() if not rule.exact]
+
+
+def start_of(noise: GumbelField, with_laws: bool = True, settings: LawSettings = PLAIN) -> Start:
+    """What a drafter is told when a batch of the field's images begins."""
+    labels = torch.zeros_like(noise.keys)
+    return Start(labels, noise.length, settings, noise, noise.keys, with_laws=with_laws)
 
 
 def sketched(target: Target, tree: str) -> TreeDrafter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,8 @@ class LlamaGenVQ(nn.Module):
         return {published(key): value for key, value in self.state_dict().items()}
 
 
-def _networks(config: LlamaGenVQConfig) -> nn.Module:
+def _networks(config: LlamaGenVQConfig) -> Any:
+    """The two networks and the convolutions beside the codes, with random weights."""
     try:
         from transformers import JanusVQVAE, JanusVQVAEConfig
     except ImportError as error:

@@ -1,11 +1,15 @@
 """The cached LlamaGen decoder: static key/value cache, ragged positions, guidance rows in one pass.
 
+A condition of T tokens (captions) fills T - 1 slots when the session begins; its last token is input 0 of the first
+pass, as a class is. With T = 1 there is nothing to fill.
+
 Weights are packed once (w1 and w3 side by side). The cache of a layer is a flat table of slots, one row per (sequence,
 input), so that ragged writes are one index_copy_.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -13,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.drafts import Layout
+from bozzetto.errors import UsageError
 from bozzetto.models.base import Scores, visible
-from bozzetto.models.llamagen import Block, LlamaGen, LlamaGenConfig
+from bozzetto.models.llamagen import Block, CaptionEmbedding, LlamaGen, LlamaGenConfig, caption_sight
 
 
 class PackedLayer:
@@ -36,35 +41,84 @@ class LlamaGenTarget:
         self.config: LlamaGenConfig = model.config
         self.vocab, self.length, self.dtype = model.config.vocab, model.config.length, dtype
         self.device = model.output.weight.device
-        self.labels = model.cls_embedding.embedding_table.weight.to(dtype)
+        self.conditions = copy.deepcopy(model.cls_embedding).to(dtype)
+        self.captions: tuple[Tensor, Tensor] | None = None
         self.embedding = model.tok_embeddings.weight.to(dtype)
         self.layers = [PackedLayer(layer, dtype) for layer in model.blocks]
         self.gain, self.head = model.norm.weight.to(dtype), model.output.weight.to(dtype)
-        self.rope = torch.view_as_complex(model.rope.contiguous())  # complex64 [N + 1, hd/2]
+        rope = model.rope[model.config.condition_tokens - 1 :]  # from the last condition token on
+        self.rope = torch.view_as_complex(rope.contiguous())  # complex64 [N + 1, hd/2]
 
+    def with_captions(self, features: Tensor, mask: Tensor) -> LlamaGenTarget:
+        """The same target with K captions in place of classes: label k is caption k.
+
+        features [K, T, caption_dim], mask [K, T], both padded on the left (`left_pad`). Weights are shared.
+        Raises UsageError for a class-conditional target and for other shapes.
+        """
+        c = self.config
+        if not c.captioned:
+            raise UsageError("this target draws classes, not captions")
+        shape = (len(features), c.condition_tokens, c.caption_dim)
+        if features.shape != shape or mask.shape != shape[:2]:
+            raise UsageError(
+                f"captions of shape {tuple(features.shape)} with a mask of {tuple(mask.shape)} are not allowed: "
+                f"[K, {shape[1]}, {shape[2]}] with [K, {shape[1]}]"
+            )
+        other = copy.copy(self)
+        other.captions = (features.to(self.device, self.dtype), mask.bool().to(self.device))
+        return other
+
+    @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> LlamaGenSession:
-        """labels int64 [B] in 0..classes (classes: unconditional)."""
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
-        return LlamaGenSession(self, labels, 2 if guided else 1, max_width)
+        """labels int64 [B] in 0..classes (classes: unconditional), or numbers of the captions given.
+
+        Raises UsageError for a text-conditional target without captions.
+        """
+        copies, mask = 2 if guided else 1, None
+        if isinstance(self.conditions, CaptionEmbedding):
+            if self.captions is None:
+                raise UsageError("this target draws captions: give it some with target.with_captions(features, mask)")
+            given, mask = (part[labels] for part in self.captions)
+            without = self.conditions.uncond_embedding.expand_as(given)  # under the caption's own mask
+        else:
+            given, without = labels, torch.full_like(labels, self.config.classes)
+        given = torch.cat([given, without]) if guided else given
+        return LlamaGenSession(self, self.conditions(given), mask, copies, max_width)
 
 
 class LlamaGenSession:
-    """Cache and conditions of R = copies * B sequences; `copies` is 2 under guidance."""
+    """Cache and conditions of R = copies * B sequences; `copies` is 2 under guidance.
 
-    def __init__(self, target: LlamaGenTarget, labels: Tensor, copies: int, max_width: int):
+    condition [R, T, d]; mask: bool [B, T], which condition tokens may be attended to, or None for T = 1: it may.
+    """
+
+    def __init__(self, target: LlamaGenTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
         c = target.config
-        self.target, self.copies, self.rows = target, copies, len(labels)
-        self.condition = target.labels[labels][:, None]  # [R, 1, d]
-        self.slots = -(-(c.length + max_width) // 8) * 8
+        self.target, self.copies, self.rows = target, copies, len(condition)
+        self.condition = condition[:, -1:]  # [R, 1, d]
+        self.lead = c.condition_tokens - 1  # slots before that of input 0
+        self.slots = -(-(self.lead + c.length + max_width) // 8) * 8
+        self.open = None if mask is None else F.pad(mask, (0, self.slots - mask.shape[1]), value=True)  # [B, S]
         shape = (c.layers, 2, self.rows * self.slots, c.dim)
         self.cache = torch.zeros(shape, dtype=target.dtype, device=target.device)
         self._number_slots()
+        if mask is not None and self.lead:
+            self._fill(condition[:, :-1], mask[:, :-1])
 
     def _number_slots(self) -> None:
+        """first_slot [R, 1]: where input 0 of a sequence lies in the flat cache; columns [S]: the input in each slot,
+        below 0 for those of the condition."""
         device = self.cache.device
-        self.first_slot = torch.arange(self.rows, device=device)[:, None] * self.slots  # [R, 1]
-        self.columns = torch.arange(self.slots, device=device)
+        self.first_slot = torch.arange(self.rows, device=device)[:, None] * self.slots + self.lead
+        self.columns = torch.arange(self.slots, device=device) - self.lead
+
+    def _fill(self, x: Tensor, mask: Tensor) -> None:
+        """Run the condition tokens before the last one, x [R, T - 1, d] under mask [B, T - 1], through the layers."""
+        bias = copied(_bias(caption_sight(mask, self.lead), self.target.dtype), self.copies)
+        rotation = self.target.rope[:1].expand(self.lead, -1)[None, :, None, None]  # zeros
+        flat = (self.first_slot + self.columns[: self.lead]).flatten()
+        for number, layer in enumerate(self.target.layers):
+            x = self._layer(layer, self.cache[number], x, rotation, flat, bias)
 
     @torch.no_grad()
     def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
@@ -75,9 +129,12 @@ class LlamaGenSession:
         reach = self.slots
         if furthest is not None:
             past = inputs.shape[1] if layout is None else layout.sees.shape[-1]
-            reach = _whole_blocks(furthest + past, self.slots)
-        seen = visible(self.columns[:reach], start, inputs.shape[1], layout)[:, None]  # [B, 1, W, reach]
-        mask = torch.zeros(seen.shape, dtype=t.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+            reach = _whole_blocks(self.lead + furthest + past, self.slots)
+        columns = self.columns[:reach]
+        seen = visible(columns, start, inputs.shape[1], layout)[:, None]  # [B, 1, W, reach]
+        if self.open is not None:  # every input sees itself, even where the caption is empty
+            seen = seen & self.open[:, None, None, :reach] | (slot[..., None] == columns)[:, None]
+        mask = _bias(seen, t.dtype)
         x = t.embedding[inputs]
         if self.copies > 1:
             slot, position, x, mask = (copied(part, self.copies) for part in (slot, position, x, mask))
@@ -121,7 +178,13 @@ class LlamaGenSession:
         self.rows = len(rows)
         self.cache = kept.reshape(c.layers, 2, self.rows * self.slots, c.dim)
         self.condition = self.condition[rows]
+        self.open = None if self.open is None else self.open[rows[: len(rows) // self.copies]]
         self._number_slots()
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, minus infinity elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
 def copied(part: Tensor, copies: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, from_published
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.errors import UsageError
 from bozzetto.files import write_text, write_whole
@@ -22,6 +24,8 @@ from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
+TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
+Tokenizer = VQTokenizer | LlamaGenVQ
 
 
 def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
@@ -54,9 +58,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """load_state_dict that explains itself: missing, unexpected and misshapen keys by name."""
-    wanted = module.state_dict()
+def check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise UsageError that names missing, unexpected and misshapen keys."""
     problems = [f"missing key {k!r}" for k in wanted if k not in state]
     problems += [f"unexpected key {k!r}" for k in state if k not in wanted]
     problems += [
@@ -67,37 +70,76 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UsageError(f"{source}: checkpoint does not fit: " + "; ".join(problems[:5]) + more)
-    module.load_state_dict(state)
 
 
-def save_weights(path: str | Path, module: nn.Module) -> None:
-    """Write a module's state as float16 safetensors, whole or not at all.
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
+    """load_state_dict that explains itself (`check_fit`). assign: take the tensors themselves, for a module that was
+    made on the meta device."""
+    check_fit(module.state_dict(), state, source)
+    module.load_state_dict(state, assign=assign)
+
+
+def save_state(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors as float16 safetensors, whole or not at all.
 
     Raises UsageError when a weight is not finite in float16.
     """
-    state = {}
-    for key, value in module.state_dict().items():
+    halves = {}
+    for key, value in state.items():
         stored = value.half() if value.is_floating_point() else value
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
             raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")
-        state[key] = stored.contiguous(memory_format=torch.contiguous_format)
-    write_whole(path, lambda name: save_file(state, name))
+        halves[key] = stored.contiguous(memory_format=torch.contiguous_format)
+    write_whole(path, lambda name: save_file(halves, name))
 
 
-def save_tokenizer(folder: str | Path, model: VQTokenizer, notes: dict[str, Any]) -> None:
-    """Write tokenizer.safetensors and tokenizer.json (its VQConfig and `notes`)."""
+def save_weights(path: str | Path, module: nn.Module) -> None:
+    """`save_state` of a module."""
+    save_state(path, module.state_dict())
+
+
+def save_tokenizer(folder: str | Path, model: Tokenizer, notes: dict[str, Any]) -> None:
+    """Write tokenizer.safetensors and tokenizer.json (its kind, its config and `notes`)."""
+    if isinstance(model, LlamaGenVQ):
+        write_tokenizer(folder, PUBLISHED, model.config, model.published_state(), notes)
+    else:
+        write_tokenizer(folder, TINY, model.config, model.state_dict(), notes)
+
+
+def write_tokenizer(
+    folder: str | Path,
+    kind: str,
+    config: VQConfig | LlamaGenVQConfig,
+    state: Mapping[str, Tensor],
+    notes: dict[str, Any],
+) -> None:
+    """What save_tokenizer writes, from its parts. state: under published names where the kind is `vq-llamagen`."""
     folder = Path(folder)
-    save_weights(folder / TOKENIZER_WEIGHTS, model)
-    content = {"config": dataclasses.asdict(model.config), **notes}
+    save_state(folder / TOKENIZER_WEIGHTS, state)
+    content = {"kind": kind, "config": dataclasses.asdict(config), **notes}
     write_text(folder / TOKENIZER_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def load_tokenizer(folder: str | Path) -> VQTokenizer:
-    """Read what save_tokenizer wrote; float32, in evaluation mode."""
+def load_tokenizer(folder: str | Path) -> Any:
+    """Read what save_tokenizer wrote, a Tokenizer; float32, in evaluation mode.
+
+    Raises UsageError for missing, broken or unfitting files, an unknown kind, or a missing extra package.
+    """
     folder = Path(folder)
+    source, weights = folder / TOKENIZER_CONFIG, folder / TOKENIZER_WEIGHTS
     content = read_config(folder, TOKENIZER_CONFIG)
-    model = VQTokenizer(config_from(VQConfig, content.get("config"), folder / TOKENIZER_CONFIG))
-    load_strict(model, read_weights(folder / TOKENIZER_WEIGHTS), folder / TOKENIZER_WEIGHTS)
+    kind = content.get("kind", TINY)  # folders of before there were kinds
+    model: Tokenizer
+    if kind == TINY:
+        model = VQTokenizer(config_from(VQConfig, content.get("config"), source))
+        load_strict(model, read_weights(weights), weights)
+    elif kind == PUBLISHED:
+        config = config_from(LlamaGenVQConfig, content.get("config"), source)
+        with torch.device("meta"):  # drawing 72 million random numbers only to overwrite them takes seconds
+            model = LlamaGenVQ(config)
+        load_strict(model, from_published(read_weights(weights)), weights, assign=True)
+    else:
+        raise UsageError(f"{source}: kind is {kind!r} (allowed: {TINY!r}, {PUBLISHED!r})")
     return model.eval().requires_grad_(False)
 
 
@@ -115,7 +157,7 @@ def config_from(kind: type, values: object, source: str | Path) -> Any:
         raise UsageError(f"{source}: {error}") from error
 
 
-def save_llamagen(folder: str | Path, model: LlamaGen, tokenizer: VQTokenizer, notes: dict[str, Any]) -> None:
+def save_llamagen(folder: str | Path, model: LlamaGen, tokenizer: Tokenizer, notes: dict[str, Any]) -> None:
     """Write a complete model folder: config.json, model.safetensors and its tokenizer."""
     folder = Path(folder)
     save_weights(folder / WEIGHTS, model)

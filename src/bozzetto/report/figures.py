@@ -130,6 +130,26 @@ def progress_figure(curves: Mapping[str, np.ndarray], styles: Mapping[str, Style
     return _svg(figure, name, f"Line chart: share of the image committed against target passes, {', '.join(curves)}")
 
 
+def spend_figure(
+    curves: Mapping[str, np.ndarray], budgets: Mapping[str, float], styles: Mapping[str, Style], name: str
+) -> str:
+    """Bias bound spent per image against the share of it that is committed, a line per method, its budget dotted.
+    curves: float64 [points] over 0..1."""
+    figure, axes = _figure(2.7)
+    for label, curve in curves.items():
+        axes.plot(np.linspace(0, 1, len(curve)), curve, color=styles[label].colour)
+        axes.plot([1], [curve[-1]], color=styles[label].colour, marker=styles[label].marker, ms=6, clip_on=False)
+        if label in budgets:
+            axes.axhline(budgets[label], color=styles[label].colour, lw=1, ls=":")
+    _percent(axes.xaxis)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("share of the image committed")
+    axes.set_ylabel("total variation spent")
+    _legend(figure, axes, [(label, styles[label]) for label in curves])
+    return _svg(figure, name, f"Line chart: bias spent against the share of the image committed, {', '.join(curves)}")
+
+
 def strip_figure(traces: Mapping[str, PassTrace], styles: Mapping[str, Style], name: str) -> str:
     """Tokens committed in each target pass of one image, kept drafts below the target's own; a row per method."""
     figure = _empty(0.75 + 0.85 * len(traces))

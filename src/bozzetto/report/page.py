@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bozzetto.engine.trace import PassTrace, acceptance_by_offset, mean_progress
+from bozzetto.engine.trace import PassTrace, acceptance_by_offset, mean_progress, mean_spend
 from bozzetto.errors import UsageError
 from bozzetto.files import write_text
 from bozzetto.output import check_writable
@@ -32,6 +32,7 @@ from bozzetto.report.tables import (
     quality_tables,
     speed_row,
     speed_table,
+    spend_table,
 )
 
 MOST_SHOWN, MOST_MAPS = 24, 8
@@ -115,6 +116,7 @@ class _Study:
             "without_drafts": [label for label in traced if label not in drafting],
             "acceptance": self._acceptance(drafting, next(ids)) if drafting else None,
             "passes": self._passes(shown, traced, ids) if traced else None,
+            "spend": self._spend(traced, ids),
             "scatters": self._scatters(ids),
             "bench_plot": self._bench_plot(ids),
             "quality": [t for run in self.runs for t in quality_tables(run, self.labels)],
@@ -287,6 +289,18 @@ class _Study:
                 label: f"{np.mean([len(t.committed) for t in traces]):.1f}" for label, traces in traced.items()
             },
         }
+
+    def _spend(self, traced: Mapping[str, list[PassTrace]], ids: Any) -> dict[str, Any] | None:
+        """What relaxed rules spent; None where every rule is exact."""
+        spent = {label: [sum(t.spent) for t in traces] for label, traces in traced.items()}
+        relaxed = [label for label, sums in spent.items() if any(sums)]
+        if not relaxed:
+            return None
+        budgets = {label: self.drawn[label].budget for label in relaxed}
+        known = {label: budget for label, budget in budgets.items() if budget is not None}
+        content = spend_table({m: spent[m] for m in relaxed}, {m: self.drawn[m].grid ** 2 for m in relaxed}, known)
+        curves = {label: mean_spend(traced[label]) for label in relaxed}
+        return {"svg": draw.spend_figure(curves, known, self.styles, next(ids)), "table": content}
 
     def _scatters(self, ids: Any) -> list[dict[str, Any]]:
         """Speed against quality: a panel per evaluation and reference."""

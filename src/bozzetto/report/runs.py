@@ -42,7 +42,8 @@ class Figure(NamedTuple):
 class Drawn:
     """Images of one method of one run, in index order. load(i): pixels of the i-th, uint8 [H, W, 3]; traces: one per
     image, or None where the run kept none; grid: tokens per side; total: images in the run, of which `index` lists
-    those read; draft_share: share of the decoding time that went into drafting and verifying."""
+    those read; draft_share: share of the decoding time that went into drafting and verifying;
+    budget: most bias that an image could spend."""
 
     method: str
     index: list[int]
@@ -52,6 +53,7 @@ class Drawn:
     grid: int
     total: int
     draft_share: float | None = None
+    budget: float | None = None
 
     @property
     def tokens_per_pass(self) -> float | None:
@@ -189,6 +191,7 @@ def _drawn(folder: Path, count: int | None) -> tuple[Drawn, dict[str, Any]]:
         grid=_side(samples.tokens.shape[1]),
         total=total,
         draft_share=drafting / (drafting + decoding) if drafting + decoding else None,
+        budget=samples.settings.get("tv_budget"),
     )
     return drawn, dict(content.get("provenance") or {})
 
@@ -224,6 +227,7 @@ def _manifest_folder(name: str, folder: Path) -> Run:
         grid=grid,
         total=len(images),
         draft_share=seconds.get("draft", 0.0) / decoding if decoding else None,
+        budget=settings.get("tv_budget"),
     )
     run = Run(name, GENERATE, settings, provenance, drawn=[drawn])
     if not traced:

@@ -69,6 +69,22 @@ def plain(value: object) -> Cell:
     return {"text": "" if value is None else str(value), "range": ""}
 
 
+def spend_table(spent: Mapping[str, Sequence[float]], tokens: Mapping[str, int], budgets: Mapping[str, float]) -> Table:
+    """Bias spent by method: sums per image, tokens of an image, budget of an image where there is one."""
+    rows = [
+        [
+            plain(method),
+            plain(number(sum(sums) / len(sums), 1)),
+            plain(number(max(sums), 1)),
+            plain(number(sum(sums) / len(sums) / tokens[method], 3)),
+            plain(f"{budgets[method]:g}" if method in budgets else "none"),
+        ]
+        for method, sums in spent.items()
+    ]
+    header = ["method", "mean per image", "most of an image", "mean per token", "budget per image"]
+    return {"caption": "Bias bound spent, in total variation", "header": header, "rows": rows}
+
+
 def distance_name(run: Run) -> str:
     """What the distance may be called: FID is the one with Inception features."""
     if str(run.settings.get("extractor", "")).startswith("Inception"):

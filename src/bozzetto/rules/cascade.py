@@ -21,7 +21,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, nobody, walk
+from bozzetto.rules.walk import Family, Judgement, nobody, step_bias, walk
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Cascade(Rule):
 
     name: ClassVar[str] = "cascade"
     needs_hidden: ClassVar[bool] = True
-    bias: ClassVar[str] = "no bound; what each decision adds to the exact keeping probability is summed"
+    bias: ClassVar[str] = "each decision's distance from the exact one; without a bound of its own"
 
     def __post_init__(self) -> None:
         for name in ("alike", "converged"):
@@ -80,16 +80,20 @@ class Cascade(Rule):
             x = family.tokens[:, rank, None]
             px = p.gather(1, x)[:, 0]
             qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
+            safe = qx.clamp_min(torch.finfo(px.dtype).tiny)
             pooled = (p.gather(1, family.tokens) * pool[:, rank]).sum(1)
-            tiny = torch.finfo(px.dtype).tiny
-            exact = (px / qx.clamp_min(tiny)).clamp_max(1)
-            keep = ((pooled / qx.clamp_min(tiny)).clamp_max(1) + lift[:, rank] * (px > 0)).clamp_max(1)
-            keep = torch.where(keep - exact > family.slack - spent, exact, keep)
+            exact = (px / safe).clamp_max(1)
+            keep = ((pooled / safe).clamp_max(1) + lift[:, rank] * (px > 0)).clamp_max(1)
             tried = family.present[:, rank] & (qx > 0) & (pick < 0)
+            after, left_over = after_reject(p, q, x[:, 0], tried[:, None])
+            bias = step_bias(x, keep, after, exact, after)
+            dear = bias > family.slack - spent
+            keep = torch.where(dear, exact, keep)
             u = torch.full_like(family.u[:, rank], 0.5) if greedy else family.u[:, rank]
             stays = tried & (u < keep)
             pick = torch.where(stays, rank, pick)
-            spent = torch.where(tried, spent + keep - exact, spent)
+            spent = torch.where(tried & ~dear, spent + bias, spent)
             failed = (tried & ~stays)[:, None]
-            p, q = after_reject(p, q, x[:, 0], failed)
+            p = torch.where(failed, after, p)
+            q = q if q is None or left_over is None else torch.where(failed, left_over, q)
         return Judgement(pick, p, spent)

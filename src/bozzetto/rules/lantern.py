@@ -24,9 +24,10 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, nobody, normalised, walk, without
+from bozzetto.rules.walk import Family, Judgement, nobody, normalised, step_bias, walk, without
 
 RESIDUALS = ("paper", "optimal", "released")
+_ROUNDING = 1e-6  # a budget is not refused for a rounding error
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Lantern(Rule):
     neighbours: Tensor | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "lantern"
-    bias: ClassVar[str] = "borrows at most delta per candidate; TV(output, p) itself is not bounded by delta"
+    bias: ClassVar[str] = "each decision's distance from the exact one; at most delta is borrowed per candidate"
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -86,28 +87,42 @@ class Lantern(Rule):
     def _judge(self, family: Family, table: Tensor) -> Judgement:
         p, q = family.p, family.q
         pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        everyone = torch.ones_like(pick, dtype=torch.bool)[:, None]
         for rank in range(family.tokens.shape[1]):
             if nobody(family.present[:, rank] & (pick < 0)):
                 break
-            x = family.tokens[:, rank]
-            mass, near, inside = self.borrowed(p, x, table, family.slack - spent)
-            px = p.gather(1, x[:, None])[:, 0] + mass
-            qx = torch.ones_like(px) if q is None else q.gather(1, x[:, None])[:, 0]
+            x, left = family.tokens[:, rank, None], family.slack - spent
+            mass, near, inside = self.borrowed(p, x[:, 0], table, left)
+            px = p.gather(1, x)[:, 0]
+            qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
+            safe = qx.clamp_min(torch.finfo(qx.dtype).tiny)
+            exact, keep = (px / safe).clamp_max(1), ((px + mass) / safe).clamp_max(1)
+            plain, _ = after_reject(p, q, x[:, 0], everyone)
+            rest = self._rest(p, q, x[:, 0], near, inside, table, left, plain)
+            bias = step_bias(x, keep, rest, exact, plain)
+            dear = bias > left + _ROUNDING
+            keep, rest = torch.where(dear, exact, keep), torch.where(dear[:, None], plain, rest)
             tried = family.present[:, rank] & (qx > 0) & (pick < 0)
-            keep = tried & (family.u[:, rank] * qx < px)
-            pick = torch.where(keep, rank, pick)
-            spent = torch.where(tried, spent + mass, spent)
-            failed = (tried & ~keep)[:, None]
-            rest = self._rest(p, q, x, near, inside, table, family.slack)
+            stays = tried & (family.u[:, rank] < keep)
+            pick = torch.where(stays, rank, pick)
+            spent = torch.where(tried & ~dear, spent + torch.minimum(bias, left), spent)
+            failed = (tried & ~stays)[:, None]
             p = torch.where(failed, rest, p)
-            q = q if q is None else torch.where(failed, without(q, x), q)
+            q = q if q is None else torch.where(failed, without(q, x[:, 0]), q)
         return Judgement(pick, p, spent)
 
     def _rest(
-        self, p: Tensor, q: Tensor | None, x: Tensor, near: Tensor, inside: Tensor, table: Tensor, slack: Tensor
+        self,
+        p: Tensor,
+        q: Tensor | None,
+        x: Tensor,
+        near: Tensor,
+        inside: Tensor,
+        table: Tensor,
+        slack: Tensor,
+        exact: Tensor,
     ) -> Tensor:
-        """The law [B, V] after x was refused."""
-        exact, _ = after_reject(p, q, x, torch.ones_like(x, dtype=torch.bool)[:, None])
+        """The law [B, V] after x was refused; exact: what the exact rule would go on with."""
         if self.residual == "paper":
             moved = p.scatter(1, near, p.gather(1, near) * ~inside).scatter(1, x[:, None], 0.0)
             return normalised(moved if q is None else (moved - q).clamp_min(0), exact)
@@ -153,7 +168,7 @@ class LanternPlusPlus(Lantern):
     lam: float = 2.0
 
     name: ClassVar[str] = "lantern++"
-    bias: ClassVar[str] = "a candidate's probability is raised at most lambda times; TV(output, p) is not bounded by it"
+    bias: ClassVar[str] = "each decision's distance from the exact one; a probability is raised at most lambda times"
 
     def _check_budget(self) -> None:
         if not self.lam >= 1 or self.lam == float("inf"):

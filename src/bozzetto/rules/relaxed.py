@@ -87,7 +87,7 @@ class Grouped(KeepingRule):
     group: int = 8
 
     name: ClassVar[str] = "grouped"
-    bias: ClassVar[str] = "no bound; the exact bias of every decision is measured and summed"
+    bias: ClassVar[str] = "the exact bias of every decision; without a bound of its own"
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -123,7 +123,7 @@ class Annealed(KeepingRule):
     mu: float = 0.0
 
     name: ClassVar[str] = "annealed"
-    bias: ClassVar[str] = "sum [min(q, w p) - p]+ per decision, measured and summed"
+    bias: ClassVar[str] = "the exact bias of every decision, sum [min(q, w p) - p]+"
 
     def __post_init__(self) -> None:
         for name, value, fine, allowed in (

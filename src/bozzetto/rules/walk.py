@@ -94,6 +94,17 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
     return Verdict(out, accepted, None if draft.tree is None else way, spent)
 
 
+def step_bias(x: Tensor, keep: Tensor, rest: Tensor, keep_exact: Tensor, rest_exact: Tensor) -> Tensor:
+    """Total variation [B] between what a relaxed and the exact decision make of a drafted token x int64 [B, 1], from
+    their keeping probabilities [B] and laws after a reject [B, V].
+
+    The exact decision, averaged over the draw of x, gives the target's law. So the mean of this over draws, summed over
+    the decisions of a token, bounds the distance of the token's law from the target's.
+    """
+    apart = (1 - keep)[:, None] * rest - (1 - keep_exact)[:, None] * rest_exact
+    return apart.scatter_add(1, x, (keep - keep_exact)[:, None]).abs().sum(1) / 2
+
+
 def nobody(mask: Tensor) -> bool:
     """Whether no row is left, where finding out costs nothing: a GPU would have to be waited for."""
     return mask.device.type == "cpu" and not bool(mask.any())

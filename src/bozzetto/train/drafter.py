@@ -118,8 +118,8 @@ class _Trainer:
         return logits.log_softmax(-1)
 
     def _loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
-        """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses. features: the target's [R, N, d];
-        fed: what the drafter sees of them."""
+        """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses. features: the target's [R, N,
+        d]; fed: what the drafter sees of them."""
         r = self.recipe
         with torch.autocast("cpu", torch.bfloat16):
             steps = self.net.roll_out(fed[:, :-1], self.rows[tokens[:, :-1]], r.rollout)

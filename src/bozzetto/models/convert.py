@@ -1,0 +1,254 @@
+"""Published LlamaGen checkpoints into model folders: read safely, recognised by their tensors, written as a whole.
+
+Sizes and conditions: Sun et al., arXiv 2406.06525, table 2 and section 2.3. Nothing but shapes is needed to tell them
+apart; only the picture size is not in the weights, because the rotations have no parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, infer_config
+from bozzetto.errors import UsageError
+from bozzetto.files import write_text
+from bozzetto.models.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
+from bozzetto.models.store import CONFIG, PUBLISHED, WEIGHTS, check_fit, read_weights, save_state, write_tokenizer
+
+IMAGE_SIZES = (256, 384, 512)
+GPT, VQ = "a LlamaGen transformer", "a LlamaGen VQ tokenizer"
+_WRAPPERS = ("model", "module", "state_dict")
+# What a family is known by: its name, and keys that it alone has together.
+_FAMILIES = (
+    (GPT, ("tok_embeddings.weight", "output.weight", "layers.0.attention.wqkv.weight")),
+    (VQ, ("quantize.embedding.weight", "post_quant_conv.weight", "decoder.conv_in.weight")),
+    ("a drafter", ("fc.weight", "layers.0.self_attn.q_proj.weight")),
+    ("a bozzetto tokenizer", ("codebook", "pre.0.weight", "post.0.weight")),
+)
+_OPTION = {GPT: "--gpt", VQ: "--vq"}
+
+
+def convert_llamagen(
+    gpt: Path, vq: Path, out: Path, image_size: int | None = None, class_names: Path | None = None
+) -> str:
+    """Turn a published LlamaGen (class- or text-conditional, any size) and its tokenizer into the model folder `out`.
+
+    gpt, vq: torch pickles (opened with weights_only=True) or safetensors files. image_size: 256, 384 or 512; None: what
+    the file or its name says, else 256. class_names: a text file with one name per line; None: "0", "1", ...
+    Returns a line about what was found. Raises UsageError for a file of another family, missing or misshapen or
+    non-finite weights, parts that do not fit together, or an `out` that is not empty; then nothing is written.
+    """
+    _check_out(out)
+    if image_size is not None and image_size not in IMAGE_SIZES:
+        raise UsageError(f"image_size = {image_size} is not allowed: {', '.join(map(str, IMAGE_SIZES))}")
+    pixels = _family_state(vq, VQ)
+    network = _family_state(gpt, GPT)
+    tokenizer = _tokenizer_config(pixels, vq)
+    image_size, how = choose_image_size(image_size, network, gpt, tokenizer.downsample)
+    tokenizer = dataclasses.replace(tokenizer, image_size=image_size)
+    size, config = recognise(network, gpt, tokenizer.grid)
+    if config.vocab != tokenizer.codes:
+        raise UsageError(f"{gpt} draws {config.vocab} tokens, but {vq} has {tokenizer.codes} codes")
+    names = read_class_names(class_names, config)
+    network.pop(POSITIONS, None)
+    pixels.pop(USED, None)
+    for source, part in ((vq, pixels), (gpt, network)):
+        _check_finite(source, part, most=torch.finfo(torch.float16).max)
+    condition = "t2i" if config.captioned else "c2i"
+    content = {
+        "family": "llamagen",
+        "config": dataclasses.asdict(config),
+        "class_names": names,
+        "converted": {"size": size, "condition": condition, "gpt": gpt.name, "vq": vq.name},
+    }
+
+    def write(folder: Path) -> None:
+        save_state(folder / WEIGHTS, network)
+        write_tokenizer(folder, PUBLISHED, tokenizer, pixels, {})
+        write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+    _write_folder(out, write)
+    kind = f"{condition}, {config.classes} classes" if names else f"{condition}, {config.condition_tokens} text tokens"
+    return (
+        f"LlamaGen-{size} ({kind}) with VQ-{tokenizer.downsample}, {image_size} x {image_size} pixels ({how}), "
+        f"{config.length} tokens: {out}"
+    )
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, bare or under `model`, `module` or `state_dict`, in its own dtypes.
+
+    The file is mapped and not copied where its format allows. Raises UsageError for an unreadable or unsafe file,
+    something else than tensors, or non-finite weights.
+    """
+    state = _open_state(path)
+    _check_finite(path, state)
+    return state
+
+
+def _open_state(path: Path) -> dict[str, Tensor]:
+    """`read_state` without looking at the numbers."""
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    if not path.is_file():
+        raise UsageError(f"checkpoint not found: {path}")
+    try:
+        # Training scripts keep their command line, a Namespace, beside the weights: a bare record of options.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
+        raise UsageError(f"{path}: not a checkpoint that can be read safely: {error}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a state dict, found {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{path}: expected a state dict, but {key!r} is not a tensor but {type(value).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor], most: float = math.inf) -> None:
+    for key, value in state.items():
+        if not value.is_floating_point() or not value.numel():
+            continue
+        low, high = (float(end) for end in value.aminmax())  # both are nan where one number is
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise UsageError(f"{path}: weight {key!r} has non-finite values")
+        if max(-low, high) > most:
+            raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")
+
+
+def _family_state(path: Path, wanted: str) -> dict[str, Tensor]:
+    """The state of a file that must hold `wanted`. Raises UsageError that says what it holds instead."""
+    state = _open_state(path)
+    found = family_of(state)
+    if found == wanted:
+        return state
+    hint = f"; give it as {_OPTION[found]}" if found in _OPTION else ""
+    raise UsageError(f"{path}: {_OPTION[wanted]} must be {wanted}, but this is {found}{hint}")
+
+
+def family_of(state: Mapping[str, Tensor]) -> str:
+    """What a state dict belongs to, in words."""
+    for name, keys in _FAMILIES:
+        if all(key in state for key in keys):
+            return name
+    some = ", ".join(repr(key) for key in sorted(state)[:3])
+    return f"an unknown network (with {some})" if some else "an empty state dict"
+
+
+def recognise(state: Mapping[str, Tensor], source: Path, grid: int) -> tuple[str, LlamaGenConfig]:
+    """(published size, config) of a LlamaGen state at `grid`; every key and shape is checked, no number is read.
+
+    Raises UsageError for a shape that no published size has, and for missing, unexpected or misshapen keys.
+    """
+    vocab, dim = state["tok_embeddings.weight"].shape
+    layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
+    size = next((name for name, shape in SHAPES.items() if shape[:2] == (dim, layers)), None)
+    if size is None:
+        known = ", ".join(f"{name} {d} x {n}" for name, (d, n, _) in SHAPES.items())
+        raise UsageError(f"{source}: no published size has {dim} dimensions x {layers} layers (known: {known})")
+    rows, captions = (state.get(f"cls_embedding.{n}") for n in ("embedding_table.weight", "uncond_embedding"))
+    if rows is None and captions is None:
+        raise UsageError(f"{source}: neither class-conditional nor text-conditional: no key 'cls_embedding...'")
+    config = dataclasses.replace(published_config(size, grid, rows is None), vocab=vocab)
+    if rows is not None:
+        config = dataclasses.replace(config, classes=len(rows) - 1)
+    elif captions is not None and captions.ndim == 2:
+        config = dataclasses.replace(config, condition_tokens=captions.shape[0], caption_dim=captions.shape[1])
+    with torch.device("meta"):
+        wanted = LlamaGen(config).state_dict()
+    check_fit(wanted, {key: value for key, value in state.items() if key != POSITIONS}, source)
+    return size, config
+
+
+def choose_image_size(asked: int | None, state: Mapping[str, Tensor], source: Path, downsample: int) -> tuple[int, str]:
+    """(pixels a side, where that is known from): as asked; by a stored table of rotations; by the file's name; 256."""
+    stored = _stored_grid(state)
+    if stored is not None:
+        size = stored * downsample
+        if asked not in (None, size):
+            raise UsageError(f"image_size = {asked} is not allowed: {source} was trained for {size} pixels")
+        return size, "by the stored positions"
+    if asked is not None:
+        return asked, "as asked"
+    named = re.search(rf"_({'|'.join(map(str, IMAGE_SIZES))})(?!\d)", source.stem)
+    return (int(named[1]), "by the file's name") if named else (256, "assumed; --image-size changes it")
+
+
+def _stored_grid(state: Mapping[str, Tensor]) -> int | None:
+    """Tokens a side by the length of a stored table of rotations [T + grid^2, hd/2, 2], None where there is none."""
+    table, captions = state.get(POSITIONS), state.get("cls_embedding.uncond_embedding")
+    if table is None:
+        return None
+    tokens = len(table) - (1 if captions is None else len(captions))
+    side = round(max(tokens, 0) ** 0.5)
+    return side if side * side == tokens and side else None
+
+
+def read_class_names(path: Path | None, config: LlamaGenConfig) -> list[str]:
+    """One name per line of a text file; without a file the numbers; none for captions.
+
+    Raises UsageError for another number of names than classes.
+    """
+    if path is None:
+        return [str(n) for n in range(config.classes)]
+    if not path.is_file():
+        raise UsageError(f"class names not found: {path}")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) != config.classes:
+        raise UsageError(f"{path}: {len(names)} class names, but the model has {config.classes} classes")
+    return names
+
+
+def _tokenizer_config(state: Mapping[str, Tensor], source: Path) -> LlamaGenVQConfig:
+    """The config of a published tokenizer, every key and shape checked."""
+    try:
+        config = infer_config(state, 256)
+    except (KeyError, ValueError) as error:  # a missing key, a tensor with another number of dimensions
+        raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
+    with torch.device("meta"):
+        wanted = LlamaGenVQ(config).published_state()
+    if USED in state:
+        wanted[USED] = state[USED]
+    check_fit(wanted, state, source)
+    return config
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"out = {str(out)!r} is not allowed: it exists and is not an empty folder")
+
+
+def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """`write` into a hidden folder and rename it, or its files if `out` exists; on any failure leave nothing behind."""
+    out = out.absolute()
+    mark = f".bozzetto-{secrets.token_hex(4)}"
+    stage = out / mark if out.exists() else out.parent / mark
+    stage.mkdir(parents=True)
+    try:
+        write(stage)
+        if out.exists():
+            for path in sorted(stage.iterdir(), key=lambda p: p.name == CONFIG):  # without CONFIG it is no model
+                os.replace(path, out / path.name)
+            stage.rmdir()
+        else:
+            os.replace(stage, out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise

@@ -1,0 +1,123 @@
+"""The suite: one run with the columns of speed, of quality and of bias, and the command line around the new methods."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bozzetto.cli import main
+from bozzetto.evaluate.suites import SUITES
+from bozzetto.models.eagle import EagleNet, eagle_config
+from bozzetto.models.eagle_store import save_eagle
+from bozzetto.models.store import load_llamagen
+from bozzetto.registry import check_method, make_rule, split_method
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a random drafter."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("with") / "drafter"))
+    torch.manual_seed(0)
+    net = EagleNet(eagle_config(load_llamagen(folder).config))
+    save_eagle(folder / "eagle", net, folder, {"target_name": "tiny"})
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_method_of_a_suite_is_one_that_can_be_typed(name: str) -> None:
+    for method in SUITES[name]:
+        if method != "none":
+            check_method(*split_method(method))
+
+
+def test_generate_with_a_relaxed_rule_writes_what_it_spent(model: Path, tmp_path: Path) -> None:
+    flags = ("--model", model, "--drafter", "eagle:tree=2x2", "--rule", "lantern:k=5:delta=0.3", "--count", 3)
+    for name, budget in (("free", ()), ("tight", ("--tv-budget", 0.4)), ("none", ("--tv-budget", 0))):
+        assert run("generate", *flags, *budget, "--out", tmp_path / name) == 0
+    spent = {}
+    for name in ("free", "tight", "none"):
+        content = json.loads((tmp_path / name / "manifest.json").read_text())
+        spent[name] = [image["tv_spent"] for image in content["images"]]
+        for image in content["images"]:
+            assert sum(image["trace"]["spent"]) == pytest.approx(image["tv_spent"], abs=1e-4)
+            assert len(image["trace"]["spent"]) == image["target_passes"]
+    assert max(spent["none"]) == 0 < max(spent["tight"]) <= 0.4 + 1e-5 < max(spent["free"])
+
+
+def test_the_neighbours_are_kept_beside_the_model_and_used_again(model: Path, tmp_path: Path) -> None:
+    flags = ("--model", model, "--drafter", "eagle", "--rule", "lantern:k=5", "--count", 1)
+    assert run("generate", *flags, "--out", tmp_path / "a") == 0
+    table = model / "neighbours.safetensors"
+    before = table.stat().st_mtime_ns
+    assert run("generate", *flags, "--out", tmp_path / "b") == 0
+    assert table.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule", "named"),
+    [
+        ("eagle:tree=20x20x20", "tree", ["tree = '20x20x20'", "cache holds 128"]),
+        ("eagle", "lantern:k=16", ["k = 16 is not allowed: at most 15", "16 codes"]),
+        ("eagle", "lantern:delta=2", ["delta = 2.0", "0 to 1"]),
+        ("eagle", "lantern++:lambda=0.9", ["lambda = 0.9", ">= 1"]),
+        ("eagle:folder=nowhere", "tree", ["nowhere"]),
+        ("model:folder=nowhere", "tree", ["nowhere"]),
+        ("jacobi", "lantern", ["does not carry a window"]),
+    ],
+)
+def test_bad_methods_exit_with_2_and_leave_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drafter: str, rule: str, named: list[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("generate", "--model", model, "--drafter", drafter, "--rule", rule, "--out", out) == 2
+    message = capsys.readouterr().err
+    assert all(text in message for text in named), message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drafter_of_another_target_and_a_model_without_one_are_refused(
+    model: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "eagle" / "config.json").read_text())
+    (other / "eagle" / "config.json").write_text(json.dumps({**config, "target_weights": "00ff"}))
+    assert run("generate", "--model", other, "--drafter", "eagle", "--out", tmp_path / "out") == 2
+    assert "a drafter of another target" in capsys.readouterr().err
+    assert run("generate", "--model", tiny_model, "--drafter", "eagle", "--out", tmp_path / "out") == 2
+    assert "comes without a trained drafter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_smaller_target_of_another_tokenizer_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    with open(other / "tokenizer.safetensors", "ab") as f:
+        f.write(b"\0")
+    flags = ("generate", "--model", model, "--rule", "tree", "--count", 1, "--out", tmp_path / "out")
+    assert run(*flags, "--drafter", f"model:folder={other}") == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert run(*flags, "--drafter", f"model:folder={model}:tree=2x1") == 0
+
+
+def test_the_bench_of_a_suite_wants_one_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "--suite", "lantern", "--batch", "1,2") == 2
+    assert "one value each for batch" in capsys.readouterr().err
+
+
+def test_every_rule_names_its_paper() -> None:
+    import inspect
+
+    from bozzetto.registry import RULES
+
+    for rule in RULES.values():
+        assert "arXiv" in (inspect.getmodule(rule).__doc__ or "") + (rule.__doc__ or "")
+        assert make_rule(rule.name).name == rule.name

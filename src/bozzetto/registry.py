@@ -52,7 +52,7 @@ class Plain:
 class Eagle:
     """tree: shape (see `read_shape`); folder: of the trained drafter, empty for the model's own."""
 
-    tree: str = "mc-sim-25"
+    tree: str = "chain-5"
     folder: str = ""
 
     def __post_init__(self) -> None:

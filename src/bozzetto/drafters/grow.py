@@ -109,12 +109,12 @@ class TreeDrafter:
         """The conditional rows."""
         return hidden[: len(self.keys)]
 
-    def _noise(self, rows: slice, depth: int, vocab: int) -> Tensor:
-        """Gumbel noise [B, n, V] of the draws from law rows `rows` at `depth`."""
-        count = rows.stop - rows.start
+    def _noise(self, tree: Tree, vocab: int) -> Tensor:
+        """Gumbel noise [B, I, V] of the draws from every law of a tree, in the order of the laws."""
         if self.start.fixed_noise:
-            return self.start.noise.rows((self.next + depth)[:, None]).expand(-1, count, -1)
-        number = torch.arange(rows.start, rows.stop, device=self.keys.device)
+            depth = torch.cat([torch.full_like(family[0], d) for d, family in enumerate(tree.families)])
+            return self.start.noise.rows(self.next[:, None] + depth)
+        number = torch.arange(sum(family.shape[1] for family in tree.families), device=self.keys.device)
         keys = fold(fold(self.keys, self.passes)[:, None], number)
         return gumbel(fold(keys[..., None], torch.arange(vocab, device=keys.device)))
 
@@ -124,18 +124,18 @@ class TreeDrafter:
         tokens = torch.zeros(len(self.keys), tree.nodes + 1, dtype=torch.int64, device=device)
         grown = torch.zeros(1, dtype=torch.int64, device=device)  # scored indices in the order of growing, root first
         level, laws, states, row = grown, [], [self._cond(hidden)], 0
+        noise = None if greedy else self._noise(tree, logits.shape[-1])
         for depth, width in enumerate(tree.widths):
             mothers = tree.families[depth][0]
             log_q = self._law(logits)
             if len(mothers) < len(level):
                 log_q = log_q[:, torch.searchsorted(level, mothers)]
             laws.append(log_q)
-            rows = slice(row, row + len(mothers))
-            scores = log_q if greedy else log_q + self._noise(rows, depth, log_q.shape[-1])
+            scores = log_q if noise is None else log_q + noise[:, row : row + len(mothers)]
             drawn = scores.topk(width, -1).indices  # [B, I, C], in the order of the draws
             kids = tree.child[0, mothers, :width].flatten()
             tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
-            row = rows.stop
+            row += len(mothers)
             if depth + 1 == tree.max_depth and not all_grow:
                 break
             level = kids[kids > 0] if all_grow else tree.families[depth + 1][0]

@@ -24,7 +24,7 @@ SUITES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "eagle:tree=dynamic/tree": "EAGLE-2, exact",
                 "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
                 "eagle:tree=mc-sim-25/traversal": "traversal, exact",
-                "eagle:tree=chain-8/block": "block on a chain, exact",
+                "eagle:tree=chain-12/block": "block on a chain, exact",
                 "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
                 "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
                 "eagle:tree=mc-sim-25/grouped:group=8": "GSD",

@@ -16,6 +16,8 @@ from PIL import Image
 
 from bozzetto import cli
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.models.eagle import EagleNet, eagle_config
+from bozzetto.models.eagle_store import save_eagle
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import save_llamagen
 from bozzetto.pipeline import shipped_models
@@ -23,7 +25,8 @@ from bozzetto.train.recipes import RECIPES, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/seeds.md", "docs/quality.md", "docs/log.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"]
+PAGES += ["docs/seeds.md", "docs/quality.md", "docs/log.md", "docs/bias.md"]
 
 
 def blocks(language: str) -> list[str]:
@@ -46,6 +49,7 @@ def small_model(tmp_path_factory) -> Path:
     torch.nn.init.normal_(network.output.weight, std=0.3)
     tokenizer = VQTokenizer(VQConfig(codes=24, code_dim=4, width=16, pre_blocks=1, post_blocks=1, image_size=32))
     save_llamagen(folder, network, tokenizer, {"name": "small", "class_names": ["daisy", "rose", "tulip"]})
+    save_eagle(folder / "eagle", EagleNet(eagle_config(network.config)), folder, {"target_name": "small"})
     return folder
 
 
@@ -106,7 +110,7 @@ def test_commands_parse(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("bozzetto train ")])
 def test_commands_run(command, small_model, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = shlex.split(command.replace(" --model flowers", ""))[1:]
+    arguments = shlex.split(command.replace(" --model flowers", "").replace(":k=1000", ":k=9"))[1:]
     if arguments[0] not in ("models", "report"):
         arguments += ["--model", str(small_model)]
     if arguments[0] == "evaluate":

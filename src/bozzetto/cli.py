@@ -15,7 +15,7 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
-from bozzetto.options import COMMANDS, Bench, Evaluate, Generate, Law, Models, Report, Sample, Train
+from bozzetto.options import COMMANDS, Bench, Convert, Evaluate, Generate, Law, Models, Report, Sample, Train
 
 BAD_INPUT, CANCELLED = 2, 130
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
@@ -91,7 +91,7 @@ def _generate(options: Generate) -> None:
     _check_request(options, settings)
     request: dict[str, Any] = {"classes": options.classes, "seed": options.seed, "count": options.count}
     with staged_folder(options.out) as folder:
-        pipe = load(options.model, dtype=options.dtype)
+        pipe = load(options.model, dtype=options.dtype, captions=options.captions)
         result = pipe.generate(**request, settings=settings, progress=_wants_progress(options.progress))
         asked = {"model": options.model, "dtype": options.dtype, "seed": options.seed, "count": len(result.images)}
         write_run(folder, result, {**asked, "classes": list(options.classes)})
@@ -113,7 +113,7 @@ def _check_request(options: Generate, settings: Any) -> None:
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {options.dtype!r} (allowed: {', '.join(DTYPES)})")
     names = read_config(model_folder(options.model)).get("class_names")
-    if isinstance(names, list):  # if not, loading explains what is wrong with the folder
+    if isinstance(names, list) and names and options.captions is None:  # if not, loading explains what is wrong
         known = [str(n).lower() for n in names]
         plan_batches(known, options.classes, options.count, options.seed, 0, settings.batch)
 
@@ -262,6 +262,22 @@ def _models(options: Models) -> None:
     print(list_models(options.folder))
 
 
+def _convert(options: Convert) -> None:
+    wanted = {"llamagen": ("gpt", "vq"), "eagle": ("drafter", "model")}[options.what]
+    for name in wanted:
+        if getattr(options, name) is None:
+            raise UsageError(f"convert {options.what} needs --{name}")
+    first, second = (getattr(options, name) for name in wanted)
+    if options.what == "llamagen":
+        from bozzetto.models.convert import convert_llamagen
+
+        print(convert_llamagen(first, second, options.out, options.image_size, options.class_names))
+    else:
+        from bozzetto.models.eagle_store import convert_eagle
+
+        print(convert_eagle(first, second, options.out))
+
+
 def _train(options: Train) -> None:
     from bozzetto.train import recipes
 
@@ -284,5 +300,6 @@ HANDLERS: dict[type, Callable[[Any], None]] = {
     Evaluate: _evaluate,
     Report: _report,
     Models: _models,
+    Convert: _convert,
     Train: _train,
 }

@@ -61,6 +61,8 @@ class Generate(Law):
     lantern:k=1000:delta=0.1."""
     batch: int = 4
     """Images decoded together."""
+    captions: Path | None = None
+    """For a text-conditional model: safetensors file with the captions' features."""
     out: Path = Path("out")
     """Folder for the results. It appears, or changes, only when everything is done."""
     config: Path | None = None
@@ -200,6 +202,33 @@ class Models:
 
 
 @checked(frozen=True, config=_STRICT)
+class Convert:
+    """Turn published checkpoints into a folder that the other verbs read.
+
+    Example: bozzetto convert llamagen --gpt c2i_B_256.pt --vq vq_ds16_c2i.pt --out llamagen-b
+
+    Example: bozzetto convert eagle --drafter pytorch_model.bin --model llamagen-b --out llamagen-b/eagle
+    """
+
+    what: tyro.conf.Positional[Literal["llamagen", "eagle"]]
+    """llamagen: a target with its tokenizer (needs the extra `llamagen`); eagle: a drafter for a converted target."""
+    out: Path
+    """The new folder: missing or empty. It appears only when everything fits."""
+    gpt: Path | None = None
+    """llamagen: the transformer (c2i_B_256.pt, t2i_XL_stage1_256.pt, ...). Opened without running any code in it."""
+    vq: Path | None = None
+    """llamagen: its tokenizer, vq_ds16_c2i.pt, vq_ds8_c2i.pt or vq_ds16_t2i.pt."""
+    image_size: Literal[256, 384, 512] | None = None
+    """llamagen: side of the pictures. Not given: as the file or its name says, else 256 (it is printed)."""
+    class_names: Path | None = None
+    """llamagen: text file with one name per class and line. Not given: the classes are called 0, 1, 2, ..."""
+    drafter: Path | None = None
+    """eagle: the drafter's weights, .bin, .pt or .safetensors."""
+    model: Path | None = None
+    """eagle: folder of its target."""
+
+
+@checked(frozen=True, config=_STRICT)
 class Train:
     """Train a tokenizer, a target or a drafter from a YAML recipe. Interrupt at will: the same command resumes."""
 
@@ -216,5 +245,6 @@ COMMANDS: Any = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Train, tyro.conf.subcommand("train")]
 )

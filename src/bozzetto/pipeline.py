@@ -16,17 +16,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.engine.loop import BatchResult, Decoder, PassEvent
 from bozzetto.engine.trace import PassTrace, TraceRecorder
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.models.captions import read_captions
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.store import (
     CONFIG,
     TOKENIZER_CONFIG,
     TOKENIZER_WEIGHTS,
     WEIGHTS,
+    Tokenizer,
     load_llamagen,
     load_tokenizer,
     read_config,
@@ -40,6 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
 _GREY = 0.5
+_LISTED = 20  # names of classes in an error
 
 
 @dataclass
@@ -98,7 +100,8 @@ def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
         elif text.isdecimal() and int(text) < len(names):
             labels.append(int(text))
         else:
-            raise UsageError(f"unknown class {item!r} (allowed: {', '.join(names)} or 0-{len(names) - 1})")
+            some = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+            raise UsageError(f"unknown class {item!r} (allowed: {some} or 0-{len(names) - 1})")
     return labels or list(range(len(names)))
 
 
@@ -137,7 +140,7 @@ class Pipeline:
         self,
         name: str,
         target: LlamaGenTarget,
-        tokenizer: VQTokenizer,
+        tokenizer: Tokenizer,
         classes: list[str],
         dtype: str,
         folder: Path | None = None,
@@ -335,9 +338,12 @@ def model_folder(name_or_folder: str | Path) -> Path:
     )
 
 
-def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu") -> Pipeline:
+def load(
+    model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu", captions: str | Path | None = None
+) -> Pipeline:
     """Load a shipped model by name, or a model folder. dtype: float32 or bfloat16 (the target's passes only).
 
+    captions: features file of a text-conditional model (models/captions.py); its captions then stand for the classes.
     Raises UsageError for an unknown model, dtype or device and for files that do not fit together.
     """
     if dtype not in DTYPES:
@@ -351,7 +357,15 @@ def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str =
     network = load_llamagen(folder).to(device)
     tokenizer = load_tokenizer(folder).to(device)
     names = config.get("class_names")
-    if not isinstance(names, list) or len(names) != network.config.classes:
+    target = LlamaGenTarget(network, DTYPES[dtype])
+    if network.config.captioned:
+        if captions is None:
+            raise UsageError(f"{folder} draws captions: give a file of their features with --captions")
+        names, *given = read_captions(captions, network.config)
+        target = target.with_captions(*given)
+    elif captions is not None:
+        raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
+    elif not isinstance(names, list) or len(names) != network.config.classes:
         raise UsageError(f"{folder}: class_names must list {network.config.classes} names")
     have, want = tokenizer.config, network.config
     if (have.codes, have.grid) != (want.vocab, want.grid):
@@ -359,6 +373,5 @@ def load(model: str | Path = "flowers", *, dtype: str = "float32", device: str =
             f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
             f"{want.vocab} on {want.grid}x{want.grid}"
         )
-    target = LlamaGenTarget(network, DTYPES[dtype])
     classes = [str(n).lower() for n in names]
     return Pipeline(str(config.get("name", folder.name)), target, tokenizer, classes, dtype, folder)

@@ -50,7 +50,7 @@ def convert_llamagen(
     Returns a line about what was found. Raises UsageError for a file of another family, missing or misshapen or
     non-finite weights, parts that do not fit together, or an `out` that is not empty; then nothing is written.
     """
-    _check_out(out)
+    check_out(out)
     if image_size is not None and image_size not in IMAGE_SIZES:
         raise UsageError(f"image_size = {image_size} is not allowed: {', '.join(map(str, IMAGE_SIZES))}")
     pixels = _family_state(vq, VQ)
@@ -79,7 +79,7 @@ def convert_llamagen(
         write_tokenizer(folder, PUBLISHED, tokenizer, pixels, {})
         write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
-    _write_folder(out, write)
+    write_folder(out, write)
     kind = f"{condition}, {config.classes} classes" if names else f"{condition}, {config.condition_tokens} text tokens"
     return (
         f"LlamaGen-{size} ({kind}) with VQ-{tokenizer.downsample}, {image_size} x {image_size} pixels ({how}), "
@@ -230,12 +230,12 @@ def _tokenizer_config(state: Mapping[str, Tensor], source: Path) -> LlamaGenVQCo
     return config
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out = {str(out)!r} is not allowed: it exists and is not an empty folder")
 
 
-def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
+def write_folder(out: Path, write: Callable[[Path], None]) -> None:
     """`write` into a hidden folder and rename it, or its files if `out` exists; on any failure leave nothing behind."""
     out = out.absolute()
     mark = f".bozzetto-{secrets.token_hex(4)}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, write_text
+from bozzetto.models.convert import check_out, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, eagle_config
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import (
@@ -94,7 +95,9 @@ def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
         config = replace(config, embedding=_which_rows(drafter, rows, target))
     net = EagleNet(config)
     load_strict(net, state, drafter)
-    save_eagle(out, net, model, {"target_name": read_config(model).get("name", model.name), "converted": drafter.name})
+    notes = {"target_name": read_config(model).get("name", model.name), "converted": drafter.name}
+    check_out(out)
+    write_folder(out, lambda folder: save_eagle(folder, net, model, notes))
     return f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows: {out}"
 
 

@@ -135,6 +135,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _of_json(name: str, path: Path, content: dict[str, Any]) -> Run:
     """An evaluation or a benchmark without pictures."""
     kind, settings, rows = content.get("kind"), content.get("settings"), content.get("results")
+    if kind == "suite" and isinstance(content.get("bench"), dict):  # its quality is in the folder of its samples
+        return _of_json(name, path, content["bench"])
     if isinstance(settings, dict) and isinstance(rows, list):
         if kind == "evaluation":
             return _evaluation(name, content)

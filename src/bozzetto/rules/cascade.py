@@ -21,7 +21,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, nobody, step_bias, walk
+from bozzetto.rules.walk import Family, Judgement, greedy_choice, nobody, step_bias, walk
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Cascade(Rule):
             pool = own @ own.transpose(1, 2) > self.alike
             pool = pool & family.present[:, None] | torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
             lift = self._lift(log_p[rows, family.node[:, None]], log_p[rows, family.kids])
-            return self._judge(family, pool, lift, noise.greedy)
+            return self._greedy(family, pool, lift) if noise.greedy else self._judge(family, pool, lift)
 
         return walk(draft, log_p, noise, judge)
 
@@ -70,7 +70,7 @@ class Cascade(Rule):
         divergence = (parent.exp() * (parent.clamp_min(-30) - child.clamp_min(-30))).sum(-1)
         return torch.where((cosine > self.converged) & (divergence < self.kl), self.raise_by * cosine, 0.0)
 
-    def _judge(self, family: Family, pool: Tensor, lift: Tensor, greedy: bool) -> Judgement:
+    def _judge(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
         """pool: bool [B, C, C], who counts for whom; lift: float [B, C]."""
         p, q = family.p, family.q
         pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
@@ -89,11 +89,15 @@ class Cascade(Rule):
             bias = step_bias(x, keep, after, exact, after)
             dear = bias > family.slack - spent
             keep = torch.where(dear, exact, keep)
-            u = torch.full_like(family.u[:, rank], 0.5) if greedy else family.u[:, rank]
-            stays = tried & (u < keep)
+            stays = tried & (family.u[:, rank] < keep)
             pick = torch.where(stays, rank, pick)
             spent = torch.where(tried & ~dear, spent + bias, spent)
             failed = (tried & ~stays)[:, None]
             p = torch.where(failed, after, p)
             q = q if q is None or left_over is None else torch.where(failed, left_over, q)
         return Judgement(pick, p, spent)
+
+    def _greedy(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
+        own = family.p.gather(1, family.tokens)
+        pooled = (own[:, None] * pool).sum(2).clamp_max(1)
+        return greedy_choice(family, (pooled + lift * (own > 0)).clamp_max(1))

@@ -31,10 +31,12 @@ def nearest_codes(codebook: Tensor, k: int, *, raw: bool = False, chunk: int = 1
         closeness = 2 * rows @ codes.t() - square  # minus the squared distance, up to a constant of the row
         own = torch.arange(first, first + len(rows), device=codes.device)[:, None]
         closeness.scatter_(1, own, -torch.inf)
-        found, order = closeness.topk(min(most, k + 8), -1)
-        # topk leaves the order of equal values open: sort by index, then stably by closeness.
-        by_index = order.argsort(1)
-        found, order = found.gather(1, by_index), order.gather(1, by_index)
-        ranked = found.argsort(dim=1, descending=True, stable=True)[:, :k]
+        # topk leaves open which of equal values it takes: of those at the threshold the first ones are taken here.
+        threshold = closeness.topk(k, -1).values[:, -1:]
+        nearer, level = closeness > threshold, closeness == threshold
+        room = k - nearer.sum(1, keepdim=True)
+        chosen = nearer | (level & (level.cumsum(1, dtype=torch.int32) <= room))
+        order = chosen.nonzero()[:, 1].view(-1, k)  # by index
+        ranked = closeness.gather(1, order).argsort(dim=1, descending=True, stable=True)
         parts.append(order.gather(1, ranked).int())
     return torch.cat(parts)

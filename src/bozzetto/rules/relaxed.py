@@ -20,7 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
-from bozzetto.rules.walk import Family, Judgement, nobody, normalised, walk, without
+from bozzetto.rules.walk import Family, Judgement, greedy_choice, nobody, normalised, walk, without
 
 
 class KeepingRule(Rule):
@@ -68,15 +68,12 @@ class KeepingRule(Rule):
         return Judgement(pick, p, spent)
 
     def _greedy(self, family: Family) -> Judgement:
-        """Keep the first child whose probability of being kept is 1 / 2 or more, or that is the likeliest token."""
-        pick, best = torch.full_like(family.node, -1), family.p.argmax(1)
-        for rank in range(family.tokens.shape[1]):
-            x = family.tokens[:, rank]
-            point = torch.zeros_like(family.p).scatter_(1, x[:, None], 1.0)
-            a = self.keeping(family.p, point, family.depth).gather(1, x[:, None])[:, 0]
-            keep = family.present[:, rank] & (pick < 0) & ((x == best) | ((a >= 0.5) & (a <= family.slack)))
-            pick = torch.where(keep, rank, pick)
-        return Judgement(pick, family.p, torch.zeros_like(family.slack))
+        """a(x) of every child as if it had been certain."""
+        keep = []
+        for x in family.tokens[..., None].unbind(1):
+            point = torch.zeros_like(family.p).scatter_(1, x, 1.0)
+            keep.append(self.keeping(family.p, point, family.depth).gather(1, x)[:, 0])
+        return greedy_choice(family, torch.stack(keep, 1))
 
 
 @dataclass(frozen=True)

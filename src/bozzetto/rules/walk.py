@@ -105,6 +105,18 @@ def step_bias(x: Tensor, keep: Tensor, rest: Tensor, keep_exact: Tensor, rest_ex
     return apart.scatter_add(1, x, (keep - keep_exact)[:, None]).abs().sum(1) / 2
 
 
+def greedy_choice(family: Family, keep: Tensor) -> Judgement:
+    """No coin is thrown: the first child whose probability of being kept, keep [B, C], is 1 / 2 or more, or that is the
+    likeliest token. Keeping another one costs what that probability exceeds the child's own by."""
+    best = family.tokens == family.p.argmax(1, keepdim=True)
+    cost = torch.where(best, 0.0, (keep - family.p.gather(1, family.tokens)).clamp_min(0))
+    fine = family.present & (best | ((keep >= 0.5) & (cost <= family.slack[:, None])))
+    rank = fine.long().argmax(1)
+    kept = fine.any(1)
+    spent = torch.where(kept, cost.gather(1, rank[:, None])[:, 0], 0.0)
+    return Judgement(torch.where(kept, rank, -1), family.p, spent)
+
+
 def nobody(mask: Tensor) -> bool:
     """Whether no row is left, where finding out costs nothing: a GPU would have to be waited for."""
     return mask.device.type == "cpu" and not bool(mask.any())

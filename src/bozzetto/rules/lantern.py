@@ -30,6 +30,32 @@ RESIDUALS = ("paper", "optimal", "released")
 _ROUNDING = 1e-6  # a budget is not refused for a rounding error
 
 
+@dataclass
+class _Refused:
+    """A drafted token x int64 [B, 1] under laws p and q [B, V] (None: certain), its neighbours [B, k], which of them are
+    in A, the probability [B] with which it was kept, and what is left of the budget [B]."""
+
+    p: Tensor
+    q: Tensor | None
+    x: Tensor
+    near: Tensor
+    inside: Tensor
+    keep: Tensor
+    slack: Tensor
+
+    def paper(self) -> Tensor:
+        """[p~ - q]+: nothing on A, [p - q]+ elsewhere."""
+        moved = self.p.scatter(1, self.near, self.p.gather(1, self.near) * ~self.inside).scatter(1, self.x, 0.0)
+        return moved if self.q is None else (moved - self.q).clamp_min(0)
+
+    def released(self, wide: Tensor) -> Tensor:
+        """Certain drafts: p without x and all its k + 1 neighbours; drawn ones: [p - q]+ with q dropped there.
+        wide: int64 [B, k + 2], x and its neighbours."""
+        if self.q is None:
+            return self.p.scatter(1, wide, 0.0)
+        return (self.p - self.q.scatter(1, wide[:, 1:], 0.0)).clamp_min(0)
+
+
 @dataclass(frozen=True)
 class Lantern(Rule):
     """k: neighbours looked at; delta: largest mass borrowed per candidate, in [0, 1]; residual: see above.
@@ -98,7 +124,7 @@ class Lantern(Rule):
             safe = qx.clamp_min(torch.finfo(qx.dtype).tiny)
             exact, keep = (px / safe).clamp_max(1), ((px + mass) / safe).clamp_max(1)
             plain, _ = after_reject(p, q, x[:, 0], everyone)
-            rest = self._rest(p, q, x[:, 0], near, inside, table, left, plain)
+            rest = self._rest(_Refused(p, q, x, near, inside, keep, left), table, plain)
             bias = step_bias(x, keep, rest, exact, plain)
             dear = bias > left + _ROUNDING
             keep, rest = torch.where(dear, exact, keep), torch.where(dear[:, None], plain, rest)
@@ -111,40 +137,25 @@ class Lantern(Rule):
             q = q if q is None else torch.where(failed, without(q, x[:, 0]), q)
         return Judgement(pick, p, spent)
 
-    def _rest(
-        self,
-        p: Tensor,
-        q: Tensor | None,
-        x: Tensor,
-        near: Tensor,
-        inside: Tensor,
-        table: Tensor,
-        slack: Tensor,
-        exact: Tensor,
-    ) -> Tensor:
+    def _rest(self, seen: _Refused, table: Tensor, exact: Tensor) -> Tensor:
         """The law [B, V] after x was refused; exact: what the exact rule would go on with."""
         if self.residual == "paper":
-            moved = p.scatter(1, near, p.gather(1, near) * ~inside).scatter(1, x[:, None], 0.0)
-            return normalised(moved if q is None else (moved - q).clamp_min(0), exact)
-        if self.residual == "optimal":
-            return normalised(self._unkept(p, q, x, near, inside, table, slack), exact)
-        wide = torch.cat([x[:, None], table[x, : self.k + 1].long()], 1)
-        taken = p.scatter(1, wide, 0.0) if q is None else (p - q.scatter(1, wide[:, 1:], 0.0)).clamp_min(0)
-        uniform = torch.full_like(p, 1 / p.shape[1])
-        used = inside.any(1, keepdim=True)
-        return torch.where(used, normalised(taken, uniform), exact)
+            return normalised(seen.paper(), exact)
+        if self.residual == "released":
+            wide = torch.cat([seen.x, table[seen.x[:, 0], : self.k + 1].long()], 1)
+            uniform = torch.full_like(exact, 1 / exact.shape[1])
+            return torch.where(seen.inside.any(1, keepdim=True), normalised(seen.released(wide), uniform), exact)
+        if seen.q is None:  # nothing but x was ever going to be kept
+            own = seen.p.gather(1, seen.x)
+            return normalised(seen.p.scatter(1, seen.x, (own - seen.keep[:, None]).clamp_min(0)), exact)
+        kept = torch.minimum(seen.q, seen.p + self._borrowed_by_all(seen.p, table, seen.slack))
+        return normalised((seen.p - kept).clamp_min(0), exact)
 
-    def _unkept(
-        self, p: Tensor, q: Tensor | None, x: Tensor, near: Tensor, inside: Tensor, table: Tensor, slack: Tensor
-    ) -> Tensor:
-        """[p - q a]+, where a(v) is the probability of keeping v."""
-        if q is None:  # only x was ever going to be kept
-            kept = (p.gather(1, x[:, None]) + (p.gather(1, near) * inside).sum(1, keepdim=True)).clamp_max(1)
-            return p.scatter(1, x[:, None], (p.gather(1, x[:, None]) - kept).clamp_min(0))
-        mass = p[:, table[:, : self.k].long()].cumsum(2)  # [B, V, k]: only this choice needs every code's neighbours
+    def _borrowed_by_all(self, p: Tensor, table: Tensor, slack: Tensor) -> Tensor:
+        """What every code may borrow, [B, V]: needed for `optimal` on drawn children only."""
+        mass = p[:, table[:, : self.k].long()].cumsum(2)  # [B, V, k]
         most = torch.minimum(self.budget(p), slack[:, None])
-        borrowed = (mass * (mass <= most[..., None])).amax(2)
-        return (p - torch.minimum(q, p + borrowed)).clamp_min(0)
+        return (mass * (mass <= most[..., None])).amax(2)
 
     def _greedy(self, family: Family, table: Tensor) -> Judgement:
         """Keep the first child that is the likeliest code after borrowing; no coin is thrown."""

@@ -32,8 +32,8 @@ _ROUNDING = 1e-6  # a budget is not refused for a rounding error
 
 @dataclass
 class _Refused:
-    """A drafted token x int64 [B, 1] under laws p and q [B, V] (None: certain), its neighbours [B, k], which of them are
-    in A, the probability [B] with which it was kept, and what is left of the budget [B]."""
+    """A drafted token x int64 [B, 1] under laws p and q [B, V] (None: certain), its neighbours [B, k], which of
+    them are in A, the probability [B] with which it was kept, and what is left of the budget [B]."""
 
     p: Tensor
     q: Tensor | None

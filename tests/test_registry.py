@@ -7,8 +7,18 @@ import pytest
 from bozzetto.drafters.grow import Dynamic
 from bozzetto.drafts.tree import SHAPES
 from bozzetto.errors import UsageError
-from bozzetto.registry import RULES, check_method, drafter_options, make_rule, read_shape, split_method, tree_nodes
-from bozzetto.rules.lantern import LanternPlusPlus
+from bozzetto.registry import (
+    RULES,
+    check_method,
+    drafter_options,
+    make_drafter,
+    make_rule,
+    read_shape,
+    split_method,
+    tree_nodes,
+    with_neighbours,
+)
+from bozzetto.rules.lantern import Lantern, LanternPlusPlus
 from bozzetto.settings import GenerateSettings
 
 
@@ -16,7 +26,7 @@ def test_a_method_is_a_drafter_and_a_rule_with_options() -> None:
     drafter, rule = split_method("eagle:tree=dynamic/lantern:k=500:delta=0.2")
     assert drafter_options(drafter)[1].tree == "dynamic"
     made = make_rule(rule)
-    assert (made.name, made.k, made.delta, made.residual) == ("lantern", 500, 0.2, "paper")
+    assert made == Lantern(k=500, delta=0.2, residual="paper")
     assert make_rule("lantern++:k=10:lambda=2") == LanternPlusPlus(k=10, lam=2.0)
     assert split_method("jacobi") == ("jacobi", "seed-exact")
     assert split_method("model:folder=a/b:tree=2x2/tree") == ("model:folder=a/b:tree=2x2", "tree")
@@ -43,6 +53,8 @@ def test_shapes_are_read_by_name_or_rule() -> None:
         ("eagle", "lantern:neighbours=3", ["unknown option 'neighbours'", "k, delta, residual"]),
         ("eagle", "lantern++:delta=3", ["unknown option 'delta'", "k, residual, lambda"]),
         ("eagle:tree", "tree", ["'tree' is not allowed", "key=value"]),
+        ("eagle:tree=", "tree", ["'tree=' is not allowed", "key=value"]),
+        ("eagle", "lantern:=3", ["'=3' is not allowed", "key=value"]),
         ("eagle", "lantern:k=many", ["k = 'many' is not allowed: a whole number"]),
         ("eagle", "lantern:delta=much", ["delta = 'much' is not allowed: a number"]),
         ("model:tree=2x2", "tree", ["option 'folder' is missing"]),
@@ -54,9 +66,11 @@ def test_shapes_are_read_by_name_or_rule() -> None:
         ("eagle:tree=0x1", "tree", ["tree = '0x1' is not allowed"]),
         ("eagle:tree=dynamic-1-5-10", "tree", ["tree = 'dynamic-1-5-10' is not allowed"]),
         ("jacobi", "tree", ["'tree' does not carry a window on", "seed-exact, exact"]),
+        ("jacobi", "lantern", ["'lantern' does not carry a window on", "seed-exact, exact"]),
         ("eagle:tree=2x2", "block", ["verifies chains only", "'2x2'"]),
-        ("eagle:tree=2x2", "exact", ["verifies chains only"]),
-        ("eagle:tree=dynamic", "cascade", ["needs a fixed tree"]),
+        ("eagle:tree=2x2", "exact", ["verifies chains only", "'2x2'"]),
+        ("eagle:tree=dynamic", "block", ["verifies chains only", "'dynamic'"]),
+        ("eagle:tree=dynamic", "cascade", ["needs a fixed tree", "'dynamic'"]),
     ],
 )
 def test_what_does_not_exist_or_fit_is_named_with_what_is_allowed(drafter: str, rule: str, named: list[str]) -> None:
@@ -64,6 +78,28 @@ def test_what_does_not_exist_or_fit_is_named_with_what_is_allowed(drafter: str, 
         with pytest.raises(UsageError) as caught:
             check(drafter, rule)
         assert all(text in str(caught.value) for text in named), str(caught.value)
+
+
+def test_what_fits_passes() -> None:
+    for drafter in ("eagle", "eagle:tree=1x1x1", "model:folder=a"):
+        for rule in set(RULES):
+            check_method(drafter, rule)
+    for tree in (*SHAPES, "dynamic", "4x2x1"):
+        for rule, kind in RULES.items():
+            if kind.trees and not (kind.needs_hidden and tree == "dynamic"):
+                check_method(f"eagle:tree={tree}", rule)
+    for rule in RULES:
+        check_method("none", rule)
+
+
+def test_a_drafter_without_a_workshop_and_a_rule_without_neighbours_are_left_alone() -> None:
+    assert make_drafter("none").max_nodes == 0
+    with pytest.raises(ValueError, match="needs a workshop"):
+        make_drafter("eagle")
+    assert with_neighbours(make_rule("tree"), lambda columns: columns) == make_rule("tree")
+    for rule, columns in (("lantern:k=7", 7), ("lantern++:k=7:residual=released", 8)):
+        made = with_neighbours(make_rule(rule), lambda asked: asked)
+        assert isinstance(made, Lantern) and made.neighbours == columns
 
 
 @pytest.mark.parametrize("method", ["/tree", "eagle/"])
@@ -76,3 +112,28 @@ def test_half_a_method_is_refused(method: str) -> None:
 def test_a_budget_is_a_finite_number_from_zero(budget: float) -> None:
     with pytest.raises(UsageError, match=r"tv_budget = .* is not allowed: a number >= 0"):
         GenerateSettings(tv_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("lantern:delta=-0.1", "delta = -0.1 is not allowed: a number from 0 to 1"),
+        ("lantern:delta=1.5", "delta = 1.5 is not allowed"),
+        ("lantern:delta=nan", "delta = nan is not allowed"),
+        ("lantern:k=0", "k = 0 is not allowed: a whole number >= 1"),
+        ("lantern:residual=nonsense", "residual = 'nonsense' is not allowed: paper, optimal, released"),
+        ("lantern++:lambda=0.5", "lambda = 0.5 is not allowed: a number >= 1"),
+        ("lantern++:lambda=inf", "lambda = inf is not allowed: a number >= 1"),
+        ("grouped:group=0", "group = 0 is not allowed: a whole number >= 1"),
+        ("annealed:delta=0.5", "delta = 0.5 is not allowed: a number >= 1"),
+        ("cascade:alike=2", "alike = 2.0 is not allowed: a number from -1 to 1"),
+        ("annealed:nu=-1", "nu = -1.0 is not allowed: a number >= 0"),
+        ("annealed:mu=nan", "mu = nan is not allowed: a number"),
+        ("cascade:raise_by=2", "raise_by = 2.0 is not allowed: a number from 0 to 1"),
+        ("cascade:kl=nan", "kl = nan is not allowed: a number >= 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_what_is_allowed(rule: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_rule(rule)
+    assert message in str(caught.value)

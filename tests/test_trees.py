@@ -55,6 +55,7 @@ def check(tree: Tree, row: int, parents: list[int], ranks: list[int]) -> None:
         assert tree.path[row, node].tolist() == path + [node] * (tree.max_depth + 1 - len(path))
         children = [c for c in tree.child[row, node].tolist() if c]
         assert children == kids.get(node, [])
+        assert [ranks[c - 1] for c in children] == list(range(len(children)))
     assert tree.order[row].argsort().tolist() == visited(0)
     assert not tree.child[row, -1].any()
 
@@ -64,8 +65,13 @@ def test_fixed_trees_agree_with_explicit_loops(shape: tuple[tuple[int, ...], ...
     tree = static_tree(shape, CPU)
     ranks = [int((tree.child[0, int(p)] == n + 1).nonzero()) for n, p in enumerate(tree.parent[0])]
     check(tree, 0, tree.parent[0].tolist(), ranks)
+    # Every mother has one row of laws, in the order of the families.
+    mothers = [n for family in tree.families for n in family[0].tolist()]
+    assert mothers == [n for n in range(tree.nodes + 1) if bool(tree.child[0, n].any())]
+    assert tree.row[0, mothers].tolist() == list(range(len(mothers)))
     for depth, family in enumerate(tree.families):
         assert (tree.depth[0, family[0]] == depth).all()
+        assert tree.widths[depth] == max(int((tree.child[0, n] > 0).sum()) for n in family[0].tolist())
 
 
 def test_trees_that_differ_from_image_to_image_agree_with_explicit_loops() -> None:
@@ -124,6 +130,7 @@ def test_children_are_draws_without_replacement_in_the_order_of_their_ranks() ->
     for a, b in itertools.permutations(range(V), 2):
         law[a, b] = q[a] * q[b] / (1 - q[a])
     assert fit_p_value(torch.bincount(cells(pairs, V), minlength=V * V), law.flatten()) > 1e-3
+    assert drawn.log_q is not None
     assert torch.allclose(drawn.log_q[:, 0], law_after().expand(20_000, -1), atol=1e-5)
     # The laws of the second level are those after each drafted child.
     for image in range(50):
@@ -134,7 +141,8 @@ def test_children_are_draws_without_replacement_in_the_order_of_their_ranks() ->
 
 def slow_dynamic(nodes: int, depth: int, beam: int) -> set[tuple[int, ...]]:
     """EAGLE-2 by explicit loops: paths of the chosen nodes."""
-    level, pool = [((), 0.0)], []
+    level: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    pool = []
     for _ in range(depth):
         children = []
         for path, score in level:
@@ -156,6 +164,9 @@ def test_dynamic_trees_are_what_explicit_loops_find(nodes: int, depth: int, beam
         for node in range(1, tree.nodes + 1)
     }
     assert paths == slow_dynamic(nodes, depth, beam)
+    mothers = sorted(n for family in tree.families for n in family[0].tolist() if n <= tree.nodes)
+    assert set(mothers) >= {n for n in range(tree.nodes + 1) if bool(tree.child[0, n].any())}
+    assert len(mothers) == len(set(mothers))
     ranks = [int((tree.child[0, int(p)] == n + 1).nonzero()) for n, p in enumerate(tree.parent[0])]
     check(tree, 0, tree.parent[0].tolist(), ranks)
 

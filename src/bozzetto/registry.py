@@ -6,6 +6,7 @@ A drafter or rule is written NAME or NAME:key=value:key=value, a method DRAFTER/
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -172,15 +173,13 @@ def read_shape(text: str) -> Shape | Dynamic:
         return SHAPES[text]
     shape: Shape | Dynamic | None = None
     if found := re.fullmatch(r"chain-(\d+)", text):
+        _check_nodes(text, int(found[1]))  # before a huge one is built
         shape = ((1,),) * int(found[1])
     elif re.fullmatch(r"\d+(x\d+)*", text):
-        level, counts = 1, []
-        for width in map(int, text.split("x")):
-            if level > MOST_NODES:
-                break
-            counts.append((width,) * level)
-            level *= width
-        shape = tuple(counts)
+        widths = list(map(int, text.split("x")))
+        levels = [math.prod(widths[:depth]) for depth in range(len(widths) + 1)]
+        _check_nodes(text, sum(levels[1:]))
+        shape = tuple((width,) * above for width, above in zip(widths, levels[:-1], strict=True))
     elif text == "dynamic":
         shape = Dynamic()
     elif found := re.fullmatch(r"dynamic-(\d+)-(\d+)-(\d+)", text):
@@ -201,6 +200,10 @@ def _check_shape(text: str, shape: Shape | Dynamic) -> None:
         fine = fine and nodes >= 1
     if not fine:
         raise UsageError(f"tree = {text!r} is not allowed: every number is 1 or more")
+    _check_nodes(text, nodes)
+
+
+def _check_nodes(text: str, nodes: int) -> None:
     if nodes > MOST_NODES:
         raise UsageError(f"tree = {text!r} is not allowed: {nodes} nodes, the cache holds {MOST_NODES} at most")
 

@@ -165,9 +165,10 @@ class Lantern(Rule):
         for rank in range(family.tokens.shape[1]):
             x = family.tokens[:, rank]
             mass, _, _ = self.borrowed(p, x, table, family.slack - spent)
-            keep = family.present[:, rank] & (pick < 0) & (p.gather(1, x[:, None])[:, 0] + mass >= best)
+            own = p.gather(1, x[:, None])[:, 0]
+            keep = family.present[:, rank] & (pick < 0) & (own + mass >= best)
             pick = torch.where(keep, rank, pick)
-            spent = torch.where(keep, spent + mass, spent)
+            spent = torch.where(keep & (own < best), spent + mass, spent)  # the likeliest code needs no leave
         return Judgement(pick, p, spent)
 
 

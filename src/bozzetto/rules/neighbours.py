@@ -31,12 +31,11 @@ def nearest_codes(codebook: Tensor, k: int, *, raw: bool = False, chunk: int = 1
         closeness = 2 * rows @ codes.t() - square  # minus the squared distance, up to a constant of the row
         own = torch.arange(first, first + len(rows), device=codes.device)[:, None]
         closeness.scatter_(1, own, -torch.inf)
-        # topk leaves open which of equal values it takes: of those at the threshold the first ones are taken here.
-        threshold = closeness.topk(k, -1).values[:, -1:]
-        nearer, level = closeness > threshold, closeness == threshold
-        room = k - nearer.sum(1, keepdim=True)
-        chosen = nearer | (level & (level.cumsum(1, dtype=torch.int32) <= room))
-        order = chosen.nonzero()[:, 1].view(-1, k)  # by index
+        found, order = closeness.topk(k, -1)
+        # topk leaves open which of equal values it takes, and in which order: by index here.
+        torn = (closeness >= found[:, -1:]).sum(1) > k
+        order[torn] = closeness[torn].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        order = order.sort(1).values
         ranked = closeness.gather(1, order).argsort(dim=1, descending=True, stable=True)
         parts.append(order.gather(1, ranked).int())
     return torch.cat(parts)

@@ -121,3 +121,16 @@ def test_every_rule_names_its_paper() -> None:
     for rule in RULES.values():
         assert "arXiv" in (inspect.getmodule(rule).__doc__ or "") + (rule.__doc__ or "")
         assert make_rule(rule.name).name == rule.name
+
+
+def test_the_report_draws_what_relaxed_rules_spent_and_nothing_for_exact_ones(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    flags = ("--model", model, "--drafter", "eagle:tree=2x2", "--count", 2)
+    for rule in ("lantern:k=5:delta=0.3", "tree"):
+        name = rule.partition(":")[0]
+        assert run("generate", *flags, "--rule", rule, "--tv-budget", 3, "--out", tmp_path / name) == 0
+        assert run("report", tmp_path / name, "--out", tmp_path / f"{name}.html") == 0
+    relaxed, exact = ((tmp_path / f"{name}.html").read_text(encoding="utf-8") for name in ("lantern", "tree"))
+    assert "Bias spent" in relaxed and "budget per image" in relaxed
+    assert "Bias spent" not in exact

@@ -29,6 +29,7 @@ _FIXED = {"none": _GREY, "jacobi/exact": "#d55e00", "jacobi/seed-exact": "#1f83c
 _OTHERS = ("#009e73", "#b8639a", "#b58900", "#5f7fd6", "#8c564b", "#d55e00", "#1f83c4", _GREY)
 _MARKERS = "osD^vP*X"
 _QUALITY = 90
+_LONG, _LEGEND_ROW = 26, 0.16  # letters of a method that needs a line of its own; inches of a line
 _WIDTH = 4.4  # inches; small, so that the text is still read when a phone shrinks the figure
 
 
@@ -160,7 +161,7 @@ def strip_figure(traces: Mapping[str, PassTrace], styles: Mapping[str, Style], n
         edges = np.arange(len(trace.committed) + 1) + 0.5
         axes.stairs(trace.accepted, edges, fill=True, color=styles[label].colour)
         axes.stairs(trace.committed, edges, baseline=trace.accepted, fill=True, color=_GREY, alpha=0.45)
-        axes.set_title(f"{label}: {len(trace.committed)} target passes", loc="left", fontsize=8.5)
+        axes.set_title(f"{label}: {len(trace.committed)} passes", loc="left", fontsize=8.5)
         axes.set_ylim(0, tallest + 0.3)
         axes.set_xlim(0.5, longest + 0.5)
         axes.yaxis.get_major_locator().set_params(integer=True)
@@ -268,7 +269,10 @@ def _legend(figure: Any, axes: Any, entries: Sequence[tuple[str, Any]]) -> None:
         else Line2D([], [], color=_GREY, ls=look, lw=1.4)
         for _, look in entries
     ]
-    columns = 3 if sum(len(label) for label, _ in entries) < 40 else 2
+    longest = max((len(label) for label, _ in entries), default=0)
+    columns = 3 if sum(len(label) for label, _ in entries) < 40 else 2 if longest < _LONG else 1
+    rows = -(-len(entries) // columns)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
     figure.legend(handles, [label for label, _ in entries], loc="outside upper left", ncols=columns, columnspacing=1.2)
 
 

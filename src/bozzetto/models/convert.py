@@ -231,6 +231,7 @@ def _tokenizer_config(state: Mapping[str, Tensor], source: Path) -> LlamaGenVQCo
 
 
 def check_out(out: Path) -> None:
+    """Raise UsageError where a new folder cannot be written: it exists and holds something, or is a file."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out = {str(out)!r} is not allowed: it exists and is not an empty folder")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, write_text
-from bozzetto.models.convert import check_out, write_folder
+from bozzetto.models.convert import check_out, read_state, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, eagle_config
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import (
@@ -78,7 +78,7 @@ def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
     in place of its embedding (LANTERN, arXiv 2410.03355): which of the two it is, is found by comparison.
     Raises UsageError for a file of another family, of another target, or with missing or misshapen keys.
     """
-    state = _read_state(drafter)
+    state = {key: value.float() for key, value in read_state(drafter).items()}
     if "fc.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
         found = ", ".join(sorted(state)[:4]) or "nothing"
         raise UsageError(f"{drafter}: not an EAGLE drafter (wanted fc.weight, layers.0.self_attn...; found {found})")
@@ -99,23 +99,6 @@ def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
     check_out(out)
     write_folder(out, lambda folder: save_eagle(folder, net, model, notes))
     return f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows: {out}"
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    if not path.is_file():
-        raise UsageError(f"checkpoint not found: {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
-        raise UsageError(f"{path}: not a checkpoint that can be read safely: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UsageError(f"{path}: expected a state dict of tensors")
-    for key, value in content.items():
-        if not bool(torch.isfinite(value).all()):
-            raise UsageError(f"{path}: weight {key!r} has non-finite values")
-    return {key: value.float() for key, value in content.items()}
 
 
 def _which_rows(path: Path, rows: Tensor, target: LlamaGen) -> str:

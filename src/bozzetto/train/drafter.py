@@ -21,7 +21,7 @@ from bozzetto.models.eagle import EagleNet, eagle_config, token_rows
 from bozzetto.models.eagle_store import save_eagle
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import model_folder
-from bozzetto.train.loop import RunFolder, WeightAverage, channels_last, cosine, set_lr
+from bozzetto.train.loop import RunFolder, WeightAverage, adamw, channels_last, cosine, set_lr
 from bozzetto.train.recipes import DrafterRecipe
 from bozzetto.train.target import tokenise
 
@@ -47,10 +47,7 @@ class _Trainer:
         self.net = EagleNet(eagle_config(self.target.config))
         self.rows = token_rows(self.target, self.net.config).bfloat16()
         self.head = self.target.output.weight.bfloat16()
-        matrices = [p for p in self.net.parameters() if p.ndim > 1]
-        others = [p for p in self.net.parameters() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = adamw(self.net, recipe.lr, recipe.weight_decay)
         self.loss = torch.compile(self._loss) if recipe.compile else self._loss
         self.average = WeightAverage(self.net.parameters(), recipe.ema)
         self.step, self.best = 0, math.inf

@@ -76,6 +76,14 @@ class WeightAverage:
             s.copy_(saved)
 
 
+def adamw(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.95); gains and biases do not decay."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
 def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05) -> float:
     """Linear warm-up to `peak`, then a half cosine down to `floor * peak` at `steps`."""
     if step < warmup:

@@ -22,7 +22,7 @@ from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import load_tokenizer, save_llamagen
-from bozzetto.train.loop import RunFolder, WeightAverage, channels_last, cosine, set_lr
+from bozzetto.train.loop import RunFolder, WeightAverage, adamw, channels_last, cosine, set_lr
 from bozzetto.train.recipes import TargetRecipe
 
 _CHUNK = 64
@@ -60,10 +60,7 @@ class _Trainer:
             classes=len(self.data.classes),
         )
         self.model = LlamaGen(config, recipe.dropout)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        gains = [p for p in self.model.parameters() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = adamw(self.model, recipe.lr, recipe.weight_decay)
         self.loss = torch.compile(self._loss) if recipe.compile else self._loss
         self.average = WeightAverage(self.model.parameters(), recipe.ema)
         self.step, self.best, self.best_step = 0, math.inf, 0

@@ -31,3 +31,82 @@ def write_tiny_model(folder: Path) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See write_tiny_model; shared by all tests, so copy it before changing it."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of five coloured gradients each."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name in ("blue", "red"):
+        (folder / name).mkdir()
+        for i in range(5):
+            ramp = np.linspace(0, 255, 40)[None, :, None] * rng.random((40, 1, 3))
+            Image.fromarray(ramp.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny autoencoder of random weights."""
+    import torch
+
+    from bozzetto.autoencoders.tiny import tiny_decoder, tiny_encoder
+
+    folder = tmp_path_factory.mktemp("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(tiny_encoder().state_dict(), folder / "taef2_encoder.pth")
+        torch.save(tiny_decoder().state_dict(), folder / "taef2_decoder.pth")
+    return folder
+
+
+def write_tiny_vectors(folder: Path, family: str) -> Path:
+    """A model folder of family flow or mar with random weights: 4 x 4 tokens of 32 numbers, 32-pixel images, classes
+    daisy, rose, tulip; 6 denoising steps, for mar 16 passes."""
+    import dataclasses
+
+    import torch
+
+    from bozzetto.autoencoders.latents import TINY, tiny_latents
+    from bozzetto.models.continuous_store import write_continuous, write_latents
+    from bozzetto.models.flow import FlowConfig, FlowModel
+    from bozzetto.models.flow_cache import FlowSampler
+    from bozzetto.models.mar import MAR, MARConfig
+    from bozzetto.models.mar_target import MARSampler
+
+    shape = {"grid": 4, "classes": 3, "head_width": 32, "head_depth": 2, "token_dim": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if family == "flow":
+            network, sampler = FlowModel(FlowConfig(32, 2, 2, ffn_multiple=16, **shape)), FlowSampler(steps=6)
+        else:
+            network = MAR(MARConfig(dim=32, depth=2, heads=2, buffer=4, **shape))
+            sampler = MARSampler(steps=6, passes=16, noisiest=970)
+        for name, weight in network.named_parameters():
+            if weight.ndim > 1 and "pos" not in name:
+                torch.nn.init.normal_(weight, std=0.2 if family == "flow" else 0.05)
+        latents = tiny_latents(32)
+    notes = {
+        "name": f"tiny-{family}",
+        "class_names": ["daisy", "rose", "tulip"],
+        "sampler": dataclasses.asdict(sampler),
+    }
+    write_continuous(folder, family, network.config, network.state_dict(), notes)
+    write_latents(folder, TINY, latents.config, latents.state_dict(), {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See write_tiny_vectors; shared by all tests."""
+    return write_tiny_vectors(tmp_path_factory.mktemp("models") / "tiny-flow", "flow")
+
+
+@pytest.fixture(scope="session")
+def tiny_mar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See write_tiny_vectors; shared by all tests."""
+    return write_tiny_vectors(tmp_path_factory.mktemp("models") / "tiny-mar", "mar")

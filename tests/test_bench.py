@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bozzetto import UsageError, load
-from bozzetto.evaluate.bench import BenchRow, BenchSettings, bare_passes, bench, bench_table, write_report
+from bozzetto.evaluate.bench import BenchRow, BenchSettings, bench, bench_table, write_report
 from bozzetto.pipeline import Pipeline
 
 
@@ -64,7 +64,8 @@ def test_tokens_per_pass_are_those_of_generate(pipe):
 
 
 def test_the_bare_loop_makes_one_pass_per_token_of_the_shape_of_sequential_decoding(pipe):
-    logits = list(bare_passes(pipe, torch.tensor([0, 1]), guided=True))
+    cell = BenchSettings(guidances=(2.0,)).cells()[0]
+    logits = [scores.logits for scores in pipe.bare_passes(torch.tensor([0, 1]), cell)]
     assert len(logits) == 16
     assert {tuple(x.shape) for x in logits} == {(4, 1, 16)}
 

@@ -135,7 +135,7 @@ def test_a_second_run_replaces_its_files_and_keeps_those_of_others(tiny_model, t
     ],
 )
 def test_a_bad_option_is_refused_before_weights_are_read(arguments, named, tiny_model, empty, capsys, monkeypatch):
-    monkeypatch.setattr("bozzetto.pipeline.load", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("bozzetto.loading.load", lambda *a, **k: pytest.fail("weights were read"))
     assert run("generate", *arguments, "--model", tiny_model, "--out", empty / "a" / "out") == 2
     refused(capsys, empty, *named)
 

@@ -24,7 +24,7 @@ FLOORS = {
     "files": 0,
     "images": 0,
     "laws": 1,
-    "drafts": 1,
+    "drafts": 1.5,  # drafts of continuous tokens carry laws
     "rules": 2,
     "drafters": 2,
     "autoencoders": 2,
@@ -32,9 +32,11 @@ FLOORS = {
     "models": 3,
     "engine": 4,
     "registry": 4,
+    "path_registry": 4.5,
     "workshop": 4,
     "settings": 5,
     "pipeline": 6,
+    "loading": 6.5,
     "__init__": 7,  # the public face: the pipeline's names and the version
     "provenance": 8,
     "output": 9,

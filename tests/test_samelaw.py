@@ -84,7 +84,7 @@ def drawn(pipe, drafter, rule, seed: int, law: LawSettings = LAW) -> Tensor:
 def surprisals(pipe, tokens: Tensor) -> Tensor:
     labels = (torch.arange(len(tokens)) % 3).numpy()
     empty = torch.zeros(0).numpy()
-    samples = Samples(labels, labels, tokens.int().numpy(), empty, empty, [], {}, [])
+    samples = Samples(labels, labels, tokens.int().numpy(), empty, empty, empty, empty, [], {}, [])
     return surprisal(pipe, samples, LAW, 100)
 
 

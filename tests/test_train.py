@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 import bozzetto
-from bozzetto.autoencoders.tiny import tiny_decoder, tiny_encoder
 from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.errors import UsageError
 from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
@@ -26,28 +25,6 @@ from bozzetto.train.loop import RunFolder, WeightAverage, cosine, psnr
 from bozzetto.train.recipes import DataSource, DrafterRecipe, TargetRecipe, TokenizerRecipe, TokenizerStage
 from bozzetto.train.target import train_target
 from bozzetto.train.tokenizer import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of five coloured gradients each."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in ("blue", "red"):
-        (folder / name).mkdir()
-        for i in range(5):
-            ramp = np.linspace(0, 255, 40)[None, :, None] * rng.random((40, 1, 3))
-            Image.fromarray(ramp.astype(np.uint8)).save(folder / name / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    torch.save(tiny_encoder().state_dict(), folder / "taef2_encoder.pth")
-    torch.save(tiny_decoder().state_dict(), folder / "taef2_decoder.pth")
-    return folder
 
 
 def tokenizer_recipe(out: Path, pictures: Path, tiny_weights: Path) -> TokenizerRecipe:
@@ -134,7 +111,7 @@ def test_an_interrupted_target_run_ends_where_an_uninterrupted_one_does(
     straight = train_target(target_recipe(tmp_path / "straight", pictures, trained_tokenizer))
     recipe = target_recipe(tmp_path / "stopped", pictures, trained_tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, target_module._Trainer, "train_step", 5)
+        interrupt(patch, target_module.CodeFit, "train_step", 5)
         with pytest.raises(KeyboardInterrupt):
             train_target(recipe)
     resumed = train_target(recipe)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bozzetto.errors import UsageError
-    from bozzetto.pipeline import GenerateResult, GenerateSettings, Pipeline, load
+    from bozzetto.loading import load
+    from bozzetto.pipeline import GenerateResult, GenerateSettings, Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["GenerateResult", "GenerateSettings", "Pipeline", "UsageError", "__version__", "load"]
@@ -20,6 +21,6 @@ def __getattr__(name: str) -> Any:
         from bozzetto.errors import UsageError
 
         return UsageError
-    from bozzetto import pipeline
+    from bozzetto import loading, pipeline
 
-    return getattr(pipeline, name)
+    return getattr(loading if name == "load" else pipeline, name)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from bozzetto.errors import UsageError
 from bozzetto.options import COMMANDS, Bench, Convert, Evaluate, Generate, Law, Models, Report, Sample, Train
 
 BAD_INPUT, CANCELLED = 2, 130
+AUTO = "auto"
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
 
@@ -83,8 +85,9 @@ def _wants_progress(asked: bool) -> bool:
 
 
 def _generate(options: Generate) -> None:
+    from bozzetto.loading import load
     from bozzetto.output import SHEET, staged_folder, write_run
-    from bozzetto.pipeline import GenerateSettings, load
+    from bozzetto.pipeline import GenerateSettings
 
     law = {name: getattr(options, name) for name in GenerateSettings.__dataclass_fields__}
     settings = GenerateSettings(**law)
@@ -120,11 +123,11 @@ def _check_request(options: Generate, settings: Any) -> None:
 
 def _bench(options: Bench) -> None:
     from bozzetto.evaluate.bench import BenchSettings, bench, bench_table, write_report
+    from bozzetto.loading import load
     from bozzetto.output import check_writable
-    from bozzetto.pipeline import load
 
     settings = BenchSettings(
-        methods=_listed("methods", options.methods, str),
+        methods=("none",) if options.methods == AUTO else _listed("methods", options.methods, str),
         batches=_listed("batch", options.batch, int),
         guidances=_listed("guidance", options.guidance, float),
         windows=_listed("window", options.window, int),
@@ -137,6 +140,8 @@ def _bench(options: Bench) -> None:
         report = _suite(options, settings)
     else:
         pipe = load(options.model, dtype=options.dtype)
+        if options.methods == AUTO:
+            settings = replace(settings, methods=pipe.default_methods)
         report = bench(pipe, settings, progress=_wants_progress(options.progress))
         print(bench_table(report))
     if options.json is not None:
@@ -146,8 +151,9 @@ def _bench(options: Bench) -> None:
 def _suite(options: Bench, settings: Any) -> dict[str, Any]:
     from bozzetto.evaluate.evaluation import EvaluateSettings
     from bozzetto.evaluate.features import make_extractor
-    from bozzetto.evaluate.suites import run_suite, suite_table
-    from bozzetto.pipeline import GenerateSettings, load
+    from bozzetto.evaluate.suites import run_suite, suite_models, suite_table
+    from bozzetto.loading import load
+    from bozzetto.pipeline import GenerateSettings
 
     if any(len(values) != 1 for values in (settings.batches, settings.guidances, settings.windows, settings.top_ks)):
         raise UsageError("a suite is one cell: give one value each for batch, guidance, window and top_k")
@@ -157,9 +163,10 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
     assert options.suite is not None
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
-        pipe = load(options.model, dtype=options.dtype)
+        chosen = suite_models(options.suite, options.model)
+        parts = [(load(model, dtype=options.dtype), part.methods) for model, part in chosen]
         show = _wants_progress(options.progress)
-        report = run_suite(pipe, options.suite, settings, quality, extractor, options.out, progress=show)
+        report = run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
     print(suite_table(report))
     return report
 
@@ -180,12 +187,13 @@ def _base(options: Law) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline import GenerateSettings
 
-    names = ("window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget")
+    names = ["window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget"]
+    names += ["steps", "passes", "guidance_schedule"]
     return GenerateSettings("none", "seed-exact", **{name: getattr(options, name) for name in names})
 
 
 def _sample(options: Sample) -> None:
-    from bozzetto.pipeline import load
+    from bozzetto.loading import load
     from bozzetto.sampling import SampleRun, gathered, method_settings, sample, world_of, write_adm
 
     settings = method_settings(options.method, _base(options))
@@ -193,7 +201,8 @@ def _sample(options: Sample) -> None:
     show = _wants_progress(options.progress) and rank == 0
     with _resumable(options.out), gathered(world):
         pipe = load(options.model, dtype=options.dtype)
-        run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes)
+        named = None if options.method == "auto" else options.method
+        run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes, method=named)
         sample(run, options.count, rank=rank, world=world, progress=show)
     if rank == 0:
         print(f"{options.count} images: {options.out}")
@@ -206,19 +215,23 @@ def _evaluate(options: Evaluate) -> None:
     from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table, to_json
     from bozzetto.evaluate.features import make_extractor
     from bozzetto.files import write_text
+    from bozzetto.loading import load
     from bozzetto.output import check_writable
-    from bozzetto.pipeline import load
 
     if options.json is not None:
         check_writable(options.json)
     shared: dict[str, Any] = {"count": options.count, "seed": options.seed, "base": _base(options)}
     methods, references = (_listed(n, getattr(options, n), str) for n in ("methods", "reference"))
+    if options.methods == AUTO:
+        methods = ("none",)  # for now
     wanted: Any = EvaluateSettings(methods, references, bootstrap=options.bootstrap, data=options.data, **shared)
     if options.compare is not None:
         wanted = CompareSettings(*options.compare, **shared)
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         pipe = load(options.model, dtype=options.dtype)
+        if options.methods == AUTO and options.compare is None:
+            wanted = replace(wanted, methods=pipe.default_methods)
         work: Any = evaluate if options.compare is None else compare
         report = work(pipe, wanted, extractor, options.out, progress=_wants_progress(options.progress))
     print(evaluation_table(report) if options.compare is None else comparison_table(report))
@@ -263,7 +276,7 @@ def _models(options: Models) -> None:
 
 
 def _convert(options: Convert) -> None:
-    wanted = {"llamagen": ("gpt", "vq"), "eagle": ("drafter", "model")}[options.what]
+    wanted = {"llamagen": ("gpt", "vq"), "mar": ("checkpoint", "vae"), "eagle": ("drafter", "model")}[options.what]
     for name in wanted:
         if getattr(options, name) is None:
             raise UsageError(f"convert {options.what} needs --{name}")
@@ -272,6 +285,10 @@ def _convert(options: Convert) -> None:
         from bozzetto.models.convert import convert_llamagen
 
         print(convert_llamagen(first, second, options.out, options.image_size, options.class_names))
+    elif options.what == "mar":
+        from bozzetto.models.convert_mar import convert_mar
+
+        print(convert_mar(first, second, options.out, options.class_names))
     else:
         from bozzetto.models.eagle_store import convert_eagle
 

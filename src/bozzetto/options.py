@@ -31,6 +31,12 @@ class Law:
     tv_budget: float | None = None
     """Most bias (total variation, summed over an image's tokens) that a relaxed rule may spend before it decides
     exactly. Not given: no limit."""
+    steps: int = 0
+    """Continuous tokens: denoising steps per token. 0: as the model says."""
+    passes: int = 0
+    """Masked models: autoregressive steps, up to one per token. 0: as the model says."""
+    guidance_schedule: str = ""
+    """Masked models: linear (guidance grows as the image fills) or constant. Not given: as the model says."""
     batch: int = 8
     """Images decoded together."""
     dtype: str = "float32"
@@ -52,13 +58,15 @@ class Generate(Law):
     """A shipped model by name, or a model folder (see `bozzetto models`)."""
     count: int | None = None
     """How many images in all. Not given: one for each class."""
-    drafter: str = "jacobi"
-    """jacobi: guess several tokens ahead and check them in one pass; none: plain sequential decoding; eagle: a trained
-    drafter (eagle:tree=chain-5); model: a smaller target (model:folder=DIR)."""
-    rule: str = "seed-exact"
-    """seed-exact: the very tokens that sequential decoding of the seed gives; exact: the same law, other tokens. For
-    eagle and model also tree, traversal, block (exact) and lantern, lantern++, grouped, annealed, cascade (lossy):
-    lantern:k=1000:delta=0.1."""
+    drafter: str = "auto"
+    """auto: what suits the model, without bias; jacobi: guess several tokens ahead and check them in one pass; none:
+    plain sequential decoding; eagle: a trained drafter (eagle:tree=chain-5); model: a smaller target
+    (model:folder=DIR)."""
+    rule: str = "auto"
+    """auto: as the model and the drafter suggest. Codes: seed-exact, the very tokens that sequential decoding of the
+    seed gives; exact, the same law, other tokens. For eagle and model also tree, traversal, block (exact) and lantern,
+    lantern++, grouped, annealed, cascade (lossy): lantern:k=1000:delta=0.1. Continuous tokens: plain, reflection,
+    coupled (without a drafter), chains, joint, block (exact) and pathwise, cspd (lossy): pathwise:epsilon=0.1."""
     batch: int = 4
     """Images decoded together."""
     captions: Path | None = None
@@ -78,9 +86,10 @@ class Bench:
 
     model: str = "flowers"
     """A shipped model by name, or a model folder."""
-    methods: str = "none,jacobi/seed-exact,jacobi/exact"
-    """none, or DRAFTER/RULE, separated by commas. none and the bare loop of passes always take part."""
-    suite: Literal["lantern"] | None = None
+    methods: str = "auto"
+    """none, or DRAFTER/RULE, separated by commas; @steps=, @passes= or @window= gives one a setting of its own
+    (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
+    suite: Literal["lantern", "continuous"] | None = None
     """A set of methods in place of --methods, measured in speed and in picture quality and bias too."""
     images: int = 200
     """With --suite: images per method behind the figures of quality."""
@@ -133,8 +142,8 @@ class Sample(Law):
     """Class names or numbers, taken in turn. None: all classes of the model."""
     model: str = "flowers"
     """A shipped model by name, or a model folder."""
-    method: str = "jacobi/seed-exact"
-    """none, or DRAFTER/RULE."""
+    method: str = "auto"
+    """none, DRAFTER/RULE, or auto: the model's default, without bias."""
     count: int = 1000
     """Images 0 to count - 1 of the seed. A larger count later adds to the folder."""
     batch: int = 8
@@ -157,8 +166,8 @@ class Evaluate(Law):
 
     model: str = "flowers"
     """A shipped model by name, or a model folder."""
-    methods: str = "none,jacobi/exact,jacobi/seed-exact"
-    """none, or DRAFTER/RULE, separated by commas. none always takes part."""
+    methods: str = "auto"
+    """none, or DRAFTER/RULE, separated by commas; auto: the model's usual ones. none always takes part."""
     count: int = 500
     """Images per method."""
     reference: str = "test"
@@ -207,11 +216,14 @@ class Convert:
 
     Example: bozzetto convert llamagen --gpt c2i_B_256.pt --vq vq_ds16_c2i.pt --out llamagen-b
 
+    Example: bozzetto convert mar --checkpoint checkpoint-last.pth --vae kl16.ckpt --out mar-b
+
     Example: bozzetto convert eagle --drafter pytorch_model.bin --model llamagen-b --out llamagen-b/eagle
     """
 
-    what: tyro.conf.Positional[Literal["llamagen", "eagle"]]
-    """llamagen: a target with its tokenizer (needs the extra `llamagen`); eagle: a drafter for a converted target."""
+    what: tyro.conf.Positional[Literal["llamagen", "mar", "eagle"]]
+    """llamagen, mar: a target with its tokenizer (they need the extra of that name); eagle: a drafter for a converted
+    target."""
     out: Path
     """The new folder: missing or empty. It appears only when everything fits."""
     gpt: Path | None = None
@@ -221,7 +233,11 @@ class Convert:
     image_size: Literal[256, 384, 512] | None = None
     """llamagen: side of the pictures. Not given: as the file or its name says, else 256 (it is printed)."""
     class_names: Path | None = None
-    """llamagen: text file with one name per class and line. Not given: the classes are called 0, 1, 2, ..."""
+    """llamagen, mar: text file with one name per class and line. Not given: the classes are called 0, 1, 2, ..."""
+    checkpoint: Path | None = None
+    """mar: the transformer, checkpoint-last.pth; its averaged weights, where it has them."""
+    vae: Path | None = None
+    """mar: its autoencoder, kl16.ckpt."""
     drafter: Path | None = None
     """eagle: the drafter's weights, .bin, .pt or .safetensors."""
     model: Path | None = None

@@ -24,7 +24,7 @@ from bozzetto.models.store import CONFIG, WEIGHTS, read_config
 from bozzetto.pipeline import ASSETS, GeneratedImage, GenerateResult
 from bozzetto.provenance import provenance
 
-SHEET, MANIFEST = "sheet.png", "manifest.json"
+SHEET, MANIFEST, VECTORS = "sheet.png", "manifest.json", "tokens.npz"
 _SHEET_COLUMNS = 8
 
 
@@ -88,12 +88,17 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_run(folder: Path, result: GenerateResult, settings: Mapping[str, object]) -> None:
-    """Write the images, their contact sheet and manifest.json. Raises OSError naming the file that does not fit."""
+    """Write the images, their contact sheet and manifest.json, and continuous tokens as tokens.npz, one float32 array
+    [N, D] by file name. Raises OSError naming the file that does not fit."""
     for image in result.images:
         _write(folder / file_name(image), _png(image.image))
     pixels = np.stack([np.asarray(i.image) for i in result.images])
     captions = [f"{i.index} {i.class_name}" for i in result.images]
     _write(folder / SHEET, _png(contact_sheet(pixels, _SHEET_COLUMNS, captions)))
+    if result.images[0].tokens.ndim > 1:
+        buffer = io.BytesIO()
+        np.savez(buffer, **{file_name(i): i.tokens.numpy() for i in result.images})  # type: ignore[arg-type]
+        _write(folder / VECTORS, buffer.getvalue())
     text = json.dumps(manifest(result, settings), indent=1, allow_nan=False)
     # Lists of tokens on one line each: the file stays readable.
     text = re.sub(r"\[[-+\s\d.,e]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
@@ -109,6 +114,8 @@ def manifest(result: GenerateResult, settings: Mapping[str, object]) -> dict[str
         "images": [_entry(image) for image in result.images],
         "tokens_per_pass": result.tokens_per_pass,
         "seconds": result.seconds,
+        "head_calls": result.head_calls,
+        "head_rows": result.head_rows,
         "settings": {
             **vars(result.settings),
             "window": result.windows[0],
@@ -134,8 +141,13 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "near_tie": bool(image.near_tie),
         "tv_spent": image.spent,
         "trace": vars(image.trace),
-        "tokens": image.tokens.tolist(),
+        **({"tokens": image.tokens.tolist()} if image.tokens.ndim == 1 else _vectors(image)),
     }
+
+
+def _vectors(image: GeneratedImage) -> dict[str, Any]:
+    """Continuous tokens lie in a file of their own."""
+    return {"distance_mean": image.moved, "distance_max": image.farthest, "tokens": VECTORS}
 
 
 def file_name(image: GeneratedImage) -> str:

@@ -1,14 +1,15 @@
-"""The Python API: load a model, generate images, or stream them pass by pass."""
+"""The Python API: generate images with a loaded model, or stream them pass by pass. `loading.load` makes pipelines."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,25 +17,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.engine.loop import BatchResult, Decoder, PassEvent
+from bozzetto.engine.loop import PassEvent
+from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, TraceRecorder
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
-from bozzetto.models.captions import read_captions
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.store import (
-    CONFIG,
-    TOKENIZER_CONFIG,
-    TOKENIZER_WEIGHTS,
-    WEIGHTS,
-    Tokenizer,
-    load_llamagen,
-    load_tokenizer,
-    read_config,
-)
-from bozzetto.registry import drafter_options, make_drafter, make_rule, with_neighbours
+from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS
 from bozzetto.settings import GenerateSettings
-from bozzetto.workshop import TargetWorkshop
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,9 +35,11 @@ _LISTED = 20  # names of classes in an error
 
 @dataclass
 class GeneratedImage:
-    """One image and how it came about. tokens: int64 [N]; sha256: of the RGB pixel bytes; margin: smallest Gumbel
-    margin of a token (None where the rule flips coins); near_tie: margin within float rounding; spent: bias bound
-    summed over the tokens (0 for exact rules); trace: what each target pass offered and kept."""
+    """One image and how it came about. tokens: int64 [N] or float32 [N, D]; sha256: of the RGB pixel bytes; margin:
+    smallest Gumbel margin of a token (None where the rule flips coins); near_tie: margin within float rounding; spent:
+    bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and largest distance of continuous
+    tokens from the target's own samples, in token units (0 where the rule measures none); trace: what each target pass
+    offered and kept."""
 
     image: Image.Image
     tokens: Tensor
@@ -64,16 +55,21 @@ class GeneratedImage:
     near_tie: bool
     spent: float
     trace: PassTrace
+    moved: float = 0.0
+    farthest: float = 0.0
 
 
 @dataclass
 class GenerateResult:
-    """images in index order; seconds: total, target (passes), draft (drafting and verifying), decode (pixels)."""
+    """images in index order; seconds: total, target (passes), draft (drafting and verifying), decode (pixels);
+    head_calls, head_rows: serial calls of a denoising head and rows in them, over all batches (0 for codes)."""
 
     images: list[GeneratedImage]
     settings: GenerateSettings
     windows: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
+    head_calls: int = 0
+    head_rows: int = 0
 
     @property
     def tokens_per_pass(self) -> float:
@@ -133,22 +129,40 @@ def plan_batches(
     return [(chunk, [labels[i % len(labels)] for i in chunk]) for chunk in chunks]
 
 
-class Pipeline:
-    """A target with its tokenizer. Make one with bozzetto.load."""
+class Pipeline(ABC):
+    """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `decoder_for`, `resolve`.
 
-    def __init__(
-        self,
-        name: str,
-        target: LlamaGenTarget,
-        tokenizer: Tokenizer,
-        classes: list[str],
-        dtype: str,
-        folder: Path | None = None,
-    ):
+    target: has length and device; tokenizer: has decode and config (grid, image_size).
+    """
+
+    default_methods: tuple[str, ...]
+
+    def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
         self.name, self.target, self.tokenizer = name, target, tokenizer
         self.classes, self.dtype, self.folder = classes, dtype, folder
-        writable = folder is not None and ASSETS not in folder.parents
-        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
+
+    @abstractmethod
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
+        """A decoder (run, stream, result) for resolved settings and this many images, and its window."""
+
+    @abstractmethod
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
+
+    @torch.no_grad()
+    def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
+        """The target passes of sequential decoding of labels int64 [B] and nothing else: constant tokens, results
+        thrown away. What any decoding is measured against."""
+        session = self.target.begin(labels, settings.law.guided, 1)
+        start = torch.zeros_like(labels)
+        inputs = self.blank_inputs(labels)
+        for number in range(self.target.length):
+            yield session.score(inputs, start, number)
+            start = start + 1
+
+    def blank_inputs(self, labels: Tensor) -> Tensor:
+        """Any token for each of B images, [B, 1, ...]."""
+        return torch.zeros_like(labels)[:, None]
 
     def fingerprint(self) -> str:
         """A digest of the model's files, so that samples of two states of one model are not mixed up."""
@@ -157,19 +171,7 @@ class Pipeline:
 
     def drafter_weights(self, drafter: str) -> str | None:
         """Digest of a trained drafter's weights, None for drafters without."""
-        name, options = drafter_options(drafter)
-        return self.workshop.drafter_digest(name, getattr(options, "folder", ""))
-
-    def _decoder(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
-        window = settings.window_for(batch, self.target.length, self.dtype)
-        widen = None
-        if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
-            widen = partial(settings.window_for, length=self.target.length, dtype=self.dtype)
-        drafter = make_drafter(settings.drafter, window, widen, self.workshop)
-        # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
-        rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
-        rule = with_neighbours(rule, self.workshop.neighbours)
-        return Decoder(self.target, drafter, rule, settings.law, settings.tv_budget), window
+        return None
 
     def stream(
         self,
@@ -185,9 +187,9 @@ class Pipeline:
 
         A partial picture of an event is `pipe.preview(event.tokens[i], int(event.count[i]))`.
         """
-        settings = _settings(settings, options)
+        settings = self.resolve(settings_of(settings, options))
         for indices, labels in plan_batches(self.classes, classes, count, seed, first_index, settings.batch):
-            decoder, _ = self._decoder(settings, len(indices))
+            decoder, _ = self.decoder_for(settings, len(indices))
             names = [self.classes[label] for label in labels]
             for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
                 yield StreamEvent(**vars(event), indices=indices, class_names=names)
@@ -210,15 +212,15 @@ class Pipeline:
         `options` are fields of GenerateSettings.
         Raises UsageError for an unknown class or a setting out of range.
         """
-        settings = _settings(settings, options)
+        settings = self.resolve(settings_of(settings, options))
         began = time.perf_counter()
         seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
-        images, windows = [], []
+        images, windows, head = [], [], [0, 0]
         batches = plan_batches(self.classes, classes, count, seed, first_index, settings.batch, indices)
         total = sum(len(chunk) for chunk, _ in batches) * self.target.length
         with tqdm(total=total, unit="token", disable=not progress) as bar:
             for chunk, labels in batches:
-                decoder, window = self._decoder(settings, len(chunk))
+                decoder, window = self.decoder_for(settings, len(chunk))
                 done, recorder = 0, TraceRecorder()
                 for event in decoder.stream(self._tensor(labels), seed, self._tensor(chunk)):
                     recorder.add(event)
@@ -228,11 +230,12 @@ class Pipeline:
                 windows.append(window)
                 for part in ("draft", "target"):
                     seconds[part] += decoder.result.seconds[part]
+                head = [head[0] + decoder.result.head_calls, head[1] + decoder.result.head_rows]
                 start = time.perf_counter()
                 images += self._finish(decoder.result, recorder.traces(), chunk, labels, seed, settings)
                 seconds["decode"] += time.perf_counter() - start
         seconds["total"] = time.perf_counter() - began
-        return GenerateResult(images, settings, windows, seconds)
+        return GenerateResult(images, settings, windows, seconds, *head)
 
     def _finish(
         self,
@@ -248,7 +251,7 @@ class Pipeline:
         for row, picture in enumerate(self.pictures(result.tokens)):
             index, label = indices[row], labels[row]
             margin = float(result.margin[row])
-            measured = settings.drafter == "none" or make_rule(settings.rule).seed_exact
+            measured = margin < float("inf")
             images.append(
                 GeneratedImage(
                     image=picture,
@@ -265,6 +268,8 @@ class Pipeline:
                     near_tie=measured and margin < tolerance,
                     spent=float(result.spent[row]),
                     trace=traces[row],
+                    moved=float(result.moved[row]) / self.target.length,
+                    farthest=float(result.farthest[row]),
                 )
             )
         return images
@@ -286,12 +291,12 @@ class Pipeline:
 
     @torch.no_grad()
     def _decode_one(self, tokens: Tensor) -> Image.Image:
-        return _picture(self.tokenizer.decode(tokens[None].to(self.tokenizer.codebook.device))[0])
+        return _picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
 
     @torch.no_grad()
     def preview(self, tokens: Tensor, count: int) -> Image.Image:
         """A picture of the first `count` tokens int64 [N]; what is not drawn yet is grey."""
-        pixels = self.tokenizer.decode(tokens[None].to(self.tokenizer.codebook.device))[0]
+        pixels = self.tokenizer.decode(tokens[None].to(self.target.device))[0]
         grid = self.tokenizer.config.grid
         drawn = (torch.arange(grid * grid, device=pixels.device) < count).view(1, grid, grid).float()
         drawn = drawn.repeat_interleave(pixels.shape[1] // grid, 1).repeat_interleave(pixels.shape[2] // grid, 2)
@@ -307,7 +312,8 @@ def _picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _settings(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
+def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
+    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
     if settings is not None:
         if options:
             raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
@@ -336,42 +342,3 @@ def model_folder(name_or_folder: str | Path) -> Path:
         f"unknown model {str(name_or_folder)!r} (shipped: {', '.join(shipped_models()) or 'none'}; "
         "or a folder with a config.json)"
     )
-
-
-def load(
-    model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu", captions: str | Path | None = None
-) -> Pipeline:
-    """Load a shipped model by name, or a model folder. dtype: float32 or bfloat16 (the target's passes only).
-
-    captions: features file of a text-conditional model (models/captions.py); its captions then stand for the classes.
-    Raises UsageError for an unknown model, dtype or device and for files that do not fit together.
-    """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r} (allowed: {', '.join(DTYPES)})")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
-    folder = model_folder(model)
-    config = read_config(folder)
-    network = load_llamagen(folder).to(device)
-    tokenizer = load_tokenizer(folder).to(device)
-    names = config.get("class_names")
-    target = LlamaGenTarget(network, DTYPES[dtype])
-    if network.config.captioned:
-        if captions is None:
-            raise UsageError(f"{folder} draws captions: give a file of their features with --captions")
-        names, *given = read_captions(captions, network.config)
-        target = target.with_captions(*given)
-    elif captions is not None:
-        raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
-    elif not isinstance(names, list) or len(names) != network.config.classes:
-        raise UsageError(f"{folder}: class_names must list {network.config.classes} names")
-    have, want = tokenizer.config, network.config
-    if (have.codes, have.grid) != (want.vocab, want.grid):
-        raise UsageError(
-            f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
-            f"{want.vocab} on {want.grid}x{want.grid}"
-        )
-    classes = [str(n).lower() for n in names]
-    return Pipeline(str(config.get("name", folder.name)), target, tokenizer, classes, dtype, folder)

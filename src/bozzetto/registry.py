@@ -107,7 +107,9 @@ def split_spec(text: str) -> tuple[str, dict[str, str]]:
 
 
 def split_method(method: str) -> tuple[str, str]:
-    """DRAFTER/RULE -> drafter and rule as written; a drafter alone goes with seed-exact."""
+    """DRAFTER/RULE -> drafter and rule as written; a drafter alone goes with seed-exact, auto with auto."""
+    if method == "auto":
+        return method, method
     drafter, slash, rule = method.rpartition("/")
     if not slash:
         return method, SeedExact.name
@@ -116,7 +118,7 @@ def split_method(method: str) -> tuple[str, str]:
     return drafter, rule
 
 
-def _filled(kind: type, text: str, options: Mapping[str, str], hidden: frozenset[str] | set[str] = frozenset()) -> Any:
+def filled(kind: type, text: str, options: Mapping[str, str], hidden: frozenset[str] | set[str] = frozenset()) -> Any:
     """An options dataclass from strings. Raises UsageError naming the option and what is allowed."""
     spelled = {v: k for k, v in _SPELLING.items()}
     allowed = {spelled.get(f.name, f.name): f for f in fields(kind) if f.name not in hidden}
@@ -141,7 +143,7 @@ def make_rule(spec: str) -> Rule:
     name, options = split_spec(spec)
     if name not in RULES:
         raise UsageError(f"unknown rule {name!r} (allowed: {', '.join(RULES)})")
-    return _filled(RULES[name], spec, options, _HIDDEN.get(name, frozenset()))
+    return filled(RULES[name], spec, options, _HIDDEN.get(name, frozenset()))
 
 
 def drafter_options(spec: str) -> tuple[str, Any]:
@@ -149,7 +151,7 @@ def drafter_options(spec: str) -> tuple[str, Any]:
     name, options = split_spec(spec)
     if name not in DRAFTERS:
         raise UsageError(f"unknown drafter {name!r} (allowed: {', '.join(DRAFTERS)})")
-    return name, _filled(DRAFTERS[name], spec, options)
+    return name, filled(DRAFTERS[name], spec, options)
 
 
 def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, workshop: Workshop | None = None) -> Drafter:

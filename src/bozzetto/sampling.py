@@ -40,15 +40,19 @@ PROCESS = secrets.randbelow(2**62)  # tells which shards were timed by one proce
 
 @dataclass
 class Samples:
-    """What a run folder holds, in index order. index, label: int64 [n]; tokens: int32 [n, N]; pixels: uint8
-    [n, H, W, 3]; margin: float32 [n] (NaN where the rule measures none); traces: one per image; settings: of run.json;
-    batches: one dictionary per shard with its indices, seconds by part and the process that made it."""
+    """What a run folder holds, in index order. index, label: int64 [n]; tokens: int32 [n, N] or float32 [n, N, D];
+    pixels: uint8 [n, H, W, 3]; margin: float32 [n] (NaN where the rule measures none); moved, farthest: float32 [n],
+    mean and largest distance of continuous tokens from the target's own; traces: one per image; settings: of run.json;
+    batches: one dictionary per shard with its indices, seconds by part, head calls and rows, and the process that made
+    it."""
 
     index: np.ndarray
     label: np.ndarray
     tokens: np.ndarray
     pixels: np.ndarray
     margin: np.ndarray
+    moved: np.ndarray
+    farthest: np.ndarray
     traces: list[PassTrace]
     settings: dict[str, Any]
     batches: list[dict[str, Any]]
@@ -59,13 +63,29 @@ class Samples:
     @property
     def tokens_per_pass(self) -> float:
         """Tokens per target pass, averaged over images."""
-        return self.tokens.size / max(1, sum(len(t.committed) for t in self.traces))
+        made = self.tokens.shape[0] * self.tokens.shape[1]
+        return made / max(1, sum(len(t.committed) for t in self.traces))
+
+
+_SUFFIXES: dict[str, type] = {"window": int, "steps": int, "passes": int, "guidance_schedule": str}
 
 
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
-    """`base` with the drafter and rule of a method: none, or DRAFTER/RULE. Raises UsageError for unknown names."""
-    drafter, rule = split_method(method)
-    return replace(base, drafter=drafter, rule=rule)
+    """`base` with the drafter and rule of a method: none, or DRAFTER/RULE, and after each @ a setting of its own, such
+    as none@passes=64. Raises UsageError for unknown names."""
+    name, *own = method.split("@")
+    settings: dict[str, Any] = {}
+    for part in own:
+        key, _, value = part.partition("=")
+        if key not in _SUFFIXES:
+            allowed = ", ".join(f"@{k}=" for k in _SUFFIXES)
+            raise UsageError(f"method {method!r}: '@{part}' is not allowed (allowed: {allowed})")
+        try:
+            settings[key] = _SUFFIXES[key](value)
+        except ValueError as error:
+            raise UsageError(f"method {method!r}: {key} = {value!r} is not allowed: a whole number") from error
+    drafter, rule = split_method(name)
+    return replace(base, drafter=drafter, rule=rule, **settings)
 
 
 def slug(method: str) -> str:
@@ -74,7 +94,8 @@ def slug(method: str) -> str:
 
 
 class SampleRun:
-    """One folder of samples of one method. Raises UsageError where the folder holds samples of something else."""
+    """One folder of samples of one method. method: what it is called (None: as its settings say). Raises UsageError
+    where the folder holds samples of something else."""
 
     def __init__(
         self,
@@ -84,25 +105,19 @@ class SampleRun:
         *,
         seed: int = 0,
         classes: Sequence[str | int] = (),
+        method: str | None = None,
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
         self.classes = [pipe.classes[i] for i in labels_of(pipe.classes, classes)]
+        settings = pipe.resolve(settings)
         if settings.drafter == "jacobi" and settings.rule != "seed-exact":
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
             window = settings.window_for(settings.batch, pipe.target.length, pipe.dtype)
             settings = replace(settings, window=window)
         self.settings = settings
+        self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
         plan_batches(pipe.classes, self.classes, 1, seed, 0, settings.batch)  # refuses a seed out of range
         self._check_folder()
-
-    @property
-    def method(self) -> str:
-        """none, or DRAFTER/RULE."""
-        return self.settings.drafter if self.settings.drafter == "none" else f"{self.settings.drafter}/{self.rule}"
-
-    @property
-    def rule(self) -> str:
-        return self.settings.rule
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""
@@ -152,6 +167,7 @@ class SampleRun:
         content = _pack(result.images)
         content["seconds"] = np.array([result.seconds[part] for part in PARTS])
         content["process"] = np.int64(PROCESS)
+        content["head"] = np.array([result.head_calls, result.head_rows], np.int64)
         path = self.folder / f"shard-{indices[0]:06d}.npz"
         write_whole(path, lambda name: np.savez_compressed(name, **content))  # type: ignore[arg-type]
         return result.seconds["total"]
@@ -210,11 +226,18 @@ def _pack(images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
     return {
         "index": np.array([i.index for i in images], np.int64),
         "label": np.array([i.label for i in images], np.int64),
-        "tokens": np.stack([i.tokens.numpy() for i in images]).astype(np.int32),
+        "tokens": _compact(np.stack([i.tokens.numpy() for i in images])),
         "pixels": np.stack([np.asarray(i.image) for i in images]),
         "margin": np.array([np.nan if i.margin is None else i.margin for i in images], np.float32),
+        "moved": np.array([i.moved for i in images], np.float32),
+        "farthest": np.array([i.farthest for i in images], np.float32),
         **traces,
     }
+
+
+def _compact(tokens: np.ndarray) -> np.ndarray:
+    """Codes as int32; continuous tokens stay float32."""
+    return tokens.astype(np.int32) if np.issubdtype(tokens.dtype, np.integer) else tokens
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -260,15 +283,15 @@ def read_samples(folder: str | Path, count: int | None = None) -> Samples:
 
 
 def _read_shards(folder: Path, count: int | None) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    names = ("index", "label", "tokens", "pixels", "margin", *_TRACE)
+    names = ("index", "label", "tokens", "pixels", "margin", "moved", "farthest", *_TRACE)
     parts: list[list[np.ndarray]] = []
     batches: list[dict[str, Any]] = []
     for shard in _shards(folder):
-        *arrays, seconds, process = _load(shard, *names, "seconds", "process")
+        *arrays, seconds, process, head = _load(shard, *names, "seconds", "process", "head")
         keep = arrays[0] < (len(arrays[0]) + arrays[0].max() if count is None else count)
         parts.append([a[keep] for a in arrays])
         timing = dict(zip(PARTS, seconds.tolist(), strict=True))
-        batches.append({"index": arrays[0].tolist(), "seconds": timing, "process": int(process)})
+        batches.append({"index": arrays[0].tolist(), "seconds": timing, "process": int(process), "head": head.tolist()})
     if not parts:
         return {}, batches
     longest = max(p[-1].shape[1] for p in parts)

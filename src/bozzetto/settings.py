@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.registry import check_method, tree_nodes
+from bozzetto.path_registry import (
+    ALONE,
+    PATH_DRAFTERS,
+    PATH_RULES,
+    check_path_method,
+    is_path_method,
+    make_path_rule,
+    path_drafter_options,
+)
+from bozzetto.registry import DRAFTERS, RULES, check_method, drafter_options, make_rule, split_spec, tree_nodes
+from bozzetto.rules.reflection import Plain
+from bozzetto.rules.seed_exact import SeedExact
+
+AUTO = "auto"
+SCHEDULES = ("", "linear", "constant")
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
     """How to generate.
 
-    drafter, rule: NAME or NAME:key=value:... (see registry.py); window: scored positions per pass of drafter jacobi (0:
-    chosen for the batch); guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded
-    together; tv_budget: most bias per image that a relaxed rule may spend (None: no limit).
+    drafter, rule: NAME or NAME:key=value:... (see registry.py and path_registry.py), or `auto`: what suits the model
+    and the other of the two, without bias; window: scored positions per pass of drafter jacobi (0: chosen for the
+    batch); guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded together; tv_budget:
+    most bias per image that a relaxed rule may spend (None: no limit).
+
+    For continuous tokens: steps, denoising steps per token; passes, autoregressive steps of a masked model;
+    guidance_schedule: `linear` (guidance grows from 1 with the share of known tokens) or `constant`, for a masked
+    model. 0 and "": as the model says.
     """
 
-    drafter: str = "jacobi"
-    rule: str = "seed-exact"
+    drafter: str = AUTO
+    rule: str = AUTO
     window: int = 0
     guidance: float = 2.0
     temperature: float = 1.0
@@ -27,6 +47,9 @@ class GenerateSettings:
     top_p: float = 1.0
     batch: int = 1
     tv_budget: float | None = None
+    steps: int = 0
+    passes: int = 0
+    guidance_schedule: str = ""
 
     def __post_init__(self) -> None:
         if self.tv_budget is not None and not 0 <= self.tv_budget < float("inf"):
@@ -35,8 +58,53 @@ class GenerateSettings:
             raise UsageError(f"window = {self.window} is not allowed: a whole number >= 1, or 0 to choose it")
         if self.batch < 1:
             raise UsageError(f"batch = {self.batch} is not allowed: a whole number >= 1")
-        check_method(self.drafter, self.rule)
+        for name in ("steps", "passes"):
+            if getattr(self, name) < 0:
+                raise UsageError(
+                    f"{name} = {getattr(self, name)} is not allowed: a whole number >= 1, or 0: the model's"
+                )
+        if self.guidance_schedule not in SCHEDULES:
+            allowed = ", ".join(s for s in SCHEDULES if s)
+            raise UsageError(f"guidance_schedule = {self.guidance_schedule!r} is not allowed: {allowed}")
+        self._check_method()
         self.law  # noqa: B018  (validates its own numbers)
+
+    def _check_method(self) -> None:
+        """What can be said before the model is known; `auto` is checked when it is replaced."""
+        for what, spec, codes, vectors in (
+            ("drafter", self.drafter, DRAFTERS, PATH_DRAFTERS),
+            ("rule", self.rule, RULES, PATH_RULES),
+        ):
+            name = split_spec(spec)[0]
+            if name != AUTO and name not in codes and name not in vectors:
+                allowed = f"{AUTO}; for codes {', '.join(codes)}; for continuous tokens {', '.join(vectors)}"
+                raise UsageError(f"unknown {what} {name!r} (allowed: {allowed})")
+        if AUTO not in (self.drafter, self.rule):
+            path = is_path_method(self.drafter, self.rule)
+            (check_path_method if path else check_method)(self.drafter, self.rule)
+        elif self.drafter != AUTO:
+            path = split_spec(self.drafter)[0] not in DRAFTERS
+            (path_drafter_options if path else drafter_options)(self.drafter)
+        elif self.rule != AUTO:
+            path = split_spec(self.rule)[0] not in RULES
+            (make_path_rule if path else make_rule)(self.rule)
+
+    def with_method(self, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:
+        """With `auto` replaced. drafter: the model's default; rules: the default rule by the drafter's name. Raises
+        UsageError for what does not go together."""
+        chosen = self.drafter
+        if chosen == AUTO:
+            alone = split_spec(self.rule)[0] in ALONE
+            chosen = "none" if alone else drafter
+        rule = self.rule
+        if rule == AUTO:
+            rule = rules.get(split_spec(chosen)[0], rules[drafter])
+        return replace(self, drafter=chosen, rule=rule)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether this is the sequential sampler: no drafts, and no speculation inside a token."""
+        return self.drafter == "none" and self.rule in (SeedExact.name, Plain.name)
 
     @property
     def law(self) -> LawSettings:
@@ -46,7 +114,8 @@ class GenerateSettings:
         """Places scored in a pass for a batch of this size."""
         if self.drafter == "none":
             return 1
-        nodes = tree_nodes(self.drafter)
+        window_kind = self.drafter == AUTO or is_path_method(self.drafter, self.rule)
+        nodes = None if window_kind else tree_nodes(self.drafter)
         if nodes is not None:
             return nodes + 1
         return min(self.window or default_window(batch * (2 if self.law.guided else 1), dtype), length)

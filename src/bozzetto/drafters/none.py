@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafts import Draft
+from bozzetto.drafts import Draft, PathDraft
 
 
 class NoDrafter:
@@ -28,3 +28,13 @@ class NoDrafter:
 
     def keep(self, rows: Tensor) -> None:
         pass
+
+
+class NoPaths(NoDrafter):
+    """The same for continuous tokens of `dim` numbers."""
+
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    def propose(self, batch: int, limit: int) -> PathDraft:  # type: ignore[override]
+        return PathDraft(torch.empty(batch, 0, self.dim, device=self.device))

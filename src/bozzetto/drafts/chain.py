@@ -53,3 +53,12 @@ class Verdict:
     accepted: Tensor
     path: Tensor | None = None
     spent: Tensor | None = None
+
+    @property
+    def along(self) -> Tensor | None:
+        """The accepted path through a tree, None on a chain."""
+        return self.path
+
+    def keep(self, rows: Tensor) -> Verdict:
+        """Tokens and counts of the given batch rows int64 [B']."""
+        return Verdict(self.tokens[rows], self.accepted[rows])

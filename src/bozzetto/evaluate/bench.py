@@ -28,7 +28,8 @@ from bozzetto.files import write_text
 from bozzetto.output import table
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.registry import make_rule, split_method
+from bozzetto.registry import make_rule
+from bozzetto.sampling import method_settings
 
 BARE, SEQUENTIAL = "bare", "none"
 _WARM_UP_PASSES = 4
@@ -36,9 +37,10 @@ _WARM_UP_PASSES = 4
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """methods: none, or DRAFTER/RULE; batches, guidances, windows (0: chosen for the batch), top_ks: every combination
-    is a cell of the table; count: images per method and cell, rounded up to whole batches; rounds: at least so many;
-    temperature, top_p: shared by all; seed: of the images; threads: CPU threads (0: as they are)."""
+    """methods: none, or DRAFTER/RULE, each with settings of its own (see `method_settings`); batches, guidances,
+    windows (0: chosen for the batch), top_ks: every combination is a cell of the table; count: images per method and
+    cell, rounded up to whole batches; rounds: at least so many; temperature, top_p: shared by all; seed: of the images;
+    threads: CPU threads (0: as they are)."""
 
     methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/seed-exact", "jacobi/exact")
     batches: tuple[int, ...] = (1,)
@@ -77,24 +79,27 @@ class BenchSettings:
         """(method, settings) of every row of a cell; the bare loop has none. Sequential decoding always takes part."""
         rows: list[tuple[str, GenerateSettings | None]] = [(BARE, None), (SEQUENTIAL, cell)]
         for method in self.methods:
-            drafter, rule = split_method(method)
             if method == SEQUENTIAL:
                 continue
-            settings = [replace(cell, drafter=drafter, rule=rule, window=w) for w in self.windows]
-            rows += [(method, s) for s in (settings if drafter == "jacobi" else settings[:1])]
+            settings = [method_settings(method, replace(cell, window=w)) for w in self.windows]
+            windowed = settings[0].drafter.startswith("jacobi") and "@window=" not in method
+            rows += [(method, s) for s in (settings if windowed else settings[:1])]
         return rows
 
 
 @dataclass
 class Timing:
     """One decoded batch. seconds: wall time; passes: target passes of the batch; tokens and image_passes: summed over
-    its images (their ratio is tokens per pass); draft: share of the time spent drafting and verifying."""
+    its images (their ratio is tokens per pass); draft: share of the time spent drafting and verifying; head_calls,
+    head_rows: of a denoising head, serial calls and rows in them."""
 
     seconds: float
     passes: int
     tokens: int
     image_passes: int
     draft: float
+    head_calls: int = 0
+    head_rows: int = 0
 
 
 @dataclass
@@ -102,7 +107,8 @@ class BenchRow:
     """One method in one cell. images_per_second, ms_per_pass, draft_share: medians over rounds; *_low, *_high: lowest
     and highest; speedup: sequential time over this method's time, same images, same round; overhead_vs_bare: extra time
     of sequential decoding over the bare loop (row `none`); ceiling, ceiling_next: mean 1 - TV between a position's
-    successive laws, over the whole window and at the position next to be committed (see evaluate/ceiling.py)."""
+    successive laws, over the whole window and at the position next to be committed (see evaluate/ceiling.py);
+    head_calls, head_rows: of a denoising head, per batch."""
 
     method: str
     batch: int
@@ -125,6 +131,8 @@ class BenchRow:
     overhead_vs_bare: float | None = None
     ceiling: float | None = None
     ceiling_next: float | None = None
+    head_calls: float = 0.0
+    head_rows: float = 0.0
 
 
 def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) -> dict[str, Any]:
@@ -183,9 +191,9 @@ def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, torc
 def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings) -> None:
     labels, index = _images(pipe, cell.batch, 0)
     if entry is None:
-        passes: Iterator[object] = bare_passes(pipe, labels, cell.law.guided)
+        passes: Iterator[object] = pipe.bare_passes(labels, cell)
     else:
-        passes = pipe._decoder(entry, cell.batch)[0].stream(labels, 0, index)
+        passes = pipe.decoder_for(entry, cell.batch)[0].stream(labels, 0, index)
     for _ in islice(passes, _WARM_UP_PASSES):
         pass
 
@@ -195,7 +203,7 @@ def _ceiling(
 ) -> tuple[float, float] | None:
     """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
     window = 1 if entry is None else entry.window_for(cell.batch, pipe.target.length, pipe.dtype)
-    if entry is None or entry.drafter != "jacobi" or window == 1:
+    if entry is None or entry.drafter != "jacobi" or window == 1 or not hasattr(pipe.target, "vocab"):
         return None
     probe = CeilingProbe(window, pipe.target.length)
     labels, index = _images(pipe, cell.batch, 0)
@@ -204,26 +212,17 @@ def _ceiling(
     return float(by_offset.mean()), float(by_offset[0])
 
 
-@torch.no_grad()
-def bare_passes(pipe: Pipeline, labels: torch.Tensor, guided: bool) -> Iterator[torch.Tensor]:
-    """The target passes of sequential decoding and nothing else: constant tokens, logits thrown away."""
-    session = pipe.target.begin(labels, guided, 1)
-    inputs, start = torch.zeros_like(labels)[:, None], torch.zeros_like(labels)
-    for number in range(pipe.target.length):
-        yield session.score(inputs, start, number).logits
-        start = start + 1
-
-
 def _timed(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int, number: int) -> Timing:
     labels, index = _images(pipe, cell.batch, number)
     tokens, began = cell.batch * pipe.target.length, _now(pipe)
     if entry is None:
-        passes = sum(1 for _ in bare_passes(pipe, labels, cell.law.guided))
+        passes = sum(1 for _ in pipe.bare_passes(labels, cell))
         return Timing(_now(pipe) - began, passes, tokens, tokens, 0.0)
-    result = pipe._decoder(entry, cell.batch)[0].run(labels, seed, index)
+    result = pipe.decoder_for(entry, cell.batch)[0].run(labels, seed, index)
     seconds, parts = _now(pipe) - began, result.seconds
     share = parts["draft"] / max(1e-12, parts["draft"] + parts["target"])
-    return Timing(seconds, int(result.passes.max()), tokens, int(result.passes.sum()), share)
+    work = (result.head_calls, result.head_rows)
+    return Timing(seconds, int(result.passes.max()), tokens, int(result.passes.sum()), share, *work)
 
 
 def _now(pipe: Pipeline) -> float:
@@ -262,6 +261,8 @@ def _row(
         speedup_high=max(gain),
         draft_share=median(t.draft for t in timings),
         rounds=len(timings),
+        head_calls=sum(t.head_calls for t in timings) / len(timings),
+        head_rows=sum(t.head_rows for t in timings) / len(timings),
     )
 
 
@@ -280,6 +281,8 @@ def bench_table(report: dict[str, Any]) -> str:
     """The results for people."""
     header = ["method", "batch", "guidance", "window", "top-k", "tok/pass", "ms/pass", "img/s", "speedup", "range"]
     header += ["drafting", "1-TV", "vs bare"]
+    heads = any(r.get("head_calls") for r in report["results"])
+    header += ["head calls", "head rows"] if heads else []
     rows = []
     for r in report["results"]:
         figures = [f"{r['tokens_per_pass']:.2f}", f"{r['ms_per_pass']:.2f}", f"{r['images_per_second']:.3f}"]
@@ -287,7 +290,8 @@ def bench_table(report: dict[str, Any]) -> str:
         over = "" if r["overhead_vs_bare"] is None else f"{100 * r['overhead_vs_bare']:+.1f}%"
         limit = "" if r["ceiling"] is None else f"{r['ceiling']:.2f}"
         cell = [r["method"], str(r["batch"]), f"{r['guidance']:g}", str(r["window"]), str(r["top_k"])]
-        rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", limit, over])
+        work = [f"{r['head_calls']:.0f}", f"{r['head_rows']:.0f}"] if heads else []
+        rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", limit, over, *work])
     return table(header, rows)
 
 

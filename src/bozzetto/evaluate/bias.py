@@ -32,7 +32,9 @@ def surprisal(pipe: Pipeline, samples: Samples, law: LawSettings, batch: int, pr
         labels = torch.from_numpy(samples.label[row.numpy()]).to(pipe.target.device)
         session = pipe.target.begin(labels, law.guided, tokens.shape[1])
         inputs = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
-        log_p = law_of(session.score(inputs, torch.zeros_like(labels), 0).logits, law)
+        logits = session.score(inputs, torch.zeros_like(labels), 0).logits
+        assert logits is not None
+        log_p = law_of(logits, law)
         parts.append(-log_p.gather(-1, tokens[..., None]).squeeze(-1).double().cpu())
     return torch.cat(parts)
 
@@ -45,6 +47,8 @@ def bias_figures(
     `impossible`, the share of tokens outside the support of the law."""
     means: dict[str, Tensor] = {}
     found: dict[str, dict[str, Any]] = {}
+    if not hasattr(pipe.target, "vocab"):
+        return distance_figures(samples, counts)
     for method, drawn in samples.items():
         nats = surprisal(pipe, drawn, law, batch=8, progress=progress)
         means[method] = nats.clamp_max(_IMPOSSIBLE).mean(1)  # [n]
@@ -54,4 +58,16 @@ def bias_figures(
         spent = torch.tensor([sum(t.spent) / drawn.tokens.shape[1] for t in drawn.traces], dtype=torch.float64)
         for name, values in (("surprisal_change", change), ("tv_spent", spent)):
             found[method][name] = interval(float(values.mean()), counts @ values / counts.sum(1))
+    return found
+
+
+def distance_figures(samples: dict[str, Samples], counts: Tensor) -> dict[str, dict[str, Any]]:
+    """By method of a model of continuous tokens: `moved`, the mean over tokens of the distance from the target's own
+    samples with the same noise (largest of a token's D numbers, in token units; 0 where the rule does not measure it),
+    and `farthest`, the largest of all."""
+    found = {}
+    for method, drawn in samples.items():
+        moved = torch.from_numpy(drawn.moved).double()
+        mean = interval(float(moved.mean()), counts @ moved / counts.sum(1))
+        found[method] = {"moved": mean, "farthest": float(drawn.farthest.max())}
     return found

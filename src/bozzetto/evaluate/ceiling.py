@@ -37,7 +37,7 @@ class CeilingProbe(Jacobi):
         law = self.proposed.log_q
         if law is not None and law.shape[1]:
             width = law.shape[1]
-            overlap = torch.minimum(law.exp(), seen.log_p[:, :width].exp()).sum(-1).double()  # [B, L]
+            overlap = torch.minimum(law.exp(), seen.laws[:, :width].exp()).sum(-1).double()  # [B, L]
             inside = seen.start[:, None] + torch.arange(width, device=overlap.device) < self.length
             self.total[:width] += (overlap * inside).sum(0).cpu()
             self.count[:width] += inside.sum(0).cpu()

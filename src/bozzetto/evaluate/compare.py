@@ -20,11 +20,13 @@ from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.samelaw import (
     LEVEL,
     PERMUTATIONS,
+    SwapTest,
     kernel_differences,
     rejected,
     surprisal_test,
     swap_test,
     token_tests,
+    vector_tests,
 )
 from bozzetto.files import write_text
 from bozzetto.laws.categorical import LawSettings
@@ -74,10 +76,7 @@ def compare(
     ]
     if (drawn[0].label != drawn[1].label).any():
         raise UsageError("the two sets of samples are not of the same classes in the same order")
-    a, b = (torch.from_numpy(s.tokens).long() for s in drawn)
-    law = LawSettings(*(drawn[0].settings[k] for k in ("guidance", "temperature", "top_k", "top_p")))
-    surprise = [surprisal(pipe, s, law, settings.base.batch, progress) for s in drawn]
-    tests = [surprisal_test(surprise[0], surprise[1]), *token_tests(a, b, pipe.target.vocab)]
+    surprise, tests = _tests(pipe, settings, drawn, progress)
     features = [torch.from_numpy(features_of(extractor, s.pixels, progress=progress)) for s in drawn]
     name = f"features, MMD ({extractor.name})"
     tests.append(swap_test(name, kernel_differences(features[0], features[1])))
@@ -102,6 +101,18 @@ def compare(
     return report
 
 
+def _tests(
+    pipe: Pipeline, settings: CompareSettings, drawn: list[Samples], progress: bool
+) -> tuple[list[torch.Tensor], list[SwapTest]]:
+    """Surprisals of A and B (codes only) and the tests on tokens."""
+    a, b = (torch.from_numpy(s.tokens) for s in drawn)
+    if not hasattr(pipe.target, "vocab"):
+        return [], vector_tests(a, b)
+    law = LawSettings(*(drawn[0].settings[k] for k in ("guidance", "temperature", "top_k", "top_p")))
+    surprise = [surprisal(pipe, s, law, settings.base.batch, progress) for s in drawn]
+    return surprise, [surprisal_test(surprise[0], surprise[1]), *token_tests(a.long(), b.long(), pipe.target.vocab)]
+
+
 def _seeds(settings: CompareSettings) -> list[int]:
     """The seed that each side is sampled with: those of the folders, other ones for methods."""
     given = [int(read_run(s)["settings"]["seed"]) if is_folder(s) else None for s in (settings.a, settings.b)]
@@ -119,7 +130,7 @@ def _samples(pipe: Pipeline, settings: CompareSettings, spec: str, seed: int, ou
     if is_folder(spec):
         return read_samples(spec, settings.count)
     folder = out / "samples" / f"{slug(spec)}-seed-{seed}"
-    run = SampleRun(folder, pipe, method_settings(spec, settings.base), seed=seed)
+    run = SampleRun(folder, pipe, method_settings(spec, settings.base), seed=seed, method=spec)
     sample(run, settings.count, progress=progress)
     return read_samples(folder, settings.count)
 
@@ -149,6 +160,7 @@ def _identity(
         replace(method_settings(b["method"], settings.base), **law),
         seed=a["seed"],
         classes=a["classes"],
+        method=b["method"],
     )
     sample(run, count, progress=progress)
     again = read_samples(run.folder, count)

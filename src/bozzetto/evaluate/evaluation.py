@@ -95,7 +95,7 @@ def evaluate(
     path = data_path(pipe, settings.data)
     real = {split: photographs(pipe, path, split) for split in SPLITS}
     runs = [
-        SampleRun(out / "samples" / slug(m), pipe, method_settings(m, settings.base), seed=settings.seed)
+        SampleRun(out / "samples" / slug(m), pipe, method_settings(m, settings.base), seed=settings.seed, method=m)
         for m in settings.all_methods()
     ]
     sample_rounds(runs, settings.count, progress=progress)
@@ -193,7 +193,7 @@ class _Study:
         """Share of images whose tokens are all those of sequential decoding; None for what has no tokens."""
         if method not in self.samples:
             return None
-        return float((self.samples[method].tokens == self.samples[SEQUENTIAL].tokens).all(1).mean())
+        return float(same_tokens(self.samples[method], self.samples[SEQUENTIAL]).mean())
 
     def _row(self, pair: Comparison, w: Tensor, v: Tensor) -> tuple[dict[str, Any], Tensor]:
         replicates = replicate(pair.frechet, w, v)
@@ -230,6 +230,11 @@ class _Study:
         write_whole(picture, lambda name: sheet.save(name, format="PNG"))
 
 
+def same_tokens(a: Samples, b: Samples) -> np.ndarray:
+    """Which images have the same tokens throughout: bool [n]."""
+    return (a.tokens == b.tokens).reshape(len(a), -1).all(1)
+
+
 def identities(samples: dict[str, Samples], tolerance: float) -> list[dict[str, Any]]:
     """For methods whose rule is seed-exact: how many images differ from sequential decoding, how many are flagged as
     near ties by either (margin below `tolerance`), and how many differ without a flag (none, if all is well)."""
@@ -237,7 +242,7 @@ def identities(samples: dict[str, Samples], tolerance: float) -> list[dict[str, 
     for method, drawn in samples.items():
         if method == SEQUENTIAL or drawn.settings["rule"] != "seed-exact":
             continue
-        differ = (drawn.tokens != base.tokens).any(1)
+        differ = ~same_tokens(drawn, base)
         flagged = np.fmin(drawn.margin, base.margin) < tolerance
         counts = {"differ": differ, "flagged": flagged, "unflagged": differ & ~flagged}
         found.append({"method": method, "count": len(drawn), **{k: int(v.sum()) for k, v in counts.items()}})

@@ -22,6 +22,7 @@ PERMUTATIONS = 4999
 LEVEL = 0.01
 _GROUPS = 24
 _CHUNK = 1 << 16
+_PROJECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,47 @@ def token_tests(a: Tensor, b: Tensor, vocab: int, permutations: int = PERMUTATIO
         pairs = [neighbour_pairs(g, side) for g in frequency_groups(a, b, vocab)]
         found.append(swap_test("neighbouring pairs", code_differences(*pairs), permutations))
     return found
+
+
+def linear_differences(a: Tensor, b: Tensor) -> Tensor:
+    """H of plain features, each scaled to pooled deviation 1: [n, ...] of A and B -> float64 [n, n]."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    difference = (a - b) / torch.cat([a, b]).std(0).clamp_min(1e-12)
+    return difference @ difference.T
+
+
+def _waves(values: Tensor, seed: int) -> Tensor:
+    """Means over places of cosines and sines of random projections: [n, m, d] -> float64 [n, 6 P]. Together they fix
+    the law of a value (its characteristic function); the frequencies suit values of deviation 1."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(values.shape[-1], _PROJECTIONS, generator=generator)
+    directions = (directions / directions.norm(dim=0)).double()
+    along = values.double() @ directions
+    waves = [f(scale * along).mean(1) for scale in (0.7, 1.5, 3.0) for f in (torch.cos, torch.sin)]
+    return torch.cat(waves, 1)
+
+
+def vector_tests(a: Tensor, b: Tensor, permutations: int = PERMUTATIONS) -> list[SwapTest]:
+    """Tests on continuous tokens float [n, N, D] of A and B: their mean and spread by position, the law of a token over
+    the image, and that of neighbouring pairs."""
+    side = round(a.shape[1] ** 0.5)
+    found = [
+        swap_test("tokens by position", linear_differences(a, b), permutations),
+        swap_test("squares by position", linear_differences(a.square(), b.square()), permutations),
+        swap_test("token values", linear_differences(_waves(a, 0), _waves(b, 0)), permutations),
+    ]
+    if side * side == a.shape[1]:
+        pairs = [_vector_pairs(x, side) for x in (a, b)]
+        found.append(swap_test("neighbouring pairs", linear_differences(*(_waves(p, 1) for p in pairs)), permutations))
+    return found
+
+
+def _vector_pairs(tokens: Tensor, side: int) -> Tensor:
+    """A token beside its right-hand, and above its lower neighbour: [n, N, D] -> [n, m, 2 D]."""
+    grid = tokens.unflatten(1, (side, side))
+    right = torch.cat([grid[:, :, :-1], grid[:, :, 1:]], -1)
+    below = torch.cat([grid[:, :-1], grid[:, 1:]], -1)
+    return torch.cat([right.flatten(1, 2), below.flatten(1, 2)], 1)
 
 
 def surprisal_test(a: Tensor, b: Tensor, permutations: int = PERMUTATIONS) -> SwapTest:

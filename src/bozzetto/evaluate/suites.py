@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,34 +11,90 @@ from typing import Any
 from bozzetto.evaluate.bench import BenchSettings, bench
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
 from bozzetto.evaluate.features import FeatureExtractor
+from bozzetto.models.store import read_config
 from bozzetto.output import table
-from bozzetto.pipeline import Pipeline
+from bozzetto.path_registry import is_path_method, make_path_rule
+from bozzetto.pipeline import Pipeline, model_folder
 from bozzetto.registry import make_rule, split_method
 
-# The paper's methods, what it compares with, and the better alternatives. Titles are what the literature calls them.
-SUITES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+Methods = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a suite does with one model. family: the models it can be run on; model: the shipped one ("": the one asked
+    for); methods: by method, what the literature calls it."""
+
+    family: str
+    model: str
+    methods: Methods
+
+
+def _part(family: str, model: str, methods: dict[str, str]) -> Part:
+    return Part(family, model, MappingProxyType(methods))
+
+
+# The papers' methods, what they compare with, and the better alternatives.
+SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
     {
-        "lantern": MappingProxyType(
-            {
-                "none": "sequential",
-                "eagle:tree=dynamic/tree": "EAGLE-2, exact",
-                "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
-                "eagle:tree=mc-sim-25/traversal": "traversal, exact",
-                "eagle:tree=chain-12/block": "block on a chain, exact",
-                "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
-                "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
-                "eagle:tree=mc-sim-25/grouped:group=8": "GSD",
-                "eagle:tree=mc-sim-25/annealed": "COOL-SD",
-                "eagle:tree=mc-sim-25/cascade": "CASCADE",
-                "jacobi/seed-exact": "coupled Jacobi, seed-exact",
-            }
-        )
+        "lantern": (
+            _part(
+                "llamagen",
+                "",
+                {
+                    "none": "sequential",
+                    "eagle:tree=dynamic/tree": "EAGLE-2, exact",
+                    "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
+                    "eagle:tree=mc-sim-25/traversal": "traversal, exact",
+                    "eagle:tree=chain-12/block": "block on a chain, exact",
+                    "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
+                    "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
+                    "eagle:tree=mc-sim-25/grouped:group=8": "GSD",
+                    "eagle:tree=mc-sim-25/annealed": "COOL-SD",
+                    "eagle:tree=mc-sim-25/cascade": "CASCADE",
+                    "jacobi/seed-exact": "coupled Jacobi, seed-exact",
+                },
+            ),
+        ),
+        "continuous": (
+            _part(
+                "mar",
+                "flowers-mar",
+                {
+                    "none": "MAR, 256 passes",
+                    "none@passes=64": "MAR, 64 passes (another law)",
+                    "none/coupled": "head-level speculation, exact",
+                    "none/coupled@passes=64": "both",
+                },
+            ),
+            _part(
+                "flow",
+                "flowers-flow",
+                {
+                    "none": "sequential",
+                    "none/reflection": "head-level speculation, exact",
+                    "jacobi/chains": "coupled chains, exact",
+                    "jacobi/pathwise:epsilon=0.03": "pathwise, epsilon 0.03",
+                    "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
+                    "jacobi/pathwise:epsilon=0.3": "pathwise, epsilon 0.3",
+                },
+            ),
+        ),
     }
 )
 
 
+def suite_models(name: str, asked: str) -> list[tuple[str, Part]]:
+    """(model, part) of what is to be run: the part for the family of the model asked for, on that model; if the suite
+    has none for it, every part on its own shipped model."""
+    family = read_config(model_folder(asked)).get("family")
+    parts = SUITES[name]
+    mine = [(asked, part) for part in parts if part.family == family]
+    return mine or [(part.model, part) for part in parts]
+
+
 def run_suite(
-    pipe: Pipeline,
+    parts: Sequence[tuple[Pipeline, Methods]],
     name: str,
     speed: BenchSettings,
     quality: EvaluateSettings,
@@ -47,44 +103,88 @@ def run_suite(
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Bench first, with nothing else going on, then samples and their figures; returns {kind, suite, bench, evaluation,
-    results}, results with the columns of both. `speed` and `quality` give everything but the methods."""
-    methods = tuple(SUITES[name])
-    timed = bench(pipe, replace(speed, methods=methods), progress=progress)
-    judged = evaluate(pipe, replace(quality, methods=methods), extractor, out, progress=progress)
-    results = []
+    """Bench first, with nothing else going on, then samples and their figures; returns {kind, suite, results, bench,
+    evaluation}: results with the columns of both, the other two with one report per model. `speed` and `quality` give
+    everything but the methods; samples lie in `out`, of several models in a folder each."""
+    timed = [bench(pipe, replace(speed, methods=tuple(m)), progress=progress) for pipe, m in parts]
+    report: dict[str, Any] = {"kind": "suite", "suite": name, "results": [], "bench": timed, "evaluation": []}
+    for (pipe, methods), measured in zip(parts, timed, strict=True):
+        folder = out if len(parts) == 1 else out / pipe.name
+        judged = evaluate(pipe, replace(quality, methods=tuple(methods)), extractor, folder, progress=progress)
+        report["evaluation"].append(judged)
+        report["results"] += _joined(pipe, methods, measured, judged)
+    return report
+
+
+_TAKEN = ("frechet", "frechet_change", "kernel", "precision", "recall", "surprisal_change", "tv_spent")
+
+
+def _joined(pipe: Pipeline, methods: Methods, timed: dict[str, Any], judged: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a model with the columns of speed and of quality."""
+    rows = []
     for row in timed["results"]:
-        if row["method"] not in SUITES[name]:
-            continue  # the bare loop
         method = row["method"]
+        if method not in methods:
+            continue  # the bare loop
         found: dict[str, Any] = next((r for r in judged["results"] if r["method"] == method), {})
-        taken = ("frechet", "frechet_change", "kernel", "precision", "recall", "surprisal_change", "tv_spent")
-        rule = make_rule(split_method(method)[1])
-        title = {"title": SUITES[name][method], "exact": rule.exact}
-        results.append({**title, **row, **{k: found.get(k) for k in taken}, "images": found.get("count")})
-    return {"kind": "suite", "suite": name, "results": results, "bench": timed, "evaluation": judged}
+        quality = {k: found.get(k) for k in (*_TAKEN, "moved", "farthest")}
+        title = {"model": pipe.name, "title": methods[method], "exact": _exact(method, timed)}
+        rows.append({**title, **row, **quality, "images": found.get("count")})
+    return rows
+
+
+def _exact(method: str, timed: dict[str, Any]) -> bool:
+    """Whether a method draws from the law of the sequential sampler of the model as it is."""
+    name, *own = method.split("@")
+    drafter, rule = split_method(name)
+    exact = (make_path_rule if is_path_method(drafter, rule) else make_rule)(rule).exact
+    return exact and not any(part.startswith(_OTHER_LAW) for part in own)
+
+
+_OTHER_LAW = ("steps=", "passes=", "guidance_schedule=")
 
 
 def suite_table(report: dict[str, Any]) -> str:
-    """The figures of both for people."""
+    """The figures of both for people, one block per model."""
+    blocks = []
+    for timed, judged in zip(report["bench"], report["evaluation"], strict=True):
+        rows = [r for r in report["results"] if r["model"] == timed["settings"]["model"]]
+        blocks.append(_model_table(rows, timed["settings"], judged["settings"]))
+    return "\n\n".join(blocks)
+
+
+def _model_table(results: list[dict[str, Any]], s: dict[str, Any], e: dict[str, Any]) -> str:
+    vectors = any(r["head_calls"] for r in results)
     header = ["method", "as", "exact", "tok/pass", "ms/pass", "drafting", "speed-up", "range"]
-    header += ["Fréchet", "change", "bias, nats/token", "bound/token"]
+    header += ["head calls"] if vectors else []
+    header += ["Fréchet", "change", *(["mean distance", "largest"] if vectors else ["bias, nats/token", "bound/token"])]
     rows = []
-    for r in report["results"]:
+    for r in results:
         speed = [f"{r['tokens_per_pass']:.2f}", f"{r['ms_per_pass']:.2f}", f"{100 * r['draft_share']:.0f}%"]
         speed += [f"{r['speedup']:.2f}x", f"{r['speedup_low']:.2f}-{r['speedup_high']:.2f}"]
-        quality = [_shown(r[k], d, s) for k, d, s in (("frechet", 1, ""), ("frechet_change", 1, "+"))]
-        bias = [_shown(r["surprisal_change"], 3, "+"), f"{r['tv_spent']['value']:.3f}" if r["tv_spent"] else ""]
-        rows.append([r["method"], r["title"], "yes" if r["exact"] else "no", *speed, *quality, *bias])
-    first = report["results"][0]
-    s, e = report["bench"]["settings"], report["evaluation"]["settings"]
+        speed += [f"{r['head_calls']:.0f}"] if vectors else []
+        quality = [_shown(r[k], d, t) for k, d, t in (("frechet", 1, ""), ("frechet_change", 1, "+"))]
+        quality += _distance(r) if vectors else _bias(r)
+        rows.append([r["method"], r["title"], "yes" if r["exact"] else "no", *speed, *quality])
+    first = results[0]
     notes = [
-        f"speed: batch {first['batch']}, guidance {first['guidance']:g}, {s['dtype']}, {s['threads']} threads, "
-        f"{first['rounds']} images per method in turn; speed-up over none of the same round (median, range).",
-        f"quality: {e['count']} images per method, {e['extractor']}, 95% intervals; change: against none. bias:",
-        "change of the tokens' surprisal under the target's law. bound: what the rule itself sums per token.",
+        f"{s['model']}, speed: batch {first['batch']}, guidance {first['guidance']:g}, {s['dtype']}, {s['threads']} "
+        f"threads, {first['rounds']} images per method in turn; speed-up over none of the same round (median, range).",
+        f"quality: {e['count']} images per method, {e['extractor']}, 95% intervals; change: against none.",
+        "head calls: serial, per batch. distance: from the target's own samples with the same noise, token units."
+        if vectors
+        else "bias: change of the tokens' surprisal under the target's law. bound: what the rule sums per token.",
     ]
     return "\n".join([table(header, rows), *notes])
+
+
+def _bias(r: dict[str, Any]) -> list[str]:
+    return [_shown(r["surprisal_change"], 3, "+"), f"{r['tv_spent']['value']:.3f}" if r["tv_spent"] else ""]
+
+
+def _distance(r: dict[str, Any]) -> list[str]:
+    moved = r["moved"]
+    return [f"{moved['value']:.4f}" if moved else "", f"{r['farthest']:.3f}" if moved else ""]
 
 
 def _shown(i: dict[str, float] | None, digits: int, sign: str) -> str:

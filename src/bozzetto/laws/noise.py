@@ -6,6 +6,8 @@ All arithmetic is wrapping int64 and float64, so batch slot, batch size, process
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 STREAM_TOKEN = 0  # Gumbel noise that decides the token at a position
 STREAM_VERIFY = 1  # uniforms of accept/reject tests and residual draws
 STREAM_DRAFT = 2  # a drafter's own draws, fresh in every pass
+STREAM_ORDER = 3  # the order in which a masked model draws the places
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -52,19 +55,25 @@ def gumbel(key: Tensor) -> Tensor:
     return -(-uniform(key).log()).log().float()
 
 
-class GumbelField:
-    """The Gumbel noise G[b, position, v] of a batch of images, filled in blocks as decoding advances.
+def normal(key: Tensor) -> Tensor:
+    """Standard normal noise, float32, one per key; the inverse distribution function in float64."""
+    return torch.special.ndtri(uniform(key)).float()
 
-    index: int64 [B] image numbers. Memory is B * length * vocab * 4 bytes, most of it untouched until needed.
+
+class NoiseField:
+    """The fixed noise [B, position, number] of a batch of images, filled in blocks as decoding advances.
+
+    index: int64 [B] image numbers; size: numbers per position; draw: what makes noise of keys (`gumbel`, `normal`).
+    Memory is B * length * size * 4 bytes, most of it untouched until needed.
     """
 
     _BLOCK = 16
 
-    def __init__(self, seed: int, index: Tensor, length: int, vocab: int):
+    def __init__(self, seed: int, index: Tensor, length: int, size: int, draw: Callable[[Tensor], Tensor]):
         self.keys = image_keys(seed, STREAM_TOKEN, index)
-        self.length, self.filled = length, 0
-        self.table = torch.empty(len(index), length, vocab, device=index.device)
-        self.vocab_ids = torch.arange(vocab, device=index.device)
+        self.length, self.filled, self.draw = length, 0, draw
+        self.table = torch.empty(len(index), length, size, device=index.device)
+        self.numbers = torch.arange(size, device=index.device)
 
     def fill(self, upto: int) -> None:
         """Make positions < upto available (all images)."""
@@ -72,14 +81,41 @@ class GumbelField:
             end = min(self.filled + self._BLOCK, self.length)
             positions = torch.arange(self.filled, end, device=self.keys.device)
             rows = fold(self.keys[:, None], positions)
-            self.table[:, self.filled : end] = gumbel(fold(rows[..., None], self.vocab_ids))
+            self.table[:, self.filled : end] = self.draw(fold(rows[..., None], self.numbers))
             self.filled = end
 
     def rows(self, positions: Tensor) -> Tensor:
-        """Noise at positions int64 [B, W] -> [B, W, V]; positions past the end repeat the last row."""
+        """Noise at positions int64 [B, W] -> [B, W, size]; positions past the end repeat the last row."""
         positions = positions.clamp_max(self.length - 1)
         return self.table[torch.arange(len(positions), device=positions.device)[:, None], positions]
 
     def keep(self, rows: Tensor) -> None:
         """Drop images: keep the given batch rows int64 [B']."""
         self.keys, self.table = self.keys[rows], self.table[rows]
+
+
+class GumbelField(NoiseField):
+    """The Gumbel noise G[b, position, v] of a batch of images."""
+
+    def __init__(self, seed: int, index: Tensor, length: int, vocab: int):
+        super().__init__(seed, index, length, vocab, gumbel)
+
+
+class NormalField(NoiseField):
+    """The normal noise of a batch of images by position, state and dimension: T + 1 states of D numbers each."""
+
+    def __init__(self, seed: int, index: Tensor, length: int, steps: int, dim: int):
+        super().__init__(seed, index, length, (steps + 1) * dim, normal)
+        self.shape = (steps + 1, dim)
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Noise at positions int64 [B, W] -> [B, W, T + 1, D]; positions past the end repeat the last row."""
+        return super().rows(positions).unflatten(-1, self.shape)
+
+
+def normal_rows(keys: Tensor, positions: Tensor, steps: int, dim: int) -> Tensor:
+    """What `NormalField.rows` gives, without its table: keys int64 [B] of the images (STREAM_TOKEN); positions int64
+    [B, W] inside the image -> float32 [B, W, T + 1, D]."""
+    numbers = torch.arange((steps + 1) * dim, device=keys.device)
+    rows = fold(keys[:, None], positions)
+    return normal(fold(rows[..., None], numbers)).unflatten(-1, (steps + 1, dim))

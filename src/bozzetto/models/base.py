@@ -13,10 +13,11 @@ from bozzetto.drafts import Layout
 
 @dataclass
 class Scores:
-    """What one pass gives. logits: raw, float32 [B, W, V], or [2B, W, V] = [cond; uncond] rows when guided; features:
-    [R, W, d] in the same rows, what the head saw (drafters may learn from them), or None."""
+    """What one pass gives. logits: raw, float32 [B, W, V], or [2B, W, V] = [cond; uncond] rows when guided, None for
+    continuous tokens; features: [R, W, d] in the same rows, what the head sees (drafters may learn from them; heads of
+    continuous tokens are run on them), or None."""
 
-    logits: Tensor
+    logits: Tensor | None
     features: Tensor | None = None
 
 

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,15 +29,24 @@ from bozzetto.models.store import CONFIG, PUBLISHED, WEIGHTS, check_fit, read_we
 
 IMAGE_SIZES = (256, 384, 512)
 GPT, VQ = "a LlamaGen transformer", "a LlamaGen VQ tokenizer"
-_WRAPPERS = ("model", "module", "state_dict")
+MAR, KL16 = "a MAR transformer", "a KL-16 autoencoder"
+WRAPPERS = ("model", "module", "state_dict")
 # What a family is known by: its name, and keys that it alone has together.
 _FAMILIES = (
     (GPT, ("tok_embeddings.weight", "output.weight", "layers.0.attention.wqkv.weight")),
     (VQ, ("quantize.embedding.weight", "post_quant_conv.weight", "decoder.conv_in.weight")),
+    (MAR, ("z_proj.weight", "diffusion_pos_embed_learned", "diffloss.net.input_proj.weight")),
+    (KL16, ("post_quant_conv.weight", "decoder.mid.attn_1.q.weight", "decoder.up.0.block.0.conv1.weight")),
     ("a drafter", ("fc.weight", "layers.0.self_attn.q_proj.weight")),
     ("a bozzetto tokenizer", ("codebook", "pre.0.weight", "post.0.weight")),
 )
-_OPTION = {GPT: "--gpt", VQ: "--vq"}
+# What `convert` takes a family for, and as which option.
+_OPTIONS = {
+    GPT: ("llamagen", "--gpt"),
+    VQ: ("llamagen", "--vq"),
+    MAR: ("mar", "--checkpoint"),
+    KL16: ("mar", "--vae"),
+}
 
 
 def convert_llamagen(
@@ -53,19 +62,19 @@ def convert_llamagen(
     check_out(out)
     if image_size is not None and image_size not in IMAGE_SIZES:
         raise UsageError(f"image_size = {image_size} is not allowed: {', '.join(map(str, IMAGE_SIZES))}")
-    pixels = _family_state(vq, VQ)
-    network = _family_state(gpt, GPT)
+    pixels, _ = family_state(vq, VQ)
+    network, _ = family_state(gpt, GPT)
     tokenizer = _tokenizer_config(pixels, vq)
     image_size, how = choose_image_size(image_size, network, gpt, tokenizer.downsample)
     tokenizer = dataclasses.replace(tokenizer, image_size=image_size)
     size, config = recognise(network, gpt, tokenizer.grid)
     if config.vocab != tokenizer.codes:
         raise UsageError(f"{gpt} draws {config.vocab} tokens, but {vq} has {tokenizer.codes} codes")
-    names = read_class_names(class_names, config)
+    names = read_class_names(class_names, config.classes)
     network.pop(POSITIONS, None)
     pixels.pop(USED, None)
     for source, part in ((vq, pixels), (gpt, network)):
-        _check_finite(source, part, most=torch.finfo(torch.float16).max)
+        check_finite(source, part, most=torch.finfo(torch.float16).max)
     condition = "t2i" if config.captioned else "c2i"
     content = {
         "family": "llamagen",
@@ -93,15 +102,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     The file is mapped and not copied where its format allows. Raises UsageError for an unreadable or unsafe file,
     something else than tensors, or non-finite weights.
     """
-    state = _open_state(path)
-    _check_finite(path, state)
+    state, _ = _open_state(path)
+    check_finite(path, state)
     return state
 
 
-def _open_state(path: Path) -> dict[str, Tensor]:
-    """`read_state` without looking at the numbers."""
+def _open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
+    """`read_state` without looking at the numbers, under the first of `wrappers` that there is; and which, "" for a
+    bare state dict."""
     if path.suffix == ".safetensors":
-        return read_weights(path)
+        return read_weights(path), ""
     if not path.is_file():
         raise UsageError(f"checkpoint not found: {path}")
     try:
@@ -110,19 +120,20 @@ def _open_state(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
         raise UsageError(f"{path}: not a checkpoint that can be read safely: {error}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
+    found = ""
+    if isinstance(content, dict):
+        found = next((wrapper for wrapper in wrappers if isinstance(content.get(wrapper), dict)), "")
+        content = content[found] if found else content
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a state dict, found {type(content).__name__}")
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{path}: expected a state dict, but {key!r} is not a tensor but {type(value).__name__}")
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value.detach() for key, value in content.items()}, found
 
 
-def _check_finite(path: Path, state: Mapping[str, Tensor], most: float = math.inf) -> None:
+def check_finite(path: Path, state: Mapping[str, Tensor], most: float = math.inf) -> None:
+    """Raise UsageError that names the first weight that is not finite or larger than `most`, what float16 holds."""
     for key, value in state.items():
         if not value.is_floating_point() or not value.numel():
             continue
@@ -133,14 +144,21 @@ def _check_finite(path: Path, state: Mapping[str, Tensor], most: float = math.in
             raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")
 
 
-def _family_state(path: Path, wanted: str) -> dict[str, Tensor]:
-    """The state of a file that must hold `wanted`. Raises UsageError that says what it holds instead."""
-    state = _open_state(path)
+def family_state(path: Path, wanted: str, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
+    """(state, key that it lay under) of a file that must hold `wanted`, under the first of `wrappers` that there is.
+
+    Raises UsageError for an unreadable or unsafe file, and one that says what a file of another family holds.
+    """
+    state, wrapper = _open_state(path, wrappers)
     found = family_of(state)
     if found == wanted:
-        return state
-    hint = f"; give it as {_OPTION[found]}" if found in _OPTION else ""
-    raise UsageError(f"{path}: {_OPTION[wanted]} must be {wanted}, but this is {found}{hint}")
+        return state, wrapper
+    verb, option = _OPTIONS[wanted]
+    hint = ""
+    if found in _OPTIONS:
+        other, name = _OPTIONS[found]
+        hint = f"; give it as {name}" if other == verb else f"; `bozzetto convert {other}` takes it as {name}"
+    raise UsageError(f"{path}: {option} must be {wanted}, but this is {found}{hint}")
 
 
 def family_of(state: Mapping[str, Tensor]) -> str:
@@ -201,18 +219,18 @@ def _stored_grid(state: Mapping[str, Tensor]) -> int | None:
     return side if side * side == tokens and side else None
 
 
-def read_class_names(path: Path | None, config: LlamaGenConfig) -> list[str]:
+def read_class_names(path: Path | None, classes: int) -> list[str]:
     """One name per line of a text file; without a file the numbers; none for captions.
 
     Raises UsageError for another number of names than classes.
     """
     if path is None:
-        return [str(n) for n in range(config.classes)]
+        return [str(n) for n in range(classes)]
     if not path.is_file():
         raise UsageError(f"class names not found: {path}")
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(names) != config.classes:
-        raise UsageError(f"{path}: {len(names)} class names, but the model has {config.classes} classes")
+    if len(names) != classes:
+        raise UsageError(f"{path}: {len(names)} class names, but the model has {classes} classes")
     return names
 
 

@@ -14,7 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
@@ -33,21 +33,45 @@ class PackedLayer:
         self.gain_1, self.gain_2 = layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype)
 
 
-class LlamaGenTarget:
-    """A LlamaGen network ready to decode in `dtype` (float32 or bfloat16) on its own device."""
+class CausalTarget:
+    """What decoding with a raster transformer of LlamaGen's kind needs, in `dtype` (float32 or bfloat16), on its own
+    device. A family adds how tokens are embedded and what is read out."""
+
+    config: LlamaGenConfig
+
+    def __init__(self, blocks: list[Block], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype):
+        self.dtype, self.device = dtype, gain.device
+        self.conditions = copy.deepcopy(conditions).to(dtype)
+        self.layers = [PackedLayer(layer, dtype) for layer in blocks]
+        self.gain = gain.to(dtype)
+        rope = rope[self.config.condition_tokens - 1 :]  # from the last condition token on
+        self.rope = torch.view_as_complex(rope.contiguous())  # complex64 [N + 1, hd/2]
+
+    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
+        """Tokens [B, W, ...] standing at inputs `position` int64 [B, W] -> [B, W, d]."""
+        raise NotImplementedError
+
+    def read_out(self, x: Tensor) -> Scores:
+        """Hidden states after the final norm, [R, W, d] -> what the pass gives."""
+        raise NotImplementedError
+
+
+class LlamaGenTarget(CausalTarget):
+    """A LlamaGen network ready to decode."""
 
     @torch.no_grad()
     def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):
-        self.config: LlamaGenConfig = model.config
-        self.vocab, self.length, self.dtype = model.config.vocab, model.config.length, dtype
-        self.device = model.output.weight.device
-        self.conditions = copy.deepcopy(model.cls_embedding).to(dtype)
+        self.config = model.config
+        self.vocab, self.length = model.config.vocab, model.config.length
+        super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.captions: tuple[Tensor, Tensor] | None = None
-        self.embedding = model.tok_embeddings.weight.to(dtype)
-        self.layers = [PackedLayer(layer, dtype) for layer in model.blocks]
-        self.gain, self.head = model.norm.weight.to(dtype), model.output.weight.to(dtype)
-        rope = model.rope[model.config.condition_tokens - 1 :]  # from the last condition token on
-        self.rope = torch.view_as_complex(rope.contiguous())  # complex64 [N + 1, hd/2]
+        self.embedding, self.head = model.tok_embeddings.weight.to(dtype), model.output.weight.to(dtype)
+
+    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
+        return self.embedding[inputs]
+
+    def read_out(self, x: Tensor) -> Scores:
+        return Scores(F.linear(x, self.head).float(), x)
 
     def with_captions(self, features: Tensor, mask: Tensor) -> LlamaGenTarget:
         """The same target with K captions in place of classes: label k is caption k.
@@ -69,7 +93,7 @@ class LlamaGenTarget:
         return other
 
     @torch.no_grad()
-    def begin(self, labels: Tensor, guided: bool, max_width: int) -> LlamaGenSession:
+    def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
         """labels int64 [B] in 0..classes (classes: unconditional), or numbers of the captions given.
 
         Raises UsageError for a text-conditional target without captions.
@@ -83,16 +107,16 @@ class LlamaGenTarget:
         else:
             given, without = labels, torch.full_like(labels, self.config.classes)
         given = torch.cat([given, without]) if guided else given
-        return LlamaGenSession(self, self.conditions(given), mask, copies, max_width)
+        return CausalSession(self, self.conditions(given), mask, copies, max_width)
 
 
-class LlamaGenSession:
+class CausalSession:
     """Cache and conditions of R = copies * B sequences; `copies` is 2 under guidance.
 
     condition [R, T, d]; mask: bool [B, T], which condition tokens may be attended to, or None for T = 1: it may.
     """
 
-    def __init__(self, target: LlamaGenTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
+    def __init__(self, target: CausalTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
         c = target.config
         self.target, self.copies, self.rows = target, copies, len(condition)
         self.condition = condition[:, -1:]  # [R, 1, d]
@@ -135,16 +159,16 @@ class LlamaGenSession:
         if self.open is not None:  # every input sees itself, even where the caption is empty
             seen = seen & self.open[:, None, None, :reach] | (slot[..., None] == columns)[:, None]
         mask = _bias(seen, t.dtype)
-        x = t.embedding[inputs]
+        x = t.embed(inputs, position)
         if self.copies > 1:
             slot, position, x, mask = (copied(part, self.copies) for part in (slot, position, x, mask))
         x = torch.where(position[..., None] == 0, self.condition, x)  # [R, W, d]
-        rotation = t.rope[position.clamp_max(t.length - 1)][:, :, None, None]  # complex64 [R, W, 1, 1, hd/2]
+        rotation = t.rope[position.clamp_max(t.config.length - 1)][:, :, None, None]  # complex64 [R, W, 1, 1, hd/2]
         flat = (self.first_slot + slot).flatten()
         for number, layer in enumerate(t.layers):
             x = self._layer(layer, self.cache[number], x, rotation, flat, mask)
         x = F.rms_norm(x, (x.shape[-1],), t.gain, t.config.norm_eps)
-        return Scores(F.linear(x, t.head).float(), x)
+        return t.read_out(x)
 
     def compact(self, path: Tensor, start: Tensor) -> None:
         """One gather and one scatter over all layers. path int64 [B, P]."""

@@ -32,6 +32,7 @@ class TargetSketcher:
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         tokens = seen.verdict.tokens[:, : seen.longest]
         scores = self.session.score(torch.cat([self.last[:, None], tokens], 1), seen.start)
+        assert scores.logits is not None
         at = seen.committed[:, None]
         self.last = tokens.gather(1, at - 1)[:, 0]
         self.next = seen.start + seen.committed + 1  # the input that carries the first drafted token
@@ -40,6 +41,7 @@ class TargetSketcher:
 
     def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
         scores = self.session.score(tokens, self.next, layout=layout)
+        assert scores.logits is not None
         return scores.logits, scores.logits if scores.features is None else scores.features
 
     def keep(self, rows: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -136,12 +136,74 @@ class DrafterRecipe:
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+@checked(frozen=True, config=_STRICT)
+class _ContinuousRecipe:
+    """What the continuous families share.
+
+    tiny: folder with the tiny autoencoder; views: augmented views held per image; draws: noise draws for the head per
+    token; jitter, ema, patience: as for a discrete target.
+    """
+
+    out: str
+    tiny: str
+    train: DataSource
+    test: DataSource
+    name: str
+    image_size: Count = 128
+    views: Count = 6
+    jitter: Share = 0.0
+    draws: Count = 2
+    heads: Count = 6
+    head_width: Count = 384
+    head_depth: Count = 3
+    steps: Count = 8000
+    batch: Count = 32
+    lr: Rate = 6e-4
+    warmup: Count = 200
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    dropout: Share = 0.1
+    class_dropout: Share = 0.1
+    ema: Share = 0.998
+    evaluate_every: Count = 250
+    patience: Count = 6
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@checked(frozen=True, config=_STRICT, kw_only=True)
+class FlowRecipe(_ContinuousRecipe):
+    """How to train a causal flow model on the tiny autoencoder's latents.
+
+    context_noise: largest deviation of the noise on the tokens that the transformer sees, drawn per image, so that
+    small errors of earlier tokens do not add up.
+    """
+
+    family: Literal["flow"]
+    dim: Count = 384
+    layers: Count = 6
+    context_noise: Annotated[float, Field(ge=0)] = 0.2
+
+
+@checked(frozen=True, config=_STRICT, kw_only=True)
+class MARRecipe(_ContinuousRecipe):
+    """How to train a masked model (MAR) on the tiny autoencoder's latents. depth: of the encoder and of the decoder;
+    buffer: copies of the class; least_masked: smallest share of masked tokens."""
+
+    family: Literal["mar"]
+    dim: Count = 256
+    depth: Count = 4
+    buffer: Count = 16
+    least_masked: Share = 0.7
+
+
 RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe}
+FAMILIES = {"flow": FlowRecipe, "mar": MARRecipe}  # kinds of target that name their family; the others draw codes
 R = TypeVar("R")
 
 
-def read_recipe(path: str | Path, kind: type[R]) -> R:
-    """Read a YAML recipe. Raises UsageError naming the file, the key and what is allowed.
+def read_recipe(path: str | Path, kind: type[R]) -> Any:
+    """Read a YAML recipe of this kind; a target's `family` decides which target. Raises UsageError naming the file, the
+    key and what is allowed.
 
     Relative paths inside a recipe are relative to the working directory.
     """
@@ -154,6 +216,13 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
+    if kind is TargetRecipe and "family" in content:
+        family = content["family"]
+        if family not in FAMILIES:
+            raise UsageError(
+                f"{path}: family = {family!r} is not allowed: {', '.join(FAMILIES)}, or no family for codes"
+            )
+        kind = FAMILIES[family]
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
-from bozzetto.pipeline import load
+from bozzetto.loading import load
 
 
 def sample_sheet(model: Path, out: Path, per_class: int = 4, guidance: float = 2.0, batch: int = 20) -> None:

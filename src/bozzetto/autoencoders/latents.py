@@ -1,0 +1,61 @@
+"""From continuous tokens to pixels: unscale, fold into the grid, decode.
+
+A token is a scaled latent, token = (latent - shift) / scale. For the tiny autoencoder scale and shift are measured per
+channel on training pictures; published MAR models multiply by one constant (scale = 1 / 0.2325, shift = 0).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder
+
+TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """image_size: pixels a side; token_dim: D, channels of the latent; downsample: pixels per token and side."""
+
+    image_size: int = 128
+    token_dim: int = LATENT_CHANNELS
+    downsample: int = DOWNSAMPLE
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.image_size // self.downsample
+
+
+class LatentDecoder(nn.Module):
+    """decode: float [B, N, D] tokens in raster order -> [B, 3, H, W], nominally in [0, 1].
+
+    decoder: latents [B, D, h, w] -> pixels in [0, 1]; kind: what it is.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, config: LatentConfig, decoder: nn.Module, kind: str):
+        super().__init__()
+        self.config, self.kind, self.decoder = config, kind, decoder
+        self.register_buffer("scale", torch.ones(config.token_dim))
+        self.register_buffer("shift", torch.zeros(config.token_dim))
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        latent = (tokens * self.scale + self.shift).transpose(1, 2).unflatten(2, (side, side))
+        return self.decoder(latent)
+
+
+def tiny_latents(image_size: int = 128) -> LatentDecoder:
+    """The tiny autoencoder's decoder, its weights yet to be loaded."""
+    return LatentDecoder(LatentConfig(image_size), tiny_decoder(), TINY)

@@ -1,0 +1,137 @@
+"""The law of a continuous token: T Gaussian denoising steps from pure noise to the token.
+
+State 0 is N(0, I), state T the token; step k takes state k to state k + 1. "Exact" for continuous tokens means: the
+token has the law of this chain, with its schedule, its number of steps, its temperature and its last step as they are.
+Densities are kept as logarithms in float32 and summed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Gaussian(NamedTuple):
+    """mean [..., D]; std [..., D] or [..., 1], 0 where the step adds no noise."""
+
+    mean: Tensor
+    std: Tensor
+
+    def at(self, noise: Tensor) -> Tensor:
+        """mean + std noise, [..., D]."""
+        return torch.addcmul(self.mean, self.std, noise)
+
+    def rows(self, index: Tensor | tuple[Tensor, ...]) -> Gaussian:
+        """The laws at an index of the leading dimensions."""
+        return Gaussian(self.mean[index], self.std[index])
+
+
+class Ancestry(NamedTuple):
+    """What all chains of a sampler have in common, float32 [T] each: state k is signal x_0 + noise eps, and the mean of
+    the next one is of_token E[x_0 | state] + of_state state."""
+
+    signal: Tensor
+    noise: Tensor
+    of_token: Tensor
+    of_state: Tensor
+
+    def token_of(self, mean: Tensor, x: Tensor, step: Tensor) -> Tensor:
+        """E[x_0 | state] of a step with that mean, [..., D]: x [..., D], step int64 [...]."""
+        return (mean - self.of_state[step][..., None] * x) / self.of_token[step][..., None]
+
+    def mean_of(self, token: Tensor, x: Tensor, step: Tensor) -> Tensor:
+        """Mean of the step from state x with E[x_0 | state] = token, [..., D]."""
+        return self.of_token[step][..., None] * token + self.of_state[step][..., None] * x
+
+
+class ChainLaw(Protocol):
+    """The laws of the tokens at R places, one chain each.
+
+    steps: T; dim: D; shape: (B, W), the places are numbered b W + w; isotropic: the deviation of a step is one number
+    above 0 that depends on the step only, the same for every law of this model; ancestry: the sampler; calls, rows:
+    evaluations of the head so far (serial calls, and rows in them, guidance rows counted).
+    """
+
+    steps: int
+    dim: int
+    shape: tuple[int, int]
+    isotropic: bool
+    ancestry: Ancestry
+    calls: int
+    rows: int
+
+    def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
+        """ONE call of the head: the laws of the next states. x float32 [R, D]; step int64 [R] in 0..T-1; place int64
+        [R], numbers of places."""
+        ...
+
+    def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
+        """A guess of deviations at later steps, for drafts: std [R, D or 1], seen at step int64 [R]; later int64 [R, M]
+        -> [R, M, D or 1]; the deviations themselves where `isotropic`."""
+        ...
+
+
+def log_density(x: Tensor, law: Gaussian) -> Tensor:
+    """log N(x; mean, std^2), float64 [...]: x [..., D]; std > 0."""
+    z = (x - law.mean) / law.std
+    scale = law.std.log().expand_as(z)
+    return -(0.5 * z.square() + scale).sum(-1, dtype=torch.float64) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+
+
+def log_ratio(x: Tensor, top: Gaussian, bottom: Gaussian) -> Tensor:
+    """log top(x) / bottom(x), float64 [...], for x drawn from `bottom`.
+
+    A law without noise is a point: against a law with noise the ratio is 0 (its log -inf), against another point 1
+    where x is both, else 0.
+    """
+    top_still, bottom_still = (top.std == 0).all(-1), (bottom.std == 0).all(-1)
+    top_std = torch.where(top.std == 0, 1.0, top.std)
+    bottom_std = torch.where(bottom.std == 0, 1.0, bottom.std)
+    ratio = log_density(x, Gaussian(top.mean, top_std)) - log_density(x, Gaussian(bottom.mean, bottom_std))
+    same = top_still & bottom_still & (x == top.mean).all(-1)
+    return ratio.masked_fill(top_still | bottom_still, -torch.inf).masked_fill(same, 0.0)
+
+
+class Path(NamedTuple):
+    """A sampled chain and the laws of its steps. states [..., T + 1, D]; mean [..., T, D]; std [..., T, D or 1]:
+    states[k + 1] was drawn from N(mean[k], std[k]^2) given states[k]."""
+
+    states: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def token(self) -> Tensor:
+        """The last state, [..., D]."""
+        return self.states[..., -1, :]
+
+    def kernels(self) -> Gaussian:
+        """All steps at once, [..., T, D]."""
+        return Gaussian(self.mean, self.std)
+
+
+def sample_path(law: ChainLaw, place: Tensor, noise: Tensor) -> Path:
+    """Run the chains of the given places with the given noise: T serial calls of the head.
+
+    place int64 [R]; noise float32 [R, T + 1, D]: of state 0 and of each step. Returns paths [R, ...].
+    """
+    states, means, stds = [noise[:, 0]], [], []
+    for k in range(law.steps):
+        step = torch.full_like(place, k)
+        kernel = law.kernel(states[-1], step, place)
+        states.append(kernel.at(noise[:, k + 1]))
+        means.append(kernel.mean)
+        stds.append(kernel.std)
+    return Path(torch.stack(states, 1), torch.stack(means, 1), torch.stack(stds, 1))
+
+
+def score_path(law: ChainLaw, place: Tensor, states: Tensor) -> Gaussian:
+    """The law's steps at given states: ONE call of the head with R T rows. place int64 [R]; states [R, T + 1, D] ->
+    mean [R, T, D], std [R, T, D or 1]."""
+    rows, steps = len(place), law.steps
+    step = torch.arange(steps, device=place.device).repeat(rows)
+    kernel = law.kernel(states[:, :-1].flatten(0, 1), step, place.repeat_interleave(steps))
+    return Gaussian(*(part.unflatten(0, (rows, steps)) for part in kernel))

@@ -1,0 +1,166 @@
+"""The law of a continuous token: a chain of Gaussian denoising steps, as a table of coefficients.
+
+State 0 is pure noise N(0, I), state T is the token; step k takes state k to state k + 1 by a Gaussian whose mean is
+linear in the state and in the head's prediction. Two samplers:
+
+- `flow_schedule`: the ancestral sampler of the straight path x_t = t x_1 + (1 - t) x_0 (the posterior of x_s given x_t
+  and the predicted x_1, as in DDIM with eta = 1, Song et al., arXiv 2010.02502, eq. 16). Its deviations are fixed and
+  the same in every direction. The posterior of the last step has deviation 0; here it is `last_std`, so that every step
+  has a density.
+- `diffusion_schedule`: the ancestral sampler of a cosine diffusion with learned variances (Nichol and Dhariwal, arXiv
+  2102.09672) on a subset of its 1000 times, as MAR uses it. Its last step adds no noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bozzetto.errors import UsageError
+from bozzetto.laws.chain import Ancestry
+
+_TRAINED = 1000  # diffusion times
+_LARGEST_BETA = 0.999
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """time: float64 [T], path time of state k; of_state, of_velocity: float64 [T], mean = of_state x + of_velocity v;
+    std: float64 [T], deviation of step k."""
+
+    time: Tensor
+    of_state: Tensor
+    of_velocity: Tensor
+    std: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Steps of the chain, T."""
+        return len(self.time)
+
+    def ancestry(self, device: torch.device) -> Ancestry:
+        """The sampler in terms of E[x_1 | state]: v = (E[x_1 | x] - x) / (1 - t)."""
+        per_token = self.of_velocity / (1 - self.time)
+        parts = (self.time, 1 - self.time, per_token, self.of_state - per_token)
+        return Ancestry(*(part.float().to(device) for part in parts))
+
+
+def flow_schedule(steps: int, last_std: float = 0.05, shift: float = 1.0) -> FlowSchedule:
+    """Ancestral flow sampler with `steps` steps. last_std: deviation of the last one, in token units; shift: times are
+    u / (u + shift (1 - u)) of a uniform grid u (above 1: more steps near the noise).
+
+    Raises UsageError for values out of range.
+    """
+    if steps < 1:
+        raise UsageError(f"steps = {steps} is not allowed: a whole number >= 1")
+    if not 0 < last_std < 1:
+        raise UsageError(f"last_std = {last_std} is not allowed: a number between 0 and 1")
+    if not 0 < shift < math.inf:
+        raise UsageError(f"shift = {shift} is not allowed: a number > 0")
+    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    grid = grid / (grid + shift * (1 - grid))
+    t, s = grid[:-1], grid[1:]
+    kept = (1 - s) ** 2 * t / (s * (1 - t))  # the share of the old noise that stays
+    std = ((1 - s) ** 2 - kept**2).clamp_min(0).sqrt()
+    std[-1] = last_std
+    return FlowSchedule(t, s + kept, s * (1 - t) - kept * t, std)
+
+
+@dataclass(frozen=True)
+class DiffusionSchedule:
+    """Step k = 0..T-1 runs from the noisiest time down. time: float64 [T], what the head is told (0..999); recip,
+    recip_minus: float64 [T], x_0 = recip x - recip_minus eps; of_token, of_state: float64 [T], posterior mean =
+    of_token x_0 + of_state x; log_small, log_large: float64 [T], bounds of the log variance."""
+
+    time: Tensor
+    recip: Tensor
+    recip_minus: Tensor
+    of_token: Tensor
+    of_state: Tensor
+    log_small: Tensor
+    log_large: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Steps of the chain, T."""
+        return len(self.time)
+
+    def ancestry(self, device: torch.device) -> Ancestry:
+        """The sampler in terms of E[x_0 | state]."""
+        signal = 1 / self.recip
+        parts = (signal, (1 - signal**2).sqrt(), self.of_token, self.of_state)
+        return Ancestry(*(part.float().to(device) for part in parts))
+
+
+def _cosine_products(steps: int = _TRAINED) -> Tensor:
+    """Cumulative products of 1 - beta of the cosine schedule, float64 [steps]."""
+    at = torch.arange(steps + 1, dtype=torch.float64) / steps
+    level = ((at + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    betas = (1 - level[1:] / level[:-1]).clamp_max(_LARGEST_BETA)
+    return (1 - betas).cumprod(0)
+
+
+def _spaced(steps: int, noisiest: int) -> Tensor:
+    """`steps` times, evenly from 0 to `noisiest`, rounded: int64 [steps]."""
+    if not 0 <= noisiest < _TRAINED:
+        raise UsageError(f"noisiest = {noisiest} is not allowed: a whole number from 0 to {_TRAINED - 1}")
+    if not 1 <= steps <= noisiest + 1:
+        raise UsageError(f"steps = {steps} is not allowed: a whole number from 1 to {noisiest + 1}")
+    if steps == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    stride = noisiest / (steps - 1)
+    return torch.tensor([round(stride * i) for i in range(steps)])
+
+
+def diffusion_schedule(steps: int, noisiest: int = _TRAINED - 1) -> DiffusionSchedule:
+    """The cosine diffusion's sampler on `steps` of its times, the noisiest of them `noisiest`.
+
+    Published models start at time 999, where signal and noise have the ratio 1 to 20000: the first step multiplies
+    every error of the head by 316. A model may start a little later; its pure noise is then a state whose small signal
+    is left out. Raises UsageError for a count or a time out of range.
+    """
+    times = _spaced(steps, noisiest)
+    product = _cosine_products()[times]
+    before = torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
+    beta = 1 - product / before
+    small = beta * (1 - before) / (1 - product)
+    if steps > 1:
+        small[0] = small[1]  # the first is zero
+    else:
+        small = beta
+    table = DiffusionSchedule(
+        time=times.double(),
+        recip=product.rsqrt(),
+        recip_minus=(1 / product - 1).sqrt(),
+        of_token=beta * before.sqrt() / (1 - product),
+        of_state=(1 - before) * (1 - beta).sqrt() / (1 - product),
+        log_small=small.log(),
+        log_large=beta.log(),
+    )
+    return DiffusionSchedule(**{name: value.flip(0) for name, value in vars(table).items()})
+
+
+@dataclass(frozen=True)
+class NoisedTables:
+    """The cosine diffusion by time, float32 [1000]: x_t = signal x_0 + noise eps; of_noise: how the posterior mean
+    follows the predicted noise; log_small, log_large: bounds of the log variance."""
+
+    signal: Tensor
+    noise: Tensor
+    of_noise: Tensor
+    log_small: Tensor
+    log_large: Tensor
+
+
+@lru_cache
+def noised_tables() -> NoisedTables:
+    """The tables that training needs."""
+    schedule = diffusion_schedule(_TRAINED)
+    product = _cosine_products()
+    of_noise = (schedule.of_token * schedule.recip_minus).flip(0)
+    tables = (product.sqrt(), (1 - product).sqrt(), of_noise, schedule.log_small.flip(0), schedule.log_large.flip(0))
+    return NoisedTables(*(table.float() for table in tables))

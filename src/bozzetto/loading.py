@@ -1,0 +1,269 @@
+"""`bozzetto.load`: from the name or the folder of a model to a pipeline that draws its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.engine.loop import Decoder
+from bozzetto.engine.masked import DraftWindow, MaskedDecoder
+from bozzetto.errors import UsageError
+from bozzetto.models.captions import read_captions
+from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
+from bozzetto.models.flow import FlowModel
+from bozzetto.models.flow_cache import FlowSampler, FlowTarget
+from bozzetto.models.llamagen_cache import LlamaGenTarget
+from bozzetto.models.mar import MAR
+from bozzetto.models.mar_target import MARSampler, MARTarget
+from bozzetto.models.store import CONFIG, Tokenizer, config_from, load_llamagen, load_tokenizer, read_config
+from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
+from bozzetto.pipeline import ASSETS, DTYPES, Pipeline, model_folder
+from bozzetto.registry import drafter_options, make_drafter, make_rule, with_neighbours
+from bozzetto.rules.reflection import Plain
+from bozzetto.settings import GenerateSettings
+from bozzetto.workshop import TargetWorkshop
+
+
+class CodePipeline(Pipeline):
+    """A target that draws codes of a codebook."""
+
+    default_methods = ("none", "jacobi/seed-exact", "jacobi/exact")
+    default_rules: ClassVar = {"none": "seed-exact", "jacobi": "seed-exact", "eagle": "block", "model": "block"}
+
+    def __init__(
+        self,
+        name: str,
+        target: LlamaGenTarget,
+        tokenizer: Tokenizer,
+        classes: list[str],
+        dtype: str,
+        folder: Path | None = None,
+    ):
+        super().__init__(name, target, tokenizer, classes, dtype, folder)
+        writable = folder is not None and ASSETS not in folder.parents
+        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = settings.with_method("jacobi", self.default_rules)
+        if is_path_method(settings.drafter, settings.rule):
+            raise UsageError(f"rule {settings.rule!r} is for continuous tokens: {self.name} draws codes")
+        for option in ("steps", "passes", "guidance_schedule"):
+            if getattr(settings, option):
+                raise UsageError(f"{option} is not allowed here: {self.name} draws codes, without a denoising head")
+        return settings
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        name, options = drafter_options(drafter)
+        return self.workshop.drafter_digest(name, getattr(options, "folder", ""))
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
+        settings = self.resolve(settings)
+        window = settings.window_for(batch, self.target.length, self.dtype)
+        widen = None
+        if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
+            widen = partial(settings.window_for, length=self.target.length, dtype=self.dtype)
+        drafter = make_drafter(settings.drafter, window, widen, self.workshop)
+        # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
+        rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
+        rule = with_neighbours(rule, self.workshop.neighbours)
+        return Decoder(self.target, drafter, rule, settings.law, settings.tv_budget), window
+
+
+class FlowPipeline(Pipeline):
+    """A causal target that draws continuous tokens. network: what `target` was made from; sampler: of its head."""
+
+    default_methods = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
+    default_rules: ClassVar = {"none": "plain", "jacobi": "chains"}
+
+    def __init__(
+        self,
+        name: str,
+        network: FlowModel,
+        sampler: FlowSampler,
+        tokenizer: Any,
+        classes: list[str],
+        dtype: str,
+        folder: Path,
+    ):
+        self.network = network
+        super().__init__(name, FlowTarget(network, sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = vector_settings(self.name, settings, "jacobi", self.default_rules)
+        for option in ("passes", "guidance_schedule"):
+            if getattr(settings, option):
+                raise UsageError(f"{option} is not allowed here: {self.name} is causal, not masked")
+        return settings
+
+    def blank_inputs(self, labels: Tensor) -> Tensor:
+        return torch.zeros(len(labels), 1, self.target.token_dim, device=labels.device)
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
+        settings = self.resolve(settings)
+        window, target = settings.window_for(batch, self.target.length, self.dtype), self.target
+        if settings.steps and settings.steps != target.sampler.steps:
+            target = FlowTarget(self.network, replace(target.sampler, steps=settings.steps), DTYPES[self.dtype])
+        drafter = make_path_drafter(settings.drafter, window, target)
+        return Decoder(target, drafter, make_path_rule(settings.rule), settings.law), window
+
+
+class MaskedPipeline(Pipeline):
+    """A masked target that draws continuous tokens. network: what targets are made from; sampler: the model's."""
+
+    default_methods = ("none", "none@passes=64", "none/coupled")
+    default_rules: ClassVar = {"none": "coupled", "model": "cspd"}
+
+    def __init__(
+        self,
+        name: str,
+        network: MAR,
+        sampler: MARSampler,
+        tokenizer: Any,
+        classes: list[str],
+        dtype: str,
+        folder: Path,
+    ):
+        self.network, self.sampler = network, sampler
+        self.made: dict[tuple[str, MARSampler], MARTarget] = {}
+        target = MARTarget(network, sampler, DTYPES[dtype])
+        super().__init__(name, target, tokenizer, classes, dtype, folder)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        return vector_settings(self.name, settings, "none", self.default_rules)
+
+    def sampler_for(self, settings: GenerateSettings) -> MARSampler:
+        """The model's sampler with what the settings change."""
+        asked = {n: getattr(settings, n) for n in ("steps", "passes", "guidance_schedule") if getattr(settings, n)}
+        return replace(self.sampler, **asked)
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[MaskedDecoder, int]:
+        settings = self.resolve(settings)
+        name, options = path_drafter_options(settings.drafter)
+        if name not in ("none", "model"):
+            raise UsageError(f"drafter {settings.drafter!r} is not allowed here: {self.name} is masked (none, model)")
+        sampler, rule = self.sampler_for(settings), make_path_rule(settings.rule)
+        target = self._target("", sampler)
+        if name == "none":
+            return MaskedDecoder(target, rule, settings.law), 1
+        window = DraftWindow(options.length, options.prefill)
+        return MaskedDecoder(target, rule, settings.law, self._target(options.folder, sampler), window), options.length
+
+    def _target(self, folder: str, sampler: MARSampler) -> MARTarget:
+        """The model ("") or a smaller one, with a sampler; each is made once."""
+        if not folder and sampler == self.sampler:
+            return self.target
+        if (folder, sampler) not in self.made:
+            network = self.network
+            if folder:
+                smaller = load_continuous(Path(folder)).to(self.target.device)
+                if not isinstance(smaller, MAR):
+                    raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
+                network = smaller
+            self.made[folder, sampler] = MARTarget(network, sampler, DTYPES[self.dtype])
+        return self.made[folder, sampler]
+
+    def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
+        sampler = self.sampler_for(settings)
+        target, done = self._target("", sampler), 0
+        tokens = torch.zeros(len(labels), target.length, target.token_dim, device=labels.device)
+        order = torch.arange(target.length, device=labels.device).expand(len(labels), -1)
+        for count in target.counts(sampler.passes):
+            known, places = order[:, :done], order[:, done : done + count]
+            yield target.features(labels, tokens, known, places, settings.law.guided)
+            done += count
+
+
+def vector_settings(name: str, settings: GenerateSettings, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:
+    """Settings for a model of continuous tokens: `auto` replaced, the sequential sampler as `none/plain`."""
+    settings = settings.with_method(drafter, rules)
+    if settings.sequential:
+        settings = replace(settings, rule=Plain.name)
+    if not is_path_method(settings.drafter, settings.rule):
+        raise UsageError(f"rule {settings.rule!r} is for codes: {name} draws continuous tokens")
+    if settings.tv_budget is not None:
+        raise UsageError(f"tv_budget is not allowed here: {name} draws continuous tokens")
+    return settings
+
+
+def load(
+    model: str | Path = "flowers", *, dtype: str = "float32", device: str = "cpu", captions: str | Path | None = None
+) -> Pipeline:
+    """Load a shipped model by name, or a model folder. dtype: float32 or bfloat16 (the target's passes only).
+
+    captions: features file of a text-conditional model (models/captions.py); its captions then stand for the classes.
+    Raises UsageError for an unknown model, dtype or device and for files that do not fit together.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r} (allowed: {', '.join(DTYPES)})")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
+    folder = model_folder(model)
+    config = read_config(folder)
+    if config.get("family") in (FLOW, MASKED):
+        if captions is not None:
+            raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
+        return _load_vectors(folder, config, dtype, device)
+    return _load_codes(folder, config, dtype, device, captions)
+
+
+def _load_codes(
+    folder: Path, config: dict[str, Any], dtype: str, device: str, captions: str | Path | None
+) -> CodePipeline:
+    network = load_llamagen(folder).to(device)
+    tokenizer = load_tokenizer(folder).to(device)
+    names = config.get("class_names")
+    target = LlamaGenTarget(network, DTYPES[dtype])
+    if network.config.captioned:
+        if captions is None:
+            raise UsageError(f"{folder} draws captions: give a file of their features with --captions")
+        names, *given = read_captions(captions, network.config)
+        target = target.with_captions(*given)
+    elif captions is not None:
+        raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
+    else:
+        names = _class_names(folder, config, network.config.classes)
+    have, want = tokenizer.config, network.config
+    if (have.codes, have.grid) != (want.vocab, want.grid):
+        raise UsageError(
+            f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
+            f"{want.vocab} on {want.grid}x{want.grid}"
+        )
+    classes = [str(n).lower() for n in names]
+    return CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder)
+
+
+def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str) -> Pipeline:
+    network = load_continuous(folder).to(device)
+    tokenizer = load_latents(folder).to(device)
+    classes = [str(n).lower() for n in _class_names(folder, config, network.config.classes)]
+    have, want = tokenizer.config, network.config
+    if (have.token_dim, have.grid) != (want.token_dim, want.grid):
+        raise UsageError(
+            f"{folder}: the decoder takes {have.token_dim} numbers on a {have.grid}x{have.grid} grid, the target draws "
+            f"{want.token_dim} on {want.grid}x{want.grid}"
+        )
+    name, sampler = _name(folder, config), config.get("sampler", {})
+    if isinstance(network, MAR):
+        masked = config_from(MARSampler, sampler, folder / CONFIG)
+        return MaskedPipeline(name, network, masked, tokenizer, classes, dtype, folder)
+    made = config_from(FlowSampler, sampler, folder / CONFIG)
+    return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
+
+
+def _name(folder: Path, config: dict[str, Any]) -> str:
+    return str(config.get("name", folder.name))
+
+
+def _class_names(folder: Path, config: dict[str, Any], classes: int) -> list[Any]:
+    names = config.get("class_names")
+    if not isinstance(names, list) or len(names) != classes:
+        raise UsageError(f"{folder}: class_names must list {classes} names")
+    return names

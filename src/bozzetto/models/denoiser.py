@@ -1,0 +1,136 @@
+"""The diffusion head of a continuous-token model: a small MLP under adaptive layer norm (Li et al., arXiv 2406.11838).
+
+One network call sees one noisy token, its time and the backbone's condition for that token. Parameter names are those
+of the published MAR checkpoints (below `diffloss.net`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_FREQUENCIES = 256
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """token_dim: D, numbers of a token; out_dim: numbers predicted (D, or 2 D with learned variances); condition_dim:
+    length of the backbone's condition z; width, depth: channels and residual blocks."""
+
+    token_dim: int
+    out_dim: int
+    condition_dim: int
+    width: int
+    depth: int
+
+
+def time_features(times: Tensor, size: int = _FREQUENCIES, longest: float = 10000.0) -> Tensor:
+    """Cosines and sines of times float [R] at `size` / 2 geometric frequencies: float32 [R, size]."""
+    half = size // 2
+    rates = torch.exp(-math.log(longest) / half * torch.arange(half, dtype=torch.float32, device=times.device))
+    angles = times.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class TimeEmbedding(nn.Module):
+    """An MLP over `time_features`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """Its two linear maps, typed."""
+        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+
+    def forward(self, times: Tensor) -> Tensor:
+        return self.mlp(time_features(times).to(self.linears[0].weight.dtype))
+
+
+class ModulatedBlock(nn.Module):
+    """x + gate * MLP(scaled and shifted layer norm of x); shift, scale and gate come from the condition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    @property
+    def modulation(self) -> nn.Linear:
+        """The linear map from the condition, typed."""
+        return cast(nn.Linear, self.adaLN_modulation[-1])
+
+    @property
+    def linears(self) -> list[Tensor]:
+        """Weights and biases of the two linear maps in turn."""
+        return list(self.mlp.parameters())
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)
+        return x + gate * self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale))
+
+
+class FinalLayer(nn.Module):
+    """A linear read-out of the scaled and shifted layer norm."""
+
+    def __init__(self, width: int, out_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(width, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    @property
+    def modulation(self) -> nn.Linear:
+        """The linear map from the condition, typed."""
+        return cast(nn.Linear, self.adaLN_modulation[-1])
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
+        normed = F.layer_norm(x, (x.shape[-1],), eps=_EPS)
+        return self.linear(torch.addcmul(shift, normed, 1 + scale))
+
+
+class Denoiser(nn.Module):
+    """(noisy token, time, condition) -> prediction. It starts as the zero map."""
+
+    def __init__(self, config: DenoiserConfig):
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeEmbedding(config.width)
+        self.cond_embed = nn.Linear(config.condition_dim, config.width)
+        self.input_proj = nn.Linear(config.token_dim, config.width)
+        self.res_blocks = nn.ModuleList(ModulatedBlock(config.width) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.width, config.out_dim)
+        self._initialise()
+
+    @property
+    def blocks(self) -> list[ModulatedBlock]:
+        """The residual blocks, typed."""
+        return [block for block in self.res_blocks if isinstance(block, ModulatedBlock)]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in self.time_embed.linears:
+            nn.init.normal_(layer.weight, std=0.02)
+        layers: list[ModulatedBlock | FinalLayer] = [*self.blocks, self.final_layer]
+        for block in layers:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
+        """x [R, D], times [R] (0 to 1000), condition [R, C] -> [R, out_dim]."""
+        y = self.time_embed(times) + self.cond_embed(condition)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)

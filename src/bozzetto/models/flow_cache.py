@@ -1,0 +1,63 @@
+"""The cached decoder of a causal flow model: LlamaGen's cache, continuous tokens in, laws of their heads out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.laws.schedules import FlowSchedule, flow_schedule
+from bozzetto.models.base import Scores
+from bozzetto.models.flow import TIME_SCALE, FlowModel
+from bozzetto.models.heads import FlowLaw, PackedDenoiser
+from bozzetto.models.llamagen_cache import CausalSession, CausalTarget
+
+
+@dataclass(frozen=True)
+class FlowSampler:
+    """How the head is sampled: see `flow_schedule`."""
+
+    steps: int = 16
+    last_std: float = 0.05
+    shift: float = 1.0
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        return flow_schedule(self.steps, self.last_std, self.shift)
+
+
+class FlowTarget(CausalTarget):
+    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N."""
+
+    @torch.no_grad()
+    def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
+        self.config, self.sampler, self.schedule = model.config.body, sampler, sampler.schedule
+        self.length, self.token_dim = model.config.length, model.config.token_dim
+        super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
+        self.positions = model.positions.to(dtype)
+        self.embedding = (model.token_embedding.weight.to(dtype), model.token_embedding.bias.to(dtype))
+        self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, dtype)
+
+    @torch.no_grad()
+    def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
+        """labels int64 [B] in 0..classes (classes: unconditional); guided: also keep unconditional rows; max_width:
+        widest later pass."""
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
+        condition = self.conditions(labels) + self.positions[0]
+        return CausalSession(self, condition, None, 2 if guided else 1, max_width)
+
+    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
+        x = F.linear(inputs.to(self.dtype), *self.embedding)
+        return x + self.positions[position.clamp_max(self.length - 1)]
+
+    def read_out(self, x: Tensor) -> Scores:
+        return Scores(None, x)
+
+    def law(self, features: Tensor, guidance: float, temperature: float) -> FlowLaw:
+        """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1."""
+        rows, width = features.shape[:2]
+        batch = rows if guidance == 1 else rows // 2
+        return FlowLaw(self.schedule, self.head, features.flatten(0, 1), (batch, width), guidance, temperature)

@@ -1,0 +1,102 @@
+"""The drafters and rules of continuous tokens by name; written as those of codes are (registry.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from bozzetto.drafters.base import Drafter
+from bozzetto.drafters.jacobi_paths import JacobiPaths
+from bozzetto.drafters.none import NoPaths
+from bozzetto.engine.masked import DraftWindow
+from bozzetto.errors import UsageError
+from bozzetto.models.flow_cache import FlowTarget
+from bozzetto.registry import DRAFTERS, RULES, filled, split_spec
+from bozzetto.registry import Plain as NoOptions
+from bozzetto.rules.chains import Chains
+from bozzetto.rules.cspd import Cspd
+from bozzetto.rules.joint import Joint
+from bozzetto.rules.path_block import PathBlock
+from bozzetto.rules.paths import PathRule
+from bozzetto.rules.pathwise import Pathwise
+from bozzetto.rules.reflection import Coupled, Plain, Reflection
+
+
+@dataclass(frozen=True)
+class Window:
+    """spread: deviation of a token around what the one above it says, which first drafts assume."""
+
+    spread: float = 0.88
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spread < float("inf"):
+            raise UsageError(f"spread = {self.spread} is not allowed: a number > 0")
+
+
+@dataclass(frozen=True)
+class SmallerMasked:
+    """For a masked model. folder: a model folder of a smaller one of the same tokens; length: autoregressive steps that
+    are drafted at a time; prefill: share of the steps that the target does alone at the beginning."""
+
+    folder: str = field()
+    length: int = 8
+    prefill: float = 0.05
+
+    def __post_init__(self) -> None:
+        DraftWindow(self.length, self.prefill)  # raises UsageError
+
+
+PATH_DRAFTERS: Mapping[str, type] = MappingProxyType({"none": NoOptions, "model": SmallerMasked, "jacobi": Window})
+PATH_RULES: Mapping[str, type[PathRule]] = MappingProxyType(
+    {rule.name: rule for rule in (Plain, Reflection, Coupled, Chains, Joint, PathBlock, Pathwise, Cspd)}
+)
+ALONE = tuple(rule.name for rule in (Plain, Reflection, Coupled))  # rules that need no drafter
+
+
+def make_path_rule(spec: str) -> PathRule:
+    """A rule as written. Raises UsageError for an unknown name or option, or a value out of range."""
+    name, options = split_spec(spec)
+    if name not in PATH_RULES:
+        raise UsageError(f"unknown rule {name!r} for continuous tokens (allowed: {', '.join(PATH_RULES)})")
+    return filled(PATH_RULES[name], spec, options)
+
+
+def path_drafter_options(spec: str) -> tuple[str, Any]:
+    """A drafter's name and options as written. Raises UsageError for an unknown name or option."""
+    name, options = split_spec(spec)
+    if name not in PATH_DRAFTERS:
+        raise UsageError(f"unknown drafter {name!r} for continuous tokens (allowed: {', '.join(PATH_DRAFTERS)})")
+    return name, filled(PATH_DRAFTERS[name], spec, options)
+
+
+def make_path_drafter(spec: str, window: int, target: FlowTarget) -> Drafter:
+    """window: scored places per pass of a window drafter, >= 1. Raises UsageError for an unknown name."""
+    name, options = path_drafter_options(spec)
+    if name == "none":
+        return NoPaths(target.token_dim)
+    schedule, device = target.schedule, target.device
+    std = schedule.std.float().to(device)
+    ancestry = schedule.ancestry(device)
+    return JacobiPaths(window, target.config.grid, target.token_dim, ancestry, std, options.spread)
+
+
+def is_path_method(drafter: str, rule: str) -> bool:
+    """Whether a method as written is one for continuous tokens. (`block` is a rule of both kinds: there the drafter
+    tells.)"""
+    name = split_spec(rule)[0]
+    return name in PATH_RULES and not (name in RULES and split_spec(drafter)[0] in DRAFTERS)
+
+
+def check_path_method(drafter: str, rule: str) -> None:
+    """Raises UsageError where a drafter and a rule for continuous tokens, as written, do not go together."""
+    name, _ = path_drafter_options(drafter)
+    made = make_path_rule(rule)
+    if name == "none" and made.name not in ALONE:
+        raise UsageError(f"rule {rule!r} verifies drafts, drafter 'none' makes none (allowed: {', '.join(ALONE)})")
+    if name != "none" and made.name in ALONE:
+        raise UsageError(f"rule {rule!r} needs no drafter: drafter {drafter!r} is not allowed, 'none' is")
+    if name == "jacobi" and not made.window:
+        fit = ", ".join(r for r, kind in PATH_RULES.items() if kind.window)
+        raise UsageError(f"rule {rule!r} does not carry a window on, which drafter 'jacobi' needs (allowed: {fit})")

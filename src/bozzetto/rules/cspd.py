@@ -1,0 +1,127 @@
+"""Continuous speculative decoding (CSpD), as published and as released. Not lossless.
+
+Wang et al., arXiv 2411.11925. Draft and target denoise every token with the same noise ("trajectory alignment"), each
+along its own path. With x_0 the drafted token, x_1 the states before it and Sigma the product of draft deviations over
+target deviations of all steps but the last, a draft is kept with probability
+
+    min(1, Sigma N(x_0; mu_p(x_1^p), sigma_p^2) / N(x_0; mu_q(x_1^q), sigma_q^2)),
+
+and a rejected one is drawn again from N(mu_p(x_1^p), sigma_p^2), a candidate x surviving with probability
+(1 - q(x) / (Sigma p(x)))_+. Without Sigma this is a maximal coupling of the two last steps, which is exact; with it
+target mass is weighted by a number that has nothing to do with the token.
+
+The released code differs: Sigma is inverted, the two deviations of the test (not those of the redraw) are multiplied by
+an inner temperature of 42, and a rejected token is replaced in place while the drafts behind it, made from it, are
+kept. There the target also sees none of the drafts; for a masked model that is the business of the decode loop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.errors import UsageError
+from bozzetto.laws.chain import ChainLaw, Gaussian, Path, log_density, sample_path
+from bozzetto.laws.noise import fold, normal, uniform
+from bozzetto.rules.base import leading
+from bozzetto.rules.paths import PathNoise, PathRule
+
+_INNER = {"paper": 1.0, "released": 42.0}  # inner temperatures
+
+
+@dataclass(frozen=True)
+class Cspd(PathRule):
+    """variant: `paper` ends a window at the first rejection; `released` replaces rejected tokens in place and counts
+    the whole window as accepted. inner_temperature: 0 is the variant's own, 1 or 42; tries: candidates of a redraw,
+    after which the target's own sample from the shared noise is taken; last_std: deviation of the last step where the
+    sampler itself adds no noise there (the default is that of a 100-step cosine sampler)."""
+
+    name: ClassVar[str] = "cspd"
+    fixed_noise: ClassVar[bool] = True
+    bias: ClassVar[str] = (
+        "no bound: the test weighs the target by a ratio of deviations that the redraw does not undo, and `released` "
+        "keeps tokens drafted after a rejected one; the distance to the target's own sample is recorded"
+    )
+
+    variant: str = "paper"
+    inner_temperature: float = 0.0
+    tries: int = 100
+    last_std: float = 0.0064
+
+    def __post_init__(self) -> None:
+        for name, value, fine, allowed in (
+            ("variant", self.variant, self.variant in _INNER, "paper or released"),
+            ("inner_temperature", self.inner_temperature, 0 <= self.inner_temperature < math.inf, "a number >= 0"),
+            ("tries", self.tries, self.tries >= 0, "a whole number >= 0"),
+            ("last_std", self.last_std, 0 < self.last_std < math.inf, "a number > 0"),
+        ):
+            if not fine:
+                raise UsageError(f"{name} = {value} is not allowed: {allowed}")
+
+    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+        batch, length = draft.tokens.shape[:2]
+        place = torch.arange(batch * (length + 1), device=noise.keys.device)
+        aligned = sample_path(law, place, noise.fixed.flatten(0, 1))
+        aligned = Path(*(part.unflatten(0, (batch, length + 1)) for part in aligned))
+        tokens, accepted = aligned.token.clone(), torch.zeros_like(noise.keys[:, 0])
+        if length:
+            if draft.path is None:
+                raise ValueError("rule 'cspd' needs the drafts' paths")
+            target = Path(*(part[:, :length] for part in aligned))
+            sigma = self.log_sigma(draft.path, target)
+            p, q = self._last(target), self._last(draft.path)
+            keep = uniform(fold(noise.keys[:, :length], 0)).log() < self.log_ratio(draft.tokens, p, q, sigma)
+            accepted = leading(keep)
+            if self.variant == "released":
+                kept, redrawn = keep, ~keep
+                accepted = torch.full_like(accepted, length)
+            else:
+                column = torch.arange(length, device=place.device)
+                kept, redrawn = column < accepted[:, None], column == accepted[:, None]
+            at = redrawn.nonzero(as_tuple=True)
+            mine = tokens[:, :length]
+            mine[at] = self._redraw(p.rows(at), q.rows(at), sigma[at], noise.keys[at], mine[at])
+            mine[kept] = draft.tokens[kept]
+        return PathVerdict(tokens, accepted, distance=(tokens - aligned.token).abs().amax(-1))
+
+    def log_sigma(self, draft: Path, target: Path) -> Tensor:
+        """log of the product of deviations, float64 [...]: draft over target in the paper, target over draft in the
+        code; steps without noise count as 1."""
+
+        def total(path: Path) -> Tensor:
+            std = path.std[..., :-1, :].double().expand_as(path.mean[..., :-1, :])
+            return torch.where(std > 0, std, 1.0).log().sum((-1, -2))
+
+        sigma = total(draft) - total(target)
+        return -sigma if self.variant == "released" else sigma
+
+    def log_ratio(self, x: Tensor, p: Gaussian, q: Gaussian, log_sigma: Tensor) -> Tensor:
+        """log of Sigma p(x) / q(x) at the inner temperature, float64 [...]."""
+        heat = self.inner_temperature or _INNER[self.variant]
+        p, q = Gaussian(p.mean, p.std * heat), Gaussian(q.mean, q.std * heat)
+        return log_sigma + log_density(x, p) - log_density(x, q)
+
+    def _last(self, path: Path) -> Gaussian:
+        """The last step's law, with noise."""
+        std = path.std[..., -1, :]
+        return Gaussian(path.mean[..., -1, :], torch.where(std > 0, std, self.last_std))
+
+    def _redraw(self, p: Gaussian, q: Gaussian, log_sigma: Tensor, keys: Tensor, own: Tensor) -> Tensor:
+        """Tokens [R, D] after a rejection; own: what the target drew from the shared noise."""
+        out, left = own.clone(), torch.arange(len(keys), device=keys.device)
+        dims = torch.arange(own.shape[-1], device=keys.device)
+        for attempt in range(1, self.tries + 1):
+            if not len(left):
+                break
+            key, law, other = fold(keys[left], attempt), p.rows(left), q.rows(left)
+            x = law.at(normal(fold(fold(key, 1)[:, None], dims)))
+            log_q_p = log_density(x, other) - log_sigma[left] - log_density(x, law)
+            survives = uniform(fold(key, 0)).log() > log_q_p
+            out[left[survives]] = x[survives]
+            left = left[~survives]
+        return out

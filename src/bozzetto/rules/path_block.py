@@ -1,0 +1,132 @@
+"""Block verification over the denoising steps of each drafted token. Exact.
+
+With r_i the density ratio target : draft of step i, the weights w_0 = 1, w_i = min(1, w_{i-1} r_i) run along a drafted
+path. From its end down, the first i steps are kept with probability w_T at i = T and S_i / (S_i + 1 - w_i) below, where
+S_i = int [w_i p(. | X_i) - q(. | X_i)]+; the state after the kept steps has law norm([w_i p - q]+), and the target's
+head goes on from there. No rule that decides this way keeps more steps on average. (Sun et al., arXiv 2403.10444; on
+denoising steps Soen et al., arXiv 2606.13426.)
+
+A token is accepted where its whole path is. At the first that is not, part of its path is saved still; later drafts are
+dropped. Steps with equal fixed deviations have S_i and the residual in closed form; for others a Bernoulli race needs
+densities only (rules/coupling.py). Neither calls a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.errors import UsageError
+from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, score_path
+from bozzetto.laws.noise import fold, uniform
+from bozzetto.rules.base import leading
+from bozzetto.rules.coupling import MOST_TRIES, excess, excess_draw, fresh_noise, race_round
+from bozzetto.rules.paths import PathNoise, PathRule
+
+
+@dataclass
+class _Broken:
+    """The first not fully accepted path of R images. draft, target: laws of its steps [R, T, ...]; log_w: float64 [R, T
+    + 1]; keys: int64 [R]."""
+
+    draft: Gaussian
+    target: Gaussian
+    log_w: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class PathBlock(PathRule):
+    """Block verification of denoising paths; no parameters."""
+
+    name: ClassVar[str] = "block"
+    exact: ClassVar[bool] = True
+
+    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+        batch, length = draft.tokens.shape[:2]
+        device = noise.keys.device
+        images = torch.arange(batch, device=device)
+        accepted = torch.zeros_like(images)
+        rejected = images[:0]
+        if length:
+            if draft.path is None:
+                raise ValueError("rule 'block' needs the drafts' paths")
+            place = images[:, None] * (length + 1) + torch.arange(length, device=device)
+            target = _unflat(score_path(law, place.flatten(), draft.path.states.flatten(0, 1)), batch)
+            log_w = weights(log_ratio(draft.path.states[:, :, 1:], target, draft.path.kernels()))
+            accepted = leading(uniform(fold(noise.keys[:, :length], 0)).log() < log_w[..., -1])
+            rejected = (accepted < length).nonzero()[:, 0]
+        key = noise.keys.gather(1, accepted[:, None])[:, 0]
+        fresh = fresh_noise(fold(key, 1), law.steps, law.dim)
+        x, step = fresh[:, 0].clone(), torch.zeros_like(images)
+        if len(rejected):
+            assert draft.path is not None
+            at = (rejected, accepted[rejected])
+            broken = _Broken(draft.path.kernels().rows(at), target.rows(at), log_w[at], key[rejected])
+            equal = law.isotropic and bool((broken.draft.std == broken.target.std).all())
+            kept, x[rejected] = self._closed(broken) if equal else self._raced(broken)
+            step[rejected] = kept + 1
+        own = finish(law, images * (length + 1) + accepted, x, step, fresh)
+        tokens = torch.cat([draft.tokens, own[:, None]], 1)
+        tokens[images, accepted] = own
+        return PathVerdict(tokens, accepted)
+
+    def _closed(self, broken: _Broken) -> tuple[Tensor, Tensor]:
+        """Equal deviations: kept states' last index int64 [R] and the next state [R, D], without trial and error."""
+        draft, target, log_w = broken.draft, broken.target, broken.log_w[:, :-1]
+        delta = ((target.mean - draft.mean).double() / target.std.double()).norm(dim=-1)
+        mass = excess(log_w, delta)
+        steps = torch.arange(log_w.shape[1], device=log_w.device)
+        u = uniform(fold(fold(broken.keys, 2)[:, None], steps))
+        # Whatever is left at the start is kept there: w_0 = 1.
+        kept = torch.where(u * (mass - log_w.expm1()) < mass, steps, 0).amax(1)
+        at = (torch.arange(len(kept), device=kept.device), kept)
+        return kept, excess_draw(log_w[at], draft.mean[at], target.rows(at), fold(broken.keys, 3))
+
+    def _raced(self, broken: _Broken) -> tuple[Tensor, Tensor]:
+        """The same for any diagonal Gaussians. Raises UsageError where a race does not end, which finite densities
+        cannot cause."""
+        steps = broken.target.mean.shape[1]
+        level = torch.full_like(broken.keys, steps - 1)
+        x = torch.empty_like(broken.target.mean[:, 0])
+        left = torch.arange(len(level), device=level.device)
+        for attempt in range(MOST_TRIES + steps):
+            at = (left, level[left])
+            keys = fold(fold(broken.keys[left], 2), attempt)
+            won, lost, y = race_round(broken.log_w[at], broken.draft.rows(at), broken.target.rows(at), keys)
+            x[left[won]] = y[won]
+            level[left] = (level[left] - lost.long()).clamp_min(0)
+            left = left[~won]
+            if not len(left):
+                return level, x
+        raise UsageError(f"a race did not end after {MOST_TRIES + steps} rounds: the laws of a step are not finite")
+
+
+def weights(log_r: Tensor) -> Tensor:
+    """log w_i of log ratios float64 [..., T] -> [..., T + 1]: w_0 = 1, w_i = min(1, w_{i-1} r_i)."""
+    total = torch.nn.functional.pad(log_r.cumsum(-1), (1, 0))
+    return total - total.cummax(-1).values  # a walk that may not rise above its start
+
+
+def finish(law: ChainLaw, place: Tensor, x: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+    """Run chains on from states x [R, D] that stand before steps int64 [R] (T: they are done) -> tokens [R, D].
+
+    place int64 [R]; noise float32 [R, T + 1, D]: entry k + 1 is that of step k. As many serial head calls as the
+    longest needs: later starters join when it comes to their step.
+    """
+    order = step.argsort(stable=True)
+    joined = (step[:, None] <= torch.arange(law.steps, device=step.device)).sum(0).tolist()
+    place, x, noise = place[order], x[order], noise[order]
+    for k, count in enumerate(joined):
+        if count:
+            kernel = law.kernel(x[:count], torch.full_like(place[:count], k), place[:count])
+            x[:count] = kernel.at(noise[:count, k + 1])
+    return torch.empty_like(x).index_copy_(0, order, x)
+
+
+def _unflat(law: Gaussian, batch: int) -> Gaussian:
+    return Gaussian(*(part.unflatten(0, (batch, -1)) for part in law))

@@ -1,0 +1,49 @@
+"""Pathwise: keep a drafted token that is within epsilon of the target's own sample from the same noise.
+
+The target's chains at all places of a window are run with the noise of the sequential sampler, in one batch. A draft is
+kept while each of its D numbers is within epsilon of the target's own; at the first that is not, the target's own token
+is taken and the drafts after it are dropped. So every committed token is within epsilon of what the target itself would
+have drawn from the same noise and the same committed context; epsilon = 0 is the sequential image of the seed. (The
+coupling is by common random numbers; the test with its bound is this project's own.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.errors import UsageError
+from bozzetto.laws.chain import ChainLaw, sample_path
+from bozzetto.rules.base import leading
+from bozzetto.rules.paths import PathNoise, PathRule
+
+
+@dataclass(frozen=True)
+class Pathwise(PathRule):
+    """epsilon: largest distance, in units of the tokens' deviation, in any of the D numbers of a token."""
+
+    name: ClassVar[str] = "pathwise"
+    needs_path: ClassVar[bool] = False
+    fixed_noise: ClassVar[bool] = True
+    window: ClassVar[bool] = True
+    bias: ClassVar[str] = "every number of a token is within epsilon of the target's own sample from the same noise"
+
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < float("inf"):
+            raise UsageError(f"epsilon = {self.epsilon} is not allowed: a number >= 0")
+
+    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+        batch, length = draft.tokens.shape[:2]
+        place = torch.arange(batch * (length + 1), device=noise.keys.device)
+        own = sample_path(law, place, noise.fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
+        apart = (own[:, :length] - draft.tokens).abs().amax(-1)  # [B, M]
+        accepted = leading(apart <= self.epsilon)
+        kept = torch.arange(length, device=place.device) < accepted[:, None]
+        tokens = torch.cat([torch.where(kept[..., None], draft.tokens, own[:, :length]), own[:, length:]], 1)
+        distance = torch.nn.functional.pad(apart.masked_fill(~kept, 0.0), (0, 1))
+        return PathVerdict(tokens, accepted, distance=distance)

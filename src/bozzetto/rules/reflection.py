@@ -1,0 +1,197 @@
+"""Speculation inside one token: the next M denoising steps are drafted from the last prediction of the head, ONE
+batched head call checks them all, and a coupling repairs the first that fails. Exact, without a drafter.
+
+Frozen-drift drafts: De Bortoli et al., arXiv 2501.05370. There the last prediction itself is carried on; here it is
+carried on as if the token's law were Gaussian with deviation `spread` (0: the predicted token is frozen): the predicted
+token then follows the state as the posterior mean of that Gaussian does. Any function of the past may be a draft, so
+this changes how often drafts are kept and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.errors import UsageError
+from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_path
+from bozzetto.laws.noise import fold, uniform
+from bozzetto.rules.base import leading
+from bozzetto.rules.coupling import redraw, reflect
+from bozzetto.rules.paths import PathNoise, PathRule
+
+
+@dataclass
+class _Rows:
+    """Chains in progress. slot: int64 [R], where each stands among the caller's; place: which law; x: float32 [R, D] at
+    state index k int64 [R]; centre [R, D]: mean of the Gaussian that stands for the token's law; std [R, D or 1],
+    std_step: the deviation last seen and its step; noise [R, T + 1, D]; keys int64 [R]; log_u float64 [R, T]: of the
+    tests, by step."""
+
+    slot: Tensor
+    place: Tensor
+    x: Tensor
+    k: Tensor
+    centre: Tensor
+    std: Tensor
+    std_step: Tensor
+    noise: Tensor
+    keys: Tensor
+    log_u: Tensor
+
+    def keep(self, rows: Tensor) -> _Rows:
+        return _Rows(**{name: value[rows] for name, value in vars(self).items()})
+
+
+class Speculation:
+    """Samples chains of a law with drafted steps. depth: drafted steps per head call, M; spread: see above."""
+
+    def __init__(self, law: ChainLaw, depth: int, spread: float):
+        self.law, self.depth = law, depth
+        a = law.ancestry
+        # Posterior mean of a token N(m, s^2) given a state x: m + gain (x - signal m). So the step's mean is linear in
+        # the state and in m.
+        self.gain = a.signal * spread**2 / (a.signal.square() * spread**2 + a.noise.square())  # [T]
+        of_x, of_centre = a.of_token * self.gain + a.of_state, a.of_token * (1 - self.gain * a.signal)
+        self.linear = torch.stack([of_x, of_centre], -1)[..., None]  # [T, 2, 1]
+        # The centre from the step's mean and the state, the same equation solved for m.
+        self.solved = torch.stack([1 / of_centre, -of_x / of_centre], -1)[..., None]
+
+    def run(self, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
+        """Tokens float32 [R, D] of places int64 [R]. noise float32 [R, T + 1, D]: of state 0 and of each step; keys
+        int64 [R]: what the couplings' own randomness is made of."""
+        slot, zeros = torch.arange(len(place), device=place.device), torch.zeros_like(place)
+        start = noise[:, 0]
+        centre, std = torch.zeros_like(start), torch.ones_like(start[:, :1])
+        steps = fold(keys[:, None], torch.arange(self.law.steps, device=keys.device))
+        log_u = uniform(fold(steps, 0)).log()
+        rows = _Rows(slot, place, start, zeros, centre, std, zeros, noise, keys, log_u)
+        out = torch.empty_like(start)
+        while len(rows.slot):
+            rows = self._round(rows)
+            going = (rows.k < self.law.steps).nonzero()[:, 0]
+            if len(going) < len(rows.slot):
+                out[rows.slot] = rows.x  # those in progress are written again later
+                rows = rows.keep(going)
+        return out
+
+    def _draft(self, rows: _Rows, step: Tensor, fresh: Tensor) -> tuple[Tensor, Gaussian]:
+        """States float32 [R, M + 1, D] from the present one on, and the laws [R, M, ...] they were drawn from. step
+        int64 [R, M + 1]: the steps that start there; fresh [R, M + 1, D]: their noise."""
+        states, means = [rows.x], []
+        stds = self.law.std_later(rows.std, rows.std_step, step[:, :-1])
+        of_x, of_centre = self.linear[step].unbind(2)  # [R, M + 1, 1]
+        fixed, moved = of_centre * rows.centre[:, None], stds * fresh[:, :-1]
+        for j in range(self.depth):
+            means.append(torch.addcmul(fixed[:, j], of_x[:, j], states[-1]))
+            states.append(means[-1] + moved[:, j])
+        return torch.stack(states, 1), Gaussian(torch.stack(means, 1), stds)
+
+    def _round(self, rows: _Rows) -> _Rows:
+        """Draft M steps, check them in one head call, go on to the first that fails, or one step past the last."""
+        law, count = self.law, len(rows.slot)
+        row = torch.arange(count, device=rows.k.device)
+        offset = torch.arange(self.depth + 1, device=rows.k.device)
+        step = (rows.k[:, None] + offset).clamp_max(law.steps - 1)  # [R, M + 1]; what is past the end is not used
+        fresh = rows.noise[row[:, None], step + 1]
+        states, drafted = self._draft(rows, step, fresh)
+        scored = law.kernel(states.flatten(0, 1), step.flatten(), rows.place.repeat_interleave(self.depth + 1))
+        target = Gaussian(*(part.unflatten(0, step.shape) for part in scored))
+        head = Gaussian(target.mean[:, :-1], target.std[:, :-1])
+        log_u = rows.log_u[row[:, None], step[:, :-1]]
+        if law.isotropic:
+            coupled, kept = reflect(fresh[:, :-1], drafted.mean, head, log_u)
+        else:
+            coupled, kept = states[:, 1:], log_u <= log_ratio(states[:, 1:], head, drafted)
+            kept &= (head.std > 0).all(-1)  # a step without noise is repaired: its mean is the state
+        accepted = torch.minimum(leading(kept), (law.steps - 1 - rows.k).clamp_max(self.depth))
+        at, failed = accepted.clamp_max(self.depth - 1), accepted < self.depth
+        here = (row, accepted)
+        taken, seen, seen_step = Gaussian(target.mean[here], target.std[here]), states[here], step[here]
+        repaired = coupled[row, at]
+        if not law.isotropic:
+            draft = Gaussian(drafted.mean[row, at], drafted.std[row, at])
+            repaired = _repair(taken, draft, fold(rows.keys, seen_step), failed & ~kept[row, at], repaired)
+        # Behind the last draft comes one plain step.
+        x = torch.where(failed[:, None], repaired, taken.at(fresh[here]))
+        of_mean, of_x = self.solved[seen_step].unbind(1)
+        centre = torch.addcmul(of_mean * taken.mean, of_x, seen)
+        return replace(rows, x=x, k=rows.k + accepted + 1, centre=centre, std=taken.std, std_step=seen_step)
+
+
+def _repair(target: Gaussian, draft: Gaussian, keys: Tensor, failed: Tensor, x: Tensor) -> Tensor:
+    """Draw the failed rows again from what the target has more of than the draft; rows without noise get their mean."""
+    still = (target.std == 0).all(-1)
+    x = torch.where((failed & still)[:, None], target.mean, x)
+    rows = (failed & ~still).nonzero()[:, 0]
+    if len(rows):
+        x[rows] = redraw(draft.rows(rows), target.rows(rows), keys[rows])
+    return x
+
+
+@dataclass(frozen=True)
+class Coupled(PathRule):
+    """Head-level speculation for any diagonal Gaussian steps (learned variances, MAR). depth: drafted steps per head
+    call; spread: deviation of a token given its context, in token units, that the drafts assume."""
+
+    name: ClassVar[str] = "coupled"
+    exact: ClassVar[bool] = True
+    needs_path: ClassVar[bool] = False
+
+    depth: int = 6
+    spread: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= 100:
+            raise UsageError(f"depth = {self.depth} is not allowed: a whole number from 1 to 100")
+        if not 0 <= self.spread < float("inf"):
+            raise UsageError(f"spread = {self.spread} is not allowed: a number >= 0")
+
+    def sample(self, law: ChainLaw, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
+        """Tokens float32 [R, D] of the laws' places int64 [R]; arguments as in `Speculation.run`."""
+        return Speculation(law, min(self.depth, law.steps), self.spread).run(place, noise, keys)
+
+    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+        if draft.length:
+            raise UsageError(f"rule {self.name!r} needs no drafter: drafter 'none' is allowed")
+        place = torch.arange(law.shape[0], device=noise.keys.device)
+        token = self.sample(law, place, noise.fixed[:, 0], noise.keys[:, 0])
+        return PathVerdict(token[:, None], torch.zeros_like(place))
+
+
+@dataclass(frozen=True)
+class Reflection(Coupled):
+    """Head-level speculation by reflection, for steps with fixed deviations, equal in every direction (flow heads)."""
+
+    name: ClassVar[str] = "reflection"
+    isotropic: ClassVar[bool] = True
+
+    def sample(self, law: ChainLaw, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
+        if not law.isotropic:
+            raise UsageError("rule 'reflection' needs steps of fixed deviation; for learned variances take 'coupled'")
+        return super().sample(law, place, noise, keys)
+
+
+@dataclass(frozen=True)
+class Plain(PathRule):
+    """The sequential sampler: T serial head calls with the position's own noise."""
+
+    name: ClassVar[str] = "plain"
+    exact: ClassVar[bool] = True
+    seed_exact: ClassVar[bool] = True
+    needs_path: ClassVar[bool] = False
+
+    def sample(self, law: ChainLaw, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
+        """Tokens float32 [R, D]; arguments as in `Speculation.run`."""
+        return sample_path(law, place, noise).token
+
+    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+        if draft.length:
+            raise UsageError("rule 'plain' is the sequential sampler: drafter 'none' is allowed")
+        place = torch.arange(law.shape[0], device=noise.keys.device)
+        return PathVerdict(
+            self.sample(law, place, noise.fixed[:, 0], noise.keys[:, 0])[:, None], torch.zeros_like(place)
+        )

@@ -1,0 +1,227 @@
+"""`bozzetto train target RECIPE.yaml` for continuous tokens (family flow or mar), resumably.
+
+Latents of `views` augmented views per image are computed once and kept in the run folder beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bozzetto.autoencoders.latents import TINY, tiny_latents
+from bozzetto.autoencoders.tiny import load_tiny
+from bozzetto.data import augment, evaluation_view, read_images
+from bozzetto.files import write_whole
+from bozzetto.laws.schedules import noised_tables
+from bozzetto.models.continuous_store import FLOW, MASKED, write_continuous, write_latents
+from bozzetto.models.flow import FlowConfig, FlowModel
+from bozzetto.models.flow_cache import FlowSampler
+from bozzetto.models.mar import MAR, MARConfig
+from bozzetto.models.mar_target import MARSampler
+from bozzetto.train.fit import Fit
+from bozzetto.train.loop import channels_last
+from bozzetto.train.recipes import FlowRecipe, MARRecipe
+
+LATENTS = "latents.safetensors"
+_NOISIEST = 970  # the sampler starts a little below pure noise: see laws/schedules.py
+_CHUNK = 64
+_MASK_SPREAD = 0.25  # of the share of masked tokens
+_KEEP_STEP = 8  # known tokens come in multiples of this, so that there are few shapes
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, images: np.ndarray, view: Callable[[np.ndarray], Tensor]) -> Tensor:
+    """uint8 [n, S, S, 3] -> float16 latents in raster order, [n, h*w, D], of one view of each image."""
+    parts = []
+    for i in range(0, len(images), _CHUNK):
+        x = view(images[i : i + _CHUNK]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = encoder(x)
+        parts.append(latent.float().flatten(2).transpose(1, 2).half())
+    return torch.cat(parts)
+
+
+def flow_loss(
+    model: FlowModel, labels: Tensor, tokens: Tensor, context: Tensor, times: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity, per number.
+
+    labels [B]; tokens [B, N, D]; context: what the transformer sees of them; times [K, B, N] and noise [K, B, N, D]: K
+    draws for the head per token.
+    """
+    z = model.features(labels, context[:, :-1]).expand(len(times), -1, -1, -1)
+    t = times[..., None]
+    at = t * tokens + (1 - t) * noise
+    predicted = model.velocity(at.flatten(0, 2), times.flatten(), z.flatten(0, 2))
+    return (predicted.float() - (tokens - noise).flatten(0, 2)).square().mean()
+
+
+def mar_loss(
+    model: MAR, labels: Tensor, tokens: Tensor, order: Tensor, kept: int, times: Tensor, noise: Tensor
+) -> Tensor:
+    """Error of the noise plus the variational bound of the learned variances (Nichol and Dhariwal, arXiv 2102.09672),
+    over the masked tokens; the first time, whose bound is another one, adds its error only.
+
+    order int64 [B, N]: a permutation of the places, of which the first `kept` are known; times int64 [K, B, N - kept],
+    noise [K, B, N - kept, D].
+    """
+    known, masked = order[:, :kept], order[:, kept:]
+    places = masked[..., None]
+    z = model.features(labels, tokens, known)
+    z = z.gather(1, places.expand(-1, -1, z.shape[-1])).expand(len(times), -1, -1, -1).flatten(0, 2)
+    x0 = tokens.gather(1, places.expand(-1, -1, tokens.shape[-1])).expand_as(noise).flatten(0, 2)
+    noise, times = noise.flatten(0, 2), times.flatten()
+    table = noised_tables()
+    at = table.signal[times, None] * x0 + table.noise[times, None] * noise
+    predicted, mix = (part.float() for part in model.predict(at, times.float(), z))
+    error = (predicted - noise).square().mean()
+    share = (mix + 1) / 2
+    log_variance = share * table.log_large[times, None] + (1 - share) * table.log_small[times, None]
+    # The mean's share of the bound does not train the mean.
+    gap = table.of_noise[times, None] * (predicted.detach() - noise)
+    true = table.log_small[times, None]
+    bound = 0.5 * (log_variance - true - 1 + (true - log_variance).exp() + gap.square() * (-log_variance).exp())
+    return error + bound[times > 0].mean() / math.log(2)
+
+
+class _LatentFit(Fit):
+    """What both families share."""
+
+    recipe: FlowRecipe | MARRecipe
+
+    def load_data(self) -> None:
+        """Scaled latents: self.latents float16 [n, views, N, D], self.test float32 [n', N, D]."""
+        r, path = self.recipe, self.run.path / LATENTS
+        self.data = read_images(r.train.path, r.train.split)
+        test = read_images(r.test.path, r.test.split)
+        self.test_labels = torch.from_numpy(test.labels)
+        encoder, self.decoder = load_tiny(r.tiny)
+        if not path.is_file():
+            encoder = channels_last(encoder)
+            bar = tqdm(range(r.views), desc="encoding views")
+            views = [encode(encoder, self.data.images, self._augment) for _ in bar]
+            held = encode(encoder, test.images, lambda x: evaluation_view(x, r.image_size))
+            tables = {"train": torch.stack(views, 1), "test": held}
+            write_whole(path, lambda at: save_file(tables, at))
+        tables = load_file(path)
+        sample = tables["train"][:, 0].float().flatten(0, 1)
+        self.mean, self.std = sample.mean(0), sample.std(0)
+        self.latents = tables["train"]
+        self.test = (tables["test"].float() - self.mean) / self.std
+
+    def _augment(self, images: np.ndarray) -> Tensor:
+        return augment(images, self.recipe.image_size, self.generator, self.recipe.jitter)
+
+    @property
+    def classes(self) -> int:
+        return len(self.data.classes)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Of the tokens, as configs want it."""
+        return {"token_dim": self.test.shape[2], "grid": math.isqrt(self.test.shape[1]), "classes": self.classes}
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
+        """What the loss needs besides labels and tokens."""
+        raise NotImplementedError
+
+    def batch(self) -> tuple[Any, ...]:
+        """Labels [B] (some replaced by the unconditional one), tokens [B, N, D] and the family's draws."""
+        r, g = self.recipe, self.generator
+        rows = torch.randint(len(self.latents), (r.batch,), generator=g)
+        views = torch.randint(self.latents.shape[1], (r.batch,), generator=g)
+        labels = torch.from_numpy(self.data.labels)[rows]
+        dropped = torch.rand(r.batch, generator=g) < r.class_dropout
+        labels = torch.where(dropped, torch.tensor(self.classes), labels)
+        tokens = (self.latents[rows, views].float() - self.mean) / self.std
+        return labels, tokens, *self.draw(tokens, g)
+
+    def held_out_loss(self) -> float:
+        """True labels, the same noise every time."""
+        total, generator = 0.0, torch.Generator().manual_seed(0)
+        for labels, tokens in zip(self.test_labels.split(_CHUNK), self.test.split(_CHUNK), strict=True):
+            total += self.loss(labels, tokens, *self.draw(tokens, generator)).item() * len(labels)
+        return total / len(self.test_labels)
+
+    def _write(self, family: str, sampler: dict[str, Any]) -> None:
+        notes = {
+            "name": self.recipe.name,
+            "class_names": self.data.classes,
+            "sampler": sampler,
+            "held_out_loss": self.best,
+            "steps": self.step,
+            "recipe": asdict(self.recipe),
+        }
+        folder = self.run.path / "model"
+        write_continuous(folder, family, self.model.config, self.model.state_dict(), notes)
+        latents = tiny_latents(self.recipe.image_size)
+        latents.decoder.load_state_dict(self.decoder.state_dict())
+        latents.scale.copy_(self.std)
+        latents.shift.copy_(self.mean)
+        write_latents(folder, TINY, latents.config, latents.state_dict(), {})
+
+
+class FlowFit(_LatentFit):
+    """Fits a causal flow model."""
+
+    recipe: FlowRecipe
+    model: FlowModel
+
+    def make_model(self) -> FlowModel:
+        r = self.recipe
+        head = {"head_width": r.head_width, "head_depth": r.head_depth}
+        return FlowModel(FlowConfig(r.dim, r.layers, r.heads, **self.shape, **head), r.dropout)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Context, times [K, B, N] and noise [K, B, N, D]."""
+        r, context = self.recipe, tokens
+        if self.model.training and r.context_noise:
+            width = r.context_noise * torch.rand(len(tokens), 1, 1, generator=generator)
+            context = tokens + width * torch.randn(tokens.shape, generator=generator)
+        times = torch.rand(r.draws, *tokens.shape[:2], generator=generator)
+        return context, times, torch.randn(r.draws, *tokens.shape, generator=generator)
+
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
+        with torch.autocast("cpu", torch.bfloat16):
+            return flow_loss(self.model, labels, tokens, *drawn)
+
+    def export(self) -> None:
+        self._write(FLOW, asdict(FlowSampler()))
+
+
+class MARFit(_LatentFit):
+    """Fits a masked model (MAR)."""
+
+    recipe: MARRecipe
+    model: MAR
+
+    def make_model(self) -> MAR:
+        r = self.recipe
+        config = MARConfig(r.dim, r.depth, r.heads, r.head_width, r.head_depth, **self.shape, buffer=r.buffer)
+        return MAR(config, r.dropout)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, int, Tensor, Tensor]:
+        """Order of the places, how many of them are known, times [K, B, M] and noise [K, B, M, D] of the others."""
+        r, (batch, length, dim) = self.recipe, tokens.shape
+        order = torch.rand(batch, length, generator=generator).argsort(1)
+        share = 0.0
+        while share < r.least_masked:  # the left half of a normal law around 1, cut off
+            share = 1 - _MASK_SPREAD * abs(float(torch.randn((), generator=generator)))
+        kept = int(length * (1 - share)) // _KEEP_STEP * _KEEP_STEP
+        times = torch.randint(1000, (r.draws, batch, length - kept), generator=generator)
+        return order, kept, times, torch.randn(*times.shape, dim, generator=generator)
+
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Any) -> Tensor:  # type: ignore[override]
+        with torch.autocast("cpu", torch.bfloat16):
+            return mar_loss(self.model, labels, tokens, *drawn)
+
+    def export(self) -> None:
+        self._write(MASKED, asdict(MARSampler(passes=self.test.shape[1], noisiest=_NOISIEST)))

@@ -1,0 +1,150 @@
+"""What fitting a target has in common over all families: the step, the averaged weights, the best ones, resuming."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bozzetto.train.loop import RunFolder, WeightAverage, adamw, cosine, set_lr
+from bozzetto.train.recipes import FlowRecipe, MARRecipe, TargetRecipe
+
+
+class Fit:
+    """A training run. Families say what the data and the model are and what a step's loss is.
+
+    The averaged weights with the lowest held-out loss are exported; the run stops when that has not fallen for
+    `patience` evaluations. Everything random comes from one generator, whose state is saved.
+    """
+
+    def __init__(self, recipe: TargetRecipe | FlowRecipe | MARRecipe):
+        self.recipe: Any = recipe
+        self.run = RunFolder(recipe.out)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+        self.load_data()
+        self.model = self.make_model()
+        self.optimizer = adamw(self.model, recipe.lr, recipe.weight_decay)
+        self.compiled = torch.compile(self.loss) if recipe.compile else self.loss
+        self.average = WeightAverage(self.model.parameters(), recipe.ema)
+        self.step, self.best, self.best_step = 0, math.inf, 0
+        self._resume()
+
+    def load_data(self) -> None:
+        """Read pictures and whatever else does not depend on the model."""
+        raise NotImplementedError
+
+    def make_model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def loss(self, *batch: Any) -> Tensor:
+        """Mean loss of a batch."""
+        raise NotImplementedError
+
+    def batch(self) -> tuple[Any, ...]:
+        """Arguments of `loss` for the next step."""
+        raise NotImplementedError
+
+    def held_out_loss(self) -> float:
+        """Of the model as it is, in evaluation mode, without gradients."""
+        raise NotImplementedError
+
+    def export(self) -> None:
+        """Write the model folder from the model as it is."""
+        raise NotImplementedError
+
+    def views(self, saved: dict[str, Any] | None) -> None:
+        """Make or restore augmented views that live in the checkpoint. saved: the checkpoint, if there is one."""
+
+    def kept(self) -> dict[str, Any]:
+        """What `views` wants to find in the checkpoint."""
+        return {}
+
+    def _resume(self) -> None:
+        saved = self.run.load()
+        self.views(saved)
+        if saved is None:
+            return
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average.load_state_dict(saved["average"])
+        self.generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["torch_rng"])
+        self.step, self.best, self.best_step = saved["step"], saved["best"], saved["best_step"]
+
+    def _save(self) -> None:
+        self.run.save(
+            {
+                **self.kept(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict(),
+                "generator": self.generator.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "step": self.step,
+                "best": self.best,
+                "best_step": self.best_step,
+            }
+        )
+
+    def train_step(self) -> float:
+        r = self.recipe
+        set_lr(self.optimizer, cosine(self.step, r.steps, r.lr, r.warmup))
+        loss = self.compiled(*self.batch())
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+        self.step += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """Held-out loss of the averaged weights, without dropout."""
+        self.average.swap()
+        self.model.eval()
+        loss = self.held_out_loss()
+        self.model.train()
+        self.average.swap()
+        return loss
+
+    def checkpoint(self, train_loss: float) -> float:
+        """Evaluate, keep the best averaged weights, save the resumable state."""
+        held_out = self.held_out()
+        if held_out < self.best:
+            self.best, self.best_step = held_out, self.step
+            self.average.swap()
+            self.export()
+            self.average.swap()
+        self._save()
+        self.run.log(step=self.step, train=train_loss, held_out=held_out, best=self.best)
+        return held_out
+
+    def sheet(self) -> None:
+        """A contact sheet of samples of the best weights so far."""
+        from bozzetto.train.samples import sample_sheet
+
+        with torch.random.fork_rng():  # building the sampler draws numbers that a resumed run would not draw
+            sample_sheet(self.run.path / "model", self.run.path / "samples.png")
+
+    def fit(self) -> None:
+        """Train to the last step, or until nothing improves."""
+        r = self.recipe
+        self.model.train()
+        running = math.nan
+        bar = tqdm(total=r.steps, initial=self.step, desc="target", smoothing=0.05)
+        while self.step < r.steps:
+            loss = self.train_step()
+            running = loss if math.isnan(running) else 0.98 * running + 0.02 * loss
+            bar.update()
+            if self.step % r.evaluate_every == 0 or self.step == r.steps:
+                held_out = self.checkpoint(running)
+                self.sheet()
+                bar.set_postfix({"train": f"{running:.3f}", "held out": f"{held_out:.3f}"})
+                if self.step - self.best_step >= r.patience * r.evaluate_every:
+                    break
+        bar.close()

@@ -87,6 +87,14 @@ def test_pathwise_with_a_vanishing_epsilon_gives_the_pixels_of_sequential_decodi
             assert 0 <= b.farthest <= 1e-4
 
 
+@pytest.mark.parametrize("folder", ["tiny_flow", "tiny_mar"])
+def test_bfloat16_draws_with_every_exact_rule(folder: str, request: pytest.FixtureRequest) -> None:
+    pipe = bozzetto.load(request.getfixturevalue(folder), dtype="bfloat16")
+    for drafter, rule in FLOW_METHODS if folder == "tiny_flow" else MASKED_METHODS:
+        image = pipe.generate(count=1, drafter=drafter, rule=rule).images[0]
+        assert image.tokens.dtype == torch.float32 and bool(image.tokens.isfinite().all())
+
+
 def test_a_larger_epsilon_needs_fewer_passes_and_reports_its_distance(flow: Pipeline) -> None:
     passes = []
     for epsilon in (0.01, 0.3, 3.0):

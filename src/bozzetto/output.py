@@ -203,7 +203,8 @@ def _describe(folder: Path) -> tuple[str, ...]:
         content = read_config(folder)
         config, family = content.get("config", {}), str(content.get("family", "?"))
         with safe_open(folder / WEIGHTS, framework="pt") as f:
-            parameters = sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())  # noqa: SIM118  (not a dict)
+            names = [key for key in f.keys() if not key.endswith(".scale")]  # noqa: SIM118  (not a dict)
+            parameters = sum(math.prod(f.get_slice(key).get_shape()) for key in names)
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         size, tokens = tokenizer["config"]["image_size"], config["grid"] ** 2
         figures = (f"{parameters / 1e6:.2f} M", f"{size}x{size}", str(tokens), str(config["classes"]))

@@ -45,6 +45,7 @@ class JacobiPaths:
 
     def begin(self, start: Start) -> None:
         self.noise, self.with_laws = start.noise, start.with_laws
+        self.tempered = self.std * start.settings.temperature
         self.seen: Observation | None = None
         batch, device = len(start.labels), start.labels.device
         # Committed and drafted tokens after one row of zeros, so that every place has one above it.
@@ -83,7 +84,11 @@ class JacobiPaths:
         rows = torch.arange(len(position), device=position.device)[:, None]
         centre = _ABOVE * self.tokens[rows, position].flatten(0, 1)  # the token above
         law = GaussianChain(
-            centre, torch.full_like(centre, self.spread), self.ancestry, self.std, (len(position), position.shape[1])
+            centre,
+            torch.full_like(centre, self.spread),
+            self.ancestry,
+            self.tempered,
+            (len(position), position.shape[1]),
         )
         place = torch.arange(len(centre), device=position.device)
         path = sample_path(law, place, self.noise.rows(position).flatten(0, 1))

@@ -165,10 +165,12 @@ class _Study:
         other = next(split for split in SPLITS if split != reference)
         chosen = self.real[other].balanced(len(self.pipe.classes), self.settings.count)
         labels = torch.from_numpy(self.real[other].labels[chosen])
-        again = reconstructions(self.pipe, self.real[other].images[chosen])
+        yardsticks = {PHOTOGRAPHS: (self.features[other][chosen], labels)}
+        if hasattr(self.pipe.tokenizer, "encode"):  # a decoder of latents has no encoder
+            again = reconstructions(self.pipe, self.real[other].images[chosen])
+            yardsticks[RECONSTRUCTIONS] = (self._features(RECONSTRUCTIONS, again), labels)
         sets = {
-            PHOTOGRAPHS: (self.features[other][chosen], labels),
-            RECONSTRUCTIONS: (self._features(RECONSTRUCTIONS, again), labels),
+            **yardsticks,
             **{m: (self.drawn[m], torch.from_numpy(s.label)) for m, s in self.samples.items()},
         }
         target = self.features[reference]

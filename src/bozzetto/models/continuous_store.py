@@ -41,9 +41,11 @@ _DECODERS: dict[str, tuple[type[LatentConfig], Callable[[Any], LatentDecoder]]] 
 }
 
 
-def write_continuous(folder: Path, family: str, config: object, state: Mapping[str, Tensor], notes: dict) -> None:
-    """config.json and model.safetensors. config: a FlowConfig or MARConfig."""
-    save_state(folder / WEIGHTS, state)
+def write_continuous(
+    folder: Path, family: str, config: object, state: Mapping[str, Tensor], notes: dict, compact: bool = False
+) -> None:
+    """config.json and model.safetensors. config: a FlowConfig or MARConfig; compact: see `save_state`."""
+    save_state(folder / WEIGHTS, state, compact)
     content = {"family": family, "config": dataclasses.asdict(config), **notes}  # type: ignore[call-overload]
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 

@@ -2,7 +2,8 @@
 
 The modulations of a head (shift, scale, gate) depend on the step and on the condition but not on the noisy token, so
 those of all steps and places of a pass are computed at once, in one wide product; a serial call of the head is left
-with the narrow layers only.
+with the narrow layers only. These run in float32: with a few rows they are bound by overhead, and their rounding is
+what the end of a chain sees.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be rea
 
 
 class _Narrow(NamedTuple):
-    """A block's layers in the compute dtype: gain and bias of its norm, weights and biases of its two linear maps."""
+    """A block's layers, float32: gain and bias of its norm, weights and biases of its two linear maps."""
 
     gain: Tensor
     bias: Tensor
@@ -33,7 +34,8 @@ class _Narrow(NamedTuple):
 
 
 class PackedDenoiser:
-    """A denoiser ready for decoding: weights in `dtype`, modulations side by side, embeddings of the given times."""
+    """A denoiser ready for decoding: modulations side by side in `dtype`, narrow layers in float32, embeddings of the
+    given times."""
 
     @torch.no_grad()
     def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype):
@@ -43,14 +45,14 @@ class PackedDenoiser:
         device = net.input_proj.weight.device
         self.times = net.time_embed(times.to(device)).to(dtype)  # [T, width]
         self.condition = (net.cond_embed.weight.to(dtype), net.cond_embed.bias.to(dtype))
-        self.input = (net.input_proj.weight.to(dtype), net.input_proj.bias.to(dtype))
-        self.output = (net.final_layer.linear.weight.to(dtype), net.final_layer.linear.bias.to(dtype))
+        self.input = (net.input_proj.weight.float(), net.input_proj.bias.float())
+        self.output = (net.final_layer.linear.weight.float(), net.final_layer.linear.bias.float())
         parts = [block.modulation for block in [*net.blocks, net.final_layer]]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
         for start in self._scales():  # "1 + scale" becomes part of the bias
             bias[start : start + self.width] += 1
         self.modulation = (weight.to(dtype), bias.to(dtype))  # [(3 depth + 2) width, width]
-        self.blocks = [_Narrow(*(p.to(dtype) for p in (b.in_ln.weight, b.in_ln.bias, *b.linears))) for b in net.blocks]
+        self.blocks = [_Narrow(*(p.float() for p in (b.in_ln.weight, b.in_ln.bias, *b.linears))) for b in net.blocks]
 
     def _scales(self) -> list[int]:
         """Where the scales begin among the modulations: each block has shift, scale, gate, the last shift, scale."""
@@ -66,15 +68,15 @@ class PackedDenoiser:
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [R, D] with their modulations [R, (3 depth + 2) width] -> predictions, float32 [R, out_dim]."""
-        shape, parts = (self.width,), modulation.split(self.width, -1)
-        x = F.linear(x.to(self.dtype), *self.input)
+        shape, parts = (self.width,), modulation.float().split(self.width, -1)
+        x = F.linear(x, *self.input)
         for i, block in enumerate(self.blocks):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
             h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, _LN_EPS), scale)
             h = F.linear(F.silu(F.linear(h, block.up, block.up_bias)), block.down, block.down_bias)
             x = torch.addcmul(x, gate, h)
         shift, scale = parts[-2:]
-        return F.linear(torch.addcmul(shift, F.layer_norm(x, shape, eps=_LN_EPS), scale), *self.output).float()
+        return F.linear(torch.addcmul(shift, F.layer_norm(x, shape, eps=_LN_EPS), scale), *self.output)
 
 
 class _HeadLaw:

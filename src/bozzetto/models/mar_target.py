@@ -82,20 +82,13 @@ def _norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class MARTarget:
-    """A MAR network ready to decode in `dtype` with a sampler. length: N; token_dim: D; schedule: of the denoising;
-    head_dtype: of the head, if another (a CPU's serial calls of a small head are faster in float32).
+    """A MAR network ready to decode in `dtype` with a sampler. length: N; token_dim: D; schedule: of the denoising.
 
     Raises UsageError if the sampler makes more passes than there are tokens.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: MAR,
-        sampler: MARSampler,
-        dtype: torch.dtype = torch.float32,
-        head_dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):
         c = self.config = model.config
         self.sampler, self.schedule, self.dtype = sampler, sampler.schedule, dtype
         self.length, self.token_dim = c.length, c.token_dim
@@ -112,7 +105,7 @@ class MARTarget:
         self.blank = (model.mask_token + model.decoder_pos_embed_learned).to(dtype)  # [1, buffer + N, dim]
         self.condition_places = model.diffusion_pos_embed_learned[0].to(dtype)  # [N, dim]
         self.buffer = torch.arange(c.buffer, device=self.device)
-        self.head = PackedDenoiser(model.diffloss.net, self.schedule.time, head_dtype or dtype)
+        self.head = PackedDenoiser(model.diffloss.net, self.schedule.time, dtype)
 
     def counts(self, passes: int) -> list[int]:
         """Tokens that each autoregressive step predicts (the published cosine schedule), `passes` numbers >= 1.

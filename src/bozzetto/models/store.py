@@ -1,6 +1,7 @@
 """Folders that hold a model: config.json, safetensors, MODEL_CARD.md. Strict about keys, shapes and finite numbers.
 
-Weights are stored as float16 and computed with as float32 or bfloat16.
+Weights are stored as float16 and computed with as float32 or bfloat16. A compact file holds matrices as int8 with one
+scale per row, under the name of the matrix and `.scale`: half the size, rounded to 1/254 of a row's largest weight.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
+_SCALE = ".scale"
 TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
 Tokenizer = VQTokenizer | LlamaGenVQ
 
@@ -55,7 +57,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UsageError(f"{path}: weight {key!r} has non-finite values")
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    for key in [k for k in state if k + _SCALE in state]:
+        state[key] = state[key] * state.pop(key + _SCALE)
+    return state
 
 
 def check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -79,13 +84,18 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
     module.load_state_dict(state, assign=assign)
 
 
-def save_state(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors as float16 safetensors, whole or not at all.
+def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = False) -> None:
+    """Write tensors as float16 safetensors, whole or not at all; compact: matrices as int8 rows (see above).
 
     Raises UsageError when a weight is not finite in float16.
     """
     halves = {}
     for key, value in state.items():
+        if compact and value.ndim == 2 and bool(torch.isfinite(value).all()):
+            scale = (value.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
+            halves[key] = (value.float() / scale).round().to(torch.int8)
+            halves[key + _SCALE] = scale
+            continue
         stored = value.half() if value.is_floating_point() else value
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
             raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")

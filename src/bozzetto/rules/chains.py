@@ -16,6 +16,7 @@ final; that too is an event at earlier places, so that it does not select among 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,13 +36,13 @@ from bozzetto.rules.paths import PathNoise, PathRule
 class Chains(PathRule):
     """reach: laws of a step farther apart than this many deviations (`separation`) are not coupled to meet: they get
     the same noise, which keeps parted chains as close as they are. The choice depends on the two laws only, so that
-    any reach is exact."""
+    any reach is exact; inf: all are coupled."""
 
     name: ClassVar[str] = "chains"
     exact: ClassVar[bool] = True
     window: ClassVar[bool] = True
 
-    reach: float = 100.0
+    reach: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.reach >= 0:
@@ -53,39 +54,60 @@ class Chains(PathRule):
         # The place after the drafts has none: a plain chain.
         fresh = fresh_noise(noise.keys[:, -1], law.steps, law.dim)[:, None]  # [B, 1, T + 1, D]
         states, laws = [fresh[:, :, 0]], []
-        reflected = law.isotropic
+        pairs = None
         if length:
             if draft.path is None:
                 raise ValueError("rule 'chains' needs the drafts' paths")
+            pairs = _Pairs(draft.path, law, noise.keys[:, :length], self.reach)
             states = [torch.cat([draft.path.states[:, :, 0], fresh[:, :, 0]], 1)]
-            # A reflection mirrors the draft's noise: there has to be some.
-            reflected = law.isotropic and bool((draft.path.std > 0).all())
         for k in range(law.steps):
             kernel = law.kernel(states[-1].flatten(0, 1), torch.full_like(place, k), place)
             laws.append(Gaussian(*(part.unflatten(0, (batch, length + 1)) for part in kernel)))
             x = Gaussian(laws[-1].mean[:, length:], laws[-1].std[:, length:]).at(fresh[:, :, k + 1])
-            if draft.path is not None and length:
+            if pairs is not None:
                 target = Gaussian(laws[-1].mean[:, :length], laws[-1].std[:, :length])
-                keys = fold(noise.keys[:, :length], k)
-                x = torch.cat([self._couple(draft.path, target, k, reflected, keys), x], 1)
+                x = torch.cat([pairs.couple(target, k), x], 1)
             states.append(x)
         mean, std = (torch.stack(part, 2) for part in zip(*laws, strict=True))
         path = Path(torch.stack(states, 2), mean, std)
         same = (path.token[:, :length] == draft.tokens).all(-1)
         return PathVerdict(path.token, leading(same), path)
 
-    def _couple(self, path: Path, target: Gaussian, k: int, reflected: bool, keys: Tensor) -> Tensor:
-        """The target's next states [B, M, D] at step k, coupled with the draft's. keys: int64 [B, M]."""
+
+class _Pairs:
+    """The recorded draft chains [B, M, ...] that a target's are coupled with, and the randomness of all steps."""
+
+    def __init__(self, path: Path, law: ChainLaw, keys: Tensor, reach: float):
+        self.path, self.reach = path, reach
+        self.keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device))  # [B, M, T]
+        self.noise = (path.states[:, :, 1:] - path.mean) / path.std  # [B, M, T, D]
+        # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
+        step = torch.zeros(1, dtype=torch.int64, device=keys.device)
+        steps = torch.arange(law.steps, device=keys.device)[None]
+        self.reflected = law.isotropic and bool((path.std > 0).all())
+        self.equal = self.reflected and bool((path.std == law.std_later(path.std[:1, 0, 0], step, steps)).all())
+        self.log_u = uniform(self.keys).log() if self.reflected else None
+
+    def couple(self, target: Gaussian, k: int) -> Tensor:
+        """The target's next states [B, M, D] at step k."""
+        if self.log_u is None or not self.equal or self.reach < math.inf:
+            return self._couple(target, k)
+        x, kept = reflect(self.noise[:, :, k], self.path.mean[:, :, k], target, self.log_u[:, :, k])
+        return torch.where(kept[..., None], self.path.states[:, :, k + 1], x)  # where kept, the very same numbers
+
+    def _couple(self, target: Gaussian, k: int) -> Tensor:
+        """The same in general."""
+        path, noise = self.path, self.noise[:, :, k]
         drafted, draft = path.states[:, :, k + 1], Gaussian(path.mean[:, :, k], path.std[:, :, k])
-        noise = (drafted - draft.mean) / draft.std
         far = separation(draft, target) > self.reach
-        if reflected:
-            x, kept = reflect(noise, draft.mean, target, uniform(keys).log())
+        if self.log_u is not None:
+            x, kept = reflect(noise, draft.mean, target, self.log_u[:, :, k])
             far |= (draft.std != target.std).any(-1)  # no mirror image
         else:
             far &= (draft.std > 0).all(-1)  # a point has no noise to share
             x, kept = torch.empty_like(drafted), torch.zeros_like(far)
             near = (~far).nonzero(as_tuple=True)
-            x[near], kept[near] = overlap(drafted[near], draft.rows(near), target.rows(near), keys[near])
+            keys = self.keys[:, :, k][near]
+            x[near], kept[near] = overlap(drafted[near], draft.rows(near), target.rows(near), keys)
         x = torch.where(far[..., None], target.at(noise), x)
-        return torch.where((kept & ~far)[..., None], drafted, x)  # where kept, the very same numbers
+        return torch.where((kept & ~far)[..., None], drafted, x)

@@ -161,7 +161,7 @@ class _LatentFit(Fit):
             "recipe": asdict(self.recipe),
         }
         folder = self.run.path / "model"
-        write_continuous(folder, family, self.model.config, self.model.state_dict(), notes)
+        write_continuous(folder, family, self.model.config, self.model.state_dict(), notes, self.recipe.compact)
         latents = tiny_latents(self.recipe.image_size)
         latents.decoder.load_state_dict(self.decoder.state_dict())
         latents.scale.copy_(self.std)

@@ -141,7 +141,7 @@ class _ContinuousRecipe:
     """What the continuous families share.
 
     tiny: folder with the tiny autoencoder; views: augmented views held per image; draws: noise draws for the head per
-    token; jitter, ema, patience: as for a discrete target.
+    token; compact: write matrices as int8 (models/store.py); jitter, ema, patience: as for a discrete target.
     """
 
     out: str
@@ -153,6 +153,7 @@ class _ContinuousRecipe:
     views: Count = 6
     jitter: Share = 0.0
     draws: Count = 2
+    compact: bool = False
     heads: Count = 6
     head_width: Count = 384
     head_depth: Count = 3

@@ -1,0 +1,57 @@
+"""The shipped continuous model: complete, alive, and with a vanishing epsilon the sequential picture."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import bozzetto
+from bozzetto.pipeline import ASSETS, Pipeline, shipped_models
+
+FOLDER = ASSETS / "flowers-flow"
+
+
+@pytest.fixture(scope="module")
+def flow() -> Pipeline:
+    return bozzetto.load("flowers-flow")
+
+
+@pytest.fixture(scope="module")
+def plain(flow: Pipeline) -> list[np.ndarray]:
+    return pixels(flow, drafter="none")
+
+
+def pixels(pipe: Pipeline, **options: str) -> list[np.ndarray]:
+    result = pipe.generate(["daisy", "tulip"], seed=7, batch=2, **options)
+    return [np.asarray(image.image).astype(int) for image in result.images]
+
+
+def test_the_model_is_shipped_with_a_card_and_its_classes(flow: Pipeline) -> None:
+    assert "flowers-flow" in shipped_models()
+    assert (FOLDER / "MODEL_CARD.md").is_file()
+    assert flow.classes == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+    assert json.loads((FOLDER / "config.json").read_text())["family"] == "flow"
+
+
+def test_pictures_are_not_flat_and_classes_differ(plain: list[np.ndarray]) -> None:
+    assert all(20 < image.std() < 120 for image in plain)
+    assert np.abs(plain[0] - plain[1]).mean() > 10
+
+
+def test_pathwise_at_float_rounding_gives_the_sequential_pixels_with_fewer_passes(
+    flow: Pipeline, plain: list[np.ndarray]
+) -> None:
+    rule = "pathwise:epsilon=1e-5"
+    result = flow.generate(["daisy", "tulip"], seed=7, batch=2, drafter="jacobi", rule=rule, window=16)
+    for image, wanted in zip(result.images, plain, strict=True):
+        apart = np.abs(np.asarray(image.image).astype(int) - wanted)
+        assert apart.max() <= 1 and (apart > 0).mean() <= 1e-3
+        assert image.target_passes < 256 and image.farthest <= 1e-5
+
+
+def test_the_default_method_is_exact_and_saves_passes(flow: Pipeline) -> None:
+    result = flow.generate(["rose"], seed=1, window=8)
+    assert (result.settings.drafter, result.settings.rule) == ("jacobi", "chains")
+    assert result.tokens_per_pass > 1.2

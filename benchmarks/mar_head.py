@@ -67,7 +67,7 @@ def measure(config: MARConfig, steps: int, dtype: torch.dtype, rounds: int) -> l
         def token(sampler: Coupled | None = sampler) -> Tensor:
             if sampler is None:
                 return sample_path(law, place, noise).token
-            return sampler.sample(law, place, noise, keys)
+            return sampler.sample(law, noise, keys)
 
         before = law.calls
         token()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts.path import PathDraft, PathVerdict
-from bozzetto.laws.chain import Ancestry, Gaussian, Path, sample_path
+from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Path, sample_path
 from bozzetto.laws.noise import STREAM_DRAFT, STREAM_VERIFY, NormalField, fold, image_keys
 from bozzetto.rules.coupling import fresh_noise
 from bozzetto.rules.paths import PathNoise, PathRule
@@ -41,7 +41,7 @@ class ToyModel:
         return replace(self, wrong=wrong, apart=apart, hot=hot)
 
 
-class ToyLaw:
+class ToyLaw(ChainLaw):
     """See ToyModel. Every kernel is a nonlinear function of state, step, position and the token before."""
 
     steps, dim = STEPS, DIM

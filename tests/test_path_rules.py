@@ -174,8 +174,8 @@ def test_relaxed_rules_do_not_depend_on_the_batch_either(rule: str) -> None:
 # Deliberately wrong rules: the battery must reject each of them.
 
 
-def mirrored_without_the_sign(noise: Tensor, draft: Tensor, target: Gaussian, log_u: Tensor) -> tuple[Tensor, Tensor]:
-    x, kept = coupling.reflect(noise, draft, target, log_u)
+def mirrored_without_the_sign(noise: Tensor, draft: Tensor, target: Gaussian, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    x, kept = coupling.reflect(noise, draft, target, *rest)
     return torch.where(kept[..., None], x, target.at(noise)), kept
 
 

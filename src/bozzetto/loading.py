@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,20 +15,26 @@ from torch import Tensor
 from bozzetto.engine.loop import Decoder
 from bozzetto.engine.masked import DraftWindow, MaskedDecoder
 from bozzetto.errors import UsageError
+from bozzetto.files import digest
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
+from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler, MARTarget
-from bozzetto.models.store import CONFIG, Tokenizer, config_from, load_llamagen, load_tokenizer, read_config
+from bozzetto.models.path_sketch import PathSketcher
+from bozzetto.models.sketch_store import SKETCH, load_sketch
+from bozzetto.models.store import CONFIG, WEIGHTS, Tokenizer, config_from, load_llamagen, load_tokenizer, read_config
 from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
 from bozzetto.pipeline import ASSETS, DTYPES, Pipeline, model_folder
 from bozzetto.registry import drafter_options, make_drafter, make_rule, with_neighbours
 from bozzetto.rules.reflection import Plain
 from bozzetto.settings import GenerateSettings
 from bozzetto.workshop import TargetWorkshop
+
+DRAFT = "draft"  # the folder of a masked model's own draft model, inside its own
 
 
 class CodePipeline(Pipeline):
@@ -79,7 +86,7 @@ class FlowPipeline(Pipeline):
     """A causal target that draws continuous tokens. network: what `target` was made from; sampler: of its head."""
 
     default_methods = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
-    default_rules: ClassVar = {"none": "plain", "jacobi": "chains"}
+    default_rules: ClassVar = {"none": "plain", "jacobi": "chains", "sketch": "joint"}
 
     def __init__(
         self,
@@ -93,6 +100,7 @@ class FlowPipeline(Pipeline):
     ):
         self.network = network
         super().__init__(name, FlowTarget(network, sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
+        self._sketcher = functools.cache(self._load_sketcher)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = vector_settings(self.name, settings, "jacobi", self.default_rules)
@@ -109,8 +117,28 @@ class FlowPipeline(Pipeline):
         window, target = settings.window_for(batch, self.target.length, self.dtype), self.target
         if settings.steps and settings.steps != target.sampler.steps:
             target = FlowTarget(self.network, replace(target.sampler, steps=settings.steps), DTYPES[self.dtype])
-        drafter = make_path_drafter(settings.drafter, window, target)
+        drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
         return Decoder(target, drafter, make_path_rule(settings.rule), settings.law), window
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        name, options = path_drafter_options(drafter)
+        return digest(self._sketch_folder(options.folder) / WEIGHTS) if name == "sketch" else None
+
+    def _sketch_folder(self, folder: str) -> Path:
+        """Where a trained drafter lies; "": the model's own. Raises UsageError where there is none."""
+        if folder:
+            return Path(folder)
+        if self.folder is None or not (self.folder / SKETCH).is_dir():
+            raise UsageError(f"{self.name} comes without a trained drafter (write sketch:folder=DIR, or train one)")
+        return self.folder / SKETCH
+
+    def _sketch(self, folder: str) -> PathSketcher:
+        return self._sketcher(self._sketch_folder(folder))
+
+    def _load_sketcher(self, folder: Path) -> PathSketcher:
+        weights = "" if self.folder is None else target_digest(self.folder)
+        net = load_sketch(folder, self.network.config, weights).to(self.target.device)
+        return PathSketcher(net, self.target.embedding)
 
 
 class MaskedPipeline(Pipeline):
@@ -152,7 +180,20 @@ class MaskedPipeline(Pipeline):
         if name == "none":
             return MaskedDecoder(target, rule, settings.law), 1
         window = DraftWindow(options.length, options.prefill)
-        return MaskedDecoder(target, rule, settings.law, self._target(options.folder, sampler), window), options.length
+        drafter = self._target(str(self._draft_folder(options.folder)), sampler)
+        return MaskedDecoder(target, rule, settings.law, drafter, window), options.length
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        name, options = path_drafter_options(drafter)
+        return digest(self._draft_folder(options.folder) / WEIGHTS) if name == "model" else None
+
+    def _draft_folder(self, folder: str) -> Path:
+        """Where a smaller model lies; "": the model's own. Raises UsageError where there is none."""
+        if folder:
+            return Path(folder)
+        if self.folder is None or not (self.folder / DRAFT).is_dir():
+            raise UsageError(f"{self.name} comes without a smaller model (write model:folder=DIR)")
+        return self.folder / DRAFT
 
     def _target(self, folder: str, sampler: MARSampler) -> MARTarget:
         """The model ("") or a smaller one, with a sampler; each is made once."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.jacobi_paths import JacobiPaths
 from bozzetto.drafters.none import NoPaths
+from bozzetto.drafters.path_chain import SketchChain
 from bozzetto.engine.masked import DraftWindow
 from bozzetto.errors import UsageError
 from bozzetto.models.flow_cache import FlowTarget
+from bozzetto.models.path_sketch import PathSketcher
 from bozzetto.registry import DRAFTERS, RULES, filled, split_spec
 from bozzetto.registry import Plain as NoOptions
 from bozzetto.rules.chains import Chains
@@ -37,10 +39,11 @@ class Window:
 
 @dataclass(frozen=True)
 class SmallerMasked:
-    """For a masked model. folder: a model folder of a smaller one of the same tokens; length: autoregressive steps that
-    are drafted at a time; prefill: share of the steps that the target does alone at the beginning."""
+    """For a masked model. folder: a model folder of a smaller one of the same tokens ("": the one that comes with the
+    model); length: autoregressive steps that are drafted at a time; prefill: share of the steps that the target does
+    alone at the beginning."""
 
-    folder: str = field()
+    folder: str = ""
     length: int = 8
     prefill: float = 0.05
 
@@ -48,7 +51,22 @@ class SmallerMasked:
         DraftWindow(self.length, self.prefill)  # raises UsageError
 
 
-PATH_DRAFTERS: Mapping[str, type] = MappingProxyType({"none": NoOptions, "model": SmallerMasked, "jacobi": Window})
+@dataclass(frozen=True)
+class Sketch:
+    """For a causal model. folder: of the trained drafter ("": the one that comes with the model); length: tokens
+    drafted per pass."""
+
+    folder: str = ""
+    length: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.length <= 64:
+            raise UsageError(f"length = {self.length} is not allowed: a whole number from 1 to 64")
+
+
+PATH_DRAFTERS: Mapping[str, type] = MappingProxyType(
+    {"none": NoOptions, "model": SmallerMasked, "jacobi": Window, "sketch": Sketch}
+)
 PATH_RULES: Mapping[str, type[PathRule]] = MappingProxyType(
     {rule.name: rule for rule in (Plain, Reflection, Coupled, Chains, Joint, PathBlock, Pathwise, Cspd)}
 )
@@ -71,14 +89,23 @@ def path_drafter_options(spec: str) -> tuple[str, Any]:
     return name, filled(PATH_DRAFTERS[name], spec, options)
 
 
-def make_path_drafter(spec: str, window: int, target: FlowTarget) -> Drafter:
-    """window: scored places per pass of a window drafter, >= 1. Raises UsageError for an unknown name."""
+def make_path_drafter(
+    spec: str, window: int, target: FlowTarget, sketcher: Callable[[str], PathSketcher] | None = None
+) -> Drafter:
+    """window: scored places per pass of a window drafter, >= 1; sketcher: loads the trained drafter of a folder ("":
+    the target's own). Raises UsageError for an unknown name, and for a trained drafter where there is none."""
     name, options = path_drafter_options(spec)
     if name == "none":
         return NoPaths(target.token_dim)
     schedule, device = target.schedule, target.device
     std = schedule.std.float().to(device)
     ancestry = schedule.ancestry(device)
+    if name == "sketch":
+        if sketcher is None:
+            raise UsageError("drafter 'sketch' is not allowed here: no folder to load it from")
+        return SketchChain(sketcher(options.folder), options.length, ancestry, std, target.token_dim)
+    if name != "jacobi":
+        raise UsageError(f"drafter {spec!r} is for masked models (allowed here: none, jacobi, sketch)")
     return JacobiPaths(window, target.config.grid, target.token_dim, ancestry, std, options.spread)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import PathDraft, PathVerdict
-from bozzetto.laws.chain import Ancestry, Path, sample_path
+from bozzetto.laws.chain import Ancestry, Path
 from bozzetto.laws.gaussian import GaussianChain
 
 _ABOVE = 0.47  # how a latent follows the one above it, measured on photographs
@@ -90,8 +90,7 @@ class JacobiPaths:
             self.tempered,
             (len(position), position.shape[1]),
         )
-        place = torch.arange(len(centre), device=position.device)
-        path = sample_path(law, place, self.noise.rows(position).flatten(0, 1))
+        path = law.sample(self.noise.rows(position).flatten(0, 1))
         path = Path(*(part.unflatten(0, position.shape) for part in path))
         return path if self.with_laws else _only_tokens(path.token)
 

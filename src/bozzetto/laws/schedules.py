@@ -27,7 +27,7 @@ _TRAINED = 1000  # diffusion times
 _LARGEST_BETA = 0.999
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlowSchedule:
     """time: float64 [T], path time of state k; of_state, of_velocity: float64 [T], mean = of_state x + of_velocity v;
     std: float64 [T], deviation of step k."""
@@ -70,7 +70,7 @@ def flow_schedule(steps: int, last_std: float = 0.05, shift: float = 1.0) -> Flo
     return FlowSchedule(t, s + kept, s * (1 - t) - kept * t, std)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DiffusionSchedule:
     """Step k = 0..T-1 runs from the noisiest time down. time: float64 [T], what the head is told (0..999); recip,
     recip_minus: float64 [T], x_0 = recip x - recip_minus eps; of_token, of_state: float64 [T], posterior mean =

@@ -69,9 +69,9 @@ class ModulatedBlock(nn.Module):
         return cast(nn.Linear, self.adaLN_modulation[-1])
 
     @property
-    def linears(self) -> list[Tensor]:
-        """Weights and biases of the two linear maps in turn."""
-        return list(self.mlp.parameters())
+    def linears(self) -> list[nn.Linear]:
+        """Its two linear maps, typed."""
+        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.laws.schedules import FlowSchedule, flow_schedule
 from bozzetto.models.base import Scores
+from bozzetto.models.dense import Dense
 from bozzetto.models.flow import TIME_SCALE, FlowModel
 from bozzetto.models.heads import FlowLaw, PackedDenoiser
 from bozzetto.models.llamagen_cache import CausalSession, CausalTarget
@@ -37,7 +37,7 @@ class FlowTarget(CausalTarget):
         self.length, self.token_dim = model.config.length, model.config.token_dim
         super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.positions = model.positions.to(dtype)
-        self.embedding = (model.token_embedding.weight.to(dtype), model.token_embedding.bias.to(dtype))
+        self.embedding = Dense.of(model.token_embedding, dtype)
         self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, dtype)
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class FlowTarget(CausalTarget):
         return CausalSession(self, condition, None, 2 if guided else 1, max_width)
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
-        x = F.linear(inputs.to(self.dtype), *self.embedding)
+        x = self.embedding(inputs.to(self.dtype))
         return x + self.positions[position.clamp_max(self.length - 1)]
 
     def read_out(self, x: Tensor) -> Scores:

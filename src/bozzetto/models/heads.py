@@ -2,40 +2,63 @@
 
 The modulations of a head (shift, scale, gate) depend on the step and on the condition but not on the noisy token, so
 those of all steps and places of a pass are computed at once, in one wide product; a serial call of the head is left
-with the narrow layers only. These run in float32: with a few rows they are bound by overhead, and their rounding is
-what the end of a chain sees.
+with the narrow layers only. With a few rows and a small head these run in float32, which is the faster there.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.laws.chain import Gaussian
+from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.models.denoiser import Denoiser
+from bozzetto.models.dense import Dense
 
 _LN_EPS = 1e-6
 _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be read off
+# On a CPU float32 is the faster dtype of narrow layers up to this many rows and this width (measured).
+_FEW_ROWS, _SMALL_WIDTH = 12, 512
 
 
-class _Narrow(NamedTuple):
-    """A block's layers, float32: gain and bias of its norm, weights and biases of its two linear maps."""
+class _Block(NamedTuple):
+    """A residual block's narrow layers: gain and bias of its norm, its two linear maps."""
 
     gain: Tensor
     bias: Tensor
-    up: Tensor
-    up_bias: Tensor
-    down: Tensor
-    down_bias: Tensor
+    up: Dense
+    down: Dense
+
+
+class _Narrow:
+    """A denoiser's narrow layers in one dtype; tokens go in and predictions come out in float32."""
+
+    def __init__(self, net: Denoiser, dtype: torch.dtype):
+        self.width, self.dtype = net.config.width, dtype
+        self.input, self.output = (Dense.of(part, torch.float32) for part in (net.input_proj, net.final_layer.linear))
+        self.blocks = []
+        for block in net.blocks:
+            gain, bias = block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)
+            self.blocks.append(_Block(gain, bias, *(Dense.of(layer, dtype) for layer in block.linears)))
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [R, D] with their modulations [R, (3 depth + 2) width] -> predictions, float32 [R, out_dim]."""
+        shape, parts = (self.width,), modulation.to(self.dtype).split(self.width, -1)
+        x = self.input(x).to(self.dtype)
+        for i, block in enumerate(self.blocks):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, _LN_EPS), scale)
+            x = torch.addcmul(x, gate, block.down(block.up.silu(h)))
+        shift, scale = parts[-2:]
+        return self.output(torch.addcmul(shift, F.layer_norm(x, shape, eps=_LN_EPS), scale).float())
 
 
 class PackedDenoiser:
-    """A denoiser ready for decoding: modulations side by side in `dtype`, narrow layers in float32, embeddings of the
-    given times."""
+    """A denoiser ready for decoding: modulations side by side, embeddings of the given times, narrow layers."""
 
     @torch.no_grad()
     def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype):
@@ -44,15 +67,15 @@ class PackedDenoiser:
         self.steps, self.token_dim, self.out_dim = len(times), net.config.token_dim, net.config.out_dim
         device = net.input_proj.weight.device
         self.times = net.time_embed(times.to(device)).to(dtype)  # [T, width]
-        self.condition = (net.cond_embed.weight.to(dtype), net.cond_embed.bias.to(dtype))
-        self.input = (net.input_proj.weight.float(), net.input_proj.bias.float())
-        self.output = (net.final_layer.linear.weight.float(), net.final_layer.linear.bias.float())
+        self.condition = Dense.of(net.cond_embed, dtype)
         parts = [block.modulation for block in [*net.blocks, net.final_layer]]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
         for start in self._scales():  # "1 + scale" becomes part of the bias
             bias[start : start + self.width] += 1
-        self.modulation = (weight.to(dtype), bias.to(dtype))  # [(3 depth + 2) width, width]
-        self.blocks = [_Narrow(*(p.float() for p in (b.in_ln.weight, b.in_ln.bias, *b.linears))) for b in net.blocks]
+        self.modulation = Dense(weight, bias, dtype)  # [(3 depth + 2) width, width]
+        self.narrow = self.few = _Narrow(net, dtype)
+        if dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
+            self.few = _Narrow(net, torch.float32)
 
     def _scales(self) -> list[int]:
         """Where the scales begin among the modulations: each block has shift, scale, gate, the last shift, scale."""
@@ -60,26 +83,18 @@ class PackedDenoiser:
 
     def embed(self, condition: Tensor) -> Tensor:
         """Conditions [P, C] -> [P, width]."""
-        return F.linear(condition.to(self.dtype), *self.condition)
+        return self.condition(condition.to(self.dtype))
 
     def modulations(self, condition: Tensor, steps: Tensor) -> Tensor:
         """Embedded conditions [P, width] at steps int64 [K] -> [K, P, (3 depth + 2) width]."""
-        return F.linear(F.silu(self.times[steps][:, None] + condition), *self.modulation)
+        return self.modulation(F.silu(self.times[steps][:, None] + condition))
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x [R, D] with their modulations [R, (3 depth + 2) width] -> predictions, float32 [R, out_dim]."""
-        shape, parts = (self.width,), modulation.float().split(self.width, -1)
-        x = F.linear(x, *self.input)
-        for i, block in enumerate(self.blocks):
-            shift, scale, gate = parts[3 * i : 3 * i + 3]
-            h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, _LN_EPS), scale)
-            h = F.linear(F.silu(F.linear(h, block.up, block.up_bias)), block.down, block.down_bias)
-            x = torch.addcmul(x, gate, h)
-        shift, scale = parts[-2:]
-        return F.linear(torch.addcmul(shift, F.layer_norm(x, shape, eps=_LN_EPS), scale), *self.output)
+        return (self.few if len(x) <= _FEW_ROWS else self.narrow)(x, modulation)
 
 
-class _HeadLaw:
+class _HeadLaw(ChainLaw):
     """What flow and diffusion heads share: conditions, guidance, counting.
 
     condition: [copies B W, C], [cond; uncond] rows under guidance; shape: (B, W); guidance: float, or float32 [B W], a
@@ -103,23 +118,41 @@ class _HeadLaw:
         self.calls = self.rows = 0
         self.table: Tensor | None = None
 
+    def modulations(self) -> Tensor:
+        """Of all steps and places, in the head's dtype: [T, copies B W, ...]."""
+        if self.table is None:
+            self.table = self.head.modulations(self.condition, torch.arange(self.steps, device=self.condition.device))
+        return self.table
+
     def predict(self, x: Tensor, step: Tensor, place: Tensor) -> Tensor:
         """ONE head call: x [R, D] -> guided predictions float32 [R, out_dim]; what lies beyond the first D numbers of a
         prediction (variances) is that of the conditional rows."""
-        if self.table is None:
-            steps = torch.arange(self.steps, device=x.device)
-            self.table = self.head.modulations(self.condition, steps).flatten(0, 1)
-        self.calls += 1
-        self.rows += len(x) * self.copies
         row = step * (self.copies * self.places) + place
-        if self.copies == 1:
-            return self.head(x, self.table[row])
-        row = torch.cat([row, row + self.places])
-        cond, uncond = self.head(x.repeat(2, 1), self.table[row]).chunk(2)
+        if self.copies > 1:
+            row = torch.cat([row, row + self.places])
         scale = self.guidance[place, None] if isinstance(self.guidance, Tensor) else self.guidance
+        return self._call(x, self.modulations().flatten(0, 1)[row], scale)
+
+    def predict_all(self, x: Tensor, step: int) -> Tensor:
+        """The same for one step at every place in turn: x [B W, D]."""
+        scale = self.guidance[:, None] if isinstance(self.guidance, Tensor) else self.guidance
+        return self._call(x, self.modulations()[step], scale)
+
+    def _call(self, x: Tensor, modulation: Tensor, scale: float | Tensor) -> Tensor:
+        self.calls += 1
+        self.rows += len(modulation)
+        if self.copies == 1:
+            return self.head(x, modulation)
+        cond, uncond = self.head(x.repeat(2, 1), modulation).chunk(2)
         d = self.dim
-        guided = uncond[:, :d] + (cond[:, :d] - uncond[:, :d]) * scale
-        return guided if cond.shape[1] == d else torch.cat([guided, cond[:, d:]], 1)
+        if cond.shape[1] == d:
+            return torch.lerp(uncond, cond, scale)
+        return torch.cat([torch.lerp(uncond[:, :d], cond[:, :d], scale), cond[:, d:]], 1)
+
+
+@lru_cache(maxsize=64)
+def _ancestry(schedule: FlowSchedule | DiffusionSchedule, device: torch.device) -> Ancestry:
+    return schedule.ancestry(device)
 
 
 class FlowLaw(_HeadLaw):
@@ -130,7 +163,7 @@ class FlowLaw(_HeadLaw):
     def __init__(self, schedule: FlowSchedule, *args: object):
         super().__init__(*args)  # type: ignore[arg-type]
         self.coefficients = flow_coefficients(schedule, self.temperature, self.condition.device)
-        self.ancestry = schedule.ancestry(self.condition.device)
+        self.ancestry = _ancestry(schedule, self.condition.device)
 
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
         return self.coefficients[later, 2, None]
@@ -140,7 +173,13 @@ class FlowLaw(_HeadLaw):
         of_state, of_velocity, std = self.coefficients[step].unsqueeze(-1).unbind(1)
         return Gaussian(torch.addcmul(of_state * x, of_velocity, velocity), std)
 
+    def all_places(self, x: Tensor, step: int) -> Gaussian:
+        velocity = self.predict_all(x, step)
+        of_state, of_velocity, std = self.coefficients[step].unbind(0)
+        return Gaussian(torch.addcmul(of_state * x, of_velocity, velocity), std.expand(len(x), 1))
 
+
+@lru_cache(maxsize=64)
 def flow_coefficients(schedule: FlowSchedule, temperature: float, device: torch.device) -> Tensor:
     """float32 [T, 3]: factor of the state, factor of the velocity, deviation."""
     parts = (schedule.of_state, schedule.of_velocity, schedule.std * temperature)
@@ -156,7 +195,7 @@ class DiffusionLaw(_HeadLaw):
     def __init__(self, schedule: DiffusionSchedule, *args: object):
         super().__init__(*args)  # type: ignore[arg-type]
         self.coefficients = diffusion_coefficients(schedule, self.condition.device)
-        self.ancestry = schedule.ancestry(self.condition.device)
+        self.ancestry = _ancestry(schedule, self.condition.device)
 
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
         """With the same mix of the two bounds."""
@@ -167,13 +206,20 @@ class DiffusionLaw(_HeadLaw):
         return (0.5 * torch.lerp(low, high, mix)).exp() * (moving * self.temperature)
 
     def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
-        noise, mix = self.predict(x, step, place).chunk(2, -1)
-        of_state, of_noise, low, high, moving = self.coefficients[step].unsqueeze(-1).unbind(1)
+        return self._law(x, self.predict(x, step, place), self.coefficients[step].unsqueeze(-1).unbind(1))
+
+    def all_places(self, x: Tensor, step: int) -> Gaussian:
+        return self._law(x, self.predict_all(x, step), self.coefficients[step].unbind(0))
+
+    def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:
+        noise, mix = predicted.chunk(2, -1)
+        of_state, of_noise, low, high, moving = coefficients
         share = (mix + 1) / 2
         std = (0.5 * torch.lerp(low, high, share)).exp() * (moving * self.temperature)
         return Gaussian(torch.addcmul(of_state * x, of_noise, noise), std)
 
 
+@lru_cache(maxsize=64)
 def diffusion_coefficients(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
     """float32 [T, 5]: factors of the state and of the noise in the mean, bounds of the log variance, and 1, or 0 for
     the last step, which adds no noise."""

@@ -3,8 +3,8 @@
 A condition of T tokens (captions) fills T - 1 slots when the session begins; its last token is input 0 of the first
 pass, as a class is. With T = 1 there is nothing to fill.
 
-Weights are packed once (w1 and w3 side by side). The cache of a layer is a flat table of slots, one row per (sequence,
-input), so that ragged writes are one index_copy_.
+Weights are laid out once, w1 and w3 side by side. The cache of a layer is a flat table of slots, one row per
+(sequence, input), so that ragged writes are one index_copy_.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.models.base import Scores, visible
+from bozzetto.models.dense import Dense
 from bozzetto.models.llamagen import Block, CaptionEmbedding, LlamaGen, LlamaGenConfig, caption_sight
 
 
 class PackedLayer:
-    """One block's weights in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f], gains [d]."""
+    """One block's maps in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f]; gains [d]."""
 
     def __init__(self, layer: Block, dtype: torch.dtype):
         a, f = layer.attention, layer.feed_forward
-        self.wqkv, self.wo = a.wqkv.weight.to(dtype), a.wo.weight.to(dtype)
-        self.w13 = torch.cat([f.w1.weight, f.w3.weight]).to(dtype)
-        self.w2 = f.w2.weight.to(dtype)
+        self.wqkv, self.wo, self.w2 = (Dense.of(part, dtype) for part in (a.wqkv, a.wo, f.w2))
+        self.w13 = Dense(torch.cat([f.w1.weight, f.w3.weight]), None, dtype)
         self.gain_1, self.gain_2 = layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype)
 
 
@@ -66,12 +66,13 @@ class LlamaGenTarget(CausalTarget):
         super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.captions: tuple[Tensor, Tensor] | None = None
         self.embedding, self.head = model.tok_embeddings.weight.to(dtype), model.output.weight.to(dtype)
+        self.output = Dense(self.head, None, dtype)
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         return self.embedding[inputs]
 
     def read_out(self, x: Tensor) -> Scores:
-        return Scores(F.linear(x, self.head).float(), x)
+        return Scores(self.output(x).float(), x)
 
     def with_captions(self, features: Tensor, mask: Tensor) -> LlamaGenTarget:
         """The same target with K captions in place of classes: label k is caption k.
@@ -181,7 +182,7 @@ class CausalSession:
     def _layer(self, w: PackedLayer, cache: Tensor, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
         c = self.target.config
         normed = F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)
-        qkv = F.linear(normed, w.wqkv).unflatten(-1, (3, c.heads, c.head_dim))
+        qkv = w.wqkv(normed).unflatten(-1, (3, c.heads, c.head_dim))
         q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
         cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
@@ -190,9 +191,9 @@ class CausalSession:
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask
         )
-        x = x + F.linear(mixed.transpose(1, 2).flatten(2), w.wo)
-        gate, up = F.linear(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps), w.w13).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, w.w2)
+        x = x + w.wo(mixed.transpose(1, 2).flatten(2))
+        gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
+        return x + w.w2(F.silu(gate) * up)
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
+from bozzetto.models.dense import Dense
 from bozzetto.models.heads import DiffusionLaw, PackedDenoiser
 from bozzetto.models.mar import MAR, ViTBlock
 
@@ -57,22 +58,23 @@ class _Block:
 
     def __init__(self, block: ViTBlock, dtype: torch.dtype):
         self.heads = block.attn.heads
-        parts = (block.norm1, block.attn.qkv, block.attn.proj, block.norm2, block.mlp.fc1, block.mlp.fc2)
-        self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2 = (_weights(part, dtype) for part in parts)
+        self.norm1, self.norm2 = (_weights(part, dtype) for part in (block.norm1, block.norm2))
+        maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        self.qkv, self.proj, self.fc1, self.fc2 = (Dense.of(part, dtype) for part in maps)
 
     def __call__(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         """x [R, L, dim] -> the same, or only what is at int64 [R, W]: [R, W, dim]."""
-        fused = F.linear(_norm(x, self.norm1), *self.qkv)
+        fused = self.qkv(_norm(x, self.norm1))
         q, k, v = fused.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if at is not None:
             x, q = _gather(x, at), _gather(q, at[:, None].expand(-1, self.heads, -1))
         mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + F.linear(mixed.transpose(1, 2).flatten(2), *self.proj)
-        return x + F.linear(F.gelu(F.linear(_norm(x, self.norm2), *self.fc1)), *self.fc2)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(_norm(x, self.norm2))))
 
 
 def _weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map or a norm."""
+    """Weight and bias of a norm."""
     weight, bias = (getattr(layer, name).detach().to(dtype) for name in ("weight", "bias"))
     return weight, bias
 
@@ -95,7 +97,7 @@ class MARTarget:
         self.device = model.mask_token.device
         self.counts(sampler.passes)
         self.classes = torch.cat([model.class_emb.weight, model.fake_latent]).to(dtype)  # the last: no class
-        self.embedding, self.bridge = _weights(model.z_proj, dtype), _weights(model.decoder_embed, dtype)
+        self.embedding, self.bridge = Dense.of(model.z_proj, dtype), Dense.of(model.decoder_embed, dtype)
         norms = (model.z_proj_ln, model.encoder_norm, model.decoder_norm)
         self.input_norm, self.encoder_norm, self.decoder_norm = (_weights(norm, dtype) for norm in norms)
         self.encoder = [_Block(b, dtype) for b in model.encoder_blocks if isinstance(b, ViTBlock)]
@@ -137,7 +139,7 @@ class MARTarget:
         """ONE backbone pass: conditions of the head at places. labels int64 [B] (config.classes: unconditional); tokens
         float32 [B, N, D], read where known; known int64 [B, K], places int64 [B, W], in any order; guided: also
         unconditional rows, after the others -> [copies B W, dim]."""
-        seen = F.linear(_gather(tokens, known).to(self.dtype), *self.embedding)
+        seen = self.embedding(_gather(tokens, known).to(self.dtype))
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
             seen, known, places = seen.repeat(2, 1, 1), known.repeat(2, 1), places.repeat(2, 1)
@@ -147,7 +149,7 @@ class MARTarget:
         x = _norm(x + self.encoder_places[slots], self.input_norm)
         for block in self.encoder:
             x = block(x)
-        x = F.linear(_norm(x, self.encoder_norm), *self.bridge) + self.decoder_places[slots]
+        x = self.bridge(_norm(x, self.encoder_norm)) + self.decoder_places[slots]
         x = self.blank.repeat(len(x), 1, 1).scatter_(1, slots[..., None].expand_as(x), x)
         for block in self.decoder[:-1]:
             x = block(x)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bozzetto.drafters.base import Observation
 from bozzetto.drafts import Layout
 from bozzetto.models.base import Session, Target, visible
+from bozzetto.models.dense import Dense
 from bozzetto.models.eagle import EagleNet
 from bozzetto.models.llamagen_cache import copied, rotate_pairs
 
@@ -55,8 +56,8 @@ def _at(values: Tensor, row: Tensor) -> Tensor:
     return values.gather(1, row[..., None].expand(-1, -1, values.shape[-1]))
 
 
-class EagleSketcher:
-    """The cached EAGLE drafter: pairs of a target feature and a token in, the next feature out (models/eagle.py).
+class EagleLayerCache:
+    """The cached EAGLE layer: pairs of a target feature and a token in, the next feature out (models/eagle.py).
 
     Slot i of the cache holds pair i; drafted pairs lie behind the committed ones and are written over by the next pass.
     """
@@ -64,17 +65,15 @@ class EagleSketcher:
     wants_features = True
 
     @torch.no_grad()
-    def __init__(self, net: EagleNet, embedding: Tensor, head: Tensor):
-        """embedding, head: the target's rows [V, d] for tokens, in the dtype to compute in."""
-        c, layer, dtype = net.config, net.layer, head.dtype
+    def __init__(self, net: EagleNet, dtype: torch.dtype):
+        c, layer = net.config, net.layer
         a, m = layer.self_attn, layer.mlp
         self.config, self.dtype, self.device = c, dtype, net.fc.weight.device
-        self.embedding, self.head = (head if c.embedding == "head" else embedding), head
-        self.fc, self.bias = net.fc.weight.to(dtype), net.fc.bias.to(dtype)
-        self.wqkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]).to(dtype)
-        self.wo = a.o_proj.weight.to(dtype)
-        self.w13 = torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(dtype)
-        self.w2, self.gain = m.down_proj.weight.to(dtype), layer.post_attention_layernorm.weight.to(dtype)
+        self.fc = Dense.of(net.fc, dtype)
+        self.wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
+        self.w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
+        self.wo, self.w2 = Dense.of(a.o_proj, dtype), Dense.of(m.down_proj, dtype)
+        self.gain = layer.post_attention_layernorm.weight.to(dtype)
         self.rope = torch.view_as_complex(net.rope.contiguous())  # complex64 [N, hd/2]
 
     def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
@@ -85,7 +84,12 @@ class EagleSketcher:
         self.first_slot = torch.arange(self.rows, device=self.device)[:, None] * self.slots  # [R, 1]
         self.columns = torch.arange(self.slots, device=self.device)
 
-    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, n, ...] -> [B, n, d]."""
+        raise NotImplementedError
+
+    def take_in(self, seen: Observation) -> Tensor:
+        """What a pass committed -> the prediction for the next token, hidden states [R, 1, d]."""
         assert seen.features is not None
         offset = torch.arange(seen.longest, device=self.device)
         slot = seen.start[:, None] + offset
@@ -94,40 +98,64 @@ class EagleSketcher:
         out = self._step(seen.verdict.tokens[:, : seen.longest], features, slot, slot, shown)
         self.next = seen.start + seen.committed  # slot of the first drafted pair
         self.grown = _at(out, seen.committed[:, None] - 1)
-        return F.linear(self.grown, self.head).float(), self.grown
+        return self.grown
 
-    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    def put_out(self, tokens: Tensor, parent: Tensor, layout: Layout) -> Tensor:
+        """One level of drafts (as `Sketcher.grow`) -> the predictions for their children, hidden states [R, n, d]."""
         base = self.next[:, None]
         shown = visible(self.columns, self.next, tokens.shape[1], layout)
         parent = parent.expand(len(tokens), -1).repeat(self.copies, 1)
         features = self.grown.gather(1, parent[..., None].expand(-1, -1, self.config.dim))
         out = self._step(tokens, features, base + layout.slot, base + layout.depth, shown)
         self.grown = torch.cat([self.grown, out], 1)
-        return F.linear(out, self.head).float(), out
+        return out
 
     @torch.no_grad()
     def _step(self, tokens: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
-        """tokens, slot, position int64 [B, n], features [R, n, d], shown bool [B, n, S] -> hidden states [R, n, d]."""
+        """tokens [B, n, ...], slot, position int64 [B, n], features [R, n, d], shown bool [B, n, S] -> hidden
+        states [R, n, d]."""
         c, copies = self.config, self.copies
         mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)
         rotation = self.rope[position.clamp_max(len(self.rope) - 1)][:, :, None, None]
-        x = self.embedding[tokens]
+        x = self.embed(tokens)
         if copies > 1:
             slot, rotation, x, mask = (copied(part, copies) for part in (slot, rotation, x, mask))
-        h = F.linear(torch.cat([x, features], -1), self.fc, self.bias)
-        qkv = F.linear(h, self.wqkv).unflatten(-1, (3, c.heads, c.head_dim))
+        h = self.fc(torch.cat([x, features], -1))
+        qkv = self.wqkv(h).unflatten(-1, (3, c.heads, c.head_dim))
         q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
         flat = (self.first_slot + slot).flatten()
         self.cache[0].index_copy_(0, flat, k.reshape(-1, c.dim))
         self.cache[1].index_copy_(0, flat, qkv[:, :, 2].reshape(-1, c.dim))
         keys, values = self.cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask[:, None])
-        h = h + F.linear(mixed.transpose(1, 2).flatten(2), self.wo)
-        gate, up = F.linear(F.rms_norm(h, (c.dim,), self.gain, c.norm_eps), self.w13).chunk(2, -1)
-        return h + F.linear(F.silu(gate) * up, self.w2)
+        h = h + self.wo(mixed.transpose(1, 2).flatten(2))
+        gate, up = self.w13(F.rms_norm(h, (c.dim,), self.gain, c.norm_eps)).chunk(2, -1)
+        return h + self.w2(F.silu(gate) * up)
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies
         rows = torch.cat([rows + i * batch for i in range(self.copies)])
         self.cache = self.cache.unflatten(1, (self.rows, self.slots))[:, rows].flatten(1, 2)
         self.rows, self.first_slot = len(rows), self.first_slot[: len(rows)]
+
+
+class EagleSketcher(EagleLayerCache):
+    """The cached EAGLE drafter of codes: the target's head reads its predictions."""
+
+    @torch.no_grad()
+    def __init__(self, net: EagleNet, embedding: Tensor, head: Tensor):
+        """embedding, head: the target's rows [V, d] for tokens, in the dtype to compute in."""
+        super().__init__(net, head.dtype)
+        self.embedding = head if net.config.embedding == "head" else embedding
+        self.output = Dense(head, None, head.dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding[tokens]
+
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        hidden = self.take_in(seen)
+        return self.output(hidden).float(), hidden
+
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        hidden = self.put_out(tokens, parent, layout)
+        return self.output(hidden).float(), hidden

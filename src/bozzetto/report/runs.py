@@ -91,7 +91,7 @@ def read_runs(paths: Sequence[str | Path], tick: Callable[[], object] = lambda: 
         raise UsageError(f"no run given (allowed: {_ALLOWED})")
     runs = []
     for path in paths:
-        runs.append(read_any(path))
+        runs += read_any(path)
         tick()
     seen: Counter[str] = Counter()
     for run in runs:
@@ -101,18 +101,22 @@ def read_runs(paths: Sequence[str | Path], tick: Callable[[], object] = lambda: 
     return runs
 
 
-def read_any(path: str | Path) -> Run:
-    """One run of any kind, told by its content. Raises UsageError naming the path and what is allowed."""
+def read_any(path: str | Path) -> list[Run]:
+    """A run of any kind, told by its content; of a suite's file one run per model. Raises UsageError naming the path
+    and what is allowed."""
     path = Path(path)
     if not path.exists():
         raise UsageError(f"run {str(path)!r} not found (allowed: {_ALLOWED})")
     name = path.resolve().name
     try:
         if path.is_file():
-            return _of_json(name, path, _json(path))
+            content = _json(path)
+            if content.get("kind") == "suite":
+                return _of_suite(name, path, content)
+            return [_of_json(name, path, content)]
         for marker, read in ((EVALUATION, _evaluation_folder), (RUN, _samples_folder), (MANIFEST, _manifest_folder)):
             if (path / marker).is_file():
-                return read(name, path)
+                return [read(name, path)]
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         if isinstance(error, UsageError):
             raise
@@ -132,11 +136,22 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _of_suite(name: str, path: Path, content: dict[str, Any]) -> list[Run]:
+    """The benchmarks of a suite, one per model; its quality is in the folders of its samples."""
+    timed = content.get("bench")
+    timed = timed if isinstance(timed, list) else [timed]  # in one model's file of an earlier version, not a list
+    if not timed or not all(isinstance(part, dict) for part in timed):
+        raise UsageError(f"{str(path)!r} is not a run: a suite without benchmarks (allowed: {_ALLOWED})")
+    runs = [_of_json(name, path, part) for part in timed]
+    if len(runs) > 1:
+        for run in runs:
+            run.name = f"{name}, {run.model}"
+    return runs
+
+
 def _of_json(name: str, path: Path, content: dict[str, Any]) -> Run:
     """An evaluation or a benchmark without pictures."""
     kind, settings, rows = content.get("kind"), content.get("settings"), content.get("results")
-    if kind == "suite" and isinstance(content.get("bench"), dict):  # its quality is in the folder of its samples
-        return _of_json(name, path, content["bench"])
     if isinstance(settings, dict) and isinstance(rows, list):
         if kind == "evaluation":
             return _evaluation(name, content)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bozzetto.drafts.path import PathDraft, PathVerdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, Path
+from bozzetto.laws.chain import ChainLaw, Gaussian, Path, sample_path
 from bozzetto.laws.noise import fold, uniform
 from bozzetto.rules.base import leading
 from bozzetto.rules.coupling import fresh_noise, overlap, reflect, separation
@@ -50,64 +50,76 @@ class Chains(PathRule):
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         batch, length = draft.tokens.shape[:2]
-        place = torch.arange(batch * (length + 1), device=noise.keys.device)
-        # The place after the drafts has none: a plain chain.
         fresh = fresh_noise(noise.keys[:, -1], law.steps, law.dim)[:, None]  # [B, 1, T + 1, D]
-        states, laws = [fresh[:, :, 0]], []
-        pairs = None
-        if length:
-            if draft.path is None:
-                raise ValueError("rule 'chains' needs the drafts' paths")
-            pairs = _Pairs(draft.path, law, noise.keys[:, :length], self.reach)
-            states = [torch.cat([draft.path.states[:, :, 0], fresh[:, :, 0]], 1)]
+        if not length:
+            path = sample_path(law, None, fresh[:, 0])
+            path = Path(*(part[:, None] for part in path))
+            return PathVerdict(path.token, torch.zeros_like(noise.keys[:, 0]), path)
+        if draft.path is None:
+            raise ValueError("rule 'chains' needs the drafts' paths")
+        pairs = _Pairs(_with_plain(draft.path, fresh), law, noise.keys, self.reach)
+        x, states, laws = pairs.first, [pairs.first], []
         for k in range(law.steps):
-            kernel = law.kernel(states[-1].flatten(0, 1), torch.full_like(place, k), place)
-            laws.append(Gaussian(*(part.unflatten(0, (batch, length + 1)) for part in kernel)))
-            x = Gaussian(laws[-1].mean[:, length:], laws[-1].std[:, length:]).at(fresh[:, :, k + 1])
-            if pairs is not None:
-                target = Gaussian(laws[-1].mean[:, :length], laws[-1].std[:, :length])
-                x = torch.cat([pairs.couple(target, k), x], 1)
+            kernel = law.all_places(x, k)
+            x = pairs.couple(kernel, k)
             states.append(x)
-        mean, std = (torch.stack(part, 2) for part in zip(*laws, strict=True))
-        path = Path(torch.stack(states, 2), mean, std)
+            laws.append(kernel)
+        mean, std = (torch.stack(part, 1) for part in zip(*laws, strict=True))
+        path = Path(*(part.unflatten(0, (batch, length + 1)) for part in (torch.stack(states, 1), mean, std)))
         same = (path.token[:, :length] == draft.tokens).all(-1)
         return PathVerdict(path.token, leading(same), path)
 
 
+def _with_plain(path: Path, fresh: Tensor) -> Path:
+    """Draft paths [B, M, ...] with one more place, which has no draft: a stand-in of fresh noise [B, 1, T + 1, D], of
+    mean 0 and deviation 1. (Nothing is kept of it, and the mirror image of fresh noise is fresh noise.)"""
+    mean = torch.zeros_like(fresh[:, :, 1:])
+    extra = (fresh, mean, torch.ones_like(path.std[:, :1]))
+    return Path(*(torch.cat(pair, 1) for pair in zip(path, extra, strict=True)))
+
+
 class _Pairs:
-    """The recorded draft chains [B, M, ...] that a target's are coupled with, and the randomness of all steps."""
+    """Recorded draft chains [B, M + 1, ...] that a target's are coupled with, step by step, and the randomness. Places
+    are numbered as the law's; the last of each image has no draft."""
 
     def __init__(self, path: Path, law: ChainLaw, keys: Tensor, reach: float):
-        self.path, self.reach = path, reach
-        self.keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device))  # [B, M, T]
-        self.noise = (path.states[:, :, 1:] - path.mean) / path.std  # [B, M, T, D]
+        batch, places = keys.shape
+        self.reach, self.first = reach, path.states[:, :, 0].flatten(0, 1)
+        self.plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)
+        self.keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
+        states, mean, std = (part.flatten(0, 1) for part in path)
         # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
-        step = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        steps = torch.arange(law.steps, device=keys.device)[None]
-        self.reflected = law.isotropic and bool((path.std > 0).all())
-        self.equal = self.reflected and bool((path.std == law.std_later(path.std[:1, 0, 0], step, steps)).all())
-        self.log_u = uniform(self.keys).log() if self.reflected else None
+        drafts = std[~self.plain]
+        step, steps = torch.zeros_like(self.keys[:1, 0]), torch.arange(law.steps, device=keys.device)[None]
+        self.reflected = law.isotropic and bool((drafts > 0).all())
+        self.equal = self.reflected and bool((drafts == law.std_later(drafts[:1, 0], step, steps)).all())
+        drawn = states[:, 1:]
+        self.drafted, self.mean, self.std = (_by_step(part) for part in (drawn, mean, std))
+        self.noise = _by_step((drawn - mean) / std)
+        log_u = uniform(self.keys).log().masked_fill_(self.plain[:, None], torch.inf)
+        self.log_u = _by_step(log_u)
 
     def couple(self, target: Gaussian, k: int) -> Tensor:
-        """The target's next states [B, M, D] at step k."""
-        if self.log_u is None or not self.equal or self.reach < math.inf:
+        """The target's next states [P, D] at step k."""
+        if not self.equal or self.reach < math.inf:
             return self._couple(target, k)
-        x, kept = reflect(self.noise[:, :, k], self.path.mean[:, :, k], target, self.log_u[:, :, k])
-        return torch.where(kept[..., None], self.path.states[:, :, k + 1], x)  # where kept, the very same numbers
+        return reflect(self.noise[k], self.mean[k], target, self.log_u[k], self.drafted[k])[0]
 
     def _couple(self, target: Gaussian, k: int) -> Tensor:
         """The same in general."""
-        path, noise = self.path, self.noise[:, :, k]
-        drafted, draft = path.states[:, :, k + 1], Gaussian(path.mean[:, :, k], path.std[:, :, k])
+        drafted, noise, draft = self.drafted[k], self.noise[k], Gaussian(self.mean[k], self.std[k])
         far = separation(draft, target) > self.reach
-        if self.log_u is not None:
-            x, kept = reflect(noise, draft.mean, target, self.log_u[:, :, k])
+        if self.reflected:
+            x, _ = reflect(noise, draft.mean, target, self.log_u[k], drafted)
             far |= (draft.std != target.std).any(-1)  # no mirror image
         else:
             far &= (draft.std > 0).all(-1)  # a point has no noise to share
-            x, kept = torch.empty_like(drafted), torch.zeros_like(far)
-            near = (~far).nonzero(as_tuple=True)
-            keys = self.keys[:, :, k][near]
-            x[near], kept[near] = overlap(drafted[near], draft.rows(near), target.rows(near), keys)
-        x = torch.where(far[..., None], target.at(noise), x)
-        return torch.where((kept & ~far)[..., None], drafted, x)
+            x = torch.empty_like(drafted)
+            near = (~(far | self.plain)).nonzero()[:, 0]
+            x[near], _ = overlap(drafted[near], draft.rows(near), target.rows(near), self.keys[near, k])
+        return torch.where((far | self.plain)[:, None], target.at(noise), x)
+
+
+def _by_step(part: Tensor) -> tuple[Tensor, ...]:
+    """[P, T, ...] -> T tensors [P, ...]."""
+    return part.transpose(0, 1).contiguous().unbind(0)

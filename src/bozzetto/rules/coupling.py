@@ -49,19 +49,22 @@ def separation(draft: Gaussian, target: Gaussian) -> Tensor:
     return torch.where((product > 0).all(-1), gap.sum(-1).clamp_min(0).sqrt(), torch.inf)
 
 
-def reflect(noise: Tensor, draft: Tensor, target: Gaussian, log_u: Tensor) -> tuple[Tensor, Tensor]:
+def reflect(
+    noise: Tensor, draft: Tensor, target: Gaussian, log_u: Tensor, drafted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """noise: float32 [..., D], the draft's standard normal noise; draft: its mean [..., D]; target: law with the same
     deviation [..., 1] > 0; log_u: float64 [...], log of a uniform -> (sample of the target [..., D], kept: bool [...]).
 
-    Where kept, the sample is draft + std noise.
+    Where kept, the sample is what was drafted, draft + std noise (drafted [..., D], where that is known to the bit).
     """
     gap = (target.mean - draft) / target.std
-    delta = gap.norm(dim=-1, keepdim=True)
-    direction = gap / delta.clamp_min(1e-30)
-    along = (direction * noise).sum(-1, keepdim=True)
-    kept = log_u <= (delta * (along - delta / 2)).squeeze(-1)
-    mirrored = torch.addcmul(target.mean, target.std, noise - 2 * along * direction)
-    return torch.where(kept[..., None], torch.addcmul(draft, target.std, noise), mirrored), kept
+    along, square = torch.linalg.vecdot(gap, noise), torch.linalg.vecdot(gap, gap)
+    kept = log_u <= along - square / 2
+    twice = (2 * along / square.clamp_min(1e-30))[..., None]  # the gap's share of the noise, and its mirror image
+    mirrored = torch.addcmul(target.mean, target.std, torch.addcmul(noise, twice, gap, value=-1))
+    if drafted is None:
+        drafted = torch.addcmul(draft, target.std, noise)
+    return torch.where(kept[..., None], drafted, mirrored), kept
 
 
 def overlap(x: Tensor, draft: Gaussian, target: Gaussian, keys: Tensor) -> tuple[Tensor, Tensor]:

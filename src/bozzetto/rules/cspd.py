@@ -65,8 +65,7 @@ class Cspd(PathRule):
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         batch, length = draft.tokens.shape[:2]
-        place = torch.arange(batch * (length + 1), device=noise.keys.device)
-        aligned = sample_path(law, place, noise.fixed.flatten(0, 1))
+        aligned = sample_path(law, None, noise.fixed.flatten(0, 1))
         aligned = Path(*(part.unflatten(0, (batch, length + 1)) for part in aligned))
         tokens, accepted = aligned.token.clone(), torch.zeros_like(noise.keys[:, 0])
         if length:
@@ -81,7 +80,7 @@ class Cspd(PathRule):
                 kept, redrawn = keep, ~keep
                 accepted = torch.full_like(accepted, length)
             else:
-                column = torch.arange(length, device=place.device)
+                column = torch.arange(length, device=tokens.device)
                 kept, redrawn = column < accepted[:, None], column == accepted[:, None]
             at = redrawn.nonzero(as_tuple=True)
             mine = tokens[:, :length]

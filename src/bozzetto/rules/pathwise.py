@@ -39,11 +39,10 @@ class Pathwise(PathRule):
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         batch, length = draft.tokens.shape[:2]
-        place = torch.arange(batch * (length + 1), device=noise.keys.device)
-        own = sample_path(law, place, noise.fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
+        own = sample_path(law, None, noise.fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
         apart = (own[:, :length] - draft.tokens).abs().amax(-1)  # [B, M]
         accepted = leading(apart <= self.epsilon)
-        kept = torch.arange(length, device=place.device) < accepted[:, None]
+        kept = torch.arange(length, device=own.device) < accepted[:, None]
         tokens = torch.cat([torch.where(kept[..., None], draft.tokens, own[:, :length]), own[:, length:]], 1)
         distance = torch.nn.functional.pad(apart.masked_fill(~kept, 0.0), (0, 1))
         return PathVerdict(tokens, accepted, distance=distance)

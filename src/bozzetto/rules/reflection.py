@@ -150,16 +150,16 @@ class Coupled(PathRule):
         if not 0 <= self.spread < float("inf"):
             raise UsageError(f"spread = {self.spread} is not allowed: a number >= 0")
 
-    def sample(self, law: ChainLaw, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D] of the laws' places int64 [R]; arguments as in `Speculation.run`."""
+    def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
+        """Tokens float32 [R, D] of all R places of a law; noise and keys as in `Speculation.run`."""
+        place = torch.arange(len(keys), device=keys.device)
         return Speculation(law, min(self.depth, law.steps), self.spread).run(place, noise, keys)
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         if draft.length:
             raise UsageError(f"rule {self.name!r} needs no drafter: drafter 'none' is allowed")
-        place = torch.arange(law.shape[0], device=noise.keys.device)
-        token = self.sample(law, place, noise.fixed[:, 0], noise.keys[:, 0])
-        return PathVerdict(token[:, None], torch.zeros_like(place))
+        token = self.sample(law, noise.fixed[:, 0], noise.keys[:, 0])
+        return PathVerdict(token[:, None], torch.zeros_like(noise.keys[:, 0]))
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,10 @@ class Reflection(Coupled):
     name: ClassVar[str] = "reflection"
     isotropic: ClassVar[bool] = True
 
-    def sample(self, law: ChainLaw, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
+    def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
         if not law.isotropic:
             raise UsageError("rule 'reflection' needs steps of fixed deviation; for learned variances take 'coupled'")
-        return super().sample(law, place, noise, keys)
+        return super().sample(law, noise, keys)
 
 
 @dataclass(frozen=True)
@@ -184,14 +184,12 @@ class Plain(PathRule):
     seed_exact: ClassVar[bool] = True
     needs_path: ClassVar[bool] = False
 
-    def sample(self, law: ChainLaw, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D]; arguments as in `Speculation.run`."""
-        return sample_path(law, place, noise).token
+    def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
+        """Tokens float32 [R, D] of all R places of a law; noise as in `Speculation.run`."""
+        return sample_path(law, None, noise).token
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         if draft.length:
             raise UsageError("rule 'plain' is the sequential sampler: drafter 'none' is allowed")
-        place = torch.arange(law.shape[0], device=noise.keys.device)
-        return PathVerdict(
-            self.sample(law, place, noise.fixed[:, 0], noise.keys[:, 0])[:, None], torch.zeros_like(place)
-        )
+        token = self.sample(law, noise.fixed[:, 0], noise.keys[:, 0])
+        return PathVerdict(token[:, None], torch.zeros_like(noise.keys[:, 0]))

@@ -92,13 +92,13 @@ def mar_loss(
     return error + bound[times > 0].mean() / math.log(2)
 
 
-class _LatentFit(Fit):
+class LatentFit(Fit):
     """What both families share."""
 
-    recipe: FlowRecipe | MARRecipe
+    recipe: Any
 
     def load_data(self) -> None:
-        """Scaled latents: self.latents float16 [n, views, N, D], self.test float32 [n', N, D]."""
+        """Scaled latents: self.latents float16 [n, views, N, D] (not scaled yet), self.test float32 [n', N, D]."""
         r, path = self.recipe, self.run.path / LATENTS
         self.data = read_images(r.train.path, r.train.split)
         test = read_images(r.test.path, r.test.split)
@@ -169,7 +169,7 @@ class _LatentFit(Fit):
         write_latents(folder, TINY, latents.config, latents.state_dict(), {})
 
 
-class FlowFit(_LatentFit):
+class FlowFit(LatentFit):
     """Fits a causal flow model."""
 
     recipe: FlowRecipe
@@ -197,7 +197,7 @@ class FlowFit(_LatentFit):
         self._write(FLOW, asdict(FlowSampler()))
 
 
-class MARFit(_LatentFit):
+class MARFit(LatentFit):
     """Fits a masked model (MAR)."""
 
     recipe: MARRecipe

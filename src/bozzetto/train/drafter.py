@@ -22,7 +22,7 @@ from bozzetto.models.eagle_store import save_eagle
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.loop import RunFolder, WeightAverage, adamw, channels_last, cosine, set_lr
-from bozzetto.train.recipes import DrafterRecipe
+from bozzetto.train.recipes import DrafterRecipe, SketchRecipe
 from bozzetto.train.target import tokenise
 
 _DEPTHS = 5  # of the roll-out in the held-out report
@@ -211,7 +211,11 @@ class _Trainer:
         bar.close()
 
 
-def train_drafter(recipe: DrafterRecipe) -> Path:
+def train_drafter(recipe: DrafterRecipe | SketchRecipe) -> Path:
     """Train (or resume) to the recipe's last step. Returns the drafter folder."""
+    if isinstance(recipe, SketchRecipe):
+        from bozzetto.train.path_drafter import train_sketch
+
+        return train_sketch(recipe)
     _Trainer(recipe).fit()
     return Path(recipe.out) / "eagle"

@@ -1,4 +1,4 @@
-"""What fitting a target has in common over all families: the step, the averaged weights, the best ones, resuming."""
+"""What fitting a network has in common over all families: the step, the averaged weights, the best ones, resuming."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bozzetto.train.loop import RunFolder, WeightAverage, adamw, cosine, set_lr
-from bozzetto.train.recipes import FlowRecipe, MARRecipe, TargetRecipe
+from bozzetto.train.recipes import FlowRecipe, MARRecipe, SketchRecipe, TargetRecipe
 
 
 class Fit:
@@ -20,7 +20,9 @@ class Fit:
     `patience` evaluations. Everything random comes from one generator, whose state is saved.
     """
 
-    def __init__(self, recipe: TargetRecipe | FlowRecipe | MARRecipe):
+    title = "target"  # of the progress bar
+
+    def __init__(self, recipe: TargetRecipe | FlowRecipe | MARRecipe | SketchRecipe):
         self.recipe: Any = recipe
         self.run = RunFolder(recipe.out)
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -136,7 +138,7 @@ class Fit:
         r = self.recipe
         self.model.train()
         running = math.nan
-        bar = tqdm(total=r.steps, initial=self.step, desc="target", smoothing=0.05)
+        bar = tqdm(total=r.steps, initial=self.step, desc=self.title, smoothing=0.05)
         while self.step < r.steps:
             loss = self.train_step()
             running = loss if math.isnan(running) else 0.98 * running + 0.02 * loss

@@ -197,13 +197,52 @@ class MARRecipe(_ContinuousRecipe):
     least_masked: Share = 0.7
 
 
+@checked(frozen=True, config=_STRICT, kw_only=True)
+class SketchRecipe:
+    """How to train a drafter of continuous tokens for a trained flow target.
+
+    model: the target, a shipped name or a model folder; tiny, train, test, views, jitter: as for the target; guidance:
+    scales are drawn from this range; rollout: steps of the drafter's own roll-out in training, step k weighs
+    decay^(k-1); test_images: held-out pictures used.
+    """
+
+    family: Literal["sketch"]
+    out: str
+    model: str
+    tiny: str
+    train: DataSource
+    test: DataSource
+    image_size: Count = 128
+    views: Count = 6
+    jitter: Share = 0.0
+    guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
+    rollout: Annotated[int, Field(gt=0, le=8)] = 2
+    decay: Rate = 0.8
+    test_images: Count = 64
+    steps: Count = 1200
+    batch: Count = 8
+    lr: Rate = 1e-3
+    warmup: Count = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    class_dropout: Share = 0.0
+    ema: Share = 0.99
+    evaluate_every: Count = 100
+    patience: Count = 6
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe}
-FAMILIES = {"flow": FlowRecipe, "mar": MARRecipe}  # kinds of target that name their family; the others draw codes
+# Kinds that name their family, by what is trained; without a family it is for codes.
+FAMILIES: dict[type, dict[str, type]] = {
+    TargetRecipe: {"flow": FlowRecipe, "mar": MARRecipe},
+    DrafterRecipe: {"sketch": SketchRecipe},
+}
 R = TypeVar("R")
 
 
 def read_recipe(path: str | Path, kind: type[R]) -> Any:
-    """Read a YAML recipe of this kind; a target's `family` decides which target. Raises UsageError naming the file, the
+    """Read a YAML recipe of this kind, or of the kind that its `family` names. Raises UsageError naming the file, the
     key and what is allowed.
 
     Relative paths inside a recipe are relative to the working directory.
@@ -217,13 +256,11 @@ def read_recipe(path: str | Path, kind: type[R]) -> Any:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
-    if kind is TargetRecipe and "family" in content:
-        family = content["family"]
-        if family not in FAMILIES:
-            raise UsageError(
-                f"{path}: family = {family!r} is not allowed: {', '.join(FAMILIES)}, or no family for codes"
-            )
-        kind = FAMILIES[family]
+    if kind in FAMILIES and "family" in content:
+        family, known = content["family"], FAMILIES[kind]
+        if family not in known:
+            raise UsageError(f"{path}: family = {family!r} is not allowed: {', '.join(known)}, or no family for codes")
+        kind = known[family]
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:

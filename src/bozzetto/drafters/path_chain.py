@@ -1,0 +1,95 @@
+"""A trained drafter of continuous tokens: one Gaussian after another (models/path_sketch.py)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from bozzetto.drafters.base import Observation, Start
+from bozzetto.drafts import Layout, PathDraft
+from bozzetto.laws.chain import Ancestry, Path
+from bozzetto.laws.gaussian import AffineChain, gaussian_tables
+from bozzetto.laws.noise import fold
+from bozzetto.models.path_sketch import PathSketcher
+from bozzetto.rules.coupling import fresh_noise
+
+
+class SketchChain:
+    """Drafts `length` tokens per pass. ancestry, std [T]: the target's sampler."""
+
+    name = "sketch"
+    wants_features = True
+
+    def __init__(self, sketcher: PathSketcher, length: int, ancestry: Ancestry, std: Tensor, dim: int):
+        self.sketcher, self.length, self.dim = copy.copy(sketcher), length, dim
+        self.ancestry, self.std = ancestry, std
+
+    @property
+    def max_nodes(self) -> int:
+        return self.length
+
+    @property
+    def max_depth(self) -> int:
+        return self.length
+
+    def begin(self, start: Start) -> None:
+        self.start, self.keys, self.passes = start, start.keys, 0
+        self.seen: Observation | None = None
+        self.sketcher.begin(start.labels, start.settings.guided, self.length)
+
+    def observe(self, seen: Observation) -> None:
+        self.seen = seen
+
+    def keep(self, rows: Tensor) -> None:
+        self.sketcher.keep(rows)
+        self.keys = self.keys[rows]
+        if self.seen is not None:
+            self.seen = self.seen.keep(rows)
+
+    def propose(self, batch: int, limit: int) -> PathDraft:
+        self.passes += 1
+        length = min(limit, self.length)
+        if self.seen is None or length < 1:  # nothing is known before the first pass
+            return PathDraft(torch.zeros(batch, 0, self.dim, device=self.keys.device))
+        hidden = self.sketcher.take_in(self.seen)
+        noise = self._noise(self.seen.start + self.seen.committed, length)
+        laws: list[AffineChain] = []
+        paths: list[Path] = []
+        for place in range(length):
+            laws.append(self._law(hidden, (batch, 1)))
+            paths.append(laws[-1].sample(noise[:, place]))
+            if place + 1 < length:
+                at = torch.full((1, 1), place, device=self.keys.device)
+                sees = torch.ones(1, 1, place + 1, dtype=torch.bool, device=self.keys.device)
+                hidden = self.sketcher.put_out(paths[-1].token[:, None], at, Layout(at, at, sees))
+        path = Path(*(torch.stack(parts, 1) for parts in zip(*paths, strict=True)))
+        return (
+            PathDraft(path.token, path, self._together(laws, batch)) if self.start.with_laws else PathDraft(path.token)
+        )
+
+    def _noise(self, position: Tensor, length: int) -> Tensor:
+        """float32 [B, length, T + 1, D] for positions from int64 [B] on: the sequential sampler's where the rule wants
+        that, else fresh."""
+        offset = torch.arange(length, device=position.device)
+        if self.start.fixed_noise:
+            return self.start.noise.rows(position[:, None] + offset)
+        keys = fold(fold(self.keys, self.passes)[:, None], offset)
+        return fresh_noise(keys.flatten(), len(self.std), self.dim).unflatten(0, keys.shape)
+
+    def _law(self, hidden: Tensor, shape: tuple[int, int]) -> AffineChain:
+        """Of the next token of each image, guided: hidden [R, 1, d]."""
+        settings = self.start.settings
+        gain, offset = gaussian_tables(*self.sketcher.gaussian(hidden[:, 0]), self.ancestry)
+        if settings.guided:  # means are linear in the prediction: so are gains and offsets
+            (gain, other), (offset, without) = gain.chunk(2, 1), offset.chunk(2, 1)
+            gain = torch.lerp(other, gain, settings.guidance)
+            offset = torch.lerp(without, offset, settings.guidance)
+        std = self.std * settings.temperature
+        return AffineChain(gain, offset, self.ancestry, std, shape, self.sketcher.basis)
+
+    def _together(self, laws: list[AffineChain], batch: int) -> AffineChain:
+        """One law of all drafted places, numbered image by image."""
+        gain, offset = (torch.stack([getattr(law, n) for law in laws], 2).flatten(1, 2) for n in ("gain", "offset"))
+        return AffineChain(gain, offset, self.ancestry, laws[0].std, (batch, len(laws)), self.sketcher.basis)

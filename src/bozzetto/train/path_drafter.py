@@ -1,0 +1,148 @@
+"""`bozzetto train drafter RECIPE.yaml` with `family: sketch`: fit a drafter of continuous tokens to a trained flow
+target, resumably.
+
+The loss is V = sum over denoising steps of (of_token / std)^2 |x^_p - x^_q|^2, with x^ the tokens that target and draft
+predict from the same state: twice the Kullback-Leibler divergence of the target's path from the draft's. The chance
+that a draft is kept is 1 - TV >= 1 - sqrt(V) / 2 at best (Pinsker). Both sides are guided as in drafting, and taken
+over several steps of the drafter's own roll-out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bozzetto.autoencoders.latents import LatentDecoder
+from bozzetto.errors import UsageError
+from bozzetto.models.continuous_store import load_continuous, load_latents
+from bozzetto.models.flow import FlowModel
+from bozzetto.models.flow_cache import FlowSampler
+from bozzetto.models.path_sketch import PathSketch, sketch_config
+from bozzetto.models.sketch_store import SKETCH, save_sketch
+from bozzetto.models.store import CONFIG, config_from, read_config
+from bozzetto.pipeline import model_folder
+from bozzetto.train.continuous import LatentFit
+from bozzetto.train.recipes import SketchRecipe
+
+_ROWS = 16
+_DEPTHS = 4  # of the roll-out in the held-out report
+
+
+class SketchFit(LatentFit):
+    """Fits a PathSketch."""
+
+    title = "drafter"
+    recipe: SketchRecipe
+    model: PathSketch
+
+    def load_data(self) -> None:
+        self.folder = model_folder(self.recipe.model)
+        content = read_config(self.folder)
+        target = load_continuous(self.folder)
+        if not isinstance(target, FlowModel):
+            raise UsageError(f"{self.folder}: a drafter of continuous tokens is for a flow model")
+        self.target = target
+        schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
+        self.ancestry, self.times = schedule.ancestry(torch.device("cpu")), schedule.time.float()
+        self.weights = (self.ancestry.of_token / schedule.std.float()).square()  # [T]
+        super().load_data()
+        decoder: LatentDecoder = load_latents(self.folder)
+        # Tokens are scaled as the target's are, whatever views this run has drawn.
+        self.test = self.test * self.std + self.mean
+        self.std, self.mean = decoder.scale.float(), decoder.shift.float()
+        self.test = ((self.test - self.mean) / self.std)[: self.recipe.test_images]
+        self.test_labels = self.test_labels[: self.recipe.test_images]
+
+    def make_model(self) -> nn.Module:
+        net = PathSketch(sketch_config(self.target.config))
+        self.turn = nn.utils.parametrizations.orthogonal(net, "basis")
+        return net
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Guidance scale [B]; steps int64 [B, N] and noise [B, N, D] of the states at which the laws are compared."""
+        low, high = self.recipe.guidance
+        scale = low + (high - low) * torch.rand(len(tokens), generator=generator)
+        steps = torch.randint(len(self.times), tokens.shape[:2], generator=generator)
+        return scale, steps, torch.randn(tokens.shape, generator=generator)
+
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
+        """Mean over roll-out steps (step k weighs decay^(k-1)) of V per token."""
+        parts = self.divergences(self.recipe.rollout, labels, tokens, *drawn)
+        share = [self.recipe.decay**k for k in range(len(parts))]
+        return sum((w * part.mean() for w, part in zip(share, parts, strict=True)), torch.zeros(())) / sum(share)
+
+    def divergences(
+        self, steps: int, labels: Tensor, tokens: Tensor, scale: Tensor, at: Tensor, noise: Tensor
+    ) -> list[Tensor]:
+        """An unbiased draw of V for every token but the first few, for each of `steps` roll-out steps: [B, n]."""
+        both = torch.cat([labels, torch.full_like(labels, self.target.config.classes)])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = self.target.features(both, tokens[:, :-1].repeat(2, 1, 1))  # [2B, N, d]
+                embedded = self.target.token_embedding(tokens[:, :-1].repeat(2, 1, 1))
+                wanted, state = self._target_tokens(features, tokens, scale, at, noise)
+            rolled = self.model.body.roll_out(features[:, :-1], embedded, steps)
+        found = []
+        for k, predicted in enumerate(rolled):
+            with torch.autocast("cpu", torch.bfloat16):
+                guess = self._draft_tokens(predicted, scale, at[:, 1:], state[:, 1:])
+            apart = (guess - wanted[:, 1:]).square().sum(-1) * self.weights[at[:, 1:]] * len(self.times)
+            found.append(apart[:, k:])  # the first pairs of step k have too short a past
+        return found
+
+    def _target_tokens(
+        self, features: Tensor, tokens: Tensor, scale: Tensor, at: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The target's guided prediction of each token from a noised state of it, and that state: [B, N, D]."""
+        time = self.times[at][..., None]
+        state = time * tokens + (1 - time) * noise
+        rows = (state.repeat(2, 1, 1).flatten(0, 1), self.times[at].repeat(2, 1).flatten(), features.flatten(0, 1))
+        cond, uncond = self.target.velocity(*rows).float().unflatten(0, (2, *at.shape)).unbind(0)
+        velocity = torch.lerp(uncond, cond, scale[:, None, None])
+        return state + (1 - time) * velocity, state
+
+    def _draft_tokens(self, predicted: Tensor, scale: Tensor, at: Tensor, state: Tensor) -> Tensor:
+        """The draft's guided prediction from the same states."""
+        basis = self.model.basis.float()
+        centre, variance = self.model.gaussian(predicted)
+        turned = (state @ basis.T).repeat(2, 1, 1)
+        both = at.repeat(2, 1)
+        signal, width = self.ancestry.signal[both][..., None], self.ancestry.noise[both][..., None]
+        gain = signal * variance / (signal.square() * variance + width.square())
+        cond, uncond = torch.addcmul(centre, gain, turned - signal * centre).chunk(2)
+        return torch.lerp(uncond, cond, scale[:, None, None]) @ basis
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """V of the first drafts, mean over held-out pictures; `by_depth` keeps that of deeper ones too."""
+        totals, generator = torch.zeros(_DEPTHS), torch.Generator().manual_seed(0)
+        for labels, tokens in zip(self.test_labels.split(_ROWS), self.test.split(_ROWS), strict=True):
+            parts = self.divergences(_DEPTHS, labels, tokens, *self.draw(tokens, generator))
+            totals += torch.stack([part.mean() for part in parts]) * len(labels)
+        self.by_depth = (totals / len(self.test_labels)).tolist()
+        return self.by_depth[0]
+
+    def export(self) -> None:
+        plain = PathSketch(self.model.config)
+        state = {name: value for name, value in self.model.state_dict().items() if "parametrizations" not in name}
+        plain.load_state_dict({**state, "basis": self.model.basis.detach()})
+        notes = {
+            "target_name": read_config(self.folder).get("name", self.folder.name),
+            "divergence_by_depth": [round(v, 3) for v in self.by_depth],
+            "steps": self.step,
+            "recipe": asdict(self.recipe),
+        }
+        save_sketch(self.run.path / SKETCH, plain, self.folder, notes)
+
+    def sheet(self) -> None:
+        """There is nothing to look at."""
+
+
+def train_sketch(recipe: SketchRecipe) -> Path:
+    """Train (or resume) to the recipe's last step. Returns the drafter folder."""
+    fit = SketchFit(recipe)
+    fit.fit()
+    return fit.run.path / SKETCH

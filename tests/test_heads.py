@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -303,7 +302,10 @@ def test_bfloat16_predictions_are_near(kind: type[Law], guidance: float, rows: i
     generator = torch.Generator().manual_seed(8)
     step, place = (torch.randint(most, (rows,), generator=generator) for most in (STEPS, PLACES))
     x = normal(9, rows, D)
-    predict: Callable[[torch.dtype], Tensor] = lambda dtype: make(kind, guidance, dtype=dtype).predict(x, step, place)  # noqa: E731
+
+    def predict(dtype: torch.dtype) -> Tensor:
+        return make(kind, guidance, dtype=dtype).predict(x, step, place)
+
     found, wanted = predict(torch.bfloat16), predict(torch.float32)
     assert found.dtype == torch.float32
     assert 0 < relative(found, wanted) < 0.03

@@ -100,7 +100,7 @@ def test_the_missing_variance_of_gaussian_tokens_shrinks_as_one_over_the_steps()
             slope = t * spread**2 / (t**2 * spread**2 + (1 - t) ** 2)
             variance = float(token * slope + state) ** 2 * variance + float(schedule.std[k]) ** 2
         found.append(spread**2 - variance)
-    assert all(3 < few / many < 5 for few, many in pairwise(found))
+    assert all(3 < few / many < 5 for few, many in pairwise(found[1:]))
     assert 0 < found[-1] < 0.03 * spread**2
 
 

@@ -114,11 +114,12 @@ class FlowPipeline(Pipeline):
 
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
         settings = self.resolve(settings)
-        window, target = settings.window_for(batch, self.target.length, self.dtype), self.target
+        rule, target = make_path_rule(settings.rule), self.target
+        window = settings.window_for(batch, target.length, self.dtype, rule.widest)
         if settings.steps and settings.steps != target.sampler.steps:
             target = FlowTarget(self.network, replace(target.sampler, steps=settings.steps), DTYPES[self.dtype])
         drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
-        return Decoder(target, drafter, make_path_rule(settings.rule), settings.law), window
+        return Decoder(target, drafter, rule, settings.law), window
 
     def drafter_weights(self, drafter: str) -> str | None:
         name, options = path_drafter_options(drafter)

@@ -30,7 +30,7 @@ from bozzetto.rules.reflection import Coupled, Plain, Reflection
 class Window:
     """spread: deviation of a token around what the one above it says, which first drafts assume."""
 
-    spread: float = 0.88
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.spread < float("inf"):
@@ -57,7 +57,7 @@ class Sketch:
     drafted per pass."""
 
     folder: str = ""
-    length: int = 4
+    length: int = 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= 64:

@@ -110,21 +110,21 @@ class GenerateSettings:
     def law(self) -> LawSettings:
         return LawSettings(self.guidance, self.temperature, self.top_k, self.top_p)
 
-    def window_for(self, batch: int, length: int, dtype: str) -> int:
-        """Places scored in a pass for a batch of this size."""
+    def window_for(self, batch: int, length: int, dtype: str, widest: int = 16) -> int:
+        """Places scored in a pass for a batch of this size; widest: the most that are chosen for a batch of one."""
         if self.drafter == "none":
             return 1
         window_kind = self.drafter == AUTO or is_path_method(self.drafter, self.rule)
         nodes = None if window_kind else tree_nodes(self.drafter)
         if nodes is not None:
             return nodes + 1
-        return min(self.window or default_window(batch * (2 if self.law.guided else 1), dtype), length)
+        return min(self.window or default_window(batch * (2 if self.law.guided else 1), dtype, widest), length)
 
 
-def default_window(sequences: int, dtype: str) -> int:
+def default_window(sequences: int, dtype: str, widest: int = 16) -> int:
     """A window that pays on a two-core CPU: wide for few images, narrow for many (docs/log.md has the measurements).
 
     sequences: rows in a pass, images times two under guidance.
     """
     rows = 128 if dtype == "bfloat16" else 64
-    return max(2, min(16, rows // sequences))
+    return max(2, min(widest, rows // sequences))

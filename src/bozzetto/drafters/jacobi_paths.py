@@ -31,7 +31,7 @@ class JacobiPaths:
     name = "jacobi"
     wants_features = False
 
-    def __init__(self, window: int, grid: int, dim: int, ancestry: Ancestry, std: Tensor, spread: float = 0.88):
+    def __init__(self, window: int, grid: int, dim: int, ancestry: Ancestry, std: Tensor, spread: float = 1.0):
         self.window, self.grid, self.dim = window, grid, dim
         self.ancestry, self.std, self.spread = ancestry, std, spread
 

@@ -159,7 +159,8 @@ class Vectors:
 
     def given(self, noise: NoiseField, state: DecodeState, draft: PathDraft) -> PathNoise:
         place = torch.arange(draft.length + 1, device=state.count.device)
-        return PathNoise(noise.rows(state.count[:, None] + place), _place_keys(state, draft.length + 1))
+        fixed = noise.rows(state.count[:, None] + place) if self.rule.uses_fixed else noise.table[:, :0]
+        return PathNoise(fixed, _place_keys(state, draft.length + 1))
 
     def record(self, state: DecodeState, seen: Observation, given: PathNoise, fresh: Tensor) -> dict[str, Tensor]:
         verdict = seen.verdict

@@ -111,7 +111,7 @@ def _spaced(steps: int, noisiest: int) -> Tensor:
     if not 1 <= steps <= noisiest + 1:
         raise UsageError(f"steps = {steps} is not allowed: a whole number from 1 to {noisiest + 1}")
     if steps == 1:
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.tensor([noisiest])
     stride = noisiest / (steps - 1)
     return torch.tensor([round(stride * i) for i in range(steps)])
 

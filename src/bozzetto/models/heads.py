@@ -46,9 +46,9 @@ class _Narrow:
             self.blocks.append(_Block(gain, bias, *(Dense.of(layer, dtype) for layer in block.linears)))
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [R, D] with their modulations [R, (3 depth + 2) width] -> predictions, float32 [R, out_dim]."""
+        """As `PackedDenoiser.__call__`."""
         shape, parts = (self.width,), modulation.to(self.dtype).split(self.width, -1)
-        x = self.input(x).to(self.dtype)
+        x = self.input(x).to(self.dtype)  # copies of a token part in the first block
         for i, block in enumerate(self.blocks):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
             h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, _LN_EPS), scale)
@@ -90,8 +90,9 @@ class PackedDenoiser:
         return self.modulation(F.silu(self.times[steps][:, None] + condition))
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [R, D] with their modulations [R, (3 depth + 2) width] -> predictions, float32 [R, out_dim]."""
-        return (self.few if len(x) <= _FEW_ROWS else self.narrow)(x, modulation)
+        """x [R, D] under modulations [..., R, (3 depth + 2) width] -> predictions, float32 [..., R, out_dim]."""
+        few = modulation.shape[:-1].numel() <= _FEW_ROWS
+        return (self.few if few else self.narrow)(x, modulation)
 
 
 class _HeadLaw(ChainLaw):
@@ -143,7 +144,7 @@ class _HeadLaw(ChainLaw):
         self.rows += len(modulation)
         if self.copies == 1:
             return self.head(x, modulation)
-        cond, uncond = self.head(x.repeat(2, 1), modulation).chunk(2)
+        cond, uncond = self.head(x, modulation.unflatten(0, (2, -1))).unbind(0)
         d = self.dim
         if cond.shape[1] == d:
             return torch.lerp(uncond, cond, scale)

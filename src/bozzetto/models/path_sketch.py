@@ -64,6 +64,13 @@ class PathSketch(nn.Module):
         return centre, bounded(log_std)
 
 
+def nearest_rotation(basis: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to [D, D]: stored axes are rounded, and drafts whose axes are not orthogonal would
+    not have the deviations that they claim."""
+    left, _, right = torch.linalg.svd(basis.double())
+    return (left @ right).float()
+
+
 def bounded(log_std: Tensor) -> Tensor:
     """Variance of a log deviation, kept in bounds."""
     return (2 * _LARGEST_LOG * torch.tanh(log_std / _LARGEST_LOG)).exp()
@@ -77,7 +84,7 @@ class PathSketcher(EagleLayerCache):
         super().__init__(net.body, embedding.dtype)
         self.embedding = embedding
         self.hidden, self.readout = Dense.of(net.hidden, self.dtype), Dense.of(net.readout, torch.float32)
-        self.basis = net.basis.detach().float()
+        self.basis = nearest_rotation(net.basis.detach().float())
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens.to(self.dtype))

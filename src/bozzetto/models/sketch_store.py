@@ -1,4 +1,5 @@
-"""Folders that hold a drafter of continuous tokens: config.json (family sketch), model.safetensors."""
+"""Folders that hold a drafter of continuous tokens: config.json (family sketch), model.safetensors (matrices as int8
+rows: a draft may be any law, so that rounding costs a little acceptance and nothing else)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from bozzetto.files import write_text
 from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowConfig
 from bozzetto.models.path_sketch import PathSketch, SketchConfig
-from bozzetto.models.store import CONFIG, WEIGHTS, config_from, load_strict, read_config, read_weights, save_weights
+from bozzetto.models.store import CONFIG, WEIGHTS, config_from, load_strict, read_config, read_weights, save_state
 
 SKETCH = "sketch"  # the family, and the folder inside a model's
 
@@ -20,7 +21,7 @@ SKETCH = "sketch"  # the family, and the folder inside a model's
 def save_sketch(folder: str | Path, net: PathSketch, target: Path, notes: dict[str, Any]) -> None:
     """Write a drafter folder for the target in the model folder `target`."""
     folder = Path(folder)
-    save_weights(folder / WEIGHTS, net)
+    save_state(folder / WEIGHTS, net.state_dict(), compact=True)
     config = dataclasses.asdict(net.config)
     content = {"family": SKETCH, "config": config, "target_weights": target_digest(target), **notes}
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")

@@ -40,7 +40,9 @@ class Chains(PathRule):
 
     name: ClassVar[str] = "chains"
     exact: ClassVar[bool] = True
+    uses_fixed: ClassVar[bool] = False
     window: ClassVar[bool] = True
+    widest: ClassVar[int] = 20
 
     reach: float = math.inf
 
@@ -89,10 +91,10 @@ class _Pairs:
         self.keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
         states, mean, std = (part.flatten(0, 1) for part in path)
         # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
-        drafts = std[~self.plain]
+        drafts = path.std[:, :-1]
         step, steps = torch.zeros_like(self.keys[:1, 0]), torch.arange(law.steps, device=keys.device)[None]
         self.reflected = law.isotropic and bool((drafts > 0).all())
-        self.equal = self.reflected and bool((drafts == law.std_later(drafts[:1, 0], step, steps)).all())
+        self.equal = self.reflected and bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())
         drawn = states[:, 1:]
         self.drafted, self.mean, self.std = (_by_step(part) for part in (drawn, mean, std))
         self.noise = _by_step((drawn - mean) / std)

@@ -40,6 +40,7 @@ class Joint(PathRule):
 
     name: ClassVar[str] = "joint"
     exact: ClassVar[bool] = True
+    uses_fixed: ClassVar[bool] = False
 
     tries: int = 8
 

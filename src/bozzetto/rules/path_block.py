@@ -45,6 +45,7 @@ class PathBlock(PathRule):
 
     name: ClassVar[str] = "block"
     exact: ClassVar[bool] = True
+    uses_fixed: ClassVar[bool] = False
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         batch, length = draft.tokens.shape[:2]

@@ -29,6 +29,7 @@ class Pathwise(PathRule):
     needs_path: ClassVar[bool] = False
     fixed_noise: ClassVar[bool] = True
     window: ClassVar[bool] = True
+    widest: ClassVar[int] = 32
     bias: ClassVar[str] = "every number of a token is within epsilon of the target's own sample from the same noise"
 
     epsilon: float = 0.1

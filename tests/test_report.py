@@ -221,6 +221,19 @@ def test_json_alone_gives_figures_and_no_pictures(kind, tiny_model, tmp_path):
     assert not page.images and "jacobi/exact" in page.text and "svg" in page.tags
 
 
+def test_the_file_of_a_suite_shows_every_model_of_it(tiny_model, tmp_path):
+    path, options = tmp_path / "x.json", ["--count", "1", "--rounds", "1", "--window", "2"]
+    assert cli.main(["bench", "--model", str(tiny_model), *options, "--json", str(path)]) == 0
+    one = json.loads(path.read_text(encoding="utf-8"))
+    other = {**one, "settings": {**one["settings"], "model": "another"}}
+    path.write_text(json.dumps({"kind": "suite", "bench": [one, other]}), encoding="utf-8")
+    page = Page(build_report([path], tmp_path / "r.html"))
+    assert "tiny, another" in page.text and page.text.count("x.json, another") == page.text.count("x.json, tiny") > 0
+    path.write_text(json.dumps({"kind": "suite", "bench": []}), encoding="utf-8")
+    with pytest.raises(UsageError, match="a suite without benchmarks"):
+        build_report([path], tmp_path / "r.html")
+
+
 def test_two_runs_of_one_method_are_told_apart(generated, tmp_path):
     shutil.copytree(generated, tmp_path / "again")
     page = Page(build_report([generated, tmp_path / "again"], tmp_path / "r.html"))

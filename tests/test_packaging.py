@@ -155,7 +155,7 @@ def test_no_file_names_a_developers_machine():
 def test_large_files_are_few():
     heavy = {p: p.stat().st_size for p in repository_files()}
     assets = sum(size for p, size in heavy.items() if PACKAGE / "assets" in p.parents)
-    assert assets < 95e6, "the shipped assets have outgrown their limit"
+    assert assets < 97e6, "the shipped assets have outgrown their limit"
     others = {str(p.relative_to(ROOT)): s for p, s in heavy.items() if PACKAGE / "assets" not in p.parents}
     assert not [name for name, size in others.items() if size > 5e6]
 

@@ -1,4 +1,4 @@
-"""The shipped masked model: complete, alive, its draft model beside it, and fewer serial head calls without training."""
+"""The shipped masked model: complete, alive, a draft model beside it, and fewer serial head calls without training."""
 
 from __future__ import annotations
 

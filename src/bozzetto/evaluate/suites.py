@@ -65,7 +65,6 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
                     "none@passes=64": "MAR, 64 passes (another law)",
                     "none/coupled": "head-level speculation, exact",
                     "none/coupled@passes=64": "both",
-                    "model:length=2/cspd:variant=paper": "CSpD as published",
                     "model:length=8/cspd:variant=released": "CSpD as released",
                 },
             ),

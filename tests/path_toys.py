@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bozzetto.drafts.path import PathDraft, PathVerdict
 from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Path, sample_path
-from bozzetto.laws.noise import STREAM_DRAFT, STREAM_VERIFY, NormalField, fold, image_keys
-from bozzetto.rules.coupling import fresh_noise
+from bozzetto.laws.noise import STREAM_DRAFT, STREAM_VERIFY, NormalField, fold, fresh_noise, image_keys
 from bozzetto.rules.paths import PathNoise, PathRule
 
 STEPS, DIM = 6, 4

@@ -142,7 +142,7 @@ def test_what_does_not_fit_a_flow_model_is_refused_with_its_name(
         ({"passes": 17}, "passes = 17 .*1 to 16"),
         ({"guidance_schedule": "cosine"}, "'cosine' .*linear, constant"),
         ({"rule": "chains", "drafter": "jacobi"}, "is masked"),
-        ({"rule": "cspd", "drafter": "model"}, "option 'folder' is missing"),
+        ({"rule": "cspd", "drafter": "model"}, "comes without a smaller model"),
     ],
 )
 def test_what_does_not_fit_a_masked_model_is_refused_with_its_name(

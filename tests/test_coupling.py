@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import Gaussian, log_density, log_ratio
-from bozzetto.laws.noise import fold, image_keys, uniform
+from bozzetto.laws.noise import fold, fresh_noise, image_keys, uniform
 from bozzetto.rules import coupling
-from bozzetto.rules.coupling import excess, excess_draw, fresh_noise, overlap, race_round, redraw, reflect, separation
+from bozzetto.rules.coupling import excess, excess_draw, overlap, race_round, redraw, reflect, separation
 from path_toys import gap_of, ks_p_value, views
 
 ROWS, DIM = 60_000, 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +12,30 @@ from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Layout, PathDraft
 from bozzetto.laws.chain import Ancestry, Path
 from bozzetto.laws.gaussian import AffineChain, gaussian_tables
-from bozzetto.laws.noise import fold
-from bozzetto.models.path_sketch import PathSketcher
-from bozzetto.rules.coupling import fresh_noise
+from bozzetto.laws.noise import fold, fresh_noise
+
+
+class PathSketcher(Protocol):
+    """A cheap causal model of vectors with its own cache. basis: float32 [D, D], orthogonal, the axes of its laws."""
+
+    basis: Tensor
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None: ...
+
+    def take_in(self, seen: Observation) -> Tensor:
+        """What a pass committed -> the prediction for the next token, hidden states [R, 1, d]."""
+        ...
+
+    def put_out(self, tokens: Tensor, parent: Tensor, layout: Layout) -> Tensor:
+        """A level of drafts, tokens float32 [B, n, D], as in `drafters.grow.Sketcher.grow` -> hidden states [R, n, d]
+        that predict their children."""
+        ...
+
+    def gaussian(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [..., d] -> centre and variance of the token along the axes, float32 [..., D]."""
+        ...
+
+    def keep(self, rows: Tensor) -> None: ...
 
 
 class SketchChain:

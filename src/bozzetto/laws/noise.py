@@ -119,3 +119,9 @@ def normal_rows(keys: Tensor, positions: Tensor, steps: int, dim: int) -> Tensor
     numbers = torch.arange((steps + 1) * dim, device=keys.device)
     rows = fold(keys[:, None], positions)
     return normal(fold(rows[..., None], numbers)).unflatten(-1, (steps + 1, dim))
+
+
+def fresh_noise(keys: Tensor, steps: int, dim: int) -> Tensor:
+    """Normal noise of whole chains, one per key: int64 [R] -> float32 [R, T + 1, D]."""
+    numbers = torch.arange((steps + 1) * dim, device=keys.device)
+    return normal(fold(keys[:, None], numbers)).unflatten(1, (steps + 1, dim))

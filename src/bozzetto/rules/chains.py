@@ -26,9 +26,9 @@ from torch import Tensor
 from bozzetto.drafts.path import PathDraft, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import ChainLaw, Gaussian, Path, sample_path
-from bozzetto.laws.noise import fold, uniform
+from bozzetto.laws.noise import fold, fresh_noise, uniform
 from bozzetto.rules.base import leading
-from bozzetto.rules.coupling import fresh_noise, overlap, reflect, separation
+from bozzetto.rules.coupling import overlap, reflect, separation
 from bozzetto.rules.paths import PathNoise, PathRule
 
 

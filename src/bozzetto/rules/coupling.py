@@ -33,12 +33,6 @@ _LEAST_GAP = 1e-12  # deviations; closer means are taken to be this far apart
 _FAR = 40.0  # deviations beyond which a normal law has no mass in float64
 
 
-def fresh_noise(keys: Tensor, steps: int, dim: int) -> Tensor:
-    """Normal noise of whole chains, one per key: int64 [R] -> float32 [R, T + 1, D]."""
-    numbers = torch.arange((steps + 1) * dim, device=keys.device)
-    return normal(fold(keys[:, None], numbers)).unflatten(1, (steps + 1, dim))
-
-
 def separation(draft: Gaussian, target: Gaussian) -> Tensor:
     """How far apart two diagonal Gaussians are, in deviations: float32 [...]; infinite where one of them is a point.
 

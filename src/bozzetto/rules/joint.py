@@ -24,9 +24,8 @@ from torch import Tensor
 from bozzetto.drafts.path import PathDraft, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_path, score_path
-from bozzetto.laws.noise import fold, uniform
+from bozzetto.laws.noise import fold, fresh_noise, uniform
 from bozzetto.rules.base import leading
-from bozzetto.rules.coupling import fresh_noise
 from bozzetto.rules.paths import PathNoise, PathRule
 
 _LARGEST_GROUP = 1024  # trials of one image that are run at once

@@ -22,9 +22,9 @@ from torch import Tensor
 from bozzetto.drafts.path import PathDraft, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, score_path
-from bozzetto.laws.noise import fold, uniform
+from bozzetto.laws.noise import fold, fresh_noise, uniform
 from bozzetto.rules.base import leading
-from bozzetto.rules.coupling import MOST_TRIES, excess, excess_draw, fresh_noise, race_round
+from bozzetto.rules.coupling import MOST_TRIES, excess, excess_draw, race_round
 from bozzetto.rules.paths import PathNoise, PathRule
 
 

@@ -208,6 +208,25 @@ def test_parquet_and_folder_agree(tmp_path: Path, pictures: Path) -> None:
         read_images(tmp_path / "data.parquet", "test")
 
 
+def test_without_labels_styles_are_the_classes_and_a_source_says_its_size(tmp_path: Path, pictures: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = sorted(pictures.rglob("*.png"))
+    rows = {"image": [{"bytes": f.read_bytes(), "path": f.name} for f in files], "split": ["train"] * len(files)}
+    pq.write_table(pa.table(rows), tmp_path / "plain.parquet")
+    plain = DataSource(str(tmp_path / "plain.parquet"), "train", size=48).read()
+    assert plain.images.shape == (len(files), 48, 48, 3)
+    assert plain.classes == ["images"] and not plain.labels.any()
+    rows["style"] = [f.parent.name for f in files]
+    pq.write_table(pa.table(rows), tmp_path / "styled.parquet")
+    styled = DataSource(str(tmp_path / "styled.parquet"), "train").read()
+    assert styled.classes == ["blue", "red"]
+    assert np.array_equal(styled.labels, read_images(pictures, None).labels)
+    del rows["split"]
+    pq.write_table(pa.table(rows), tmp_path / "whole.parquet")
+    with pytest.raises(UsageError, match=r"missing columns \['split'\]"):
+        read_images(tmp_path / "whole.parquet", None)
+
+
 def test_augmentation_is_a_function_of_its_generator(pictures: Path) -> None:
     images = read_images(pictures, None).images
     a, b = (augment(images, 32, torch.Generator().manual_seed(5), 0.1) for _ in range(2))

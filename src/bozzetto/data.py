@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from bozzetto.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -64,19 +68,28 @@ def read_parquet(path: str | Path, split: str | None, size: int = 160) -> ImageS
     if not path.is_file():
         raise UsageError(f"data file not found: {path}")
     table = pq.read_table(path)
-    missing = {"image", "label", "class_name", "split"} - set(table.column_names)
+    missing = {"image", "split"} - set(table.column_names)
     if missing:
         raise UsageError(f"{path}: missing columns {sorted(missing)}; found {table.column_names}")
     splits = table["split"].to_pylist()
     if split is not None and split not in splits:
         raise UsageError(f"{path}: unknown split {split!r}; found {sorted(set(splits))}")
-    labels, names = table["label"].to_pylist(), table["class_name"].to_pylist()
-    by_label = dict(zip(labels, names, strict=True))
-    classes = [by_label.get(i, str(i)) for i in range(max(by_label) + 1)]
+    labels, classes = _classes(table)
     rows = [i for i, s in enumerate(splits) if split is None or s == split]
     column = table["image"]
     images = np.stack([_square(column[i].as_py()["bytes"], size) for i in rows])
     return ImageSet(images, np.array([labels[i] for i in rows]), classes)
+
+
+def _classes(table: Table) -> tuple[list[int], list[str]]:
+    """Labels of all rows and names by label: of columns `label` and `class_name`, else by `style`, else one class."""
+    if {"label", "class_name"} <= set(table.column_names):
+        labels, names = table["label"].to_pylist(), table["class_name"].to_pylist()
+        by_label = dict(zip(labels, names, strict=True))
+        return labels, [by_label.get(i, str(i)) for i in range(max(by_label) + 1)]
+    styles = table["style"].to_pylist() if "style" in table.column_names else ["images"] * len(table)
+    classes = sorted(set(styles))
+    return [classes.index(style) for style in styles], classes
 
 
 def read_folder(path: str | Path, size: int = 160) -> ImageSet:

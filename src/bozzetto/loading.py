@@ -119,7 +119,7 @@ class FlowPipeline(Pipeline):
         if settings.steps and settings.steps != target.sampler.steps:
             target = FlowTarget(self.network, replace(target.sampler, steps=settings.steps), DTYPES[self.dtype])
         drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
-        return Decoder(target, drafter, rule, settings.law), window
+        return Decoder(target, drafter, rule, settings.law), drafter.max_nodes + 1
 
     def drafter_weights(self, drafter: str) -> str | None:
         name, options = path_drafter_options(drafter)

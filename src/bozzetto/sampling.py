@@ -112,8 +112,7 @@ class SampleRun:
         settings = pipe.resolve(settings)
         if settings.drafter == "jacobi" and settings.rule != "seed-exact":
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
-            window = settings.window_for(settings.batch, pipe.target.length, pipe.dtype)
-            settings = replace(settings, window=window)
+            settings = replace(settings, window=pipe.decoder_for(settings, settings.batch)[1])
         self.settings = settings
         self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
         plan_batches(pipe.classes, self.classes, 1, seed, 0, settings.batch)  # refuses a seed out of range

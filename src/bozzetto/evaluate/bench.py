@@ -202,7 +202,7 @@ def _ceiling(
     pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int
 ) -> tuple[float, float] | None:
     """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
-    window = 1 if entry is None else entry.window_for(cell.batch, pipe.target.length, pipe.dtype)
+    window = 1 if entry is None else pipe.decoder_for(entry, cell.batch)[1]
     if entry is None or entry.drafter != "jacobi" or window == 1 or not hasattr(pipe.target, "vocab"):
         return None
     probe = CeilingProbe(window, pipe.target.length)
@@ -246,7 +246,7 @@ def _row(
         method=method,
         batch=cell.batch,
         guidance=cell.guidance,
-        window=1 if entry is None else entry.window_for(cell.batch, pipe.target.length, pipe.dtype),
+        window=1 if entry is None else pipe.decoder_for(entry, cell.batch)[1],
         top_k=cell.top_k,
         tokens_per_pass=sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
         passes=sum(t.passes for t in timings),

@@ -58,17 +58,6 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
         ),
         "continuous": (
             _part(
-                "mar",
-                "flowers-mar",
-                {
-                    "none": "MAR, 256 passes",
-                    "none@passes=64": "MAR, 64 passes (another law)",
-                    "none/coupled": "head-level speculation, exact",
-                    "none/coupled@passes=64": "both",
-                    "model:length=8/cspd:variant=released": "CSpD as released",
-                },
-            ),
-            _part(
                 "flow",
                 "flowers-flow",
                 {
@@ -83,6 +72,17 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
                     "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
                     "jacobi/pathwise:epsilon=0.3": "pathwise, epsilon 0.3",
                     "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
+                },
+            ),
+            _part(
+                "mar",
+                "flowers-mar",
+                {
+                    "none": "MAR, 256 passes",
+                    "none@passes=64": "MAR, 64 passes (another law)",
+                    "none/coupled": "head-level speculation, exact",
+                    "none/coupled@passes=64": "both",
+                    "model:length=8/cspd:variant=released": "CSpD as released",
                 },
             ),
         ),

@@ -54,8 +54,8 @@ def reflect(
     gap = (target.mean - draft) / target.std
     along, square = torch.linalg.vecdot(gap, noise), torch.linalg.vecdot(gap, gap)
     kept = log_u <= torch.sub(along, square, alpha=0.5)
-    twice = (2 * along / square.clamp_min(1e-30))[..., None]  # the gap's share of the noise, and its mirror image
-    mirrored = torch.addcmul(target.mean, target.std, torch.addcmul(noise, twice, gap, value=-1))
+    share = (along / square.clamp_min(1e-30))[..., None]  # of the gap in the noise, which is mirrored
+    mirrored = torch.addcmul(target.mean, target.std, torch.addcmul(noise, share, gap, value=-2))
     if drafted is None:
         drafted = torch.addcmul(draft, target.std, noise)
     return torch.where(kept[..., None], drafted, mirrored), kept

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.latents import TINY, tiny_latents
 from bozzetto.autoencoders.tiny import load_tiny
-from bozzetto.data import augment, evaluation_view, read_images
+from bozzetto.data import augment, evaluation_view
 from bozzetto.files import write_whole
 from bozzetto.laws.schedules import noised_tables
 from bozzetto.models.continuous_store import FLOW, MASKED, write_continuous, write_latents
@@ -100,8 +100,8 @@ class LatentFit(Fit):
     def load_data(self) -> None:
         """Scaled latents: self.latents float16 [n, views, N, D] (not scaled yet), self.test float32 [n', N, D]."""
         r, path = self.recipe, self.run.path / LATENTS
-        self.data = read_images(r.train.path, r.train.split)
-        test = read_images(r.test.path, r.test.split)
+        self.data = r.train.read()
+        test = r.test.read()
         self.test_labels = torch.from_numpy(test.labels)
         encoder, self.decoder = load_tiny(r.tiny)
         if not path.is_file():

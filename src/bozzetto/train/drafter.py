@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.data import augment, evaluation_view, read_images
+from bozzetto.data import augment, evaluation_view
 from bozzetto.models.eagle import EagleNet, eagle_config, token_rows
 from bozzetto.models.eagle_store import save_eagle
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
@@ -39,8 +39,8 @@ class _Trainer:
         self.target = load_llamagen(self.folder)
         self.tokenizer = channels_last(load_tokenizer(self.folder))
         size = self.tokenizer.config.image_size
-        self.data = read_images(recipe.train.path, recipe.train.split)
-        test = read_images(recipe.test.path, recipe.test.split)
+        self.data = recipe.train.read()
+        test = recipe.test.read()
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: recipe.test_images]
         self.test_labels = torch.from_numpy(test.labels)[chosen]
         self.test_tokens = tokenise(self.tokenizer, test.images[chosen], lambda x: evaluation_view(x, size)).long()

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from bozzetto.data import ImageSet, read_images
 from bozzetto.errors import UsageError
 
 _STRICT = ConfigDict(extra="forbid")
@@ -20,10 +21,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @checked(frozen=True, config=_STRICT)
 class DataSource:
-    """path: a parquet file or a folder of images; split: which rows of a parquet file (None: all)."""
+    """path: a parquet file or a folder of images; split: which rows of a parquet file (None: all); size: pixels that
+    the squares are held at, from which random crops are taken."""
 
     path: str
     split: str | None = None
+    size: Count = 160
+
+    def read(self) -> ImageSet:
+        """The images."""
+        return read_images(self.path, self.split, self.size)
 
 
 @checked(frozen=True, config=_STRICT)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
-from bozzetto.data import augment, evaluation_view, read_images
+from bozzetto.data import augment, evaluation_view
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import load_tokenizer, save_llamagen
 from bozzetto.train.fit import Fit
@@ -50,8 +50,8 @@ class CodeFit(Fit):
         recipe = self.recipe
         self.tokenizer = channels_last(load_tokenizer(recipe.tokenizer))
         size = self.tokenizer.config.image_size
-        self.data = read_images(recipe.train.path, recipe.train.split)
-        test = read_images(recipe.test.path, recipe.test.split)
+        self.data = recipe.train.read()
+        test = recipe.test.read()
         self.test_labels = torch.from_numpy(test.labels)
         self.test_tokens = tokenise(self.tokenizer, test.images, lambda x: evaluation_view(x, size)).long()
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, load_tiny
 from bozzetto.autoencoders.vq import CodebookEMA, VQConfig, VQTokenizer
-from bozzetto.data import ImageSet, augment, evaluation_view, read_images
+from bozzetto.data import ImageSet, augment, evaluation_view
 from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import save_tokenizer
@@ -46,7 +46,7 @@ class _Data:
     """Views of the training images as uint8 pictures [M, 3, S, S] and their float16 latents [M, 32, h, w]."""
 
     def __init__(self, recipe: TokenizerRecipe, encoder: nn.Module, generator: torch.Generator):
-        sets = [read_images(s.path, s.split) for s in recipe.train]
+        sets = [s.read() for s in recipe.train]
         pictures, latents = [], []
         chunks = [(s, i) for s in sets for _ in range(recipe.views) for i in range(0, len(s), _CHUNK)]
         for s, i in tqdm(chunks, desc="encoding views", unit="chunk"):
@@ -54,7 +54,7 @@ class _Data:
             pictures.append((x * 255).round().byte())
             latents.append(encode_latents(encoder, x).half())
         self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
-        self.test: ImageSet = read_images(recipe.test.path, recipe.test.split)
+        self.test: ImageSet = recipe.test.read()
         self.held_out = evaluation_view(self.test.images, recipe.image_size)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

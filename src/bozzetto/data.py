@@ -92,6 +92,25 @@ def _classes(table: Table) -> tuple[list[int], list[str]]:
     return [classes.index(style) for style in styles], classes
 
 
+def read_captions(path: str | Path, split: str | None) -> list[tuple[str, str]]:
+    """(caption, style) of the rows that `read_parquet` reads, in its order; no column `style`: empty styles.
+
+    Raises UsageError for a missing file or column.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"data file not found: {path}")
+    table = pq.read_table(path)
+    if "caption" not in table.column_names:
+        raise UsageError(f"{path}: missing column 'caption'; found {table.column_names}")
+    captions = table["caption"].to_pylist()
+    styles = table["style"].to_pylist() if "style" in table.column_names else [""] * len(table)
+    splits = table["split"].to_pylist()
+    return [(c, s) for c, s, part in zip(captions, styles, splits, strict=True) if split in (None, part)]
+
+
 def read_folder(path: str | Path, size: int = 160) -> ImageSet:
     """Read pictures below `path`; sub-folder names are the classes (one class when there are none)."""
     path = Path(path)

@@ -106,6 +106,20 @@ class TargetRecipe:
 
 
 @checked(frozen=True, config=_STRICT)
+class CaptionRecipe(TargetRecipe):
+    """How to train a text-conditional target (`family: caption`). A parquet file's columns `caption` and `style` make its
+    prompts.
+
+    prompts: what a picture is called, one drawn per picture and step; {caption} and {style} stand for its own, the
+    first one is that of held-out pictures; condition_tokens: most features of a prompt.
+    """
+
+    family: Literal["caption"] = "caption"
+    prompts: tuple[str, ...] = ("{caption}, {style}",)
+    condition_tokens: Count = 24
+
+
+@checked(frozen=True, config=_STRICT)
 class DrafterRecipe:
     """How to train an EAGLE-style drafter for a trained target.
 
@@ -242,7 +256,7 @@ class SketchRecipe:
 RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe}
 # Kinds that name their family, by what is trained; without a family it is for codes.
 FAMILIES: dict[type, dict[str, type]] = {
-    TargetRecipe: {"flow": FlowRecipe, "mar": MARRecipe},
+    TargetRecipe: {"caption": CaptionRecipe, "flow": FlowRecipe, "mar": MARRecipe},
     DrafterRecipe: {"sketch": SketchRecipe},
 }
 R = TypeVar("R")

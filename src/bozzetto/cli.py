@@ -132,7 +132,7 @@ def _bench(options: Bench) -> None:
         guidances=_listed("guidance", options.guidance, float),
         windows=_listed("window", options.window, int),
         top_ks=_listed("top_k", options.top_k, int),
-        **{n: getattr(options, n) for n in ("count", "rounds", "temperature", "top_p", "seed", "threads")},
+        **{n: getattr(options, n) for n in ("count", "rounds", "temperature", "top_p", "seed", "threads", "compile")},
     )
     if options.json is not None:
         check_writable(options.json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,10 +19,12 @@ from bozzetto.engine.masked import DraftWindow, MaskedDecoder
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.models.captions import read_captions
+from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
 from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
+from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler, MARTarget
@@ -37,7 +41,31 @@ from bozzetto.workshop import TargetWorkshop
 DRAFT = "draft"  # the folder of a masked model's own draft model, inside its own
 
 
-class CodePipeline(Pipeline):
+class _CausalPipeline(Pipeline):
+    """What causal targets share: their passes can be compiled. network: what `target` was made from."""
+
+    network: Any
+    compiled: dict[str, Any]
+
+    def target_in(self, mode: str) -> Any:
+        """The target with its passes compiled as asked; each is made once. Raises UsageError where there is nothing to
+        compile."""
+        if mode == "off":
+            return self.target
+        if mode not in self.compiled:
+            if self.network is None:
+                raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is not a network")
+            target = copy.copy(self.target)
+            compile_target(target, self.network, mode, _say)
+            self.compiled[mode] = target
+        return self.compiled[mode]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class CodePipeline(_CausalPipeline):
     """A target that draws codes of a codebook."""
 
     default_methods = ("none", "jacobi/seed-exact", "jacobi/exact")
@@ -51,8 +79,10 @@ class CodePipeline(Pipeline):
         classes: list[str],
         dtype: str,
         folder: Path | None = None,
+        network: LlamaGen | None = None,
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
+        self.network, self.compiled = network, {}
         writable = folder is not None and ASSETS not in folder.parents
         self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
 
@@ -79,10 +109,11 @@ class CodePipeline(Pipeline):
         # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
         rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
         rule = with_neighbours(rule, self.workshop.neighbours)
-        return Decoder(self.target, drafter, rule, settings.law, settings.tv_budget), window
+        target = self.target_in(settings.compile)
+        return Decoder(target, drafter, rule, settings.law, settings.tv_budget), window
 
 
-class FlowPipeline(Pipeline):
+class FlowPipeline(_CausalPipeline):
     """A causal target that draws continuous tokens. network: what `target` was made from; sampler: of its head."""
 
     default_methods = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
@@ -98,7 +129,7 @@ class FlowPipeline(Pipeline):
         dtype: str,
         folder: Path,
     ):
-        self.network = network
+        self.network, self.compiled = network, {}
         super().__init__(name, FlowTarget(network, sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
         self._sketcher = functools.cache(self._load_sketcher)
 
@@ -114,10 +145,11 @@ class FlowPipeline(Pipeline):
 
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
         settings = self.resolve(settings)
-        rule, target = make_path_rule(settings.rule), self.target
+        rule, target = make_path_rule(settings.rule), self.target_in(settings.compile)
         window = settings.window_for(batch, target.length, self.dtype, rule.widest)
         if settings.steps and settings.steps != target.sampler.steps:
-            target = FlowTarget(self.network, replace(target.sampler, steps=settings.steps), DTYPES[self.dtype])
+            target = copy.copy(target)
+            target.sample_with(self.network, replace(target.sampler, steps=settings.steps))
         drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
         return Decoder(target, drafter, rule, settings.law), drafter.max_nodes + 1
 
@@ -164,6 +196,8 @@ class MaskedPipeline(Pipeline):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        if settings.compile != "off":
+            raise UsageError(f"compile = {settings.compile!r} is not allowed here: {self.name} is masked, not causal")
         return vector_settings(self.name, settings, "none", self.default_rules)
 
     def sampler_for(self, settings: GenerateSettings) -> MARSampler:
@@ -279,7 +313,7 @@ def _load_codes(
             f"{want.vocab} on {want.grid}x{want.grid}"
         )
     classes = [str(n).lower() for n in names]
-    return CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder)
+    return CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
 
 
 def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str) -> Pipeline:

@@ -149,11 +149,15 @@ class Pipeline(ABC):
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
 
+    def target_in(self, mode: str) -> Any:
+        """The target with its passes compiled as asked."""
+        return self.target
+
     @torch.no_grad()
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         """The target passes of sequential decoding of labels int64 [B] and nothing else: constant tokens, results
         thrown away. What any decoding is measured against."""
-        session = self.target.begin(labels, settings.law.guided, 1)
+        session = self.target_in(settings.compile).begin(labels, settings.law.guided, 1)
         start = torch.zeros_like(labels)
         inputs = self.blank_inputs(labels)
         for number in range(self.target.length):

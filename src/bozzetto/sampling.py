@@ -67,7 +67,7 @@ class Samples:
         return made / max(1, sum(len(t.committed) for t in self.traces))
 
 
-_SUFFIXES: dict[str, type] = {"window": int, "steps": int, "passes": int, "guidance_schedule": str}
+_SUFFIXES: dict[str, type] = {"window": int, "steps": int, "passes": int, "guidance_schedule": str, "compile": str}
 
 
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
@@ -120,7 +120,7 @@ class SampleRun:
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""
-        law = {k: v for k, v in asdict(self.settings).items() if k != "batch"}
+        law = {k: v for k, v in asdict(self.settings).items() if k != "batch" and (k, v) != ("compile", "off")}
         model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
         grid, size = self.pipe.tokenizer.config.grid, self.pipe.tokenizer.config.image_size
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}

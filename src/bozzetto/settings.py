@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
+from bozzetto.models.compiled import check_mode
 from bozzetto.path_registry import (
     ALONE,
     PATH_DRAFTERS,
@@ -35,7 +36,7 @@ class GenerateSettings:
 
     For continuous tokens: steps, denoising steps per token; passes, autoregressive steps of a masked model;
     guidance_schedule: `linear` (guidance grows from 1 with the share of known tokens) or `constant`, for a masked
-    model. 0 and "": as the model says.
+    model. 0 and "": as the model says. compile: `off`, `default` or `max`, how passes of a causal model are compiled.
     """
 
     drafter: str = AUTO
@@ -50,6 +51,7 @@ class GenerateSettings:
     steps: int = 0
     passes: int = 0
     guidance_schedule: str = ""
+    compile: str = "off"
 
     def __post_init__(self) -> None:
         if self.tv_budget is not None and not 0 <= self.tv_budget < float("inf"):
@@ -66,6 +68,7 @@ class GenerateSettings:
         if self.guidance_schedule not in SCHEDULES:
             allowed = ", ".join(s for s in SCHEDULES if s)
             raise UsageError(f"guidance_schedule = {self.guidance_schedule!r} is not allowed: {allowed}")
+        check_mode(self.compile)
         self._check_method()
         self.law  # noqa: B018  (validates its own numbers)
 

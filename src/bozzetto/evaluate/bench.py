@@ -53,6 +53,7 @@ class BenchSettings:
     top_p: float = 1.0
     seed: int = 0
     threads: int = 0
+    compile: str = "off"
 
     def __post_init__(self) -> None:
         for name, lowest in (("count", 1), ("rounds", 1), ("seed", 0), ("threads", 0)):
@@ -68,8 +69,11 @@ class BenchSettings:
 
     def cells(self) -> list[GenerateSettings]:
         """Sequential settings of every cell."""
+        law = GenerateSettings(
+            SEQUENTIAL, "seed-exact", temperature=self.temperature, top_p=self.top_p, compile=self.compile
+        )
         return [
-            GenerateSettings(SEQUENTIAL, "seed-exact", 0, guidance, self.temperature, top_k, self.top_p, batch)
+            replace(law, guidance=guidance, top_k=top_k, batch=batch)
             for batch in self.batches
             for guidance in self.guidances
             for top_k in self.top_ks

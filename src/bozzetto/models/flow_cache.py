@@ -33,12 +33,18 @@ class FlowTarget(CausalTarget):
 
     @torch.no_grad()
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
-        self.config, self.sampler, self.schedule = model.config.body, sampler, sampler.schedule
+        self.config = model.config.body
         self.length, self.token_dim = model.config.length, model.config.token_dim
         super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.positions = model.positions.to(dtype)
         self.embedding = Dense.of(model.token_embedding, dtype)
-        self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, dtype)
+        self.sample_with(model, sampler)
+
+    @torch.no_grad()
+    def sample_with(self, model: FlowModel, sampler: FlowSampler) -> None:
+        """Sample the head of `model`, which this target was made from, in another way."""
+        self.sampler, self.schedule = sampler, sampler.schedule
+        self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, self.dtype)
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
@@ -47,7 +53,7 @@ class FlowTarget(CausalTarget):
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
         condition = self.conditions(labels) + self.positions[0]
-        return CausalSession(self, condition, None, 2 if guided else 1, max_width)
+        return self.session(self, condition, None, 2 if guided else 1, max_width)
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         x = self.embedding(inputs.to(self.dtype))

@@ -3,14 +3,16 @@
 A condition of T tokens (captions) fills T - 1 slots when the session begins; its last token is input 0 of the first
 pass, as a class is. With T = 1 there is nothing to fill.
 
-Weights are laid out once, w1 and w3 side by side. The cache of a layer is a flat table of slots, one row per
-(sequence, input), so that ragged writes are one index_copy_.
+Weights are laid out once, w1 and w3 side by side. Keys and values of a layer are flat tables of slots, one row per
+(sequence, input), so that ragged writes are one index_copy_ each.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,8 @@ from bozzetto.errors import UsageError
 from bozzetto.models.base import Scores, visible
 from bozzetto.models.dense import Dense
 from bozzetto.models.llamagen import Block, CaptionEmbedding, LlamaGen, LlamaGenConfig, caption_sight
+
+Table = tuple[Tensor, Tensor]  # keys and values of a layer, a row per slot of every sequence: [R S, d] each
 
 
 class PackedLayer:
@@ -38,9 +42,11 @@ class CausalTarget:
     device. A family adds how tokens are embedded and what is read out."""
 
     config: LlamaGenConfig
+    session: type[CausalSession]  # what a batch is decoded with
+    step: Any = None  # compiled passes, where there are (models/compiled.py)
 
     def __init__(self, blocks: list[Block], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype):
-        self.dtype, self.device = dtype, gain.device
+        self.dtype, self.device, self.session = dtype, gain.device, CausalSession
         self.conditions = copy.deepcopy(conditions).to(dtype)
         self.layers = [PackedLayer(layer, dtype) for layer in blocks]
         self.gain = gain.to(dtype)
@@ -108,7 +114,7 @@ class LlamaGenTarget(CausalTarget):
         else:
             given, without = labels, torch.full_like(labels, self.config.classes)
         given = torch.cat([given, without]) if guided else given
-        return CausalSession(self, self.conditions(given), mask, copies, max_width)
+        return self.session(self, self.conditions(given), mask, copies, max_width)
 
 
 class CausalSession:
@@ -117,23 +123,31 @@ class CausalSession:
     condition [R, T, d]; mask: bool [B, T], which condition tokens may be attended to, or None for T = 1: it may.
     """
 
+    whole = 8  # slots per row are a multiple of this
+
     def __init__(self, target: CausalTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
         c = target.config
         self.target, self.copies, self.rows = target, copies, len(condition)
         self.condition = condition[:, -1:]  # [R, 1, d]
         self.lead = c.condition_tokens - 1  # slots before that of input 0
-        self.slots = -(-(self.lead + c.length + max_width) // 8) * 8
+        needed = self.lead + c.length + max_width + self.spare(max_width)
+        self.slots = -(-needed // self.whole) * self.whole
         self.open = None if mask is None else F.pad(mask, (0, self.slots - mask.shape[1]), value=True)  # [B, S]
-        shape = (c.layers, 2, self.rows * self.slots, c.dim)
-        self.cache = torch.zeros(shape, dtype=target.dtype, device=target.device)
+        shape = (self.rows * self.slots, c.dim)
+        blank = partial(torch.zeros, shape, dtype=target.dtype, device=target.device)
+        self.cache: list[Table] = [(blank(), blank()) for _ in range(c.layers)]
         self._number_slots()
         if mask is not None and self.lead:
             self._fill(condition[:, :-1], mask[:, :-1])
 
+    def spare(self, max_width: int) -> int:
+        """Slots at the end of a row that no token ever gets."""
+        return 0
+
     def _number_slots(self) -> None:
         """first_slot [R, 1]: where input 0 of a sequence lies in the flat cache; columns [S]: the input in each slot,
         below 0 for those of the condition."""
-        device = self.cache.device
+        device = self.condition.device
         self.first_slot = torch.arange(self.rows, device=device)[:, None] * self.slots + self.lead
         self.columns = torch.arange(self.slots, device=device) - self.lead
 
@@ -172,21 +186,22 @@ class CausalSession:
         return t.read_out(x)
 
     def compact(self, path: Tensor, start: Tensor) -> None:
-        """One gather and one scatter over all layers. path int64 [B, P]."""
+        """Gathers and scatters of whole rows. path int64 [B, P]."""
         path = path[:, 1:].repeat(self.copies, 1)  # the root does not move
         first = (self.first_slot + start.repeat(self.copies)[:, None]).expand_as(path)
         to = first + torch.arange(1, path.shape[1] + 1, device=path.device)
-        moved = self.cache.index_select(2, (first + path).flatten())
-        self.cache.index_copy_(2, to.flatten(), moved)
+        here, to = (first + path).flatten(), to.flatten()
+        for part in (part for table in self.cache for part in table):
+            part.index_copy_(0, to, part.index_select(0, here))
 
-    def _layer(self, w: PackedLayer, cache: Tensor, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
+    def _layer(self, w: PackedLayer, cache: Table, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
         c = self.target.config
         normed = F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)
         qkv = w.wqkv(normed).unflatten(-1, (3, c.heads, c.head_dim))
         q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
         cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
-        keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
+        keys, values = (part.view(self.rows, self.slots, c.heads, c.head_dim).transpose(1, 2) for part in cache)
         reach = mask.shape[-1]
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask
@@ -198,13 +213,14 @@ class CausalSession:
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies
         rows = torch.cat([rows + i * batch for i in range(self.copies)])
-        c = self.target.config
-        kept = self.cache.view(c.layers, 2, self.rows, self.slots, c.dim)[:, :, rows]
+        self.cache = [(self._kept(keys, rows), self._kept(values, rows)) for keys, values in self.cache]
         self.rows = len(rows)
-        self.cache = kept.reshape(c.layers, 2, self.rows * self.slots, c.dim)
         self.condition = self.condition[rows]
         self.open = None if self.open is None else self.open[rows[: len(rows) // self.copies]]
         self._number_slots()
+
+    def _kept(self, part: Tensor, rows: Tensor) -> Tensor:
+        return part.unflatten(0, (self.rows, self.slots))[rows].flatten(0, 1)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

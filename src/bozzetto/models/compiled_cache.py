@@ -1,0 +1,116 @@
+"""Sessions of compiled targets: the batch and the width of a pass rounded up to shapes that have a graph.
+
+Sequences that only fill up are copies of the first one; places that only fill up write to slots at the end of a row and
+see slot 0, so that every number stays finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.drafts import Layout
+from bozzetto.models.base import Scores, visible
+from bozzetto.models.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket, check_mode
+from bozzetto.models.flow import FlowModel
+from bozzetto.models.flow_cache import FlowTarget
+from bozzetto.models.llamagen import LlamaGen
+from bozzetto.models.llamagen_cache import CausalSession, CausalTarget, LlamaGenTarget
+
+
+def compile_target(
+    target: LlamaGenTarget | FlowTarget,
+    network: LlamaGen | FlowModel,
+    mode: str,
+    report: Callable[[str], None] | None = None,
+) -> None:
+    """Let a target run compiled passes (a graph is compiled when its shape first turns up). network: what the target
+    was made from; mode: `default` or `max`, `off` does nothing; report: is told what is being compiled.
+
+    Raises UsageError for another mode.
+    """
+    if check_mode(mode) == "off":
+        return
+    if isinstance(network, LlamaGen):
+        embed: torch.nn.Module = TokenEmbedding(network.tok_embeddings.weight, target.dtype)
+        head = network.output.weight
+    else:
+        layer = network.token_embedding
+        embed, head = VectorEmbedding(layer.weight, layer.bias, network.positions, target.dtype), None
+    rope = network.rope[target.config.condition_tokens - 1 :]
+    step = CausalStep(target.config, network.blocks, network.norm.weight, rope, embed, head, target.dtype)
+    target.step, target.session = CompiledStep(step, mode, report), CompiledSession
+    if target.config.condition_tokens == 1:
+        target.layers = []  # nothing runs them
+
+
+class CompiledSession(CausalSession):
+    """As CausalSession, in static shapes."""
+
+    whole = 64
+
+    def __init__(self, target: CausalTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
+        self.batch = len(condition) // copies
+        filled = self._fill_up(torch.arange(self.batch, device=condition.device))
+        condition = condition.unflatten(0, (copies, self.batch))[:, filled].flatten(0, 1)
+        super().__init__(target, condition, None if mask is None else mask[filled], copies, max_width)
+
+    def _fill_up(self, rows: Tensor) -> Tensor:
+        """Batch rows, the first one repeated up to the next size that has a graph."""
+        return torch.cat([rows, rows[:1].expand(bucket(len(rows)) - len(rows))])
+
+    def spare(self, max_width: int) -> int:
+        return bucket(max_width)
+
+    @torch.no_grad()
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
+        t, (batch, width) = self.target, inputs.shape[:2]
+        if self.rows // self.copies > batch:
+            rows = self._fill_up(torch.arange(batch, device=inputs.device))
+            inputs, start, layout = inputs[rows], start[rows], _rows(layout, rows)
+        offset = torch.arange(width, device=inputs.device)
+        slot = start[:, None] + (offset if layout is None else layout.slot)
+        position = start[:, None] + (offset if layout is None else layout.depth)
+        seen = visible(self.columns, start, width, layout)  # [B, W, S]
+        if self.open is not None:
+            seen = seen & self.open[:, None] | (slot[..., None] == self.columns)
+        slot, more = slot + self.lead, bucket(width) - width
+        if more:
+            last = torch.arange(self.slots - more, self.slots, device=slot.device).expand(len(slot), -1)
+            slot, position = torch.cat([slot, last], 1), F.pad(position, (0, more))
+            inputs = F.pad(inputs, (*[0, 0] * (inputs.ndim - 2), 0, more))
+            seen = F.pad(seen, (0, 0, 0, more))
+            seen[:, width:, 0] = True
+        shape = (self.rows, self.slots, t.config.heads, t.config.head_dim)
+        caches = [part.view(shape) for table in self.cache for part in table]
+        found = t.step(inputs, slot, position, seen, self.condition, *caches)
+        features, logits = (self._real(part, batch, width) for part in (found[0], found[-1]))
+        return Scores(None if len(found) == 1 else logits, features)
+
+    def _real(self, part: Tensor, batch: int, width: int) -> Tensor:
+        """Without what only filled up: [R', W', ...] -> [copies B, W, ...]."""
+        if part.shape[0] > self.copies * batch:
+            part = part.unflatten(0, (self.copies, -1))[:, :batch].flatten(0, 1)
+        return part[:, :width]
+
+    def keep(self, rows: Tensor) -> None:
+        self.batch = len(rows)
+        super().keep(self._fill_up(rows))
+
+    def compact(self, path: Tensor, start: Tensor) -> None:
+        if self.rows // self.copies > len(path):
+            rows = self._fill_up(torch.arange(len(path), device=path.device))
+            path, start = path[rows], start[rows]
+        super().compact(path, start)
+
+
+def _rows(layout: Layout | None, rows: Tensor) -> Layout | None:
+    """A layout of more rows; one for all rows stays as it is."""
+    if layout is None:
+        return None
+    parts = {name: getattr(layout, name) for name in ("slot", "depth", "sees")}
+    return replace(layout, **{name: part[rows] if len(part) > 1 else part for name, part in parts.items()})

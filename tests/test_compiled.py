@@ -126,16 +126,16 @@ def test_vectors(uncompiled: list[tuple[int, ...]]) -> None:
     assert torch.allclose(a.features, b.features, atol=1e-5)
 
 
-def test_a_graph_is_made_once_per_bucket(uncompiled: list[tuple[int, ...]]) -> None:
+def test_a_session_has_two_widths_and_each_graph_is_made_once(uncompiled: list[tuple[int, ...]]) -> None:
     said: list[str] = []
     network = _network()
     target = LlamaGenTarget(network)
     compile_target(target, network, "default", said.append)
     session = target.begin(torch.arange(3), False, 8)
-    for width in (1, 5, 7, 8, 6, 1):
+    for width in (1, 5, 7, 8, 4, 1):
         session.score(torch.zeros(3, width, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 0)
     assert [line for line in said if "compiling" in line] == [
-        "compiling a pass of 4 sequences with 1 places ...",
+        "compiling a pass of 4 sequences with 4 places ...",
         "compiling a pass of 4 sequences with 8 places ...",
     ]
     assert len(uncompiled) == 2

@@ -198,8 +198,13 @@ def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSetti
         passes: Iterator[object] = pipe.bare_passes(labels, cell)
     else:
         passes = pipe.decoder_for(entry, cell.batch)[0].stream(labels, 0, index)
-    for _ in islice(passes, _WARM_UP_PASSES):
+    # Compiled passes have shapes that turn up at the end of an image only.
+    for _ in islice(passes, None if cell.compile != "off" or _compiles(entry) else _WARM_UP_PASSES):
         pass
+
+
+def _compiles(entry: GenerateSettings | None) -> bool:
+    return entry is not None and entry.compile != "off"
 
 
 def _ceiling(

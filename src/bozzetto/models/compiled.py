@@ -1,7 +1,6 @@
 """One compiled pass: the transformer of a causal target as one graph of static shapes, weights packed in once.
 
-A graph is made per shape, (sequences, places), both rounded up to powers of two (models/compiled_cache.py), when a
-session first asks for it. The key/value caches are inputs that the graph changes in place; there is one tensor per
+A graph is made per shape, (sequences, places) as sessions round them (models/compiled_cache.py), when one first asks. The key/value caches are inputs that the graph changes in place; there is one tensor per
 layer and kind, because Inductor copies a cache of which it is given views.
 
 On a CPU the weights become constants of the graph (Inductor's freezing), laid out for the matrix unit. `max` also lets
@@ -17,6 +16,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -149,7 +149,9 @@ class CompiledStep:
             return self.graphs[shape](inputs, slot, position, seen, *rest)
         self._say(f"compiling a pass of {shape[0]} sequences with {shape[2]} places ...")
         began, self.graphs[shape] = time.perf_counter(), self._graph()
-        found = self.graphs[shape](inputs, slot, position, seen, *rest)
+        # Not as options of torch.compile: Dynamo, which asks whether parameters are to be frozen, does not see those.
+        with inductor.patch(self._options()):
+            found = self.graphs[shape](inputs, slot, position, seen, *rest)
         self._say(f"compiled in {time.perf_counter() - began:.0f} s")
         return found
 
@@ -158,12 +160,11 @@ class CompiledStep:
             self.report(line)
 
     def _graph(self) -> Callable[..., tuple[Tensor, ...]]:
+        return torch.compile(_alone(self.step), dynamic=False, fullgraph=True)
+
+    def _options(self) -> dict[str, bool]:
         on_cpu = self.step.rope.device.type == "cpu"
-        options: dict[str, Any] = {"freezing": True, "max_autotune": self.mode == "max"} if on_cpu else {}
-        if not on_cpu:
-            options = {"triton.cudagraphs": True, "max_autotune": self.mode == "max"}
-        # Each graph is of one shape, so that no guard has to choose among them.
-        return torch.compile(_alone(self.step), dynamic=False, fullgraph=True, options=options)
+        return {"freezing" if on_cpu else "triton.cudagraphs": True, "max_autotune": self.mode == "max"}
 
 
 def _alone(step: CausalStep) -> Callable[..., tuple[Tensor, ...]]:

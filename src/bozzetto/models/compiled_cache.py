@@ -1,4 +1,4 @@
-"""Sessions of compiled targets: the batch and the width of a pass rounded up to shapes that have a graph.
+"""Sessions of compiled targets: batches rounded up to powers of two, passes to the widest of the session or half of it.
 
 Sequences that only fill up are copies of the first one; places that only fill up write to slots at the end of a row and
 see slot 0, so that every number stays finite.
@@ -58,6 +58,7 @@ class CompiledSession(CausalSession):
         filled = self._fill_up(torch.arange(self.batch, device=condition.device))
         condition = condition.unflatten(0, (copies, self.batch))[:, filled].flatten(0, 1)
         super().__init__(target, condition, None if mask is None else mask[filled], copies, max_width)
+        self.wide = bucket(max_width)
 
     def _fill_up(self, rows: Tensor) -> Tensor:
         """Batch rows, the first one repeated up to the next size that has a graph."""
@@ -78,7 +79,8 @@ class CompiledSession(CausalSession):
         seen = visible(self.columns, start, width, layout)  # [B, W, S]
         if self.open is not None:
             seen = seen & self.open[:, None] | (slot[..., None] == self.columns)
-        slot, more = slot + self.lead, bucket(width) - width
+        # Two widths only: those in between, at the end of an image, are not worth a graph each.
+        slot, more = slot + self.lead, (self.wide if 2 * width > self.wide else self.wide // 2) - width
         if more:
             last = torch.arange(self.slots - more, self.slots, device=slot.device).expand(len(slot), -1)
             slot, position = torch.cat([slot, last], 1), F.pad(position, (0, more))

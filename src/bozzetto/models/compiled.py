@@ -1,7 +1,8 @@
 """One compiled pass: the transformer of a causal target as one graph of static shapes, weights packed in once.
 
-A graph is made per shape, (sequences, places) as sessions round them (models/compiled_cache.py), when one first asks. The key/value caches are inputs that the graph changes in place; there is one tensor per
-layer and kind, because Inductor copies a cache of which it is given views.
+A graph is made per shape, (sequences, places) as sessions round them (models/compiled_cache.py), when one first asks.
+The key/value caches are inputs that the graph changes in place; there is one tensor per layer and kind, because
+Inductor copies a cache of which it is given views.
 
 On a CPU the weights become constants of the graph (Inductor's freezing), laid out for the matrix unit. `max` also lets
 Inductor generate and time its own matrix products, which have the narrow layers around them fused in.

@@ -18,6 +18,7 @@ from bozzetto.models.flow import FlowConfig, FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.llamagen_cache import LlamaGenTarget
+from bozzetto.path_registry import make_path_drafter, make_path_rule
 from bozzetto.registry import make_drafter, make_rule
 
 SMALL = LlamaGenConfig(dim=32, layers=2, heads=2, vocab=16, grid=4, classes=3)
@@ -171,3 +172,51 @@ def test_a_mode_that_there_is_not_is_named() -> None:
     target = LlamaGenTarget(network)
     compile_target(target, network, "off")
     assert target.step is None
+
+
+@pytest.fixture(scope="module")
+def flow_network() -> FlowModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = FlowModel(FlowConfig(dim=32, layers=1, heads=2, token_dim=4, grid=4, classes=3, head_width=16))
+        for parameter in network.head.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_compiled_heads_are_those_of_the_eager_one(
+    uncompiled: list[tuple[int, ...]], flow_network: FlowModel, guided: bool
+) -> None:
+    eager, compiled = _pair(flow_network, "max")
+    guidance = 2.0 if guided else 1.0
+    for places in (1, 7, 3, 9, 2):
+        features = torch.randn(2 if guided else 1, places, 32)
+        x = torch.randn(places, 4)
+        laws = [t.law(features, guidance, 1.0) for t in (eager, compiled)]  # type: ignore[attr-defined]
+        for step in range(2):
+            a, b = (law.all_places(x, step) for law in laws)
+            assert torch.allclose(a.mean, b.mean, atol=1e-5) and torch.equal(a.std, b.std)
+        assert laws[0].calls == laws[1].calls and laws[0].rows == laws[1].rows
+    assert len(uncompiled) == 4  # 1, 8 (for 7), 4 (for 3, then 2), 12 (for 9)
+
+
+def test_another_number_of_steps_keeps_the_compiled_head(
+    uncompiled: list[tuple[int, ...]], flow_network: FlowModel
+) -> None:
+    _, compiled = _pair(flow_network, "max")
+    before = compiled.head.compiled  # type: ignore[union-attr]
+    compiled.sample_with(flow_network, FlowSampler(steps=3))  # type: ignore[attr-defined]
+    assert before is not None and compiled.head.compiled is before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("drafter", "rule"), [("none", "plain"), ("jacobi", "chains"), ("jacobi", "pathwise")])
+def test_vectors_are_those_of_the_eager_target(
+    uncompiled: list[tuple[int, ...]], flow_network: FlowModel, drafter: str, rule: str
+) -> None:
+    drawn = []
+    for target in _pair(flow_network, "max"):
+        made = make_path_drafter(drafter, 4, target, lambda folder: None)  # type: ignore[arg-type, return-value]
+        decoder = Decoder(target, made, make_path_rule(rule), LawSettings(guidance=2.0))
+        drawn.append(decoder.run(torch.arange(3), 7, torch.arange(3)).tokens)
+    assert torch.allclose(*drawn, atol=1e-3)

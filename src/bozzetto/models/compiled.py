@@ -46,8 +46,8 @@ class _Layer(nn.Module):
     def __init__(self, layer: Block, dtype: torch.dtype):
         super().__init__()
         a, f = layer.attention, layer.feed_forward
-        self.wqkv, self.wo, self.w2 = (_linear(part.weight, dtype) for part in (a.wqkv, a.wo, f.w2))
-        self.w13 = _linear(torch.cat([f.w1.weight, f.w3.weight]), dtype)
+        self.wqkv, self.wo, self.w2 = (fixed_linear(part.weight, dtype) for part in (a.wqkv, a.wo, f.w2))
+        self.w13 = fixed_linear(torch.cat([f.w1.weight, f.w3.weight]), dtype)
         self.gain_1, self.gain_2 = (_fixed(norm.weight, dtype) for norm in (layer.attention_norm, layer.ffn_norm))
 
 
@@ -71,7 +71,7 @@ class CausalStep(nn.Module):
         self.config, self.dtype, self.embed = config, dtype, embed
         self.layers = nn.ModuleList(_Layer(block, dtype) for block in blocks)
         self.gain = _fixed(gain, dtype)
-        self.head = None if head is None else _linear(head, dtype)
+        self.head = None if head is None else fixed_linear(head, dtype)
         self.register_buffer("rope", rope.float())
 
     def forward(
@@ -127,7 +127,7 @@ class VectorEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, positions: Tensor, dtype: torch.dtype):
         super().__init__()
-        self.map = _linear(weight, dtype, bias)
+        self.map = fixed_linear(weight, dtype, bias)
         self.positions = _fixed(positions, dtype)
 
     def forward(self, inputs: Tensor, position: Tensor) -> Tensor:
@@ -161,17 +161,17 @@ class CompiledStep:
             self.report(line)
 
     def _graph(self) -> Callable[..., tuple[Tensor, ...]]:
-        return torch.compile(_alone(self.step), dynamic=False, fullgraph=True)
+        return torch.compile(own_code(self.step), dynamic=False, fullgraph=True)
 
     def _options(self) -> dict[str, bool]:
         on_cpu = self.step.rope.device.type == "cpu"
         return {"freezing" if on_cpu else "triton.cudagraphs": True, "max_autotune": self.mode == "max"}
 
 
-def _alone(step: CausalStep) -> Callable[..., tuple[Tensor, ...]]:
+def own_code(step: nn.Module) -> Callable[..., Any]:
     """The step as a function with a code object of its own: Dynamo keeps what it compiled, and counts it, per code."""
 
-    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+    def run(*arguments: Tensor) -> Any:
         return step(*arguments)
 
     return FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
@@ -181,7 +181,8 @@ def _fixed(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=False)
 
 
-def _linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> nn.Linear:
+def fixed_linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer that is not trained, with copies of these in `dtype`."""
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     made.weight = _fixed(weight, dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from bozzetto.drafts import Layout
 from bozzetto.models.base import Scores, visible
 from bozzetto.models.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket, check_mode
+from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowTarget
 from bozzetto.models.llamagen import LlamaGen
@@ -46,6 +47,9 @@ def compile_target(
     target.step, target.session = CompiledStep(step, mode, report), CompiledSession
     if target.config.condition_tokens == 1:
         target.layers = []  # nothing runs them
+    if isinstance(target, FlowTarget) and isinstance(network, FlowModel) and mode == "max":
+        target.narrow = CompiledNarrow(network.head, target.dtype, report)
+        target.sample_with(network, target.sampler)
 
 
 class CompiledSession(CausalSession):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ class FlowSampler:
 
 
 class FlowTarget(CausalTarget):
-    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N."""
+    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N; narrow: compiled
+    layers of the head, where there are."""
+
+    narrow: Any = None
 
     @torch.no_grad()
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
@@ -45,6 +49,7 @@ class FlowTarget(CausalTarget):
         """Sample the head of `model`, which this target was made from, in another way."""
         self.sampler, self.schedule = sampler, sampler.schedule
         self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, self.dtype)
+        self.head.compiled = self.narrow
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:

@@ -7,6 +7,7 @@ with the narrow layers only. With a few rows and a small head these run in float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.models.denoiser import Denoiser
 from bozzetto.models.dense import Dense
 
-_LN_EPS = 1e-6
+LN_EPS = 1e-6
 _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be read off
 # On a CPU float32 is the faster dtype of narrow layers up to this many rows and this width (measured).
 _FEW_ROWS, _SMALL_WIDTH = 12, 512
@@ -51,14 +52,17 @@ class _Narrow:
         x = self.input(x).to(self.dtype)  # copies of a token part in the first block
         for i, block in enumerate(self.blocks):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
-            h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, _LN_EPS), scale)
+            h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, LN_EPS), scale)
             x = torch.addcmul(x, gate, block.down(block.up.silu(h)))
         shift, scale = parts[-2:]
-        return self.output(torch.addcmul(shift, F.layer_norm(x, shape, eps=_LN_EPS), scale).float())
+        return self.output(torch.addcmul(shift, F.layer_norm(x, shape, eps=LN_EPS), scale).float())
 
 
 class PackedDenoiser:
-    """A denoiser ready for decoding: modulations side by side, embeddings of the given times, narrow layers."""
+    """A denoiser ready for decoding: modulations side by side, embeddings of the given times, narrow layers, and these
+    compiled where one sets them (models/compiled_head.py)."""
+
+    compiled: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype):
@@ -93,6 +97,10 @@ class PackedDenoiser:
         """x [R, D] under modulations [..., R, (3 depth + 2) width] -> predictions, float32 [..., R, out_dim]."""
         few = modulation.shape[:-1].numel() <= _FEW_ROWS
         return (self.few if few else self.narrow)(x, modulation)
+
+    def lock_step(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The same, by a compiled graph where there is one: for calls of a few shapes that come again and again."""
+        return (self.compiled or self)(x, modulation)
 
 
 class _HeadLaw(ChainLaw):
@@ -132,19 +140,21 @@ class _HeadLaw(ChainLaw):
         if self.copies > 1:
             row = torch.cat([row, row + self.places])
         scale = self.guidance[place, None] if isinstance(self.guidance, Tensor) else self.guidance
-        return self._call(x, self.modulations().flatten(0, 1)[row], scale)
+        return self._call(self.head, x, self.modulations().flatten(0, 1)[row], scale)
 
     def predict_all(self, x: Tensor, step: int) -> Tensor:
         """The same for one step at every place in turn: x [B W, D]."""
         scale = self.guidance[:, None] if isinstance(self.guidance, Tensor) else self.guidance
-        return self._call(x, self.modulations()[step], scale)
+        return self._call(self.head.lock_step, x, self.modulations()[step], scale)
 
-    def _call(self, x: Tensor, modulation: Tensor, scale: float | Tensor) -> Tensor:
+    def _call(
+        self, head: Callable[[Tensor, Tensor], Tensor], x: Tensor, modulation: Tensor, scale: float | Tensor
+    ) -> Tensor:
         self.calls += 1
         self.rows += len(modulation)
         if self.copies == 1:
-            return self.head(x, modulation)
-        cond, uncond = self.head(x, modulation.unflatten(0, (2, -1))).unbind(0)
+            return head(x, modulation)
+        cond, uncond = head(x, modulation.unflatten(0, (2, -1))).unbind(0)
         d = self.dim
         if cond.shape[1] == d:
             return torch.lerp(uncond, cond, scale)

@@ -72,6 +72,8 @@ class CompiledNarrow:
             more = (0, 0, 0, size - rows)
             x, modulation = F.pad(x, more), F.pad(modulation, more)
         shape = (*lead, size, channels)
+        # Dimensions of one may have any stride; a graph is of one layout, and would be compiled again for another.
+        x, modulation = x.reshape(-1).view(x.shape), modulation.reshape(-1).view(shape)
         if shape not in self.graphs:
             return self._first(shape, x, modulation)[..., :rows, :]
         return self.graphs[shape](x, modulation)[..., :rows, :]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.compiled import check_mode
+from bozzetto.models.graphs import check_mode
 from bozzetto.path_registry import (
     ALONE,
     PATH_DRAFTERS,

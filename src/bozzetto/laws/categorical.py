@@ -6,6 +6,7 @@ A law is a tensor of log-probabilities [..., V], float32; tokens outside the sup
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,15 +76,71 @@ def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
     return log_p
 
 
+def row_laws(
+    logits: Tensor, guidance: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None
+) -> Tensor:
+    """`law_of` with settings of its own for every image, without sorts. logits [B, W, V], or [2B, W, V] = [cond; uncond]
+    rows; guidance, temperature > 0, top_p: float32 [B]; top_k: int64 [B] (0: all). Without top_k and top_p nothing is
+    cut off. Greedy decoding is top_k = 1."""
+    rows = (-1, 1, 1)
+    if len(logits) > len(guidance):
+        cond, uncond = logits.chunk(2)
+        scale = guidance.view(rows)
+        # A scale of 1 gives the very logits that a pass without guidance gives.
+        logits = torch.where(scale == 1, cond, guide(cond, uncond, scale))
+    logits = logits / temperature.view(rows)
+    if top_k is None or top_p is None:
+        return logits.log_softmax(-1)
+    ranks, vocab = _ranks(logits), logits.shape[-1]
+    counts = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).view(rows)
+    least = _threshold(ranks, lambda kept: kept.sum(-1, keepdim=True) >= counts)
+    log_p = logits.masked_fill(ranks < least, -math.inf).log_softmax(-1)
+    p, share = log_p.exp(), top_p.view(rows)
+    least = _threshold(ranks, lambda kept: (p * kept).sum(-1, keepdim=True) >= share)
+    cut = log_p.masked_fill(ranks < least, -math.inf).log_softmax(-1)
+    return torch.where(share < 1, cut, log_p)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """int64 of the same order as float32 values, 0 to 2^32 - 1."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits + (1 << 31))
+
+
+def _threshold(ranks: Tensor, enough: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest rank [..., 1] such that what is at or above it is enough, bit by bit from the highest."""
+    found = torch.zeros_like(ranks[..., :1])
+    for bit in range(31, -1, -1):
+        higher = found | (1 << bit)
+        found = torch.where(enough(ranks >= higher), higher, found)
+    return found
+
+
 def gumbel_argmax(log_p: Tensor, noise: Tensor) -> Tensor:
     """A sample of each law by the Gumbel-max trick: [..., V] x 2 -> int64 [...]."""
-    return (log_p + noise).argmax(-1)
+    perturbed = log_p + noise
+    return _best(perturbed)[0].squeeze(-1).long() if torch.compiler.is_compiling() else perturbed.argmax(-1)
 
 
 def gumbel_margin(log_p: Tensor, noise: Tensor) -> Tensor:
     """Gap between the best and the second best perturbed log-probability (inf when only one token is possible)."""
-    best, second = (log_p + noise).topk(2, dim=-1).values.unbind(-1)
+    perturbed = log_p + noise
+    if torch.compiler.is_compiling():
+        index, best = _best(perturbed)
+        return best.squeeze(-1) - perturbed.masked_fill(_numbers(perturbed) == index, -math.inf).amax(-1)
+    best, second = perturbed.topk(2, dim=-1).values.unbind(-1)
     return best - second
+
+
+def _best(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Number (as float32) and value of the largest, [..., 1] each, by reductions that compile to vector code."""
+    best = x.amax(-1, keepdim=True)
+    return torch.where(x == best, _numbers(x), math.inf).amin(-1, keepdim=True), best
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """0, 1, ... along the last dimension; float32 counts to 2^24."""
+    return torch.arange(x.shape[-1], dtype=torch.float32, device=x.device)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ def gumbel(key: Tensor) -> Tensor:
     return -(-uniform(key).log()).log().float()
 
 
+def gumbel_rows(keys: Tensor, numbers: Tensor) -> Tensor:
+    """Gumbel noise of whole vocabularies: keys int64 [n] of positions, numbers int64 [V] -> float32 [n, V]."""
+    return gumbel(fold(keys[:, None], numbers))
+
+
 def normal(key: Tensor) -> Tensor:
     """Standard normal noise, float32, one per key; the inverse distribution function in float64."""
     return torch.special.ndtri(uniform(key)).float()

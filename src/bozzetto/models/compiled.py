@@ -1,38 +1,28 @@
 """One compiled pass: the transformer of a causal target as one graph of static shapes, weights packed in once.
 
-A graph is made per shape, (sequences, places) as sessions round them (models/compiled_cache.py), when one first asks.
-The key/value caches are inputs that the graph changes in place; there is one tensor per layer and kind, because
-Inductor copies a cache of which it is given views.
-
-On a CPU the weights become constants of the graph (Inductor's freezing), laid out for the matrix unit. `max` also lets
-Inductor generate and time its own matrix products, which have the narrow layers around them fused in.
+A graph is made per shape, (sequences, places) as sessions round them (models/compiled_cache.py), when one first asks;
+only the number of cache columns that a pass looks at may change. The key/value caches are inputs that the graph changes
+in place; there is one tensor per layer and kind, because Inductor copies a cache of which it is given views.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.errors import UsageError
+from bozzetto.laws.noise import gumbel_rows
+from bozzetto.models.graphs import Compiler, Graph, cache_folder
 from bozzetto.models.llamagen import Block, LlamaGenConfig
+from bozzetto.models.native import HEAD_UNIT, load_attend
 
-MODES = ("off", "default", "max")
 Caches = Sequence[Tensor]
-
-
-def check_mode(mode: str) -> str:
-    """Raise UsageError for a mode of compilation that there is not."""
-    if mode not in MODES:
-        raise UsageError(f"compile = {mode!r} is not allowed: {', '.join(MODES)}")
-    return mode
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+_OWN_FROM = 4  # places of a pass from which our attention beats torch's in float32 (in bfloat16 it always does)
 
 
 def bucket(count: int) -> int:
@@ -41,19 +31,23 @@ def bucket(count: int) -> int:
 
 
 class _Layer(nn.Module):
-    """A block's maps, w1 and w3 side by side."""
+    """A block's maps, w1 and w3 side by side. The numbers of a query or key head that are rotated together, neighbours
+    in the checkpoint, lie half a head apart here: their products stay the same, and vector code can rotate them."""
 
-    def __init__(self, layer: Block, dtype: torch.dtype):
+    def __init__(self, layer: Block, config: LlamaGenConfig, dtype: torch.dtype):
         super().__init__()
         a, f = layer.attention, layer.feed_forward
-        self.wqkv, self.wo, self.w2 = (fixed_linear(part.weight, dtype) for part in (a.wqkv, a.wo, f.w2))
+        pairs = a.wqkv.weight.view(3, config.heads, config.head_dim // 2, 2, config.dim)
+        halves = torch.cat([pairs[:2].transpose(2, 3).flatten(0, 3), pairs[2].flatten(0, 2)])
+        self.wqkv = fixed_linear(halves, dtype)
+        self.wo, self.w2 = (fixed_linear(part.weight, dtype) for part in (a.wo, f.w2))
         self.w13 = fixed_linear(torch.cat([f.w1.weight, f.w3.weight]), dtype)
         self.gain_1, self.gain_2 = (_fixed(norm.weight, dtype) for norm in (layer.attention_norm, layer.ffn_norm))
 
 
 class CausalStep(nn.Module):
     """A pass as a function of tensors. embed: (inputs [B, W, ...], position int64 [B, W]) -> [B, W, d]; head: read-out
-    [V, d], or None; rope: float32 [N + 1, hd/2, 2]."""
+    [V, d], or None; rope: float32 [N + 1, hd/2, 2]. own_attention: use models/native.py, which has to be loaded."""
 
     rope: Tensor
 
@@ -69,33 +63,48 @@ class CausalStep(nn.Module):
     ):
         super().__init__()
         self.config, self.dtype, self.embed = config, dtype, embed
-        self.layers = nn.ModuleList(_Layer(block, dtype) for block in blocks)
+        self.layers = nn.ModuleList(_Layer(block, config, dtype) for block in blocks)
         self.gain = _fixed(gain, dtype)
         self.head = None if head is None else fixed_linear(head, dtype)
-        self.register_buffer("rope", rope.float())
+        self.register_buffer("rope", rope.float().transpose(1, 2).contiguous())
+        self.own_attention = False
 
     def forward(
         self, inputs: Tensor, slot: Tensor, position: Tensor, seen: Tensor, condition: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
-        """inputs [B, W, ...]; slot, position: int64 [B, W]; seen: bool [B, W, S]; condition [R, 1, d] with R = B, or
-        2 B under guidance; caches: keys and values of every layer in turn, [R, S, heads, hd], changed in place. Returns
-        hidden states [R, W, d] after the final norm, and logits float32 [R, W, V] where there is a head."""
+        """inputs [B, W, ...]; slot, position: int64 [B, W]; seen: bool [B, W, C], which of the first C cache columns
+        each input attends to; condition [R, 1, d] with R = B, or 2 B under guidance; caches: keys and values of every
+        layer in turn, [R, S, heads, hd], changed in place. Returns hidden states [R, W, d] after the final norm, and
+        logits float32 [R, W, V] where there is a head."""
         c, copies = self.config, len(condition) // len(inputs)
         x = self.embed(inputs, position)
-        bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None]
         if copies > 1:
             x, slot, position = x.repeat(copies, 1, 1), slot.repeat(copies, 1), position.repeat(copies, 1)
-            bias = bias.repeat(copies, 1, 1, 1)
+        attend = self._attention(seen, copies)
         x = torch.where(position[..., None] == 0, condition, x)
-        rotation = self.rope[position.clamp_max(c.length - 1)][:, :, None, None]  # [R, W, 1, 1, hd/2, 2]
+        rotation = self.rope[position.clamp_max(c.length - 1)][:, :, None, None]  # [R, W, 1, 1, 2, hd/2]
         row = torch.arange(len(condition), device=x.device)[:, None]
         for number, layer in enumerate(self.layers):
-            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], (row, slot), rotation, bias)
+            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], (row, slot), rotation, attend)
         x = F.rms_norm(x, (c.dim,), self.gain, c.norm_eps)
         return (x,) if self.head is None else (x, self.head(x).float())
 
+    def _attention(self, seen: Tensor, copies: int) -> Attention:
+        """(queries [R, W, heads, hd], keys, values [R, S, heads, hd]) -> [R, W, heads, hd]."""
+        if self.own_attention and (self.dtype == torch.bfloat16 or seen.shape[1] >= _OWN_FROM):
+            return lambda q, keys, values: torch.ops.bozzetto.attend(q, keys, values, seen)
+        reach = seen.shape[-1]
+        bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -math.inf)
+        bias = bias[:, None].repeat(copies, 1, 1, 1)
+
+        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            q, keys, values = (part.transpose(1, 2) for part in (q, keys[:, :reach], values[:, :reach]))
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
+
+        return attend
+
     def _layer(
-        self, w: Any, x: Tensor, cache: Caches, place: tuple[Tensor, Tensor], rotation: Tensor, bias: Tensor
+        self, w: Any, x: Tensor, cache: Caches, place: tuple[Tensor, Tensor], rotation: Tensor, attend: Attention
     ) -> Tensor:
         c, (keys, values) = self.config, cache
         rows, width = x.shape[:2]
@@ -103,12 +112,49 @@ class CausalStep(nn.Module):
         q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
         keys.index_put_(place, k)
         values.index_put_(place, qkv[:, :, 2])
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=bias
-        )
-        x = x + w.wo(mixed.transpose(1, 2).reshape(rows, width, c.dim))
+        x = x + w.wo(attend(q, keys, values).reshape(rows, width, c.dim))
         gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
         return x + w.w2(F.silu(gate) * up)
+
+
+class ChainStep(nn.Module):
+    """A pass over plain runs of places. lead: slots before that of input 0."""
+
+    def __init__(self, step: CausalStep, lead: int):
+        super().__init__()
+        self.step, self.lead = step, lead
+
+    def forward(
+        self, inputs: Tensor, start: Tensor, sight: Tensor, condition: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        """start: int64 [B], the first input's number; sight: bool [B, C], which of the first C cache columns may be
+        attended to at all. The rest as in `CausalStep.forward`."""
+        position = start[:, None] + torch.arange(inputs.shape[1], device=start.device)
+        slot = position + self.lead
+        column = torch.arange(sight.shape[1], device=start.device)
+        seen = (column <= slot[..., None]) & sight[:, None] | (column == slot[..., None])
+        return self.step(inputs, slot, position, seen, condition, *caches)
+
+
+class SlotStep(nn.Module):
+    """A pass and what follows it. advance: engine/advance.py; width: places of the pass; held: tensors of the slots."""
+
+    def __init__(self, step: ChainStep, advance: nn.Module, width: int, held: int):
+        super().__init__()
+        self.step, self.advance, self.width, self.held = step, advance, width, held
+
+    def forward(self, sight: Tensor, condition: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """rest: the tensors of the slots, the first two their inputs and counts, then the caches."""
+        state, caches = rest[: self.held], rest[self.held :]
+        _, logits = self.step(state[0][:, : self.width], state[1], sight, condition, *caches)
+        return self.advance(logits, *state)
+
+
+class NoiseRows(nn.Module):
+    """`laws.noise.gumbel_rows`, fused."""
+
+    def forward(self, keys: Tensor, numbers: Tensor) -> tuple[Tensor]:
+        return (gumbel_rows(keys, numbers),)
 
 
 class TokenEmbedding(nn.Module):
@@ -136,45 +182,66 @@ class VectorEmbedding(nn.Module):
 
 
 class CompiledStep:
-    """Graphs of a step by shape. mode: `default` or `max`; report: told of every shape that is compiled."""
+    """Graphs of a step by shape. lead: see ChainStep."""
 
-    def __init__(self, step: CausalStep, mode: str, report: Callable[[str], None] | None = None):
-        self.step, self.mode, self.report = step.eval().requires_grad_(False), mode, report
-        self.dtype = step.dtype
-        self.graphs: dict[tuple[int, ...], Callable[..., tuple[Tensor, ...]]] = {}
+    def __init__(self, step: CausalStep, lead: int, compiler: Compiler):
+        self.step, self.compiler = step.eval().requires_grad_(False), compiler
+        if step.rope.device.type == "cpu" and step.config.head_dim % HEAD_UNIT == 0:
+            load_attend(compiler.folder or cache_folder())
+            step.own_attention = True
+        self.chain_step, self.dtype = ChainStep(self.step, lead), step.dtype
+        self.graphs: dict[tuple[str, int, int], Graph] = {}
+        self.draws: Graph | None = None
 
-    def __call__(self, inputs: Tensor, slot: Tensor, position: Tensor, seen: Tensor, *rest: Tensor) -> Any:
+    def chain(self, inputs: Tensor, start: Tensor, sight: Tensor, *rest: Tensor) -> list[Tensor]:
+        """As `ChainStep.forward`."""
+        key = ("chain", len(rest[0]), inputs.shape[1])
+        if key not in self.graphs:
+            self.graphs[key] = self._graph(key, self.chain_step, [inputs, start, sight, *rest], {2: {1: rest[1]}})
+        return self.graphs[key]([inputs, start, sight, *rest])
+
+    def tree(self, inputs: Tensor, slot: Tensor, position: Tensor, seen: Tensor, *rest: Tensor) -> list[Tensor]:
         """As `CausalStep.forward`."""
-        shape = (len(rest[0]), *seen.shape)
-        if shape in self.graphs:
-            return self.graphs[shape](inputs, slot, position, seen, *rest)
-        self._say(f"compiling a pass of {shape[0]} sequences with {shape[2]} places ...")
-        began, self.graphs[shape] = time.perf_counter(), self._graph()
-        # Not as options of torch.compile: Dynamo, which asks whether parameters are to be frozen, does not see those.
-        with inductor.patch(self._options()):
-            found = self.graphs[shape](inputs, slot, position, seen, *rest)
-        self._say(f"compiled in {time.perf_counter() - began:.0f} s")
-        return found
+        key, arguments = ("tree", len(rest[0]), inputs.shape[1]), [inputs, slot, position, seen, *rest]
+        if key not in self.graphs:
+            self.graphs[key] = self._graph(key, self.step, arguments, {3: {2: rest[1]}})
+        return self.graphs[key](arguments)
 
-    def _say(self, line: str) -> None:
-        if self.report is not None:
-            self.report(line)
+    def slots(self, advance: nn.Module) -> Callable[[Any, int, int, list[Tensor]], list[Tensor]]:
+        """A call (session, width, furthest, slot tensors) that runs a pass with `advance` behind it."""
 
-    def _graph(self) -> Callable[..., tuple[Tensor, ...]]:
-        return torch.compile(own_code(self.step), dynamic=False, fullgraph=True)
+        def run(session: Any, width: int, furthest: int, held: list[Tensor]) -> list[Tensor]:
+            arguments = session.slot_arguments(width, furthest, held)
+            key = (repr(advance), len(arguments[1]), width)
+            if key not in self.graphs:
+                module = SlotStep(self.chain_step, advance, width, len(held))
+                most = arguments[-1].shape[1] - 1
+                what = f"a step of {key[1]} sequences with {width} places"
+                self.graphs[key] = self.compiler.graph(module, _copies(arguments), what, {0: {1: ("reach", most)}})
+            return self.graphs[key](arguments)
 
-    def _options(self) -> dict[str, bool]:
-        on_cpu = self.step.rope.device.type == "cpu"
-        return {"freezing" if on_cpu else "triton.cudagraphs": True, "max_autotune": self.mode == "max"}
+        return run
+
+    def noise(self, keys: Tensor, numbers: Tensor) -> Tensor:
+        """As `laws.noise.gumbel_rows`."""
+        if self.draws is None:
+            arguments, sizes = [keys.clone(), numbers], {0: {0: ("rows", 1 << 20)}}
+            self.draws = self.compiler.graph(NoiseRows(), arguments, "the noise", sizes)
+        return self.draws([keys.contiguous(), numbers])[0]
+
+    def _graph(
+        self, key: tuple[str, int, int], module: nn.Module, arguments: list[Tensor], reach: dict[int, dict[int, Tensor]]
+    ) -> Graph:
+        """reach: the argument's dimension that counts cache columns, with a cache."""
+        dynamic = {i: {d: ("reach", cache.shape[1] - 1) for d, cache in dims.items()} for i, dims in reach.items()}
+        kind, rows, width = key
+        what = f"a pass of {rows} sequences with {width} places" + (" of a tree" if kind == "tree" else "")
+        return self.compiler.graph(module, _copies(arguments), what, dynamic)
 
 
-def own_code(step: nn.Module) -> Callable[..., Any]:
-    """The step as a function with a code object of its own: Dynamo keeps what it compiled, and counts it, per code."""
-
-    def run(*arguments: Tensor) -> Any:
-        return step(*arguments)
-
-    return FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+def _copies(arguments: Sequence[Tensor]) -> list[Tensor]:
+    """What a graph may change while it is made."""
+    return [part.clone() for part in arguments]
 
 
 def _fixed(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -192,7 +259,8 @@ def fixed_linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """`llamagen.rotate`: x [..., hd], rotation float32 (cos, sin), broadcastable to [..., hd/2, 2]."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)
+    """`llamagen.rotate` for pairs that lie half a head apart: x [..., hd], rotation float32 (cos, sin), broadcastable to
+    [..., 2, hd/2]."""
+    first, second = x.float().chunk(2, -1)
+    cos, sin = rotation.unbind(-2)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)

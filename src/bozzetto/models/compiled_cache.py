@@ -1,7 +1,8 @@
 """Sessions of compiled targets: batches rounded up to powers of two, passes to the widest of the session or half of it.
 
-Sequences that only fill up are copies of the first one; places that only fill up write to slots at the end of a row and
-see slot 0, so that every number stays finite.
+Sequences that only fill up are copies of the first one. Places that only fill up a chain are further ones of it, whose
+slots are written again before anything sees them; those of a tree write to the last slots of a row and see slot 0, so
+that every number stays finite. A pass looks at the cache columns that some image has reached, in blocks of 64.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from bozzetto.drafts import Layout
 from bozzetto.models.base import Scores, visible
-from bozzetto.models.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket, check_mode
+from bozzetto.models.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket
 from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowTarget
+from bozzetto.models.graphs import Compiler, check_mode
 from bozzetto.models.llamagen import LlamaGen
-from bozzetto.models.llamagen_cache import CausalSession, CausalTarget, LlamaGenTarget
+from bozzetto.models.llamagen_cache import CausalSession, CausalTarget, LlamaGenTarget, whole_blocks
 
 
 def compile_target(
@@ -44,11 +46,13 @@ def compile_target(
         embed, head = VectorEmbedding(layer.weight, layer.bias, network.positions, target.dtype), None
     rope = network.rope[target.config.condition_tokens - 1 :]
     step = CausalStep(target.config, network.blocks, network.norm.weight, rope, embed, head, target.dtype)
-    target.step, target.session = CompiledStep(step, mode, report), CompiledSession
+    compiler = Compiler(mode, report)
+    target.step = CompiledStep(step, target.config.condition_tokens - 1, compiler)
+    target.session = CompiledSession
     if target.config.condition_tokens == 1:
         target.layers = []  # nothing runs them
     if isinstance(target, FlowTarget) and isinstance(network, FlowModel) and mode == "max":
-        target.narrow = CompiledNarrow(network.head, target.dtype, report)
+        target.narrow = CompiledNarrow(network.head, target.dtype, compiler)
         target.sample_with(network, target.sampler)
 
 
@@ -64,38 +68,67 @@ class CompiledSession(CausalSession):
         super().__init__(target, condition, None if mask is None else mask[filled], copies, max_width)
         self.wide = bucket(max_width)
 
+    def _number_slots(self) -> None:
+        super()._number_slots()
+        self.sights: dict[int, Tensor] = {}
+
     def _fill_up(self, rows: Tensor) -> Tensor:
         """Batch rows, the first one repeated up to the next size that has a graph."""
         return torch.cat([rows, rows[:1].expand(bucket(len(rows)) - len(rows))])
 
     def spare(self, max_width: int) -> int:
-        return bucket(max_width)
+        # One more than can be looked at: graphs take it for granted that they see a part of the cache.
+        return bucket(max_width) + 1
 
     @torch.no_grad()
     def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
-        t, (batch, width) = self.target, inputs.shape[:2]
+        batch, width = inputs.shape[:2]
         if self.rows // self.copies > batch:
             rows = self._fill_up(torch.arange(batch, device=inputs.device))
             inputs, start, layout = inputs[rows], start[rows], _rows(layout, rows)
-        offset = torch.arange(width, device=inputs.device)
-        slot = start[:, None] + (offset if layout is None else layout.slot)
-        position = start[:, None] + (offset if layout is None else layout.depth)
-        seen = visible(self.columns, start, width, layout)  # [B, W, S]
-        if self.open is not None:
-            seen = seen & self.open[:, None] | (slot[..., None] == self.columns)
         # Two widths only: those in between, at the end of an image, are not worth a graph each.
-        slot, more = slot + self.lead, (self.wide if 2 * width > self.wide else self.wide // 2) - width
+        more = (self.wide if 2 * width > self.wide else self.wide // 2) - width
         if more:
-            last = torch.arange(self.slots - more, self.slots, device=slot.device).expand(len(slot), -1)
-            slot, position = torch.cat([slot, last], 1), F.pad(position, (0, more))
             inputs = F.pad(inputs, (*[0, 0] * (inputs.ndim - 2), 0, more))
-            seen = F.pad(seen, (0, 0, 0, more))
-            seen[:, width:, 0] = True
-        shape = (self.rows, self.slots, t.config.heads, t.config.head_dim)
-        caches = [part.view(shape) for table in self.cache for part in table]
-        found = t.step(inputs, slot, position, seen, self.condition, *caches)
+        past = inputs.shape[1] if layout is None else layout.sees.shape[-1]
+        reach = self.slots - 1 if furthest is None else whole_blocks(self.lead + furthest + past, self.slots - 1)
+        if layout is None:
+            found = self.target.step.chain(inputs.contiguous(), start.contiguous(), self._sight(reach), *self._tensors())
+        else:
+            found = self.target.step.tree(inputs, *self._places(start, width, more, reach, layout), *self._tensors())
         features, logits = (self._real(part, batch, width) for part in (found[0], found[-1]))
         return Scores(None if len(found) == 1 else logits, features)
+
+    def slot_arguments(self, width: int, furthest: int, held: list[Tensor]) -> list[Tensor]:
+        """What `SlotStep` takes, for a batch of a size that has graphs."""
+        reach = whole_blocks(self.lead + furthest + width, self.slots - 1)
+        condition, *caches = self._tensors()
+        return [self._sight(reach), condition, *held, *caches]
+
+    def _tensors(self) -> list[Tensor]:
+        """Condition and caches, as a graph takes them."""
+        shape = (self.rows, self.slots, self.target.config.heads, self.target.config.head_dim)
+        return [self.condition, *(part.view(shape) for table in self.cache for part in table)]
+
+    def _sight(self, reach: int) -> Tensor:
+        """bool [B, reach], which cache columns may be attended to."""
+        if reach not in self.sights:
+            open_ = torch.ones(self.rows // self.copies, self.slots, dtype=torch.bool, device=self.columns.device)
+            self.sights[reach] = (open_ if self.open is None else self.open)[:, :reach].contiguous()
+        return self.sights[reach]
+
+    def _places(self, start: Tensor, width: int, more: int, reach: int, layout: Layout) -> tuple[Tensor, ...]:
+        """slot, position int64 [B, W] and seen bool [B, W, reach] of a tree's nodes, filled up."""
+        slot, position = start[:, None] + layout.slot, start[:, None] + layout.depth
+        seen = visible(self.columns[:reach], start, width, layout)
+        if self.open is not None:
+            seen = seen & self.open[:, None, :reach] | (slot[..., None] == self.columns[:reach])
+        slot = slot + self.lead
+        if more:
+            last = torch.arange(self.slots - 1 - more, self.slots - 1, device=slot.device).expand(len(slot), -1)
+            slot, position, seen = torch.cat([slot, last], 1), F.pad(position, (0, more)), F.pad(seen, (0, 0, 0, more))
+            seen[:, width:, 0] = True
+        return slot, position, seen
 
     def _real(self, part: Tensor, batch: int, width: int) -> Tensor:
         """Without what only filled up: [R', W', ...] -> [copies B, W, ...]."""

@@ -6,20 +6,16 @@ pays: a call is small products and narrow layers around them, and without Induct
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.models.compiled import fixed_linear, own_code
+from bozzetto.models.compiled import fixed_linear
 from bozzetto.models.denoiser import Denoiser
+from bozzetto.models.graphs import Compiler, Graph
 from bozzetto.models.heads import LN_EPS
-
-Graph = Callable[[Tensor, Tensor], Tensor]
 
 
 class NarrowStep(nn.Module):
@@ -42,7 +38,7 @@ class NarrowStep(nn.Module):
                 made.register_buffer(name, value.clone())
             self.blocks.append(made)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor]:
         parts = modulation.to(self.dtype).split(self.width, -1)
         x = self.input(x).to(self.dtype).expand(*modulation.shape[:-1], self.width)
         block: Any
@@ -51,14 +47,14 @@ class NarrowStep(nn.Module):
             h = shift + scale * F.layer_norm(x, (self.width,), block.weight, block.bias, LN_EPS)
             x = x + gate * block.down(F.silu(block.up(h)))
         shift, scale = parts[-2:]
-        return self.output((shift + scale * F.layer_norm(x, (self.width,), eps=LN_EPS)).float())
+        return (self.output((shift + scale * F.layer_norm(x, (self.width,), eps=LN_EPS)).float()),)
 
 
 class CompiledNarrow:
-    """Graphs of the narrow layers by shape; report: told of every shape that is compiled."""
+    """Graphs of the narrow layers by shape."""
 
-    def __init__(self, net: Denoiser, dtype: torch.dtype, report: Callable[[str], None] | None = None):
-        self.step, self.report = NarrowStep(net, dtype).eval().requires_grad_(False), report
+    def __init__(self, net: Denoiser, dtype: torch.dtype, compiler: Compiler):
+        self.step, self.compiler = NarrowStep(net, dtype).eval().requires_grad_(False), compiler
         self.graphs: dict[tuple[int, ...], Graph] = {}
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -71,26 +67,12 @@ class CompiledNarrow:
         if size > rows:
             more = (0, 0, 0, size - rows)
             x, modulation = F.pad(x, more), F.pad(modulation, more)
-        shape = (*lead, size, channels)
-        # Dimensions of one may have any stride; a graph is of one layout, and would be compiled again for another.
-        x, modulation = x.reshape(-1).view(x.shape), modulation.reshape(-1).view(shape)
+        arguments, shape = [x.contiguous(), modulation.contiguous()], (*lead, size, channels)
         if shape not in self.graphs:
-            return self._first(shape, x, modulation)[..., :rows, :]
-        return self.graphs[shape](x, modulation)[..., :rows, :]
+            what = f"a call of the head with {' x '.join(map(str, shape[:-1]))} rows"
+            self.graphs[shape] = self.compiler.graph(self.step, arguments, what)
+        return self.graphs[shape](arguments)[0][..., :rows, :]
 
     def _size(self, lead: tuple[int, ...], rows: int) -> int:
         known = [shape[-2] for shape in self.graphs if shape[:-2] == lead and rows <= shape[-2] <= 2 * rows]
         return min(known, default=rows if rows <= 2 else -(-rows // 4) * 4)
-
-    def _first(self, shape: tuple[int, ...], x: Tensor, modulation: Tensor) -> Tensor:
-        began = time.perf_counter()
-        graph = self.graphs[shape] = torch.compile(own_code(self.step), dynamic=False, fullgraph=True)
-        with inductor.patch({"freezing": x.device.type == "cpu", "max_autotune": True}):
-            found = graph(x, modulation)
-        if self.report is not None:
-            rows = shape[:-1]
-            self.report(
-                f"compiled a call of the head with {' x '.join(map(str, rows))} rows in "
-                f"{time.perf_counter() - began:.0f} s"
-            )
-        return found

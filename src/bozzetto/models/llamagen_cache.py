@@ -105,7 +105,13 @@ class LlamaGenTarget(CausalTarget):
 
         Raises UsageError for a text-conditional target without captions.
         """
-        copies, mask = 2 if guided else 1, None
+        return self.session(self, *self.conditions_of(labels, guided), 2 if guided else 1, max_width)
+
+    @torch.no_grad()
+    def conditions_of(self, labels: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """Condition [R, T, d] of labels int64 [B], with the unconditional rows after the others where guided, and the
+        mask [B, T] of captions."""
+        mask = None
         if isinstance(self.conditions, CaptionEmbedding):
             if self.captions is None:
                 raise UsageError("this target draws captions: give it some with target.with_captions(features, mask)")
@@ -114,7 +120,7 @@ class LlamaGenTarget(CausalTarget):
         else:
             given, without = labels, torch.full_like(labels, self.config.classes)
         given = torch.cat([given, without]) if guided else given
-        return self.session(self, self.conditions(given), mask, copies, max_width)
+        return self.conditions(given), mask
 
 
 class CausalSession:
@@ -128,7 +134,8 @@ class CausalSession:
     def __init__(self, target: CausalTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
         c = target.config
         self.target, self.copies, self.rows = target, copies, len(condition)
-        self.condition = condition[:, -1:]  # [R, 1, d]
+        self.condition = condition[:, -1:].clone()  # [R, 1, d]
+        self.max_width = max_width
         self.lead = c.condition_tokens - 1  # slots before that of input 0
         needed = self.lead + c.length + max_width + self.spare(max_width)
         self.slots = -(-needed // self.whole) * self.whole
@@ -168,7 +175,7 @@ class CausalSession:
         reach = self.slots
         if furthest is not None:
             past = inputs.shape[1] if layout is None else layout.sees.shape[-1]
-            reach = _whole_blocks(self.lead + furthest + past, self.slots)
+            reach = whole_blocks(self.lead + furthest + past, self.slots)
         columns = self.columns[:reach]
         seen = visible(columns, start, inputs.shape[1], layout)[:, None]  # [B, 1, W, reach]
         if self.open is not None:  # every input sees itself, even where the caption is empty
@@ -210,6 +217,23 @@ class CausalSession:
         gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
         return x + w.w2(F.silu(gate) * up)
 
+    @torch.no_grad()
+    def admit(self, rows: Tensor, labels: Tensor) -> None:
+        """Give batch rows int64 [n] to new images of labels int64 [n]; what they held is forgotten."""
+        condition, mask = self.target.conditions_of(labels, self.copies > 1)
+        batch = self.rows // self.copies
+        every = torch.cat([rows + i * batch for i in range(self.copies)])
+        self.condition[every] = condition[:, -1:]
+        if mask is not None and self.lead:
+            assert self.open is not None
+            self.open[rows] = F.pad(mask, (0, self.slots - mask.shape[1]), value=True)
+            fresh = type(self)(self.target, condition, mask, self.copies, self.max_width)
+            self._number_slots()
+            shape = (self.copies, -1, self.slots, self.target.config.dim)
+            for ours, theirs in zip(self.cache, fresh.cache, strict=True):
+                for mine, filled in zip(ours, theirs, strict=True):
+                    mine.view(shape)[:, rows, : self.lead] = filled.view(shape)[:, : len(rows), : self.lead]
+
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies
         rows = torch.cat([rows + i * batch for i in range(self.copies)])
@@ -233,7 +257,7 @@ def copied(part: Tensor, copies: int) -> Tensor:
     return part.repeat(copies, *[1] * (part.ndim - 1))
 
 
-def _whole_blocks(columns: int, most: int, block: int = 64) -> int:
+def whole_blocks(columns: int, most: int, block: int = 64) -> int:
     """Columns rounded up to whole blocks: few distinct shapes, at most `most`."""
     return min(most, -(-columns // block) * block)
 

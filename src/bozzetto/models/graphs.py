@@ -1,0 +1,157 @@
+"""Compiled modules, kept on disk from one run to the next.
+
+On a CPU a module is exported and compiled ahead of time into a package (AOTInductor): the weights are constants of it,
+laid out for the matrix unit (freezing), and a call runs no Python. `max` also lets Inductor generate and time its own
+matrix products, which have the narrow layers around them fused in. On a GPU it is torch.compile with CUDA graphs.
+
+A package fits one machine, one number of threads and one set of weights: all of that is in its name. The folder is
+`$BOZZETTO_CACHE`, or `bozzetto` in `$XDG_CACHE_HOME` (`~/.cache`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bozzetto.errors import UsageError
+from bozzetto.files import write_whole
+from bozzetto.models.native import processor
+
+MODES = ("off", "default", "max")
+MOST_BYTES = 8 << 30  # of packages on disk; the ones not used for longest go first
+Graph = Callable[[list[Tensor]], list[Tensor]]
+Report = Callable[[str], None]
+Dynamic = dict[int, dict[int, tuple[str, int]]]  # argument -> dimension -> (name, largest size)
+
+
+def check_mode(mode: str) -> str:
+    """Raise UsageError for a mode of compilation that there is not."""
+    if mode not in MODES:
+        raise UsageError(f"compile = {mode!r} is not allowed: {', '.join(MODES)}")
+    return mode
+
+
+def cache_folder() -> Path:
+    """Where packages are kept."""
+    if own := os.environ.get("BOZZETTO_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bozzetto"
+
+
+class Compiler:
+    """Makes graphs of modules. mode: `default` or `max`; report: told of every graph that is compiled."""
+
+    def __init__(self, mode: str, report: Report | None = None, folder: Path | None = None):
+        self.mode, self.report, self.folder = check_mode(mode), report, folder
+        self.digests: dict[int, str] = {}
+
+    def graph(self, module: nn.Module, arguments: list[Tensor], what: str, dynamic: Dynamic | None = None) -> Graph:
+        """The module as a function of a list of contiguous tensors of these shapes, to a list of tensors.
+
+        module: takes the tensors one by one; arguments it changes in place are changed. what: named in the report.
+        dynamic: by argument, a dimension whose size may change, and the largest; the smallest is 2. Dimensions of one
+        name have one size.
+        Raises UsageError where there is no C++ compiler to compile with.
+        """
+        began, device = time.perf_counter(), arguments[0].device
+        if device.type != "cpu":
+            return self._live(module, dynamic)
+        path = (self.folder or cache_folder()) / f"{self._name(module, arguments, dynamic)}.pt2"
+        if not path.exists():
+            self._say(f"compiling {what} ...")
+            write_whole(path, lambda name: self._package(module, arguments, dynamic, name))
+            _prune(path.parent, keep=path)
+            self._say(f"compiled in {time.perf_counter() - began:.0f} s, kept in {path.parent}")
+        os.utime(path)
+        return torch._inductor.aoti_load_package(str(path)).loader.run
+
+    def _say(self, line: str) -> None:
+        if self.report is not None:
+            self.report(line)
+
+    def _options(self) -> dict[str, bool]:
+        return {"freezing": True, "max_autotune": self.mode == "max"}
+
+    def _package(self, module: nn.Module, arguments: list[Tensor], dynamic: Dynamic | None, name: str) -> None:
+        ranges = {size for sizes in (dynamic or {}).values() for size in sizes.values()}
+        dims = {name_of: torch.export.Dim(name_of, min=2, max=most) for name_of, most in ranges}
+        found = [{d: dims[n] for d, (n, _) in (dynamic or {}).get(i, {}).items()} for i in range(len(arguments))]
+        with torch.no_grad():
+            program = torch.export.export(_Listed(module), (arguments,), dynamic_shapes=(found,))
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=name, inductor_configs=self._options())
+        except torch._inductor.exc.InvalidCxxCompiler as error:
+            raise UsageError("compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'") from error
+
+    def _live(self, module: nn.Module, dynamic: Dynamic | None) -> Graph:
+        run = torch.compile(own_code(module), dynamic=bool(dynamic), options={"triton.cudagraphs": not dynamic, "max_autotune": self.mode == "max"})
+        return lambda arguments: list(run(*arguments))
+
+    def _name(self, module: nn.Module, arguments: Sequence[Tensor], dynamic: Dynamic | None) -> str:
+        total = hashlib.sha256()
+        machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor(), torch.get_num_threads())
+        shapes = [(tuple(a.shape), str(a.dtype)) for a in arguments]
+        for part in (machine, self.mode, shapes, sorted((dynamic or {}).items()), self._digest(module)):
+            total.update(repr(part).encode())
+        return total.hexdigest()[:24]
+
+    def _digest(self, module: nn.Module) -> str:
+        """Of the weights, the configuration and the code of a module."""
+        if id(module) not in self.digests:
+            total = hashlib.sha256()
+            total.update(f"{_source()} {module!r} {getattr(module, 'config', None)}".encode())
+            for name, value in module.state_dict().items():
+                total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            self.digests[id(module)] = total.hexdigest()
+        return self.digests[id(module)]
+
+
+@functools.cache
+def _source() -> str:
+    """A digest of the code that graphs are made of."""
+    total, root = hashlib.sha256(), Path(__file__).parent.parent
+    for path in sorted(p for room in ("laws", "rules", "drafts", "engine", "models") for p in (root / room).glob("*.[cp]*") if p.is_file()):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+class _Listed(nn.Module):
+    """A module as a function of one list, so that a package takes the tensors as they are."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, arguments: list[Tensor]) -> Any:
+        return self.module(*arguments)
+
+
+def _prune(folder: Path, keep: Path) -> None:
+    """Delete the packages not used for longest until the rest fit."""
+    found = sorted(folder.glob("*.pt2"), key=lambda p: p.stat().st_mtime, reverse=True)
+    total = 0
+    for path in found:
+        total += path.stat().st_size
+        if total > MOST_BYTES and path != keep:
+            path.unlink(missing_ok=True)
+
+
+def own_code(step: nn.Module) -> Callable[..., Any]:
+    """The step as a function with a code object of its own: Dynamo keeps what it compiled, and counts it, per code."""
+
+    def run(*arguments: Tensor) -> Any:
+        return step(*arguments)
+
+    return FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)

@@ -31,7 +31,7 @@ constexpr int64_t kFewQueries = 3;  // up to this many the matrix unit does not 
 
 struct Shape {
   int64_t width, heads, dim, reach;                    // queries, heads, numbers per head, cache columns looked at
-  int64_t q_row, q_place, cache_row, cache_place;      // strides in numbers; heads follow each other
+  int64_t q_row, q_place, cache_row, cache_head;       // strides in numbers; the heads of a query follow each other
 };
 
 // Columns up to the last one that any of the queries sees.
@@ -109,18 +109,19 @@ template <typename T>
 void pack_keys(const T* keys, const Shape& s, int64_t columns, uint32_t* out) {
   const int64_t words = s.dim / Words<T>::numbers;
   __m512i row[16];
-  for (int64_t c = 0; c < columns; c += kColumns)
+  for (int64_t c = 0; c < (columns + 31) / 32 * 32; c += kColumns) {
     for (int64_t d = 0; d < words; d += 16) {
       for (int i = 0; i < 16; ++i)
-        row[i] = c + i < columns ? _mm512_loadu_si512(reinterpret_cast<const uint32_t*>(keys + (c + i) * s.cache_place) + d)
+        row[i] = c + i < columns ? _mm512_loadu_si512(reinterpret_cast<const uint32_t*>(keys + (c + i) * s.dim) + d)
                                  : _mm512_setzero_si512();
       transpose(row);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (c / kColumns * words + d + i) * kColumns, row[i]);
     }
+  }
 }
 
 void pack_values(const float* values, const Shape& s, int64_t columns, uint32_t* out) {
-  for (int64_t c = 0; c < columns; ++c) std::memcpy(out + c * s.dim, values + c * s.cache_place, s.dim * 4);
+  for (int64_t c = 0; c < columns; ++c) std::memcpy(out + c * s.dim, values + c * s.dim, s.dim * 4);
 }
 
 void pack_values(const at::BFloat16* values, const Shape& s, int64_t columns, uint32_t* out) {
@@ -130,26 +131,37 @@ void pack_values(const at::BFloat16* values, const Shape& s, int64_t columns, ui
     high[2 * i] = 16 + i, high[2 * i + 1] = 48 + i;
   }
   const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
-  for (int64_t c = 0; c < columns; c += 2)
+  for (int64_t c = 0; c < columns; c += 2) {
     for (int64_t d = 0; d < s.dim; d += 32) {
-      const __m512i a = _mm512_loadu_si512(values + c * s.cache_place + d);
-      const __m512i b = c + 1 < columns ? _mm512_loadu_si512(values + (c + 1) * s.cache_place + d) : _mm512_setzero_si512();
+      const __m512i a = _mm512_loadu_si512(values + c * s.dim + d);
+      const __m512i b = c + 1 < columns ? _mm512_loadu_si512(values + (c + 1) * s.dim + d) : _mm512_setzero_si512();
       _mm512_storeu_si512(out + c / 2 * s.dim + d, _mm512_permutex2var_epi16(a, first, b));
       _mm512_storeu_si512(out + c / 2 * s.dim + d + 16, _mm512_permutex2var_epi16(a, second, b));
     }
+  }
 }
+
+// A sum has to wait for the one before it, so that few queries keep several.
+constexpr int sums_of(int queries) { return queries == 1 ? 8 : queries == 2 ? 4 : 2; }
 
 template <typename T, int N>
 void score(const uint32_t* keys, const T* const* q, int64_t words, int64_t columns, int64_t padded, float* out) {
+  constexpr int S = sums_of(N);
   for (int64_t c = 0; c < columns; c += kColumns) {
-    __m512 sum[N];
-    for (int w = 0; w < N; ++w) sum[w] = _mm512_setzero_ps();
+    __m512 sum[N][S];
+    for (int w = 0; w < N; ++w)
+      for (int i = 0; i < S; ++i) sum[w][i] = _mm512_setzero_ps();
     const uint32_t* block = keys + c * words;
-    for (int64_t d = 0; d < words; ++d) {
-      const __m512i k = _mm512_loadu_si512(block + d * kColumns);
-      for (int w = 0; w < N; ++w) sum[w] = Words<T>::multiply_add(sum[w], k, reinterpret_cast<const uint32_t*>(q[w])[d]);
+    for (int64_t d = 0; d < words; d += S)
+      for (int i = 0; i < S; ++i) {
+        const __m512i k = _mm512_loadu_si512(block + (d + i) * kColumns);
+        for (int w = 0; w < N; ++w)
+          sum[w][i] = Words<T>::multiply_add(sum[w][i], k, reinterpret_cast<const uint32_t*>(q[w])[d + i]);
+      }
+    for (int w = 0; w < N; ++w) {
+      for (int i = 1; i < S; ++i) sum[w][0] = _mm512_add_ps(sum[w][0], sum[w][i]);
+      _mm512_storeu_ps(out + w * padded + c, sum[w][0]);
     }
-    for (int w = 0; w < N; ++w) _mm512_storeu_ps(out + w * padded + c, sum[w]);
   }
 }
 
@@ -188,18 +200,27 @@ void store_out(at::BFloat16* out, __m512 x) {
 template <typename T, int N>
 void mix(const uint32_t* values, const uint32_t* weights, const float* share, int64_t dim, int64_t pairs, int64_t padded,
          T* const* out) {
+  constexpr int S = sums_of(N) / 2;
   for (int64_t d = 0; d < dim; d += 32) {
-    __m512 sum[N][2];
-    for (int w = 0; w < N; ++w) sum[w][0] = sum[w][1] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < pairs; ++c) {
+    __m512 sum[S][N][2];
+    for (int i = 0; i < S; ++i)
+      for (int w = 0; w < N; ++w) sum[i][w][0] = sum[i][w][1] = _mm512_setzero_ps();
+    auto add = [&](int i, int64_t c) {
       const __m512i a = _mm512_loadu_si512(values + c * dim + d), b = _mm512_loadu_si512(values + c * dim + d + 16);
       for (int w = 0; w < N; ++w) {
-        sum[w][0] = Words<T>::multiply_add(sum[w][0], a, weights[w * padded + c]);
-        sum[w][1] = Words<T>::multiply_add(sum[w][1], b, weights[w * padded + c]);
+        sum[i][w][0] = Words<T>::multiply_add(sum[i][w][0], a, weights[w * padded + c]);
+        sum[i][w][1] = Words<T>::multiply_add(sum[i][w][1], b, weights[w * padded + c]);
       }
-    }
+    };
+    int64_t c = 0;
+    for (; c + S <= pairs; c += S)
+      for (int i = 0; i < S; ++i) add(i, c + i);
+    for (; c < pairs; ++c) add(0, c);
     for (int w = 0; w < N; ++w)
-      for (int i = 0; i < 2; ++i) store_out(out[w] + d + 16 * i, _mm512_mul_ps(sum[w][i], _mm512_set1_ps(share[w])));
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 1; i < S; ++i) sum[0][w][half] = _mm512_add_ps(sum[0][w][half], sum[i][w][half]);
+        store_out(out[w] + d + 16 * half, _mm512_mul_ps(sum[0][w][half], _mm512_set1_ps(share[w])));
+      }
   }
 }
 
@@ -223,14 +244,14 @@ bool tiles_allowed() {
   return allowed;
 }
 
-// Tiles 0-3: sums [queries][16 numbers]; 4-5: queries or weights [queries][32]; 6: packed keys or values [16][16 words].
+// Tiles 0-3: sums [queries][16 numbers]; 4-5: queries or weights [queries][32]; 6-7: packed keys or values [16][16].
 void configure_tiles(int64_t queries) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } config;
-  for (int i = 0; i < 7; ++i) config.bytes[i] = 64, config.rows[i] = i < 6 ? static_cast<uint8_t>(queries) : 16;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = i < 6 ? static_cast<uint8_t>(queries) : 16;
   _tile_loadconfig(&config);
 }
 
@@ -241,15 +262,19 @@ void tile_block(Scratch& room, const at::BFloat16* q, const bool* seen, const Sh
   alignas(64) float sum[kQueries][4 * 16];
   float share[kQueries];
   configure_tiles(queries);
-  for (int64_t c = 0; c < columns; c += kColumns) {
+  for (int64_t c = 0; c < columns; c += 2 * kColumns) {  // two blocks at a time; the keys are filled up to whole ones
     const uint32_t* keys = room.keys.data() + c * words;
     _tile_zero(0);
+    _tile_zero(1);
     for (int64_t d = 0; d < words; d += 16) {
       _tile_loadd(4, q + 2 * d, s.q_place * 2);
       _tile_loadd(6, keys + d * kColumns, 64);
       _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, keys + (words + d) * kColumns, 64);
+      _tile_dpbf16ps(1, 4, 7);
     }
     _tile_stored(0, room.scores.data() + c, padded * 4);
+    _tile_stored(1, room.scores.data() + c + kColumns, padded * 4);
   }
   for (int64_t w = 0; w < queries; ++w) {
     auto* weights = reinterpret_cast<at::BFloat16*>(room.weights.data() + w * held);
@@ -269,13 +294,13 @@ void tile_block(Scratch& room, const at::BFloat16* q, const bool* seen, const Sh
       _tile_loadd(5, room.weights.data() + c, held * 4);
       _tile_loadd(6, values, s.dim * 4);
       _tile_dpbf16ps(0, 5, 6);
-      _tile_loadd(6, values + 16, s.dim * 4);
-      _tile_dpbf16ps(1, 5, 6);
+      _tile_loadd(7, values + 16, s.dim * 4);
+      _tile_dpbf16ps(1, 5, 7);
       if (!whole) continue;
       _tile_loadd(6, values + 32, s.dim * 4);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(6, values + 48, s.dim * 4);
-      _tile_dpbf16ps(3, 5, 6);
+      _tile_loadd(7, values + 48, s.dim * 4);
+      _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sum[0], 256);
     _tile_stored(1, sum[0] + 16, 256);
@@ -347,7 +372,7 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
     for (int64_t c = 0; c < columns; ++c) {
       float dot = 0;
       for (int64_t d = 0; d < s.dim; ++d)
-        dot += static_cast<float>(q[w * s.q_place + d]) * static_cast<float>(keys[c * s.cache_place + d]);
+        dot += static_cast<float>(q[w * s.q_place + d]) * static_cast<float>(keys[c * s.dim + d]);
       weight[c] = seen[w * s.reach + c] ? dot * scale : -std::numeric_limits<float>::infinity();
       most = std::max(most, weight[c]);
     }
@@ -355,7 +380,7 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
     for (int64_t c = 0; c < columns; ++c) {
       const float p = std::exp(weight[c] - most);
       total += p;
-      for (int64_t d = 0; d < s.dim; ++d) sum[d] += p * static_cast<float>(values[c * s.cache_place + d]);
+      for (int64_t d = 0; d < s.dim; ++d) sum[d] += p * static_cast<float>(values[c * s.dim + d]);
     }
     for (int64_t d = 0; d < s.dim; ++d) out[(w * s.heads) * s.dim + d] = static_cast<T>(sum[d] / total);
   }
@@ -374,9 +399,9 @@ void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& v
   for (int64_t b = 0; b < batch; ++b) columns[b] = columns_seen(sight + b * s.width * s.reach, s.width, s.reach);
   at::parallel_for(0, rows * s.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t r = task / s.heads, h = task % s.heads, b = r % batch, head = h * s.dim;
-      attend_one<T>(from + r * s.q_row + head, k + r * s.cache_row + head, v + r * s.cache_row + head,
-                    sight + b * s.width * s.reach, to + r * s.width * s.heads * s.dim + head, s, columns[b]);
+      const int64_t r = task / s.heads, h = task % s.heads, b = r % batch, cache = r * s.cache_row + h * s.cache_head;
+      attend_one<T>(from + r * s.q_row + h * s.dim, k + cache, v + cache, sight + b * s.width * s.reach,
+                    to + (r * s.width * s.heads + h) * s.dim, s, columns[b]);
     }
   });
 }
@@ -385,7 +410,7 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& keys, const at::Tensor&
   TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && seen.dim() == 3, "attend: wrong number of dimensions");
   TORCH_CHECK(q.stride(3) == 1 && q.stride(2) == q.size(3), "attend: the heads of a query have to follow each other");
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && seen.is_contiguous(), "attend: caches have to be contiguous");
-  TORCH_CHECK(q.size(3) % 32 == 0 && seen.size(2) <= keys.size(1) && q.size(0) % seen.size(0) == 0, "attend: wrong shape");
+  TORCH_CHECK(q.size(3) % 32 == 0 && seen.size(2) <= keys.size(2) && q.size(2) == keys.size(1) && q.size(0) % seen.size(0) == 0, "attend: wrong shape");
   at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), q.size(3)}, q.options());
   if (q.scalar_type() == at::kBFloat16)
     attend_all<at::BFloat16>(q, keys, values, seen, out);

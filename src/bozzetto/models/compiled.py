@@ -74,7 +74,7 @@ class CausalStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """inputs [B, W, ...]; slot, position: int64 [B, W]; seen: bool [B, W, C], which of the first C cache columns
         each input attends to; condition [R, 1, d] with R = B, or 2 B under guidance; caches: keys and values of every
-        layer in turn, [R, S, heads, hd], changed in place. Returns hidden states [R, W, d] after the final norm, and
+        layer in turn, [R, heads, S, hd], changed in place. Returns hidden states [R, W, d] after the final norm, and
         logits float32 [R, W, V] where there is a head."""
         c, copies = self.config, len(condition) // len(inputs)
         x = self.embed(inputs, position)
@@ -83,14 +83,15 @@ class CausalStep(nn.Module):
         attend = self._attention(seen, copies)
         x = torch.where(position[..., None] == 0, condition, x)
         rotation = self.rope[position.clamp_max(c.length - 1)][:, :, None, None]  # [R, W, 1, 1, 2, hd/2]
-        row = torch.arange(len(condition), device=x.device)[:, None]
+        row = torch.arange(len(condition), device=x.device)[:, None, None]
+        head = torch.arange(c.heads, device=x.device)
         for number, layer in enumerate(self.layers):
-            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], (row, slot), rotation, attend)
+            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], (row, head, slot[..., None]), rotation, attend)
         x = F.rms_norm(x, (c.dim,), self.gain, c.norm_eps)
         return (x,) if self.head is None else (x, self.head(x).float())
 
     def _attention(self, seen: Tensor, copies: int) -> Attention:
-        """(queries [R, W, heads, hd], keys, values [R, S, heads, hd]) -> [R, W, heads, hd]."""
+        """(queries [R, W, heads, hd], keys, values [R, heads, S, hd]) -> [R, W, heads, hd]."""
         if self.own_attention and (self.dtype == torch.bfloat16 or seen.shape[1] >= _OWN_FROM):
             return lambda q, keys, values: torch.ops.bozzetto.attend(q, keys, values, seen)
         reach = seen.shape[-1]
@@ -98,13 +99,13 @@ class CausalStep(nn.Module):
         bias = bias[:, None].repeat(copies, 1, 1, 1)
 
         def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            q, keys, values = (part.transpose(1, 2) for part in (q, keys[:, :reach], values[:, :reach]))
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
+            keys, values = keys[:, :, :reach], values[:, :, :reach]
+            return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias).transpose(1, 2)
 
         return attend
 
     def _layer(
-        self, w: Any, x: Tensor, cache: Caches, place: tuple[Tensor, Tensor], rotation: Tensor, attend: Attention
+        self, w: Any, x: Tensor, cache: Caches, place: tuple[Tensor, ...], rotation: Tensor, attend: Attention
     ) -> Tensor:
         c, (keys, values) = self.config, cache
         rows, width = x.shape[:2]
@@ -215,7 +216,7 @@ class CompiledStep:
             key = (repr(advance), len(arguments[1]), width)
             if key not in self.graphs:
                 module = SlotStep(self.chain_step, advance, width, len(held))
-                most = arguments[-1].shape[1] - 1
+                most = arguments[-1].shape[2] - 1
                 what = f"a step of {key[1]} sequences with {width} places"
                 self.graphs[key] = self.compiler.graph(module, _copies(arguments), what, {0: {1: ("reach", most)}})
             return self.graphs[key](arguments)
@@ -233,7 +234,7 @@ class CompiledStep:
         self, key: tuple[str, int, int], module: nn.Module, arguments: list[Tensor], reach: dict[int, dict[int, Tensor]]
     ) -> Graph:
         """reach: the argument's dimension that counts cache columns, with a cache."""
-        dynamic = {i: {d: ("reach", cache.shape[1] - 1) for d, cache in dims.items()} for i, dims in reach.items()}
+        dynamic = {i: {d: ("reach", cache.shape[2] - 1) for d, cache in dims.items()} for i, dims in reach.items()}
         kind, rows, width = key
         what = f"a pass of {rows} sequences with {width} places" + (" of a tree" if kind == "tree" else "")
         return self.compiler.graph(module, _copies(arguments), what, dynamic)

@@ -67,6 +67,7 @@ class CompiledSession(CausalSession):
         condition = condition.unflatten(0, (copies, self.batch))[:, filled].flatten(0, 1)
         super().__init__(target, condition, None if mask is None else mask[filled], copies, max_width)
         self.wide = bucket(max_width)
+        self.cache = [(self._by_head(keys), self._by_head(values)) for keys, values in self.cache]
 
     def _number_slots(self) -> None:
         super()._number_slots()
@@ -107,8 +108,12 @@ class CompiledSession(CausalSession):
 
     def _tensors(self) -> list[Tensor]:
         """Condition and caches, as a graph takes them."""
-        shape = (self.rows, self.slots, self.target.config.heads, self.target.config.head_dim)
-        return [self.condition, *(part.view(shape) for table in self.cache for part in table)]
+        return [self.condition, *(part for table in self.cache for part in table)]
+
+    def _by_head(self, part: Tensor) -> Tensor:
+        """[R S, d] -> [R, heads, S, hd]: what one head reads lies together."""
+        c = self.target.config
+        return part.view(self.rows, self.slots, c.heads, c.head_dim).transpose(1, 2).contiguous()
 
     def _sight(self, reach: int) -> Tensor:
         """bool [B, reach], which cache columns may be attended to."""
@@ -144,7 +149,20 @@ class CompiledSession(CausalSession):
         if self.rows // self.copies > len(path):
             rows = self._fill_up(torch.arange(len(path), device=path.device))
             path, start = path[rows], start[rows]
-        super().compact(path, start)
+        path, first = path[:, 1:].repeat(self.copies, 1), start.repeat(self.copies)[:, None] + self.lead
+        row = torch.arange(self.rows, device=path.device)[:, None]
+        to = first + torch.arange(1, path.shape[1] + 1, device=path.device)
+        for part in (part for table in self.cache for part in table):
+            part[row, :, to] = part[row, :, first + path]
+
+    def _kept(self, part: Tensor, rows: Tensor) -> Tensor:
+        return part[rows]
+
+    def _take_conditions(self, fresh: CausalSession, rows: Tensor) -> None:
+        for ours, theirs in zip(self.cache, fresh.cache, strict=True):
+            for mine, filled in zip(ours, theirs, strict=True):
+                here, there = (part.unflatten(0, (self.copies, -1)) for part in (mine, filled))
+                here[:, rows, :, : self.lead] = there[:, : len(rows), :, : self.lead]
 
 
 def _rows(layout: Layout | None, rows: Tensor) -> Layout | None:

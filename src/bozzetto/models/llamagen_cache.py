@@ -227,12 +227,15 @@ class CausalSession:
         if mask is not None and self.lead:
             assert self.open is not None
             self.open[rows] = F.pad(mask, (0, self.slots - mask.shape[1]), value=True)
-            fresh = type(self)(self.target, condition, mask, self.copies, self.max_width)
             self._number_slots()
-            shape = (self.copies, -1, self.slots, self.target.config.dim)
-            for ours, theirs in zip(self.cache, fresh.cache, strict=True):
-                for mine, filled in zip(ours, theirs, strict=True):
-                    mine.view(shape)[:, rows, : self.lead] = filled.view(shape)[:, : len(rows), : self.lead]
+            self._take_conditions(type(self)(self.target, condition, mask, self.copies, self.max_width), rows)
+
+    def _take_conditions(self, fresh: CausalSession, rows: Tensor) -> None:
+        """The condition tokens' keys and values of another session for batch rows int64 [n]."""
+        shape = (self.copies, -1, self.slots, self.target.config.dim)
+        for ours, theirs in zip(self.cache, fresh.cache, strict=True):
+            for mine, filled in zip(ours, theirs, strict=True):
+                mine.view(shape)[:, rows, : self.lead] = filled.view(shape)[:, : len(rows), : self.lead]
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies

@@ -27,7 +27,7 @@ HEAD_UNIT = 32  # head dimensions are a multiple of this
 
 @functools.cache
 def load_attend(folder: Path) -> None:
-    """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys, values [R, S, H, D], seen bool [B, W, C]) ->
+    """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys, values [R, H, S, D], seen bool [B, W, C]) ->
     [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
 
     Raises UsageError where it cannot be built.

@@ -2,12 +2,21 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("bozzetto") is None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests compile is not kept beside what the user compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BOZZETTO_CACHE", str(tmp_path_factory.mktemp("graphs")))
+        yield
 
 
 def write_tiny_model(folder: Path) -> Path:

@@ -25,9 +25,9 @@ class SlotState:
 
     inputs: int64 [B, W], the last committed token and the drafts after it; count: int64 [B], committed tokens; drafted:
     int64 [B], how many of the drafts are real (0: none yet, the rest fills up); guidance, temperature, top_p: float32
-    [B]; top_k: int64 [B]; keys: int64 [B] of the verifier's noise; passes: int64 [B]; noise: float32 [B, P, V], the
-    Gumbel noise of P positions in a ring; tokens: int64 [B, N + W], what is committed and whatever beyond; laws: float32
-    [B, W - 1, V], of the drafts (anything, where the rule needs none).
+    [B]; top_k: int64 [B] (-1: greedy); keys: int64 [B] of the verifier's noise; passes: int64 [B]; noise: float32 [B,
+    P, V], the Gumbel noise of P positions in a ring; tokens: int64 [B, N + W], what is committed and whatever beyond;
+    laws: float32 [B, W - 1, V], of the drafts (anything, where the rule needs none).
     """
 
     inputs: Tensor
@@ -67,8 +67,8 @@ class Advance(nn.Module):
         return f"{self.rule}, {self.length}, {self.widest}, {self.filtered}"
 
     def forward(self, logits: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """logits [R, W, V] of the pass over the first W inputs, [cond; uncond] rows under guidance; state: the tensors of
-        SlotState, of which `tokens` is changed in place.
+        """logits [R, W, V] of the pass over the first W inputs, [cond; uncond] rows under guidance; state: the tensors
+        of SlotState, of which `tokens` is changed in place.
 
         Returns the next inputs, count, passes and drafted; a report float32 [3, B]: committed tokens, accepted drafts
         and the smallest Gumbel margin of what was committed; and the next laws, where the rule needs them.

@@ -6,6 +6,7 @@ own class, seed, number and settings only, never on who shares the passes (in fl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -51,13 +52,14 @@ Width = Callable[[int], int]
 
 
 class SlotLane:
-    """Slots that are decoded together. width: places per pass for a number of images, at most `widest`; with a rule that
-    is not seed-exact it has to be constant, because its noise depends on it. guided: whether images may have guidance;
-    filtered: whether they may have a top-k, a top-p or no temperature."""
+    """Slots that are decoded together.
 
-    def __init__(
-        self, target: Target, rule: Rule, slots: int, width: Width, widest: int, guided: bool, filtered: bool
-    ):
+    width: places per pass for a number of images, at most `widest`; with a rule that is not seed-exact it has to be
+    constant, because its noise depends on it. guided: whether images may have guidance; filtered: whether they may have
+    a top-k, a top-p or no temperature.
+    """
+
+    def __init__(self, target: Target, rule: Rule, slots: int, width: Width, widest: int, guided: bool, filtered: bool):
         self.target, self.rule, self.slots, self.width = target, rule, slots, width
         self.widest, self.guided, self.filtered = widest, guided, filtered
         self.advance = Advance(rule, target.length, widest, filtered)
@@ -81,7 +83,7 @@ class SlotLane:
         return self.slots - self.active
 
     def admit(self, requests: Sequence[ImageRequest]) -> list[SlotImage]:
-        """Give slots to images, at most `free` of them. Raises ValueError for more, or laws that the lane is not for."""
+        """Give slots to images. Raises ValueError for more than are free, or laws that the lane is not for."""
         if len(requests) > self.free:
             raise ValueError(f"{len(requests)} images for {self.free} free slots")
         for request in requests:
@@ -117,21 +119,21 @@ class SlotLane:
 
     def _blank(self, size: int) -> SlotState:
         device, vocab = self.target.device, self.target.vocab
-        whole = {"dtype": torch.int64, "device": device}
+        whole = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         ones = torch.ones(size, device=device)
         laws = (size, self.widest - 1, vocab) if self.rule.needs_law and self.widest > 1 else (size, 1, 1)
         return SlotState(
-            inputs=torch.zeros(size, self.widest, **whole),
-            count=torch.zeros(size, **whole),
-            drafted=torch.zeros(size, **whole),
+            inputs=whole(size, self.widest),
+            count=whole(size),
+            drafted=whole(size),
             guidance=ones,
             temperature=ones.clone(),
-            top_k=torch.zeros(size, **whole),
+            top_k=whole(size),
             top_p=ones.clone(),
-            keys=torch.zeros(size, **whole),
-            passes=torch.zeros(size, **whole),
+            keys=whole(size),
+            passes=whole(size),
             noise=torch.zeros(size, self.ring, vocab, device=device),
-            tokens=torch.zeros(size, self.target.length + self.widest, **whole),
+            tokens=whole(size, self.target.length + self.widest),
             laws=torch.zeros(laws, device=device),
         )
 
@@ -149,7 +151,7 @@ class SlotLane:
             index = torch.tensor([request.index], dtype=torch.int64, device=device)
             s.keys[slot] = image_keys(request.seed, STREAM_VERIFY, index)[0]
             s.guidance[slot], s.temperature[slot] = law.guidance, law.temperature or 1.0
-            s.top_k[slot], s.top_p[slot] = law.top_k if law.temperature else 1, law.top_p
+            s.top_k[slot], s.top_p[slot] = law.top_k if law.temperature else -1, law.top_p
             self.images[slot] = image
         self.noise_keys = self._noise_keys()
 
@@ -160,7 +162,8 @@ class SlotLane:
 
     def _fill_noise(self, width: int) -> None:
         """Make the noise that this pass and its next drafts can ask for."""
-        rows, positions = [], []
+        rows: list[int] = []
+        positions: list[int] = []
         for slot, image in enumerate(self.images):
             if image is None:
                 continue
@@ -229,6 +232,6 @@ class SlotLane:
 
     def shrink(self) -> None:
         """Give up rows that nobody needs, where that makes passes of half the size or less."""
-        if 0 < self.active and 2 * (1 << max(0, self.active - 1).bit_length()) <= len(self.images):
+        if self.active and 2 * (1 << max(0, self.active - 1).bit_length()) <= len(self.images):
             self._resize(self.active)
             self.noise_keys = self._noise_keys()

@@ -45,7 +45,7 @@ class LawSettings:
         return self.guidance != 1.0
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance of logits: uncond + (cond - uncond) * scale."""
     return uncond + (cond - uncond) * scale
 
@@ -79,9 +79,11 @@ def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
 def row_laws(
     logits: Tensor, guidance: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None
 ) -> Tensor:
-    """`law_of` with settings of its own for every image, without sorts. logits [B, W, V], or [2B, W, V] = [cond; uncond]
-    rows; guidance, temperature > 0, top_p: float32 [B]; top_k: int64 [B] (0: all). Without top_k and top_p nothing is
-    cut off. Greedy decoding is top_k = 1."""
+    """`law_of` with settings of its own for every image, without sorts. logits [B, W, V], or [2B, W, V] under guidance.
+
+    guidance, temperature > 0, top_p: float32 [B]; top_k: int64 [B] (0: all, -1: greedy). Without top_k and top_p
+    nothing is cut off. Ties at the threshold are all kept, for top-p too.
+    """
     rows = (-1, 1, 1)
     if len(logits) > len(guidance):
         cond, uncond = logits.chunk(2)
@@ -98,7 +100,8 @@ def row_laws(
     p, share = log_p.exp(), top_p.view(rows)
     least = _threshold(ranks, lambda kept: (p * kept).sum(-1, keepdim=True) >= share)
     cut = log_p.masked_fill(ranks < least, -math.inf).log_softmax(-1)
-    return torch.where(share < 1, cut, log_p)
+    chosen = torch.where(_numbers(logits) == _best(logits)[0], 0.0, -math.inf)
+    return torch.where(top_k.view(rows) < 0, chosen, torch.where(share < 1, cut, log_p))
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -40,7 +40,11 @@ class Session(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Drop finished images: keep the given batch rows int64 [B']."""
+        """Drop finished images: keep the given batch rows int64 [B'], of which some may be the same."""
+        ...
+
+    def admit(self, rows: Tensor, labels: Tensor) -> None:
+        """Give batch rows int64 [n] to new images of labels int64 [n]; what they held is forgotten."""
         ...
 
 

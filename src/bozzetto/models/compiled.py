@@ -86,7 +86,9 @@ class CausalStep(nn.Module):
         row = torch.arange(len(condition), device=x.device)[:, None, None]
         head = torch.arange(c.heads, device=x.device)
         for number, layer in enumerate(self.layers):
-            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], (row, head, slot[..., None]), rotation, attend)
+            x = self._layer(
+                layer, x, caches[2 * number : 2 * number + 2], (row, head, slot[..., None]), rotation, attend
+            )
         x = F.rms_norm(x, (c.dim,), self.gain, c.norm_eps)
         return (x,) if self.head is None else (x, self.head(x).float())
 
@@ -260,8 +262,7 @@ def fixed_linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """`llamagen.rotate` for pairs that lie half a head apart: x [..., hd], rotation float32 (cos, sin), broadcastable to
-    [..., 2, hd/2]."""
+    """`llamagen.rotate` for pairs half a head apart: x [..., hd], rotation float32 [..., 2, hd/2] (cos, sin)."""
     first, second = x.float().chunk(2, -1)
     cos, sin = rotation.unbind(-2)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)

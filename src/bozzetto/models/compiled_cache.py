@@ -94,7 +94,9 @@ class CompiledSession(CausalSession):
         past = inputs.shape[1] if layout is None else layout.sees.shape[-1]
         reach = self.slots - 1 if furthest is None else whole_blocks(self.lead + furthest + past, self.slots - 1)
         if layout is None:
-            found = self.target.step.chain(inputs.contiguous(), start.contiguous(), self._sight(reach), *self._tensors())
+            found = self.target.step.chain(
+                inputs.contiguous(), start.contiguous(), self._sight(reach), *self._tensors()
+            )
         else:
             found = self.target.step.tree(inputs, *self._places(start, width, more, reach, layout), *self._tensors())
         features, logits = (self._real(part, batch, width) for part in (found[0], found[-1]))

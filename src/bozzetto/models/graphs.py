@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
 from bozzetto.files import write_whole
-from bozzetto.models.native import processor
+from bozzetto.models.native import NO_COMPILER, processor
 
 MODES = ("off", "default", "max")
 MOST_BYTES = 8 << 30  # of packages on disk; the ones not used for longest go first
@@ -92,15 +92,17 @@ class Compiler:
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=name, inductor_configs=self._options())
         except torch._inductor.exc.InvalidCxxCompiler as error:
-            raise UsageError("compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'") from error
+            raise UsageError(NO_COMPILER) from error
 
     def _live(self, module: nn.Module, dynamic: Dynamic | None) -> Graph:
-        run = torch.compile(own_code(module), dynamic=bool(dynamic), options={"triton.cudagraphs": not dynamic, "max_autotune": self.mode == "max"})
+        options: Any = {"triton.cudagraphs": not dynamic, "max_autotune": self.mode == "max"}
+        run = torch.compile(own_code(module), dynamic=bool(dynamic), options=options)
         return lambda arguments: list(run(*arguments))
 
     def _name(self, module: nn.Module, arguments: Sequence[Tensor], dynamic: Dynamic | None) -> str:
         total = hashlib.sha256()
-        machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor(), torch.get_num_threads())
+        built = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability())
+        machine = (*built, processor(), torch.get_num_threads())
         shapes = [(tuple(a.shape), str(a.dtype)) for a in arguments]
         for part in (machine, self.mode, shapes, sorted((dynamic or {}).items()), self._digest(module)):
             total.update(repr(part).encode())
@@ -122,8 +124,9 @@ class Compiler:
 def _source() -> str:
     """A digest of the code that graphs are made of."""
     total, root = hashlib.sha256(), Path(__file__).parent.parent
-    for path in sorted(p for room in ("laws", "rules", "drafts", "engine", "models") for p in (root / room).glob("*.[cp]*") if p.is_file()):
-        total.update(path.read_bytes())
+    for room in ("laws", "rules", "drafts", "engine", "models"):
+        for path in sorted(p for p in (root / room).glob("*.[cp]*") if p.is_file()):
+            total.update(path.read_bytes())
     return total.hexdigest()
 
 

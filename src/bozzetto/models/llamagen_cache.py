@@ -61,6 +61,11 @@ class CausalTarget:
         """Hidden states after the final norm, [R, W, d] -> what the pass gives."""
         raise NotImplementedError
 
+    def conditions_of(self, labels: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """Condition [R, T, d] of labels int64 [B], with the unconditional rows after the others where guided, and the
+        mask [B, T] of captions."""
+        raise NotImplementedError
+
 
 class LlamaGenTarget(CausalTarget):
     """A LlamaGen network ready to decode."""
@@ -109,8 +114,6 @@ class LlamaGenTarget(CausalTarget):
 
     @torch.no_grad()
     def conditions_of(self, labels: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-        """Condition [R, T, d] of labels int64 [B], with the unconditional rows after the others where guided, and the
-        mask [B, T] of captions."""
         mask = None
         if isinstance(self.conditions, CaptionEmbedding):
             if self.captions is None:

@@ -6,7 +6,6 @@ C++ compiler when compiled passes are first asked for, and kept where compiled g
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import platform
@@ -22,19 +21,21 @@ from bozzetto.errors import UsageError
 from bozzetto.files import write_whole
 
 SOURCE = Path(__file__).parent / "attend.cpp"
+NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'"
 HEAD_UNIT = 32  # head dimensions are a multiple of this
 
 
-@functools.cache
 def load_attend(folder: Path) -> None:
     """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys, values [R, H, S, D], seen bool [B, W, C]) ->
     [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
 
-    Raises UsageError where it cannot be built.
+    It is loaded once in a process. Raises UsageError where it cannot be built.
     """
+    if hasattr(torch.ops.bozzetto, "attend"):
+        return
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise UsageError("compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'")
+        raise UsageError(NO_COMPILER)
     name = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {platform.machine()} {processor()}".encode())
     path = folder / f"attend-{name.hexdigest()[:16]}.so"
     if not path.exists():

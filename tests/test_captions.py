@@ -11,8 +11,11 @@ from safetensors.torch import save_file
 
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.cli import main
+from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.store import save_llamagen
+from toys import tiny_llamagen
 
 T, C = 5, 6
 
@@ -96,3 +99,57 @@ def test_convert_names_the_options_that_are_missing(tmp_path: Path, capsys: pyte
     )
     assert "checkpoint not found" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def captioned_target(compiled: bool) -> LlamaGenTarget:
+    """A tiny target of four captions of different lengths."""
+    network = tiny_llamagen(classes=0, condition_tokens=T, caption_dim=C)
+    target = LlamaGenTarget(network)
+    if compiled:
+        compile_target(target, network, "default")
+    features = torch.randn(4, T, C, generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(T) >= torch.tensor([[2], [0], [4], [1]])  # padded on the left
+    return target.with_captions(features, mask)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_admitted_captions_are_those_of_a_fresh_session(compiled: bool, guided: bool) -> None:
+    target, made = captioned_target(compiled), torch.Generator().manual_seed(3)
+    used = target.begin(torch.tensor([0, 1, 2, 3]), guided, 3)
+    start = torch.zeros(4, dtype=torch.int64)
+    for _ in range(2):
+        used.score(torch.randint(11, (4, 3), generator=made), start, int(start.max()))
+        start = start + 3
+    used.admit(torch.tensor([2, 0]), torch.tensor([1, 2]))
+    start[[2, 0]] = 0
+    fresh, behind = target.begin(torch.tensor([2, 1]), guided, 3), torch.zeros(2, dtype=torch.int64)
+    for _ in range(3):
+        inputs = torch.randint(11, (4, 3), generator=made)
+        ours = used.score(inputs, start, int(start.max())).logits
+        theirs = fresh.score(inputs[[0, 2]], behind, int(behind.max())).logits
+        assert ours is not None and theirs is not None
+        assert torch.allclose(ours.unflatten(0, (-1, 4))[:, [0, 2]].flatten(0, 1), theirs, atol=1e-5)
+        start, behind = start + 3, behind + 3
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_admitting_a_caption_leaves_the_other_rows_alone(compiled: bool, guided: bool) -> None:
+    target, found = captioned_target(compiled), []
+    for admit in (False, True):
+        made = torch.Generator().manual_seed(4)
+        session = target.begin(torch.tensor([0, 1, 2, 3]), guided, 3)
+        session.score(torch.randint(11, (4, 3), generator=made), torch.zeros(4, dtype=torch.int64), 0)
+        start = torch.full((4,), 3)
+        if admit:
+            session.admit(torch.tensor([1]), torch.tensor([0]))
+            start[1] = 0
+        logits = session.score(torch.randint(11, (4, 3), generator=made), start, 3).logits
+        assert logits is not None
+        found.append(logits.unflatten(0, (-1, 4)))
+    rest = [0, 2, 3]
+    assert torch.allclose(found[0][:, rest], found[1][:, rest], atol=1e-6)
+    assert not torch.allclose(found[0][:, 1], found[1][:, 1], atol=1e-2)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bozzetto.drafts import Layout
 from bozzetto.engine.loop import Decoder
@@ -16,26 +14,13 @@ from bozzetto.models.compiled import bucket
 from bozzetto.models.compiled_cache import CompiledSession, compile_target
 from bozzetto.models.flow import FlowConfig, FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
-from bozzetto.models.graphs import Compiler, Graph, check_mode
+from bozzetto.models.graphs import check_mode
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.path_registry import make_path_drafter, make_path_rule
 from bozzetto.registry import make_drafter, make_rule
 
 SMALL = LlamaGenConfig(dim=32, layers=2, heads=2, vocab=16, grid=4, classes=3)
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Steps run as they are, so that shapes are cheap; what was asked for."""
-    asked: list[str] = []
-
-    def plain(self: Compiler, module: nn.Module, arguments: list[Tensor], what: str, dynamic: object = None) -> Graph:
-        asked.append(what)
-        return lambda given: list(module(*given))
-
-    monkeypatch.setattr(Compiler, "graph", plain)
-    yield asked
 
 
 def _network(seed: int = 0, **changes: int) -> LlamaGen:

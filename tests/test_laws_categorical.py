@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bozzetto.errors import UsageError
-from bozzetto.laws.categorical import LawSettings, guide, gumbel_argmax, gumbel_margin, inverse_cdf, law_of
+from bozzetto.laws.categorical import LawSettings, guide, gumbel_argmax, gumbel_margin, inverse_cdf, law_of, row_laws
 from bozzetto.laws.noise import gumbel, image_keys, uniform
 from toys import fit_p_value
 
@@ -121,3 +121,79 @@ def test_gumbel_argmax_follows_the_law_and_its_support() -> None:
 def test_gumbel_margin_is_the_gap_of_the_two_best() -> None:
     log_p, noise = torch.tensor([[0.0, 1.0, 5.0], [0.0, -math.inf, -math.inf]]), torch.tensor([0.5, 0.25, 0.0])
     assert gumbel_margin(log_p, noise).tolist() == [3.75, math.inf]
+
+
+MIXED = [
+    LawSettings(),
+    LawSettings(guidance=2.5),
+    LawSettings(guidance=4.0, temperature=0.6, top_k=5),
+    LawSettings(temperature=1.7, top_p=0.8),
+    LawSettings(guidance=1.5, temperature=0.9, top_k=9, top_p=0.6),
+    LawSettings(guidance=3.0, temperature=0),
+    LawSettings(temperature=0),
+    LawSettings(top_k=1),
+    LawSettings(top_k=23),
+    LawSettings(guidance=2.0, top_k=1000, top_p=0.5),
+    LawSettings(top_p=1e-6),
+]
+
+
+def laws_by_rows(logits: torch.Tensor, settings: list[LawSettings], filtered: bool = True) -> torch.Tensor:
+    """`row_laws` under these settings, which writes greedy choices as a top-k of -1."""
+    guidance, temperature, top_p = (
+        torch.tensor(values)
+        for values in zip(*((s.guidance, s.temperature or 1.0, s.top_p) for s in settings), strict=True)
+    )
+    top_k = torch.tensor([s.top_k if s.temperature else -1 for s in settings])
+    return row_laws(logits, guidance, temperature, *([top_k, top_p] if filtered else []))
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_laws_of_mixed_rows_are_those_of_each_row_alone(copies: int, spread: float) -> None:
+    settings = [s for s in MIXED if copies == 2 or not s.guided]
+    batch = len(settings)
+    logits = spread * torch.randn(copies * batch, 3, 23, generator=torch.Generator().manual_seed(copies))
+    found = laws_by_rows(logits, settings)
+    assert found.shape == (batch, 3, 23)
+    for row, s in enumerate(settings):
+        alone = logits[[row, batch + row]] if s.guided else logits[[row]]
+        wanted = law_of(alone, s)[0]
+        assert torch.equal(found[row] > -math.inf, wanted > -math.inf), s
+        assert torch.allclose(found[row], wanted, atol=1e-5), s
+
+
+def test_laws_of_rows_without_filters_leave_nothing_out() -> None:
+    settings = [s for s in MIXED if s.temperature and not s.top_k and s.top_p == 1] + [LawSettings(1.5, 0.7)]
+    logits = torch.randn(2 * len(settings), 2, 23, generator=torch.Generator().manual_seed(3))
+    plain = laws_by_rows(logits, settings, filtered=False)
+    assert torch.equal(plain, laws_by_rows(logits, settings))
+    assert bool(torch.isfinite(plain).all())
+
+
+def test_a_row_without_guidance_has_the_same_law_among_guided_ones_to_the_bit() -> None:
+    logits = 3 * torch.randn(6, 2, 23, generator=torch.Generator().manual_seed(4))
+    among = laws_by_rows(logits, [LawSettings(), LawSettings(2.0), LawSettings(top_k=5)])
+    alone = laws_by_rows(logits[:3], [LawSettings(), LawSettings(), LawSettings(top_k=5)])
+    assert torch.equal(among[[0, 2]], alone[[0, 2]])
+
+
+def test_ties_at_the_threshold_of_a_row_are_all_kept() -> None:
+    logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0]).expand(2, 1, 5)
+    found = laws_by_rows(logits, [LawSettings(top_k=2), LawSettings(top_p=0.6)])
+    assert (found[:, 0] > -math.inf).tolist() == [[True, True, True, True, False]] * 2
+
+
+def test_choices_and_margins_are_the_same_in_their_compiling_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.Generator().manual_seed(5)
+    log_p = (2 * torch.randn(6, 4, 23, generator=made)).log_softmax(-1)
+    log_p[:3] = log_p[:3].masked_fill(torch.rand(3, 4, 23, generator=made) < 0.7, -math.inf)
+    log_p[3] = -math.inf
+    log_p[3, :, 7] = 0.0  # one possible token: its margin is infinite
+    noise = gumbel(image_keys(0, 0, torch.arange(log_p.numel()))).view(log_p.shape)
+    noise[4], log_p[4] = 0.0, 0.0  # a tie: the first one
+    plain = gumbel_argmax(log_p, noise), gumbel_margin(log_p, noise)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for ours, theirs in zip((gumbel_argmax(log_p, noise), gumbel_margin(log_p, noise)), plain, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert plain[1][3].tolist() == [math.inf] * 4 and plain[1][4].tolist() == [0.0] * 4

@@ -7,7 +7,16 @@ import itertools
 import pytest
 import torch
 
-from bozzetto.laws.noise import STREAM_TOKEN, STREAM_VERIFY, GumbelField, fold, gumbel, image_keys, uniform
+from bozzetto.laws.noise import (
+    STREAM_TOKEN,
+    STREAM_VERIFY,
+    GumbelField,
+    fold,
+    gumbel,
+    gumbel_rows,
+    image_keys,
+    uniform,
+)
 from toys import fit_p_value
 
 _MASK = 2**64 - 1
@@ -72,6 +81,13 @@ def test_rows_are_read_by_position_and_repeat_the_last_past_the_end() -> None:
     rows = noise.rows(torch.tensor([[0, 39], [38, 45]]))
     assert torch.equal(rows[0], noise.table[0, [0, 39]])
     assert torch.equal(rows[1], noise.table[1, [38, 39]])
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_rows_made_one_by_one_are_those_of_the_field(seed: int) -> None:
+    index, position = torch.tensor([0, 3, 123456, 3]), torch.tensor([0, 39, 17, 16])
+    rows = gumbel_rows(fold(image_keys(seed, STREAM_TOKEN, index), position), torch.arange(6))
+    assert torch.equal(rows, field(seed, index.tolist()).table[torch.arange(4), position])
 
 
 def test_keep_drops_images_and_filling_goes_on() -> None:

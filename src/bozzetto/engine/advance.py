@@ -113,7 +113,8 @@ class Advance(nn.Module):
         batch, width = tokens.shape
         row = torch.arange(batch, device=tokens.device)[:, None]
         last = torch.minimum(s.drafted, torch.full_like(s.drafted, width - 1))[:, None]  # [B, 1], the last real column
-        column = committed[:, None] - 1 + torch.arange(self.widest, device=tokens.device)
+        # A slot without an image may stand at the end of one: it commits nothing.
+        column = (committed[:, None] - 1).clamp_min(0) + torch.arange(self.widest, device=tokens.device)
         known = tokens.gather(1, torch.minimum(column, last))
         if self.widest == 1:
             return known, None

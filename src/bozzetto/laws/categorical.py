@@ -106,7 +106,7 @@ def row_laws(
 
 def _ranks(x: Tensor) -> Tensor:
     """int64 of the same order as float32 values, 0 to 2^32 - 1."""
-    bits = x.view(torch.int32).long()
+    bits = (x + 0.0).view(torch.int32).long()  # -0.0 is 0.0
     return torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits + (1 << 31))
 
 

@@ -69,6 +69,9 @@ class CausalStep(nn.Module):
         self.register_buffer("rope", rope.float().transpose(1, 2).contiguous())
         self.own_attention = False
 
+    def extra_repr(self) -> str:
+        return f"{self.config}, own_attention={self.own_attention}"
+
     def forward(
         self, inputs: Tensor, slot: Tensor, position: Tensor, seen: Tensor, condition: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
@@ -127,6 +130,9 @@ class ChainStep(nn.Module):
         super().__init__()
         self.step, self.lead = step, lead
 
+    def extra_repr(self) -> str:
+        return f"lead={self.lead}"
+
     def forward(
         self, inputs: Tensor, start: Tensor, sight: Tensor, condition: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
@@ -145,6 +151,9 @@ class SlotStep(nn.Module):
     def __init__(self, step: ChainStep, advance: nn.Module, width: int, held: int):
         super().__init__()
         self.step, self.advance, self.width, self.held = step, advance, width, held
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, held={self.held}"
 
     def forward(self, sight: Tensor, condition: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """rest: the tensors of the slots, the first two their inputs and counts, then the caches."""

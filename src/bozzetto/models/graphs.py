@@ -10,6 +10,7 @@ A package fits one machine, one number of threads and one set of weights: all of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ class Compiler:
 
     def __init__(self, mode: str, report: Report | None = None, folder: Path | None = None):
         self.mode, self.report, self.folder = check_mode(mode), report, folder
-        self.digests: dict[int, str] = {}
+        self.digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
     def graph(self, module: nn.Module, arguments: list[Tensor], what: str, dynamic: Dynamic | None = None) -> Graph:
         """The module as a function of a list of contiguous tensors of these shapes, to a list of tensors.
@@ -73,7 +75,8 @@ class Compiler:
             write_whole(path, lambda name: self._package(module, arguments, dynamic, name))
             _prune(path.parent, keep=path)
             self._say(f"compiled in {time.perf_counter() - began:.0f} s, kept in {path.parent}")
-        os.utime(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # used just now
         return torch._inductor.aoti_load_package(str(path)).loader.run
 
     def _say(self, line: str) -> None:
@@ -110,14 +113,14 @@ class Compiler:
 
     def _digest(self, module: nn.Module) -> str:
         """Of the weights, the configuration and the code of a module."""
-        if id(module) not in self.digests:
+        if module not in self.digests:
             total = hashlib.sha256()
-            total.update(f"{_source()} {module!r} {getattr(module, 'config', None)}".encode())
+            total.update(f"{_source()} {module!r}".encode())
             for name, value in module.state_dict().items():
                 total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
                 total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            self.digests[id(module)] = total.hexdigest()
-        return self.digests[id(module)]
+            self.digests[module] = total.hexdigest()
+        return self.digests[module]
 
 
 @functools.cache
@@ -143,10 +146,12 @@ class _Listed(nn.Module):
 
 def _prune(folder: Path, keep: Path) -> None:
     """Delete the packages not used for longest until the rest fit."""
-    found = sorted(folder.glob("*.pt2"), key=lambda p: p.stat().st_mtime, reverse=True)
-    total = 0
-    for path in found:
-        total += path.stat().st_size
+    found, total = [], 0
+    for path in folder.glob("[!.]*.pt2"):
+        with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+        total += size
         if total > MOST_BYTES and path != keep:
             path.unlink(missing_ok=True)
 

@@ -1,10 +1,19 @@
-"""Scripts in benchmarks/ run on a report of `bozzetto bench`."""
+"""Scripts in benchmarks/ run, at tiny sizes, and their figures fit together."""
+
+from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
+
+import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "plot_windows.py"
 
@@ -46,3 +55,142 @@ def test_the_bound_of_a_window_is_its_tokens_at_the_price_of_its_bare_passes(tin
     assert drafted["window"] == 4 and 1 < drafted["tokens_per_pass"] <= 4
     assert drafted["bare_ms"] < drafted["ms_per_pass"]
     assert "bound" in text and methods in text
+
+
+QUICK = ("--shapes", "tiny", "--widths", 4, "--tokens", 8, "--rounds", 2, "--compile", "off")
+
+
+def check_times(rows: list[dict[str, Any]]) -> None:
+    """Times are positive, and ratios are those of the times."""
+    of = {(row["part"], row["way"], row["width"]): row["rounds_ms"] for row in rows}
+    for row in rows:
+        ms = row["rounds_ms"]
+        assert len(ms) == 2 and min(ms) > 0
+        assert row["ms_per_pass"] == {"median": median(ms), "low": min(ms), "high": max(ms)}
+        for name, other, up in (
+            ("over_eager", ("eager", row["width"]), True),
+            ("over_width_1", (row["way"], 1), False),
+        ):
+            below = of.get((row["part"], *other))
+            ratios = None if below is None else [b / a if up else a / b for a, b in zip(ms, below, strict=True)]
+            assert (row[name] is None) == (ratios is None)
+            if ratios:
+                wanted = {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+                assert row[name] == pytest.approx(wanted)
+
+
+def test_what_a_pass_costs(tmp_path: Path) -> None:
+    out = tmp_path / "pass.json"
+    text = script("pass_cost.py", *QUICK, "--batch", 1, 2, "--json", out)
+    report = json.loads(out.read_text())
+    assert report["settings"]["tokens"] == 8 and report["machine"]["threads"] >= 1
+    for batch in (1, 2):
+        rows = [row for row in report["results"] if row["batch"] == batch]
+        assert [(row["way"], row["width"]) for row in rows] == [("eager", 1), ("slots", 1), ("slots", 4)]
+        check_times(rows)
+        assert [row["break_even_tokens_per_pass"] for row in rows[:2]] == [None, 1]
+        price = rows[2]["over_width_1"]["median"]
+        assert rows[2]["break_even_tokens_per_pass"] == price and rows[2]["speedup_at_most"] == pytest.approx(4 / price)
+    assert "no acceptance is claimed" in text
+
+
+def test_passes_that_do_not_fit_into_an_image_leave_no_file(tmp_path: Path) -> None:
+    out = tmp_path / "pass.json"
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        script("pass_cost.py", "--shapes", "tiny", "--tokens", 64, "--json", out)
+    assert "64 passes of up to 16 places do not fit" in error.value.stderr and not out.exists()
+
+
+def test_the_suite_for_a_gpu_runs_small_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "suite.json"
+    text = script("gpu_suite.py", "--device", "cpu", *QUICK, "--batch", 1, "--model", tiny_model, "--json", out)
+    report = json.loads(out.read_text())
+    assert report["finished"] and not report["not_run"] and min(report["rates"].values()) > 0
+    assert [cell["error"] for cell in report["cells"]] == [None] * 4
+    first, model, windows, masked = (cell["rows"] for cell in report["cells"])
+    for rows, ways in ((first, ["eager", "slots"]), (windows, ["eager", "slots", "slots"]), (masked, ["eager"] * 2)):
+        assert [row["way"] for row in rows] == ways
+        check_times(rows)
+        assert all(row["share"] == pytest.approx(row["floor_ms"] / row["ms_per_pass"]["median"]) for row in rows)
+    speed = {row["way"]: (row["tokens_per_pass"], row["speedup"]) for row in model}
+    assert speed["none"] == (1, 1) and 1 < speed["jacobi/seed-exact"][0] <= 4 and speed["jacobi/seed-exact"][1] > 0
+    assert "tokens/pass" in text and "no acceptance is claimed" in text
+
+
+def test_the_suite_without_time_says_what_it_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "suite.json"
+    text = script("gpu_suite.py", "--device", "cpu", *QUICK, "--minutes", 0, "--json", out)
+    report = json.loads(out.read_text())
+    assert report["cells"] == [] and not report["finished"]
+    assert report["not_run"][:2] == ["LlamaGen-tiny 64 batch 1", "flowers batch 1"] and "not run: LlamaGen-tiny" in text
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_suite  # type: ignore[import-not-found]
+
+    return gpu_suite
+
+
+def test_cells_end_at_the_deadline_and_a_failing_one_alone(suite: ModuleType) -> None:
+    row: dict[str, Any] = {"part": "pass", "way": "eager", "width": 1, "error": None}
+
+    def fine() -> Iterator[dict[str, Any]]:
+        yield row
+
+    def failing() -> Iterator[dict[str, Any]]:
+        yield row
+        raise RuntimeError("out of\nluck")
+
+    def long() -> Iterator[dict[str, Any]]:
+        yield row
+        time.sleep(60)
+
+    work = {"a": fine, "b": failing, "c": long, "d": fine}
+    cells = [suite.Cell(name, "sequential", rows) for name, rows in work.items()]
+    report: dict[str, Any] = {"cells": [], "not_run": [], "finished": False}
+    saved: list[int] = []
+    began = time.monotonic()
+    suite.run_cells(cells, began + 1, report, lambda: saved.append(len(report["cells"])), lambda: None)
+    assert time.monotonic() - began < 30
+    assert [cell["error"] for cell in report["cells"]] == [None, "RuntimeError: out of luck", "stopped at the deadline"]
+    assert [cell["rows"] for cell in report["cells"]] == [[row]] * 3
+    assert report["not_run"] == ["d"] and not report["finished"] and saved == [1, 2, 3, 3]
+
+
+def test_a_way_that_fails_leaves_the_others(suite: ModuleType) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no graph")
+
+    ways = [suite.Way({"part": "pass", "way": "replay", "width": 1}, broken)]
+    ways.append(suite.Way({"part": "pass", "way": "eager", "width": 1}, lambda: lambda: 2.0))
+    failed, timed = suite.measure_ways(ways, 3, tolerant=True)
+    assert failed["error"] == "RuntimeError: no graph" and "ms_per_pass" not in failed
+    assert timed["rounds_ms"] == [2.0] * 3 and timed["error"] is None
+    with pytest.raises(RuntimeError, match="no graph"):
+        list(suite.measure_ways(ways, 3))
+
+
+def test_a_row_that_takes_too_long_to_compile_leaves_the_others(suite: ModuleType) -> None:
+    options = suite._options(["--json", "-", "--way-minutes", "0.002", "--rounds", "2"])
+    made = suite.Suite(options, suite.Rates(1e9, 1e12), time.monotonic() + 600)
+    common = {"part": "pass", "width": 1, "floor_ms": 1.0}
+    ways = [suite.Way({**common, "way": "slots"}, lambda: time.sleep(60))]
+    ways.append(suite.Way({**common, "way": "eager"}, lambda: lambda: 2.0))
+    with suite.stopped_after(20):
+        failed, timed = made._measure(ways)
+        assert 1 < suite.signal.getitimer(suite.signal.ITIMER_REAL)[0] < 20
+    assert suite.signal.getitimer(suite.signal.ITIMER_REAL)[0] == 0
+    assert failed["error"] == "TimeoutError: not ready after 0.12 s" and timed["share"] == 0.5
+
+
+def test_what_is_replayed_is_a_whole_pass(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "Replay", lambda work: work)
+    options = suite._options(["--json", "-", "--device", "cpu", *map(str, QUICK), "--batch", "2"])
+    made = suite.Suite(options, suite.Rates(1e9, 1e12), time.monotonic() + 600)
+    made.replays = True
+    rows = list(made.passes("tiny", 16, 2, [1, 4]))
+    ways = [("eager", 1), ("slots", 1), ("replay", 1), ("slots", 4), ("replay", 4)]
+    assert [(row["way"], row["width"]) for row in rows] == ways
+    check_times(rows)

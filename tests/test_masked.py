@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from bozzetto import load
 from bozzetto.engine.masked import DraftWindow, MaskedDecoder, place_order
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
@@ -398,3 +400,21 @@ def test_what_does_not_go_together_is_refused():
     for rule, settings, drafter, named in cases:
         with pytest.raises(UsageError, match=named):
             MaskedDecoder(TARGET, rule, settings, drafter)
+
+
+def test_a_compiled_head_draws_the_images_of_the_eager_one(tiny_mar: Path, uncompiled: list[str]) -> None:
+    pipe = load(tiny_mar)
+    for rule in ("plain", "coupled"):
+        eager, compiled = (
+            pipe.generate(count=2, batch=2, drafter="none", rule=rule, compile=mode) for mode in ("off", "max")
+        )
+        assert [len(i.trace.committed) for i in eager.images] == [len(i.trace.committed) for i in compiled.images]
+        for a, b in zip(eager.images, compiled.images, strict=True):
+            assert torch.allclose(a.tokens, b.tokens, atol=1e-3)
+    assert uncompiled and all(what.startswith("a call of the head") for what in uncompiled)
+
+
+@pytest.mark.parametrize("options", [{"compile": "default"}, {"compile": "max", "deterministic": True}])
+def test_of_a_masked_model_only_the_head_is_compiled(tiny_mar: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="is masked; off, or max, which compiles its head"):
+        load(tiny_mar).generate(count=1, **options)

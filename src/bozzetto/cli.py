@@ -16,7 +16,7 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
-from bozzetto.options import COMMANDS, Bench, Convert, Evaluate, Generate, Law, Models, Report, Sample, Train
+from bozzetto.options import COMMANDS, Bench, Convert, Evaluate, Generate, Law, Models, Profile, Report, Sample, Train
 
 BAD_INPUT, CANCELLED = 2, 130
 AUTO = "auto"
@@ -133,6 +133,7 @@ def _bench(options: Bench) -> None:
         windows=_listed("window", options.window, int),
         top_ks=_listed("top_k", options.top_k, int),
         **{n: getattr(options, n) for n in ("count", "rounds", "temperature", "top_p", "seed", "threads", "compile")},
+        **{n: getattr(options, n) for n in ("deterministic", "waves")},
     )
     if options.json is not None:
         check_writable(options.json)
@@ -171,6 +172,22 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
     return report
 
 
+def _profile(options: Profile) -> None:
+    from bozzetto.evaluate.bench import write_report
+    from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
+    from bozzetto.loading import load
+    from bozzetto.output import check_writable
+
+    settings = ProfileSettings(**{name: getattr(options, name) for name in ProfileSettings.__dataclass_fields__})
+    if options.json is not None:
+        check_writable(options.json)
+    pipe = load(options.model, dtype=options.dtype)
+    report = profile(pipe, settings, progress=_wants_progress(options.progress))
+    print(profile_table(report))
+    if options.json is not None:
+        write_report(options.json, report)
+
+
 N = TypeVar("N", str, int, float)
 
 
@@ -188,7 +205,7 @@ def _base(options: Law) -> Any:
     from bozzetto.pipeline import GenerateSettings
 
     names = ["window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget"]
-    names += ["steps", "passes", "guidance_schedule"]
+    names += ["steps", "passes", "guidance_schedule", "compile", "deterministic"]
     return GenerateSettings("none", "seed-exact", **{name: getattr(options, name) for name in names})
 
 
@@ -313,6 +330,7 @@ def _train(options: Train) -> None:
 HANDLERS: dict[type, Callable[[Any], None]] = {
     Generate: _generate,
     Bench: _bench,
+    Profile: _profile,
     Sample: _sample,
     Evaluate: _evaluate,
     Report: _report,

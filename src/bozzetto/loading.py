@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +16,19 @@ from torch import Tensor
 
 from bozzetto.engine.loop import Decoder
 from bozzetto.engine.masked import DraftWindow, MaskedDecoder
+from bozzetto.engine.slot_decoder import SlotDecoder
+from bozzetto.engine.slots import SlotLane
+from bozzetto.engine.widths import MeasuredWidth, PassTimes
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.models.captions import read_captions
 from bozzetto.models.compiled_cache import compile_target
+from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
 from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
+from bozzetto.models.graphs import Compiler, cache_folder, digest_of
 from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
@@ -41,24 +46,41 @@ from bozzetto.workshop import TargetWorkshop
 DRAFT = "draft"  # the folder of a masked model's own draft model, inside its own
 
 
+SLOT_METHODS = (("jacobi", "seed-exact"), ("jacobi", "exact"))  # what engine/slots.py can do
+
+
+@dataclass(frozen=True)
+class LaneKind:
+    """What images that share slots have in common. window: places at most; measured: whether they are chosen from pass
+    to pass; guided, filtered: see SlotLane."""
+
+    compile: str
+    deterministic: bool
+    rule: str
+    window: int
+    measured: bool
+    guided: bool
+    filtered: bool
+
+
 class _CausalPipeline(Pipeline):
     """What causal targets share: their passes can be compiled. network: what `target` was made from."""
 
     network: Any
-    compiled: dict[str, Any]
+    compiled: dict[tuple[str, bool], Any]
 
-    def target_in(self, mode: str) -> Any:
+    def target_in(self, mode: str, deterministic: bool = False) -> Any:
         """The target with its passes compiled as asked; each is made once. Raises UsageError where there is nothing to
         compile."""
         if mode == "off":
             return self.target
-        if mode not in self.compiled:
+        if (mode, deterministic) not in self.compiled:
             if self.network is None:
                 raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is not a network")
             target = copy.copy(self.target)
-            compile_target(target, self.network, mode, _say)
-            self.compiled[mode] = target
-        return self.compiled[mode]
+            compile_target(target, self.network, mode, _say, deterministic)
+            self.compiled[mode, deterministic] = target
+        return self.compiled[mode, deterministic]
 
 
 def _say(line: str) -> None:
@@ -83,6 +105,7 @@ class CodePipeline(_CausalPipeline):
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
+        self.lanes: dict[object, SlotLane] = {}
         writable = folder is not None and ASSETS not in folder.parents
         self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
 
@@ -99,8 +122,51 @@ class CodePipeline(_CausalPipeline):
         name, options = drafter_options(drafter)
         return self.workshop.drafter_digest(name, getattr(options, "folder", ""))
 
-    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
+    def refills(self, settings: GenerateSettings) -> bool:
+        return settings.compile != "off" and self._in_slots(settings)
+
+    def _in_slots(self, settings: GenerateSettings) -> bool:
+        """Whether engine/slots.py can do what resolved settings ask for."""
+        windows = settings.drafter == "none" or (settings.drafter, settings.rule) in SLOT_METHODS
+        return windows and settings.tv_budget is None
+
+    def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
+        if not self._in_slots(settings):
+            return super().lane_key(settings, seed)
+        law, rule = settings.law, "seed-exact" if settings.drafter == "none" else settings.rule
+        filtered = bool(law.top_k) or law.top_p != 1 or not law.temperature
+        measured = settings.drafter != "none" and settings.window == 0 and rule == "seed-exact"
+        window = settings.window_for(1 if measured else settings.batch, self.target.length, self.dtype)
+        return LaneKind(settings.compile, settings.deterministic, rule, window, measured, law.guided, filtered)
+
+    def make_lane(self, settings: GenerateSettings) -> Any:
+        kind = self.lane_key(settings, 0)
+        if not isinstance(kind, LaneKind):
+            return super().make_lane(settings)
+        target = self.target_in(kind.compile, kind.deterministic)
+        pace = MeasuredWidth(PassTimes(self._times_file(target, kind)), kind.window, 2 if kind.guided else 1)
+        width = pace if kind.measured else (lambda images: kind.window)
+        rule = make_rule(kind.rule)
+        lane = SlotLane(target, rule, settings.batch, width, kind.window, kind.guided, kind.filtered)
+        pace.times.measure = lane.time_pass
+        return lane
+
+    def _lane_for(self, settings: GenerateSettings) -> SlotLane:
+        """A lane that is made once: what is decoded in it has to be finished before the next images."""
+        key = (settings.batch, self.lane_key(settings, 0))
+        if key not in self.lanes:
+            self.lanes[key] = self.make_lane(settings)
+        return self.lanes[key]
+
+    def _times_file(self, target: Any, kind: LaneKind) -> Path:
+        """Where the seconds of passes are kept; they depend on shapes, not on weights."""
+        return cache_folder() / f"times-{digest_of(target.config, self.dtype, str(target.device), kind)}.json"
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
         settings = self.resolve(settings)
+        if self.refills(settings):
+            lane = self._lane_for(replace(settings, batch=batch))
+            return SlotDecoder(lane, settings.law), lane.widest
         window = settings.window_for(batch, self.target.length, self.dtype)
         widen = None
         if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
@@ -109,7 +175,7 @@ class CodePipeline(_CausalPipeline):
         # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
         rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
         rule = with_neighbours(rule, self.workshop.neighbours)
-        target = self.target_in(settings.compile)
+        target = self.target_in(settings.compile, settings.deterministic)
         return Decoder(target, drafter, rule, settings.law, settings.tv_budget), window
 
 
@@ -145,7 +211,7 @@ class FlowPipeline(_CausalPipeline):
 
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
         settings = self.resolve(settings)
-        rule, target = make_path_rule(settings.rule), self.target_in(settings.compile)
+        rule, target = make_path_rule(settings.rule), self.target_in(settings.compile, settings.deterministic)
         window = settings.window_for(batch, target.length, self.dtype, rule.widest)
         if settings.steps and settings.steps != target.sampler.steps:
             target = copy.copy(target)
@@ -191,13 +257,16 @@ class MaskedPipeline(Pipeline):
         folder: Path,
     ):
         self.network, self.sampler = network, sampler
-        self.made: dict[tuple[str, MARSampler], MARTarget] = {}
+        self.made: dict[tuple[str, MARSampler, str], MARTarget] = {}
         target = MARTarget(network, sampler, DTYPES[dtype])
         super().__init__(name, target, tokenizer, classes, dtype, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        if settings.compile != "off":
-            raise UsageError(f"compile = {settings.compile!r} is not allowed here: {self.name} is masked, not causal")
+        if settings.compile == "default" or settings.deterministic:
+            asked = "deterministic" if settings.deterministic else f"compile = {settings.compile!r}"
+            raise UsageError(
+                f"{asked} is not allowed here: {self.name} is masked; off, or max, which compiles its head"
+            )
         return vector_settings(self.name, settings, "none", self.default_rules)
 
     def sampler_for(self, settings: GenerateSettings) -> MARSampler:
@@ -211,11 +280,11 @@ class MaskedPipeline(Pipeline):
         if name not in ("none", "model"):
             raise UsageError(f"drafter {settings.drafter!r} is not allowed here: {self.name} is masked (none, model)")
         sampler, rule = self.sampler_for(settings), make_path_rule(settings.rule)
-        target = self._target("", sampler)
+        target = self._target("", sampler, settings.compile)
         if name == "none":
             return MaskedDecoder(target, rule, settings.law), 1
         window = DraftWindow(options.length, options.prefill)
-        drafter = self._target(str(self._draft_folder(options.folder)), sampler)
+        drafter = self._target(str(self._draft_folder(options.folder)), sampler, settings.compile)
         return MaskedDecoder(target, rule, settings.law, drafter, window), options.length
 
     def drafter_weights(self, drafter: str) -> str | None:
@@ -230,19 +299,22 @@ class MaskedPipeline(Pipeline):
             raise UsageError(f"{self.name} comes without a smaller model (write model:folder=DIR)")
         return self.folder / DRAFT
 
-    def _target(self, folder: str, sampler: MARSampler) -> MARTarget:
-        """The model ("") or a smaller one, with a sampler; each is made once."""
-        if not folder and sampler == self.sampler:
+    def _target(self, folder: str, sampler: MARSampler, mode: str = "off") -> MARTarget:
+        """The model ("") or a smaller one, with a sampler, and its head compiled as asked; each is made once."""
+        if not folder and sampler == self.sampler and mode == "off":
             return self.target
-        if (folder, sampler) not in self.made:
+        if (folder, sampler, mode) not in self.made:
             network = self.network
             if folder:
                 smaller = load_continuous(Path(folder)).to(self.target.device)
                 if not isinstance(smaller, MAR):
                     raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
                 network = smaller
-            self.made[folder, sampler] = MARTarget(network, sampler, DTYPES[self.dtype])
-        return self.made[folder, sampler]
+            target = MARTarget(network, sampler, DTYPES[self.dtype])
+            if mode != "off":
+                target.head.compiled = CompiledNarrow(network.diffloss.net, target.dtype, Compiler(mode, _say))
+            self.made[folder, sampler, mode] = target
+        return self.made[folder, sampler, mode]
 
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         sampler = self.sampler_for(settings)

@@ -39,7 +39,11 @@ class Law:
     """Masked models: linear (guidance grows as the image fills) or constant. Not given: as the model says."""
     compile: str = "off"
     """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
-    half a minute), the others less than before. Float32 results agree with `off` up to rounding."""
+    half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to
+    rounding."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit, so that seed-exact images are the same bytes
+    in bfloat16 too, whatever the batch."""
     batch: int = 8
     """Images decoded together."""
     dtype: str = "float32"
@@ -126,10 +130,45 @@ class Bench:
     """float32 or bfloat16."""
     compile: str = "off"
     """off, default or max, of all methods but those with @compile= (none@compile=off)."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit."""
+    waves: int = 1
+    """Images per round for each place in the batch: with more than one, images enter as others finish."""
     threads: int = 0
     """CPU threads. 0: as torch chooses."""
     json: Path | None = None
     """Also write {settings, results} to this file."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Profile:
+    """Show where a target pass spends its time, against the roofline of this machine, and what would help most.
+
+    Example: bozzetto profile --model flowers --dtype bfloat16 --compile max
+    """
+
+    model: str = "flowers"
+    """A shipped model by name, or a model folder. Not for masked models."""
+    method: str = "auto"
+    """none, DRAFTER/RULE, or auto: the model's default. Sequential decoding always takes part."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    batch: int = 1
+    """Images decoded together."""
+    guidance: float = 2.0
+    """Classifier-free guidance, 1 or more. 1: off."""
+    window: int = 0
+    """Positions scored in one pass of drafter jacobi. 0: chosen for the batch."""
+    compile: str = "off"
+    """off, default or max. Compiled passes are timed whole, eager ones by operator."""
+    seconds: float = 0.3
+    """Spent on measuring each part, at least."""
+    threads: int = 0
+    """CPU threads. 0: as torch chooses."""
+    json: Path | None = None
+    """Also write all figures to this file."""
     progress: bool = False
     """Show the progress bar even where no terminal is attached."""
 
@@ -262,6 +301,7 @@ class Train:
 COMMANDS: Any = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Report, tyro.conf.subcommand("report")]

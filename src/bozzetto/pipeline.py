@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.engine.batch_lane import BatchLane
 from bozzetto.engine.loop import PassEvent
 from bozzetto.engine.state import BatchResult
-from bozzetto.engine.trace import PassTrace, TraceRecorder
+from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS
@@ -149,15 +152,36 @@ class Pipeline(ABC):
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
 
-    def target_in(self, mode: str) -> Any:
+    def target_in(self, mode: str, deterministic: bool = False) -> Any:
         """The target with its passes compiled as asked."""
         return self.target
+
+    def refills(self, settings: GenerateSettings) -> bool:
+        """Whether a decoder for resolved settings takes more images than it decodes together."""
+        return False
+
+    def alone(self, settings: GenerateSettings) -> GenerateSettings:
+        """Settings as they are for one image drawn alone: resolved, batch 1, and with the window of that where the
+        rule's noise depends on the window."""
+        settings = replace(self.resolve(settings), batch=1)
+        if settings.window == 0 and settings.drafter == "jacobi" and settings.rule != "seed-exact":
+            settings = replace(settings, window=self.decoder_for(settings, 1)[1])
+        return settings
+
+    def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
+        """Equal for images of resolved settings that can be decoded in one lane."""
+        return (settings, seed)
+
+    def make_lane(self, settings: GenerateSettings) -> Any:
+        """A lane (engine/admission.py) of `settings.batch` slots."""
+        decoder = self.decoder_for(settings, settings.batch)[0]
+        return BatchLane(decoder, self.target.length, settings.batch, self.target.device)
 
     @torch.no_grad()
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         """The target passes of sequential decoding of labels int64 [B] and nothing else: constant tokens, results
         thrown away. What any decoding is measured against."""
-        session = self.target_in(settings.compile).begin(labels, settings.law.guided, 1)
+        session = self.target_in(settings.compile, settings.deterministic).begin(labels, settings.law.guided, 1)
         start = torch.zeros_like(labels)
         inputs = self.blank_inputs(labels)
         for number in range(self.target.length):
@@ -221,22 +245,20 @@ class Pipeline(ABC):
         seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
         images, windows, head = [], [], [0, 0]
         batches = plan_batches(self.classes, classes, count, seed, first_index, settings.batch, indices)
+        if len(batches) > 1 and self.refills(settings):
+            batches = [(list(chain(*(b[0] for b in batches))), list(chain(*(b[1] for b in batches))))]
         total = sum(len(chunk) for chunk, _ in batches) * self.target.length
         with tqdm(total=total, unit="token", disable=not progress) as bar:
             for chunk, labels in batches:
-                decoder, window = self.decoder_for(settings, len(chunk))
-                done, recorder = 0, TraceRecorder()
-                for event in decoder.stream(self._tensor(labels), seed, self._tensor(chunk)):
-                    recorder.add(event)
-                    now = int(event.count.sum())
-                    bar.update(now - done)
-                    done = now
+                decoder, window = self.decoder_for(settings, min(len(chunk), settings.batch))
+                tick = partial(_advance, bar, bar.n)
+                result, traces = traced(decoder, self._tensor(labels), seed, self._tensor(chunk), tick)
                 windows.append(window)
                 for part in ("draft", "target"):
-                    seconds[part] += decoder.result.seconds[part]
-                head = [head[0] + decoder.result.head_calls, head[1] + decoder.result.head_rows]
+                    seconds[part] += result.seconds[part]
+                head = [head[0] + result.head_calls, head[1] + result.head_rows]
                 start = time.perf_counter()
-                images += self._finish(decoder.result, recorder.traces(), chunk, labels, seed, settings)
+                images += self._finish(result, traces, chunk, labels, seed, settings)
                 seconds["decode"] += time.perf_counter() - start
         seconds["total"] = time.perf_counter() - began
         return GenerateResult(images, settings, windows, seconds, *head)
@@ -308,6 +330,10 @@ class Pipeline(ABC):
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)
+
+
+def _advance(bar: Any, before: float, done: int) -> None:
+    bar.update(before + done - bar.n)
 
 
 def _picture(pixels: Tensor) -> Image.Image:

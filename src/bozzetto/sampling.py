@@ -70,6 +70,9 @@ class Samples:
 _SUFFIXES: dict[str, type] = {"window": int, "steps": int, "passes": int, "guidance_schedule": str, "compile": str}
 
 
+_PLAIN = (("compile", "off"), ("deterministic", False))  # an engine that needs no mention
+
+
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
     """`base` with the drafter and rule of a method: none, or DRAFTER/RULE, and after each @ a setting of its own, such
     as none@passes=64. Raises UsageError for unknown names."""
@@ -120,7 +123,7 @@ class SampleRun:
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""
-        law = {k: v for k, v in asdict(self.settings).items() if k != "batch" and (k, v) != ("compile", "off")}
+        law = {k: v for k, v in asdict(self.settings).items() if k != "batch" and (k, v) not in _PLAIN}
         model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
         grid, size = self.pipe.tokenizer.config.grid, self.pipe.tokenizer.config.image_size
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}

@@ -36,7 +36,10 @@ class GenerateSettings:
 
     For continuous tokens: steps, denoising steps per token; passes, autoregressive steps of a masked model;
     guidance_schedule: `linear` (guidance grows from 1 with the share of known tokens) or `constant`, for a masked
-    model. 0 and "": as the model says. compile: `off`, `default` or `max`, how passes of a causal model are compiled.
+    model. 0 and "": as the model says.
+
+    compile: `off`, `default` or `max`, how passes of a causal model are compiled; deterministic: compiled passes of any
+    width and batch agree to the last bit, so that seed-exact images are the same in bfloat16 too.
     """
 
     drafter: str = AUTO
@@ -52,6 +55,7 @@ class GenerateSettings:
     passes: int = 0
     guidance_schedule: str = ""
     compile: str = "off"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.tv_budget is not None and not 0 <= self.tv_budget < float("inf"):
@@ -68,7 +72,8 @@ class GenerateSettings:
         if self.guidance_schedule not in SCHEDULES:
             allowed = ", ".join(s for s in SCHEDULES if s)
             raise UsageError(f"guidance_schedule = {self.guidance_schedule!r} is not allowed: {allowed}")
-        check_mode(self.compile)
+        if check_mode(self.compile) == "off" and self.deterministic:
+            raise UsageError("deterministic is not allowed with compile = 'off': default, max")
         self._check_method()
         self.law  # noqa: B018  (validates its own numbers)
 

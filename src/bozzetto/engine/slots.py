@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.engine.advance import Advance, SlotState
+from bozzetto.engine.loop import Clock
 from bozzetto.engine.trace import PassTrace
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_TOKEN, STREAM_VERIFY, fold, gumbel_rows, image_keys
@@ -43,35 +46,39 @@ class SlotImage:
     accepted: int = 0
     drafted: int = 0
     margin: float = float("inf")
+    held: int = 0  # drafts that stand behind the last committed token
     noise_until: int = 0
     trace: PassTrace = field(default_factory=PassTrace)
     tokens: Tensor | None = None  # int64 [N], once it is finished
+    partial: Tensor | None = None  # whatever there is before, where a batch says it
+    cancelled: bool = False
 
 
 Width = Callable[[int], int]
+Run = Callable[[Any, int, int, list[Tensor]], Sequence[Tensor]]  # (session, places, furthest count, slot tensors)
 
 
 class SlotLane:
     """Slots that are decoded together.
 
     width: places per pass for a number of images, at most `widest`; with a rule that is not seed-exact it has to be
-    constant, because its noise depends on it. guided: whether images may have guidance; filtered: whether they may have
-    a top-k, a top-p or no temperature.
+    constant, because its noise depends on it. If it has a method `note`, it is told what each pass committed. guided:
+    whether images may have guidance; filtered: whether they may have a top-k, a top-p or no temperature.
     """
 
     def __init__(self, target: Target, rule: Rule, slots: int, width: Width, widest: int, guided: bool, filtered: bool):
         self.target, self.rule, self.slots, self.width = target, rule, slots, width
         self.widest, self.guided, self.filtered = widest, guided, filtered
-        self.advance = Advance(rule, target.length, widest, filtered)
         self.images: list[SlotImage | None] = []
         self.state: SlotState | None = None
         self.numbers = torch.arange(target.vocab, device=target.device)
-        self.draw_noise: Callable[[Tensor, Tensor], Tensor] = gumbel_rows
         self.ring = 2 * widest + 2 * _AHEAD
-        step = getattr(target, "step", None)  # compiled passes
-        self.compiled = None if step is None else step.slots(self.advance)
-        if step is not None:
-            self.draw_noise = step.noise
+        self.step_of: Any = getattr(target, "step", None)  # compiled passes
+        self.draw_noise: Callable[[Tensor, Tensor], Tensor] = gumbel_rows
+        if self.step_of is not None:
+            self.draw_noise = self.step_of.noise
+        self.runs: dict[int, Run] = {}
+        self.clock = Clock(target.device)
 
     @property
     def active(self) -> int:
@@ -111,19 +118,19 @@ class SlotLane:
         rows = torch.tensor([*going, *[0] * (size - len(going))], dtype=torch.int64, device=self.target.device)
         if self.state is None:
             self.session = self.target.begin(torch.zeros_like(rows), self.guided, self.widest)
-            self.state = self._blank(size)
+            self.state = self._blank(size, self.widest)
         else:
             self.session.keep(rows)
             self.state = SlotState(*(part[rows] for part in self.state.tensors()))
         self.images = [*(self.images[i] for i in going), *[None] * (size - len(going))]
 
-    def _blank(self, size: int) -> SlotState:
+    def _blank(self, size: int, places: int) -> SlotState:
         device, vocab = self.target.device, self.target.vocab
         whole = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         ones = torch.ones(size, device=device)
-        laws = (size, self.widest - 1, vocab) if self.rule.needs_law and self.widest > 1 else (size, 1, 1)
+        laws = (size, places - 1, vocab) if self.rule.needs_law and places > 1 else (size, 1, 1)
         return SlotState(
-            inputs=whole(size, self.widest),
+            inputs=whole(size, places),
             count=whole(size),
             drafted=whole(size),
             guidance=ones,
@@ -167,7 +174,7 @@ class SlotLane:
         for slot, image in enumerate(self.images):
             if image is None:
                 continue
-            needed = min(image.count + width + self.widest, self.target.length + _AHEAD)
+            needed = min(image.count + 2 * width, self.target.length + _AHEAD)
             while image.noise_until < needed:
                 rows += [slot] * _AHEAD
                 positions += range(image.noise_until, image.noise_until + _AHEAD)
@@ -182,32 +189,75 @@ class SlotLane:
         """int64 [n] -> float32 [n, V]."""
         return self.draw_noise(keys, self.numbers)
 
+    def _fit(self, width: int) -> None:
+        """Have inputs of `width` places. Drafts beyond are dropped; places without one only fill up."""
+        s = self.state
+        assert s is not None
+        more = width - s.inputs.shape[1]
+        if not more:
+            return
+        s.inputs = F.pad(s.inputs, (0, more)).contiguous()
+        s.drafted = s.drafted.clamp_max(width - 1)
+        if self.rule.needs_law and width > 1:
+            s.laws = F.pad(s.laws, (0, 0, 0, more)).contiguous()
+        for image in self.images:
+            if image is not None:
+                image.held = min(image.held, width - 1)
+
+    def _run(self, width: int) -> Run:
+        """What runs passes of `width` places and what follows them."""
+        if width not in self.runs:
+            advance = Advance(self.rule, self.target.length, width, self.filtered)
+            made = functools.partial(_eager, advance) if self.step_of is None else self.step_of.slots(advance)
+            self.runs[width] = made
+        return self.runs[width]
+
     @torch.no_grad()
     def step(self) -> list[SlotImage]:
         """One target pass; returns the images that it finished, which leave their slots."""
         s = self.state
         if s is None or not self.active:
             return []
+        self.clock.resume()
         width = min(self.width(self.active), self.widest)
+        self._fit(width)
         self._fill_noise(width)
+        self.clock.lap("draft")
         furthest = max(image.count for image in self.images if image is not None)
-        if self.compiled is None:
-            scores = self.session.score(s.inputs[:, :width].contiguous(), s.count, furthest)
-            assert scores.logits is not None
-            report = s.take(self.advance(scores.logits, *s.tensors()))
-        else:
-            report = s.take(self.compiled(self.session, width, furthest, s.tensors()))
-        return self._note(report.tolist(), width)  # the one synchronisation
+        report = s.take(
+            self._run(width)(self.session, width, furthest, s.tensors())
+        ).tolist()  # the one synchronisation
+        self.clock.lap("target")
+        done = self._note(report, width)
+        self.clock.lap("draft")
+        return done
+
+    @torch.no_grad()
+    def time_pass(self, size: int, width: int, rounds: int = 7) -> float:
+        """Seconds of a pass of `width` places for `size` images (a power of two) halfway through, the quickest of some.
+        The lane's own images are not touched."""
+        middle = self.target.length // 2
+        labels = torch.zeros(size, dtype=torch.int64, device=self.target.device)
+        session, state = self.target.begin(labels, self.guided, self.widest), self._blank(size, width)
+        run, times, clock = self._run(width), [], Clock(self.target.device)
+        for _ in range(2 + rounds):
+            state.count = torch.full_like(state.count, middle)
+            clock.resume()
+            before = clock.parts["target"]
+            state.take(run(session, width, middle, state.tensors())).tolist()
+            clock.lap("target")
+            times.append(clock.parts["target"] - before)
+        return min(times[2:])
 
     def _note(self, report: list[list[float]], width: int) -> list[SlotImage]:
         """Bookkeeping of a pass; finished images leave."""
-        done = []
+        done, held = [], list(self.images)
         assert self.state is not None
         for slot, image in enumerate(self.images):
             if image is None:
                 continue
             committed, accepted, margin = int(report[0][slot]), int(report[1][slot]), report[2][slot]
-            drafted = min(width - 1, self.target.length - image.count) if image.passes else 0
+            drafted, image.held = min(image.held, self.target.length - image.count), width - 1
             image.count, image.passes = image.count + committed, image.passes + 1
             image.accepted, image.drafted = image.accepted + accepted, image.drafted + drafted
             image.margin = min(image.margin, margin)
@@ -217,6 +267,8 @@ class SlotLane:
                 image.tokens = self.state.tokens[slot, : self.target.length].clone()
                 self._leave(slot)
                 done.append(image)
+        if hasattr(self.width, "note"):
+            self.width.note(width, report[0], [image is not None for image in held])
         return done
 
     def _leave(self, slot: int) -> None:
@@ -230,8 +282,34 @@ class SlotLane:
             if other is image:
                 self._leave(slot)
 
+    def tokens_of(self, image: SlotImage) -> Tensor:
+        """What an image has so far, int64 [count]."""
+        if image.tokens is not None:
+            return image.tokens
+        assert self.state is not None
+        slot = next(slot for slot, other in enumerate(self.images) if other is image)
+        return self.state.tokens[slot, : image.count]
+
+    @property
+    def places(self) -> int:
+        """Of the last pass."""
+        return self.widest if self.state is None else self.state.inputs.shape[1]
+
+    def clear(self) -> None:
+        """Free all slots."""
+        for slot, image in enumerate(self.images):
+            if image is not None:
+                self._leave(slot)
+
     def shrink(self) -> None:
         """Give up rows that nobody needs, where that makes passes of half the size or less."""
         if self.active and 2 * (1 << max(0, self.active - 1).bit_length()) <= len(self.images):
             self._resize(self.active)
             self.noise_keys = self._noise_keys()
+
+
+def _eager(advance: Advance, session: Any, width: int, furthest: int, held: list[Tensor]) -> tuple[Tensor, ...]:
+    """A pass and what follows it, of a target that is not compiled."""
+    scores = session.score(held[0].contiguous(), held[1], furthest)
+    assert scores.logits is not None
+    return advance(scores.logits, *held)

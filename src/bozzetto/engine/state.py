@@ -92,8 +92,8 @@ class DecodeState:
 class BatchResult:
     """tokens int64 [B, N] or float32 [B, N, D]; passes, drafted, accepted int64 [B]; margin, spent, moved, farthest
     float32 [B] (see DecodeState); head_calls, head_rows: serial calls of a denoising head, and rows in them, of the
-    whole batch (0 for codes); seconds: `target` (passes), `draft` (drafting and verifying, the head included) and
-    their sum `total`."""
+    whole batch (0 for codes); batch_passes: passes of the batch, where images entered later (0: the most of any image);
+    seconds: `target` (passes), `draft` (drafting and verifying, the head included) and their sum `total`."""
 
     tokens: Tensor
     passes: Tensor
@@ -105,4 +105,5 @@ class BatchResult:
     farthest: Tensor
     head_calls: int = 0
     head_rows: int = 0
+    batch_passes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

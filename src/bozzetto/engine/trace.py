@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bozzetto.engine.loop import PassEvent
+from bozzetto.engine.state import BatchResult
 
 
 @dataclass
@@ -56,6 +58,20 @@ class TraceRecorder:
             passes = sum(c > 0 for c in committed)
             traces.append(PassTrace(committed[:passes], accepted[:passes], drafted[:passes], spent[:passes]))
         return traces
+
+
+def traced(
+    decoder: Any, labels: Tensor, seed: int, index: Tensor, tick: Callable[[int], object]
+) -> tuple[BatchResult, list[PassTrace]]:
+    """Decode images to the end with any decoder; tick: told after every pass how many tokens are committed in all."""
+    if hasattr(decoder, "traced"):
+        found: tuple[BatchResult, list[PassTrace]] = decoder.traced(labels, seed, index, tick)
+        return found
+    recorder = TraceRecorder()
+    for event in decoder.stream(labels, seed, index):
+        recorder.add(event)
+        tick(int(event.count.sum()))
+    return decoder.result, recorder.traces()
 
 
 def acceptance_by_offset(traces: Sequence[PassTrace]) -> tuple[np.ndarray, np.ndarray]:

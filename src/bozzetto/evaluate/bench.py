@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from bozzetto.engine.loop import Decoder
+from bozzetto.engine.state import BatchResult
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.files import write_text
@@ -40,7 +41,8 @@ class BenchSettings:
     """methods: none, or DRAFTER/RULE, each with settings of its own (see `method_settings`); batches, guidances,
     windows (0: chosen for the batch), top_ks: every combination is a cell of the table; count: images per method and
     cell, rounded up to whole batches; rounds: at least so many; temperature, top_p: shared by all; seed: of the images;
-    threads: CPU threads (0: as they are)."""
+    threads: CPU threads (0: as they are); compile, deterministic: see GenerateSettings; waves: images per round for
+    each place in the batch: with more than one, images enter as others finish where the engine can do that."""
 
     methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/seed-exact", "jacobi/exact")
     batches: tuple[int, ...] = (1,)
@@ -54,9 +56,11 @@ class BenchSettings:
     seed: int = 0
     threads: int = 0
     compile: str = "off"
+    deterministic: bool = False
+    waves: int = 1
 
     def __post_init__(self) -> None:
-        for name, lowest in (("count", 1), ("rounds", 1), ("seed", 0), ("threads", 0)):
+        for name, lowest in (("count", 1), ("rounds", 1), ("seed", 0), ("threads", 0), ("waves", 1)):
             if getattr(self, name) < lowest:
                 raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a whole number >= {lowest}")
         if self.seed >= 2**63:
@@ -70,7 +74,12 @@ class BenchSettings:
     def cells(self) -> list[GenerateSettings]:
         """Sequential settings of every cell."""
         law = GenerateSettings(
-            SEQUENTIAL, "seed-exact", temperature=self.temperature, top_p=self.top_p, compile=self.compile
+            SEQUENTIAL,
+            "seed-exact",
+            temperature=self.temperature,
+            top_p=self.top_p,
+            compile=self.compile,
+            deterministic=self.deterministic,
         )
         return [
             replace(law, guidance=guidance, top_k=top_k, batch=batch)
@@ -170,7 +179,7 @@ def measure_cell(
     for number in range(_rounds(settings, cell)):
         first = number % len(entries)
         for i in [*range(first, len(entries)), *range(first)]:
-            timings[i].append(_timed(pipe, entries[i][1], cell, settings.seed, number))
+            timings[i].append(_timed(pipe, entries[i][1], cell, settings, number))
             tick()
     bare, sequential = timings[0], timings[1]
     rows = [_row(pipe, m, s, cell, t, sequential) for (m, s), t in zip(entries, timings, strict=True)]
@@ -183,7 +192,7 @@ def measure_cell(
 
 
 def _rounds(settings: BenchSettings, cell: GenerateSettings) -> int:
-    return max(settings.rounds, -(-settings.count // cell.batch))
+    return max(settings.rounds, -(-settings.count // (cell.batch * settings.waves)))
 
 
 def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,17 +230,29 @@ def _ceiling(
     return float(by_offset.mean()), float(by_offset[0])
 
 
-def _timed(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int, number: int) -> Timing:
-    labels, index = _images(pipe, cell.batch, number)
-    tokens, began = cell.batch * pipe.target.length, _now(pipe)
+def _timed(
+    pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, settings: BenchSettings, number: int
+) -> Timing:
+    """A round: `waves` batches of images, together where the engine refills its batch."""
+    labels, index = _images(pipe, cell.batch * settings.waves, number)
+    chunks = list(zip(labels.split(cell.batch), index.split(cell.batch), strict=True))
+    tokens, began = len(index) * pipe.target.length, _now(pipe)
     if entry is None:
-        passes = sum(1 for _ in pipe.bare_passes(labels, cell))
+        passes = sum(1 for part, _ in chunks for _ in pipe.bare_passes(part, cell))
         return Timing(_now(pipe) - began, passes, tokens, tokens, 0.0)
-    result = pipe.decoder_for(entry, cell.batch)[0].run(labels, seed, index)
-    seconds, parts = _now(pipe) - began, result.seconds
+    decoder = pipe.decoder_for(entry, cell.batch)[0]
+    together = [(labels, index)] if getattr(decoder, "refills", False) else chunks
+    results = [decoder.run(part, settings.seed, numbers) for part, numbers in together]
+    seconds = _now(pipe) - began
+    parts = {name: sum(r.seconds[name] for r in results) for name in ("draft", "target")}
     share = parts["draft"] / max(1e-12, parts["draft"] + parts["target"])
-    work = (result.head_calls, result.head_rows)
-    return Timing(seconds, int(result.passes.max()), tokens, int(result.passes.sum()), share, *work)
+    work = (sum(r.head_calls for r in results), sum(r.head_rows for r in results))
+    passes = sum(_passes_of(r) for r in results)
+    return Timing(seconds, passes, tokens, sum(int(r.passes.sum()) for r in results), share, *work)
+
+
+def _passes_of(result: BatchResult) -> int:
+    return result.batch_passes or int(result.passes.max())
 
 
 def _now(pipe: Pipeline) -> float:
@@ -249,7 +270,7 @@ def _row(
     sequential: Sequence[Timing],
 ) -> BenchRow:
     ms = [1000 * t.seconds / t.passes for t in timings]
-    rate = [cell.batch / t.seconds for t in timings]
+    rate = [t.tokens / pipe.target.length / t.seconds for t in timings]
     gain = [s.seconds / t.seconds for s, t in zip(sequential, timings, strict=True)]
     return BenchRow(
         method=method,

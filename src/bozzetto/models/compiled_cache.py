@@ -30,9 +30,11 @@ def compile_target(
     network: LlamaGen | FlowModel,
     mode: str,
     report: Callable[[str], None] | None = None,
+    deterministic: bool = False,
 ) -> None:
     """Let a target run compiled passes (a graph is compiled when its shape first turns up). network: what the target
-    was made from; mode: `default` or `max`, `off` does nothing; report: is told what is being compiled.
+    was made from; mode: `default` or `max`, `off` does nothing; report: is told what is being compiled; deterministic:
+    passes of any width and batch agree to the last bit, which takes somewhat longer.
 
     Raises UsageError for another mode.
     """
@@ -46,6 +48,7 @@ def compile_target(
         embed, head = VectorEmbedding(layer.weight, layer.bias, network.positions, target.dtype), None
     rope = network.rope[target.config.condition_tokens - 1 :]
     step = CausalStep(target.config, network.blocks, network.norm.weight, rope, embed, head, target.dtype)
+    step.steady = deterministic
     compiler = Compiler(mode, report)
     target.step = CompiledStep(step, target.config.condition_tokens - 1, compiler)
     target.session = CompiledSession

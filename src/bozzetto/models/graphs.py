@@ -104,10 +104,8 @@ class Compiler:
 
     def _name(self, module: nn.Module, arguments: Sequence[Tensor], dynamic: Dynamic | None) -> str:
         total = hashlib.sha256()
-        built = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability())
-        machine = (*built, processor(), torch.get_num_threads())
         shapes = [(tuple(a.shape), str(a.dtype)) for a in arguments]
-        for part in (machine, self.mode, shapes, sorted((dynamic or {}).items()), self._digest(module)):
+        for part in (_machine(), self.mode, shapes, sorted((dynamic or {}).items()), self._digest(module)):
             total.update(repr(part).encode())
         return total.hexdigest()[:24]
 
@@ -121,6 +119,17 @@ class Compiler:
                 total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             self.digests[module] = total.hexdigest()
         return self.digests[module]
+
+
+def _machine() -> tuple[object, ...]:
+    """What a graph fits, and the time of a pass belongs to."""
+    built = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability())
+    return (*built, processor(), torch.get_num_threads())
+
+
+def digest_of(*parts: object) -> str:
+    """Of what is known by its representation, on this machine and with this code."""
+    return hashlib.sha256(repr((_machine(), _source(), parts)).encode()).hexdigest()[:24]
 
 
 @functools.cache

@@ -1,0 +1,172 @@
+"""Admission: images are asked for at any time, enter between passes, and are done, or given up, one by one.
+
+Images of one method share passes, each with its own class, seed, guidance and filters; methods take turns. What an
+image becomes does not depend on who was there with it (float32).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bozzetto.engine.slots import ImageRequest, SlotImage
+from bozzetto.errors import UsageError
+from bozzetto.settings import GenerateSettings
+
+WAITING, DRAWING, DONE, CANCELLED = "waiting", "drawing", "done", "cancelled"
+_IDLE_LANES = 4  # lanes without images that are kept for the next ones
+
+
+class QueueFull(UsageError):
+    """More images wait than the queue holds."""
+
+
+class Lane(Protocol):
+    """Images that are decoded together: SlotLane or BatchLane."""
+
+    @property
+    def active(self) -> int: ...
+    @property
+    def free(self) -> int: ...
+    def admit(self, requests: list[ImageRequest]) -> list[SlotImage]: ...
+    def step(self) -> list[SlotImage]: ...
+    def cancel(self, image: SlotImage) -> None: ...
+    def shrink(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An image that was asked for. status: `waiting`, `drawing`, `done` or `cancelled`; image: its progress."""
+
+    request: ImageRequest
+    settings: GenerateSettings
+    key: Hashable
+    status: str = WAITING
+    image: SlotImage | None = field(default=None, repr=False)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of a finished image: int64 [N], or float32 [N, D]. Raises ValueError before."""
+        if self.image is None or self.image.tokens is None:
+            raise ValueError(f"an image that is {self.status} has no tokens yet")
+        return self.image.tokens
+
+
+class Admission:
+    """pipe: a Pipeline; slots: images in passes at a time; queue: images that may wait for one.
+
+    `submit` and `cancel` may be called from any thread; `step` by one thread at a time.
+    """
+
+    def __init__(self, pipe: Any, slots: int = 8, queue: int = 64):
+        for name, value in (("slots", slots), ("queue", queue)):
+            if value < 1:
+                raise UsageError(f"{name} = {value} is not allowed: a whole number >= 1")
+        self.pipe, self.slots, self.queue = pipe, slots, queue
+        self.waiting: deque[Ticket] = deque()
+        self.lanes: dict[Hashable, Lane] = {}
+        self.drawing: dict[Hashable, list[Ticket]] = {}
+        self.lock = threading.RLock()
+
+    @property
+    def active(self) -> int:
+        """Images in passes."""
+        return sum(len(tickets) for tickets in self.drawing.values())
+
+    def submit(self, label: int, *, seed: int = 0, index: int = 0, settings: GenerateSettings | None = None) -> Ticket:
+        """Ask for image `index` of a seed; label: number of its class or caption. `settings.batch` says nothing here.
+
+        Raises QueueFull, and UsageError for what the model cannot do.
+        """
+        for name, value in (("seed", seed), ("index", index)):
+            if not 0 <= value < 2**63:
+                raise UsageError(f"{name} = {value} is not allowed: a whole number from 0 to 2^63 - 1")
+        if not 0 <= label < len(self.pipe.classes):
+            raise UsageError(f"label = {label} is not allowed: a whole number from 0 to {len(self.pipe.classes) - 1}")
+        settings = self.pipe.alone(settings or GenerateSettings())
+        request = ImageRequest(label, seed, index, settings.law)
+        ticket = Ticket(request, settings, self.pipe.lane_key(settings, seed))
+        with self.lock:
+            if len(self.waiting) >= self.queue:
+                raise QueueFull(f"{self.queue} images are waiting already, more are not allowed: try again later")
+            self.waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """An image is not wanted any more; its slot is free from the next pass on. False if it was done already."""
+        with self.lock:
+            if ticket.status in (DONE, CANCELLED):
+                return False
+            if ticket.status == WAITING:
+                self.waiting.remove(ticket)
+            ticket.status = CANCELLED  # one that is being drawn leaves before the next pass
+        return True
+
+    def step(self) -> list[Ticket]:
+        """One target pass of one lane; returns the images that it finished. Nothing to do: no pass."""
+        with self.lock:
+            self._leave()
+            self._enter()
+            key = next(iter(self.drawing), None)
+            if key is None:
+                return []
+            tickets, lane = self.drawing.pop(key), self.lanes[key]
+            if all(ticket.key != key for ticket in self.waiting):
+                lane.shrink()
+        finished = {id(image) for image in lane.step()}
+        with self.lock:
+            done = [t for t in tickets if id(t.image) in finished]
+            left = [t for t in tickets if id(t.image) not in finished]
+            if left:
+                self.drawing[key] = left  # behind the others: lanes take turns
+            for ticket in done:
+                ticket.status = DONE if ticket.status == DRAWING else ticket.status
+        return [ticket for ticket in done if ticket.status == DONE]
+
+    def _leave(self) -> None:
+        """Take cancelled images out of their lanes."""
+        for key, tickets in list(self.drawing.items()):
+            for ticket in (t for t in tickets if t.status == CANCELLED):
+                assert ticket.image is not None
+                self.lanes[key].cancel(ticket.image)
+            kept = [t for t in tickets if t.status != CANCELLED]
+            if kept:
+                self.drawing[key] = kept
+            else:
+                del self.drawing[key]
+
+    def _enter(self) -> None:
+        """Give places to those who wait, the first ones first; a lane that is full lets others pass."""
+        chosen: dict[Hashable, list[Ticket]] = {}
+        room, still = self.slots - self.active, deque[Ticket]()
+        for ticket in self.waiting:
+            group = chosen.setdefault(ticket.key, [])
+            if room > 0 and len(group) < self._lane(ticket).free:
+                group.append(ticket)
+                room -= 1
+            else:
+                still.append(ticket)
+        self.waiting = still
+        for key, tickets in ((key, group) for key, group in chosen.items() if group):
+            lane = self.lanes[key]
+            for ticket, image in zip(tickets, lane.admit([t.request for t in tickets]), strict=True):
+                ticket.image, ticket.status = image, DRAWING
+            self.drawing[key] = [*self.drawing.get(key, []), *tickets]
+        idle = [key for key in self.lanes if key not in self.drawing]
+        for key in idle[: max(0, len(idle) - _IDLE_LANES)]:
+            del self.lanes[key]
+
+    def _lane(self, ticket: Ticket) -> Lane:
+        if ticket.key not in self.lanes:
+            self.lanes[ticket.key] = self.pipe.make_lane(replace(ticket.settings, batch=self.slots))
+        return self.lanes[ticket.key]
+
+    def drain(self) -> Iterator[Ticket]:
+        """Images as they are finished, until nobody waits."""
+        while self.waiting or self.drawing:
+            yield from self.step()

@@ -1,0 +1,233 @@
+"""Where a target pass spends its time, against the roofline of the machine, and what decoding makes of it.
+
+A pass is timed alone, as wide as sequential decoding makes it and as the method does; then both decode the same images,
+in turn. Pixels are not decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bozzetto.engine.state import BatchResult
+from bozzetto.errors import UsageError
+from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
+from bozzetto.evaluate.passes import BarePass
+from bozzetto.evaluate.roofline import Machine, measure_machine, now
+from bozzetto.models.llamagen_cache import CausalTarget
+from bozzetto.output import table
+from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.provenance import provenance
+from bozzetto.sampling import method_settings
+
+SEQUENTIAL = "none"
+_WARM_UP_PASSES = 4
+_BUSY = 1.3  # times the time of an undisturbed pass, from which another one is worth a note
+_SHOW_AFTER = 2.0  # seconds until the progress bar appears
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """method: none, DRAFTER/RULE or auto, with settings of its own (see `method_settings`); window: of drafter jacobi
+    (0: chosen for the batch); batch: images decoded together; compile: off, default or max; seconds: spent on measuring
+    each part, at least; threads: CPU threads (0: as they are). Raises UsageError for a value out of range."""
+
+    method: str = "auto"
+    window: int = 0
+    batch: int = 1
+    guidance: float = 2.0
+    compile: str = "off"
+    seconds: float = 0.3
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise UsageError(f"seconds = {self.seconds} is not allowed: a number above 0")
+        if self.threads < 0:
+            raise UsageError(f"threads = {self.threads} is not allowed: a whole number >= 0")
+        self.generation  # noqa: B018  (validates its own numbers and names)
+
+    @property
+    def generation(self) -> GenerateSettings:
+        """How the method decodes."""
+        shared = {n: getattr(self, n) for n in ("window", "batch", "guidance", "compile")}
+        return method_settings(self.method, GenerateSettings(SEQUENTIAL, "seed-exact", **shared))
+
+
+def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False) -> dict[str, Any]:
+    """Measure the machine, the pass and the decoding of the images 0 to B - 1 of seed 0; returns {settings, machine,
+    passes, parts, decoding, advice}, ready for JSON: the fields of the dataclasses in advice.py, times in seconds.
+
+    Raises UsageError for a masked model: it has no cache, and its passes are all different.
+    """
+    method, before = pipe.resolve(settings.generation), torch.get_num_threads()
+    if not isinstance(pipe.target, CausalTarget):
+        raise UsageError(
+            f"model = {pipe.name!r} is not allowed: it is masked, not causal (`bozzetto bench` is for all)"
+        )
+    try:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        with tqdm(total=5, unit="part", disable=not progress, delay=_SHOW_AFTER) as bar:
+            figures = _measured(pipe, method, settings.seconds, bar.update)
+        return _as_json(pipe, settings, figures)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Callable[[], object]) -> Figures:
+    machine = measure_machine(pipe.dtype, pipe.target.device, seconds)
+    tick()
+    labels = torch.arange(method.batch, device=pipe.target.device) % len(pipe.classes)
+    passes, parts = [], []
+    for width in sorted({1, pipe.decoder_for(method, method.batch)[1]}):
+        bare = BarePass(pipe, method, labels, width)
+        passes.append(bare.figures(machine, seconds))
+        parts += bare.parts(seconds)
+        tick()
+    methods = {SEQUENTIAL: pipe.resolve(replace(method, drafter=SEQUENTIAL, rule="auto"))}
+    if not method.sequential:
+        methods[f"{method.drafter}/{method.rule}"] = method
+    decoding = _decoding(pipe, methods, labels, seconds, tick)
+    return Figures(machine, passes, parts, decoding, method.compile)
+
+
+def _decoding(
+    pipe: Pipeline,
+    methods: dict[str, GenerateSettings],
+    labels: Tensor,
+    seconds: float,
+    tick: Callable[[], object],
+) -> list[Decoding]:
+    """The methods in turn, the first one sequential, until the seconds are spent."""
+    index, device = torch.arange(len(labels), device=labels.device), pipe.target.device
+    for method in methods.values():
+        passes = pipe.decoder_for(method, method.batch)[0].stream(labels, 0, index)
+        # Compiled passes have shapes that turn up at the end of an image only.
+        for _ in islice(passes, _WARM_UP_PASSES if method.compile == "off" else None):
+            pass
+        tick()
+    rounds: dict[str, list[tuple[float, BatchResult]]] = {name: [] for name in methods}
+    began = now(device)
+    while not rounds[SEQUENTIAL] or now(device) - began < seconds:
+        for name, method in methods.items():
+            decoder, start = pipe.decoder_for(method, method.batch)[0], now(device)
+            result = decoder.run(labels, 0, index)
+            rounds[name].append((now(device) - start, result))
+    return [_decoded(pipe, name, methods[name], found, rounds[SEQUENTIAL]) for name, found in rounds.items()]
+
+
+def _decoded(
+    pipe: Pipeline,
+    name: str,
+    method: GenerateSettings,
+    found: list[tuple[float, BatchResult]],
+    sequential: list[tuple[float, BatchResult]],
+) -> Decoding:
+    result, (decoder, window) = found[0][1], pipe.decoder_for(method, method.batch)
+    passes = result.batch_passes or int(result.passes.max())
+    return Decoding(
+        method=name,
+        window=window,
+        tokens_per_pass=method.batch * pipe.target.length / int(result.passes.sum()),
+        seconds=median(seconds for seconds, _ in found) / passes,
+        drafting=median(r.seconds["draft"] / max(1e-12, r.seconds["total"]) for _, r in found),
+        speedup=median(slow / fast for (slow, _), (fast, _) in zip(sequential, found, strict=True)),
+        head_calls=result.head_calls / passes,
+        jacobi=method.drafter.startswith("jacobi"),
+        adaptive=window > 1 and method.window == 0 and getattr(decoder, "refills", False),
+    )
+
+
+def _as_json(pipe: Pipeline, settings: ProfileSettings, figures: Figures) -> dict[str, Any]:
+    plain = asdict(figures)
+    for entry, measured in zip(plain["passes"], figures.passes, strict=True):
+        entry["share"] = measured.share
+    known = {"model": pipe.name, **asdict(settings), "dtype": pipe.dtype, "compile": plain.pop("compile")}
+    return {"settings": {**known, **provenance()}, **plain, "advice": [asdict(hint) for hint in advise(figures)]}
+
+
+def profile_table(report: dict[str, Any]) -> str:
+    """The figures for people."""
+    machine = Machine(**report["machine"])
+    sections = [_machine_text(machine), _pass_table(report, machine), _part_table(report), _decoding_table(report)]
+    return "\n\n".join([*(s for s in sections if s), _advice_text(report["advice"])])
+
+
+def _machine_text(m: Machine) -> str:
+    threads = f"{m.threads} thread{'s' * (m.threads > 1)}"
+    return (
+        f"{m.processor}, {m.device}, {threads}, {m.dtype}\n"
+        f"memory: reads {m.read / 1e9:.1f} GB/s, copies {m.copy / 1e9:.1f} GB/s; "
+        f"matrix products: {m.bfloat16 / 1e9:.0f} GFLOP/s in bfloat16, {m.float32 / 1e9:.0f} in float32"
+    )
+
+
+def _pass_table(report: dict[str, Any], machine: Machine) -> str:
+    header = ["pass of", "ms", "median", "MB", "GFLOP", "roofline ms", "bound by", "GB/s", "GFLOP/s", "of the roofline"]
+    rows = []
+    for p in report["passes"]:
+        read, flops = p["work"]["bytes"], p["work"]["flops"]
+        bound = "memory" if read / machine.bandwidth >= flops / machine.rate(machine.dtype) else "products"
+        times = [f"{p['width']}", f"{1e3 * p['fastest']:.3f}", f"{1e3 * p['median']:.3f}"]
+        work = [f"{read / 1e6:.2f}", f"{flops / 1e9:.3f}", f"{1e3 * p['roofline']:.3f}", bound]
+        rows.append([*times, *work, f"{read / p['fastest'] / 1e9:.1f}", f"{flops / p['fastest'] / 1e9:.0f}"])
+        rows[-1].append(f"{p['share']:.0%}")
+    notes = []
+    if any(p["share"] > 1 for p in report["passes"]):
+        notes.append("above 100%: the weights stay in the processor's cache, which is faster than the memory measured")
+    if any(p["median"] > _BUSY * p["fastest"] for p in report["passes"]):
+        notes.append("the median is far above the fastest pass: something else may keep this machine busy")
+    return "\n".join([table(header, rows), *notes])
+
+
+def _part_table(report: dict[str, Any]) -> str:
+    """A row per part, a pair of columns per width."""
+    parts = [Part(**p) for p in report["parts"]]
+    widths = sorted({p.width for p in parts}, reverse=True)
+    times = {(p.group, p.name, p.width): p.seconds for p in parts}
+    whole = {w: sum(p.seconds for p in parts if p.width == w) for w in widths}
+    names = dict.fromkeys((p.group, p.name) for p in sorted(parts, key=lambda p: (-p.width, -p.seconds)))
+    header, rows = ["part", *(f"{what} of {w}" for w in widths for what in ("ms", "share"))], []
+    for group, name in names:
+        row = [name if name == group else f"{group}: {name}"]
+        for width in widths:
+            spent = times.get((group, name, width), 0.0)
+            row += [f"{1e3 * spent:.3f}", f"{spent / max(1e-12, whole[width]):.0%}"]
+        rows.append(row)
+    return table(header, rows) if rows else ""
+
+
+def _decoding_table(report: dict[str, Any]) -> str:
+    alone = {p["width"]: p["median"] for p in report["passes"]}
+    heads = any(d["head_calls"] for d in report["decoding"])
+    header = ["method", "window", "tok/pass", "ms/pass", "the pass alone", "drafting", "ms/token", "speedup"]
+    header += ["head calls/pass"] if heads else []
+    rows = []
+    for d in report["decoding"]:
+        per_token = 1e3 * d["seconds"] / d["tokens_per_pass"]
+        width = f"{d['window']} at most" if d["adaptive"] else str(d["window"])
+        row = [d["method"], width, f"{d['tokens_per_pass']:.2f}", f"{1e3 * d['seconds']:.3f}"]
+        row += [f"{1e3 * alone[d['window']]:.3f}", f"{d['drafting']:.0%}", f"{per_token:.3f}", f"{d['speedup']:.2f}x"]
+        rows.append(row + ([f"{d['head_calls']:.1f}"] if heads else []))
+    text = table(header, rows)
+    slow = [d for d in report["decoding"] if d["seconds"] * (1 - d["drafting"]) > _BUSY * alone[d["window"]]]
+    # What a head prepares counts as the pass's, and so does what is compiled together with a pass.
+    if slow and not heads and report["settings"]["compile"] == "off":
+        text += "\npasses take far longer here than alone: something else may keep this machine busy"
+    return text
+
+
+def _advice_text(advice: list[dict[str, Any]]) -> str:
+    hints = [Hint(**hint) for hint in advice]
+    if not hints:
+        return "No rule finds anything that would help."
+    lines = [f"  {hint.gain:.2f}x  {hint.text}" for hint in hints]
+    return "\n".join(["What would help most, by estimate:", *lines])

@@ -1,0 +1,173 @@
+"""Admission: who comes when, with whom, and who leaves early changes no image; memory does not grow."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bozzetto import load
+from bozzetto.engine.admission import CANCELLED, DONE, Admission, QueueFull, Ticket
+from bozzetto.errors import UsageError
+from bozzetto.pipeline import Pipeline
+from bozzetto.settings import GenerateSettings
+
+WINDOW, EXACT = GenerateSettings("jacobi", "seed-exact"), GenerateSettings("jacobi", "exact", window=4)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model: Path) -> Pipeline:
+    return load(tiny_model)
+
+
+def drawn_alone(pipe: Pipeline, ticket: Ticket) -> torch.Tensor:
+    r = ticket.request
+    result = pipe.generate([r.label], seed=r.seed, indices=[r.index], settings=ticket.settings)
+    return result.images[0].tokens
+
+
+def mixed(choose: random.Random) -> GenerateSettings:
+    law = {"guidance": choose.choice([1.0, 2.0, 3.5]), "temperature": choose.choice([0.0, 0.8, 1.0])}
+    cut = {"top_k": choose.choice([0, 0, 3]), "top_p": choose.choice([1.0, 1.0, 0.8])}
+    method = choose.choice([("jacobi", "seed-exact", 0), ("jacobi", "exact", 4), ("none", "seed-exact", 0)])
+    return GenerateSettings(*method, **law, **cut)
+
+
+def crowd(pipe: Pipeline, count: int, choose: random.Random, after: Callable[[int], object]) -> list[Ticket]:
+    """Images of all kinds that come in at random, some of which are given up; `after` is told how many are done."""
+    engine, asked, done = Admission(pipe, slots=6, queue=20), list[Ticket](), 0
+    while len(asked) < count or engine.waiting or engine.active:
+        for _ in range(min(choose.randrange(4), count - len(asked), engine.queue - len(engine.waiting))):
+            asked.append(
+                engine.submit(choose.randrange(3), seed=choose.randrange(3), index=len(asked), settings=mixed(choose))
+            )
+        if asked and choose.random() < 0.03:
+            engine.cancel(choose.choice(asked[-12:]))
+        done += len(engine.step())
+        after(done)
+    return asked
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds (where it can be told)."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 1
+
+
+def test_two_hundred_mixed_images_are_those_drawn_one_by_one_and_memory_stays_flat(pipe: Pipeline) -> None:
+    memory = dict[int, int]()
+    asked = crowd(pipe, 290, random.Random(0), lambda done: memory.setdefault(done // 25 * 25, resident()))
+    finished = [ticket for ticket in asked if ticket.status == DONE]
+    assert {ticket.status for ticket in asked} == {DONE, CANCELLED} and len(finished) >= 200
+    for ticket in finished:
+        assert torch.equal(ticket.tokens, drawn_alone(pipe, ticket)), ticket
+    assert memory[max(memory)] <= 1.05 * memory[50]
+
+
+def test_methods_without_slots_are_decoded_in_batches_of_one_seed(pipe: Pipeline, tiny_model: Path) -> None:
+    settings = GenerateSettings(f"model:folder={tiny_model}:tree=chain-2", "block")
+    engine = Admission(pipe, slots=3)
+    asked = [engine.submit(i % 3, seed=i % 2, index=i, settings=settings) for i in range(7)]
+    asked += [engine.submit(0, index=9, settings=WINDOW)]
+    engine.step()
+    engine.cancel(asked[2])
+    assert {t.request.index for t in engine.drain()} == {0, 1, 3, 4, 5, 6, 9}
+    for ticket in (t for t in asked if t.status == DONE):
+        assert torch.equal(ticket.tokens, drawn_alone(pipe, ticket))
+
+
+def test_continuous_tokens_are_admitted_too(tiny_flow: Path) -> None:
+    pipe = load(tiny_flow)
+    engine = Admission(pipe, slots=2)
+    settings = [GenerateSettings(*method, window=3) for method in (("none", "plain"), ("jacobi", "pathwise"))]
+    asked = [engine.submit(i % 3, index=i, settings=settings[i % 2]) for i in range(5)]
+    assert len(list(engine.drain())) == 5
+    for ticket in asked:
+        assert torch.allclose(ticket.tokens, drawn_alone(pipe, ticket), atol=1e-3)
+
+
+def test_methods_take_turns(pipe: Pipeline) -> None:
+    engine = Admission(pipe, slots=4)
+    sequential = engine.submit(0, settings=GenerateSettings("none"))
+    exact = engine.submit(0, settings=EXACT)
+    for _ in range(6):
+        engine.step()
+    assert sequential.image is not None and exact.image is not None
+    assert sequential.image.passes == exact.image.passes == 3
+
+
+def test_a_full_queue_says_so_and_has_room_again_when_somebody_leaves(pipe: Pipeline) -> None:
+    engine = Admission(pipe, slots=1, queue=2)
+    asked = [engine.submit(0, index=i, settings=WINDOW) for i in range(2)]
+    with pytest.raises(QueueFull, match="2 images are waiting already"):
+        engine.submit(0, index=2, settings=WINDOW)
+    assert engine.cancel(asked[0]) and not engine.cancel(asked[0])
+    engine.submit(0, index=3, settings=WINDOW)
+    assert [t.request.index for t in engine.drain()] == [1, 3]
+    assert not engine.cancel(asked[1])
+
+
+def test_an_image_given_up_while_it_is_drawn_frees_its_slot_and_has_no_tokens(pipe: Pipeline) -> None:
+    engine = Admission(pipe, slots=1)
+    first, second = (engine.submit(0, index=i, settings=WINDOW) for i in range(2))
+    engine.step()
+    engine.cancel(first)
+    assert list(engine.drain()) == [second]
+    with pytest.raises(ValueError, match="an image that is cancelled has no tokens"):
+        _ = first.tokens
+    assert torch.equal(second.tokens, drawn_alone(pipe, second))
+
+
+def test_nothing_to_do_is_no_pass(pipe: Pipeline) -> None:
+    assert Admission(pipe).step() == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"label": 3}, "label = 3 is not allowed: a whole number from 0 to 2"),
+        ({"label": 0, "seed": -1}, "seed = -1 is not allowed"),
+        ({"label": 0, "index": -2}, "index = -2 is not allowed"),
+        ({"label": 0, "settings": GenerateSettings(steps=4)}, "steps is not allowed here"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_at_once(pipe: Pipeline, asked: dict[str, int], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        Admission(pipe).submit(**asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"queue": 0}])
+def test_an_engine_without_room_is_refused(pipe: Pipeline, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="a whole number >= 1"):
+        Admission(pipe, **options)
+
+
+def test_images_may_be_asked_for_and_given_up_from_other_threads(pipe: Pipeline) -> None:
+    engine, asked, stop = Admission(pipe, slots=4, queue=1000), list[Ticket](), threading.Event()
+
+    def customer(number: int) -> None:
+        for i in range(12):
+            asked.append(engine.submit(i % 3, seed=number, index=i, settings=(WINDOW, EXACT)[i % 2]))
+            if i % 5 == 4:
+                engine.cancel(asked[-1])
+
+    def draw() -> None:
+        while not stop.is_set() or engine.waiting or engine.active:
+            engine.step()
+
+    artist = threading.Thread(target=draw)
+    customers = [threading.Thread(target=customer, args=(n,)) for n in range(3)]
+    for thread in (artist, *customers):
+        thread.start()
+    for thread in customers:
+        thread.join()
+    stop.set()
+    artist.join()
+    assert len(asked) == 36 and {t.status for t in asked} <= {DONE, CANCELLED}
+    for ticket in (t for t in asked if t.status == DONE):
+        assert torch.equal(ticket.tokens, drawn_alone(pipe, ticket))

@@ -1,0 +1,97 @@
+"""Slots behind the pipeline: compiled decoding refills its batch, and draws the images of the eager engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bozzetto import load
+from bozzetto.engine.slot_decoder import SlotDecoder
+from bozzetto.engine.widths import MeasuredWidth
+from bozzetto.errors import UsageError
+from bozzetto.evaluate.bench import BenchSettings, bench
+from bozzetto.pipeline import Pipeline
+from bozzetto.settings import GenerateSettings
+
+
+@pytest.fixture
+def pipe(tiny_model: Path, uncompiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
+    return load(tiny_model)
+
+
+@pytest.mark.parametrize("rule", ["seed-exact", "exact"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("window", [0, 3])
+def test_images_are_those_of_the_eager_engine(pipe: Pipeline, rule: str, guidance: float, window: int) -> None:
+    law = {"drafter": "jacobi", "rule": rule, "guidance": guidance, "window": window, "batch": 4}
+    eager, slots = (pipe.generate(count=4, seed=3, compile=mode, **law) for mode in ("off", "max"))
+    assert [a.sha256 for a in eager.images] == [b.sha256 for b in slots.images]
+    if window:
+        for name in ("target_passes", "accepted", "drafted"):
+            assert [getattr(a, name) for a in eager.images] == [getattr(b, name) for b in slots.images]
+        assert [a.trace for a in eager.images] == [b.trace for b in slots.images]
+
+
+def test_more_images_than_the_batch_holds_enter_as_others_finish(pipe: Pipeline) -> None:
+    one_by_one = [pipe.generate(indices=[i], seed=5, batch=1).images[0].sha256 for i in range(11)]
+    result = pipe.generate(count=11, seed=5, batch=3, compile="max", window=4)
+    assert [image.sha256 for image in result.images] == one_by_one
+    assert [image.index for image in result.images] == list(range(11))
+    assert len(result.windows) == 1  # not four batches
+
+
+def test_the_window_follows_what_passes_cost_and_the_seconds_are_kept(pipe: Pipeline, tmp_path: Path) -> None:
+    settings = GenerateSettings("jacobi", "seed-exact", batch=2, compile="max")
+    decoder = pipe.decoder_for(settings, 2)[0]
+    assert isinstance(decoder, SlotDecoder) and isinstance(decoder.lane.width, MeasuredWidth)
+    decoder.run(torch.tensor([0, 1]), 0, torch.tensor([0, 1]))
+    (kept,) = (tmp_path / "cache").glob("times-*.json")
+    assert '"2x1"' in kept.read_text()
+    assert set(decoder.lane.width.times.known) == set(MeasuredWidth(decoder.lane.width.times, 1, 1).times._read())
+
+
+def test_a_stream_of_slots_ends_with_the_images_and_never_takes_tokens_back(pipe: Pipeline) -> None:
+    settings = GenerateSettings("jacobi", "seed-exact", window=4, batch=3, compile="max")
+    decoder, label = pipe.decoder_for(settings, 3)[0], torch.tensor([0, 1, 2])
+    before = torch.zeros(3, dtype=torch.int64)
+    for event in decoder.stream(label, 1, label):
+        assert (event.count >= before).all() and event.width == 4
+        assert (event.tokens[torch.arange(16) >= event.count[:, None]] == 0).all()
+        before = event.count
+    assert torch.equal(event.tokens, decoder.result.tokens)
+    assert torch.equal(decoder.run(label, 1, label).tokens, event.tokens)
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_behind(pipe: Pipeline) -> None:
+    settings = GenerateSettings("jacobi", "seed-exact", window=4, batch=3, compile="max")
+    wanted = pipe.decoder_for(settings, 3)[0].run(torch.tensor([1]), 0, torch.tensor([7])).tokens
+    label = torch.tensor([0, 1, 2])
+    next(iter(pipe.decoder_for(settings, 3)[0].stream(label, 1, label)))
+    assert torch.equal(pipe.decoder_for(settings, 3)[0].run(torch.tensor([1]), 0, torch.tensor([7])).tokens, wanted)
+
+
+@pytest.mark.parametrize("law", [{"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.0}, {"temperature": 0.6}])
+def test_laws_that_cut_off_are_those_of_the_eager_engine(pipe: Pipeline, law: dict[str, float]) -> None:
+    drawn = [pipe.generate(count=3, seed=2, compile=mode, batch=2, **law) for mode in ("off", "default")]
+    assert [a.sha256 for a in drawn[0].images] == [b.sha256 for b in drawn[1].images]
+
+
+def test_what_slots_cannot_do_is_left_to_the_other_decoder(pipe: Pipeline, tiny_model: Path) -> None:
+    drafter = f"model:folder={tiny_model}:tree=chain-2"
+    assert pipe.generate(count=1, compile="max", drafter=drafter, rule="block").tokens_per_pass > 1
+    assert not pipe.refills(GenerateSettings("jacobi", "seed-exact"))
+
+
+def test_deterministic_is_for_compiled_passes() -> None:
+    with pytest.raises(UsageError, match="deterministic is not allowed with compile = 'off': default, max"):
+        GenerateSettings(deterministic=True)
+
+
+def test_waves_of_a_round_are_decoded_without_waiting_for_the_last_of_a_batch(pipe: Pipeline) -> None:
+    settings = BenchSettings(("jacobi/seed-exact",), batches=(2,), windows=(3,), rounds=1, compile="max", waves=3)
+    bare, none, jacobi = bench(pipe, settings)["results"]
+    assert none["passes"] == bare["passes"] == 3 * 16
+    assert jacobi["passes"] < none["passes"] and jacobi["tokens_per_pass"] > 1

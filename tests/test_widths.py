@@ -1,0 +1,87 @@
+"""The width of the next pass: most tokens per second by what was measured, and never a loss that is known of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bozzetto.engine.widths import MeasuredWidth, PassTimes, candidates, committed, share_kept
+
+
+def paced(cost: dict[int, float], share: float, passes: int = 400, images: int = 2) -> list[int]:
+    """Widths chosen in turn on a machine where a pass costs `cost` and each draft is kept with chance `share`."""
+    pace = MeasuredWidth(PassTimes(measure=lambda n, w: cost[w]), 16, 1)
+    chosen = []
+    for _ in range(passes):
+        width = pace(images)
+        pace.note(width, [committed(share, width)] * images, [True] * images)
+        chosen.append(width)
+    return chosen
+
+
+FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.05, 16: 1.1}
+STEEP = {1: 1.0, 2: 1.9, 4: 3.8, 8: 7.5, 16: 15.0}
+
+
+@pytest.mark.parametrize(("cost", "share", "wanted"), [(FLAT, 0.9, 16), (STEEP, 0.9, 1), (FLAT, 0.0, 1)])
+def test_the_width_settles_where_it_brings_most(cost: dict[int, float], share: float, wanted: int) -> None:
+    assert set(paced(cost, share)[100:]) == {wanted}
+
+
+def test_drafts_that_are_never_kept_cost_a_few_passes_only() -> None:
+    chosen = paced(FLAT, 0.0)
+    assert sum(w > 1 for w in chosen) <= 100
+
+
+def test_empty_slots_and_passes_without_drafts_say_nothing() -> None:
+    pace = MeasuredWidth(PassTimes(measure=lambda n, w: 1.0), 16, 1)
+    pace.note(4, [3.0, 0.0], [True, False])
+    pace.note(1, [1.0], [True])
+    assert pace.mean == {4: 3.0}
+
+
+def test_a_width_not_seen_yet_is_judged_by_the_nearest_one() -> None:
+    pace = MeasuredWidth(PassTimes(measure=lambda n, w: 1.0), 16, 1)
+    pace.note(8, [committed(0.6, 8)], [True])
+    assert pace.expected(16) == pytest.approx(committed(0.6, 16), rel=1e-6)
+    assert pace.expected(1) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_share_kept_is_the_inverse_of_tokens_committed(share: float) -> None:
+    assert share_kept(committed(share, 8), 8) == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "widest", "wanted"),
+    [(1, 16, [1, 8, 16]), (2, 6, [1, 4, 6]), (8, 16, [1, 2, 4, 8, 16]), (16, 16, [1, 2, 4, 8]), (256, 16, [1])],
+)
+def test_few_widths_get_graphs_and_none_of_more_rows_than_pay(sequences: int, widest: int, wanted: list[int]) -> None:
+    assert candidates(sequences, widest) == wanted
+
+
+def test_times_are_measured_once_and_kept(tmp_path: Path) -> None:
+    path, asked = tmp_path / "times.json", []
+
+    def measure(images: int, width: int) -> float:
+        asked.append((images, width))
+        return images + width / 10
+
+    first = PassTimes(path, measure)
+    assert first.of(2, 4) == first.of(2, 4) == 2.4
+    other = PassTimes(path, measure)
+    assert other.of(2, 4) == 2.4 and other.of(1, 1) == 1.1
+    assert asked == [(2, 4), (1, 1)]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"2x4": "fast"}', '{"2x4": -1}', '{"2": 1.0}', "\xff"])
+def test_a_damaged_file_of_times_counts_for_nothing(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(content, encoding="latin-1")
+    assert PassTimes(path, lambda n, w: 3.0).of(2, 4) == 3.0
+
+
+def test_without_somebody_who_measures_there_are_no_times() -> None:
+    with pytest.raises(ValueError, match="nobody measures"):
+        PassTimes().of(1, 1)

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bozzetto import load
-from bozzetto.engine.admission import DONE, Admission, Ticket
+from bozzetto.admission import DONE, Admission, Ticket
 from bozzetto.files import write_text
 from bozzetto.pipeline import ROUNDING, Pipeline
 from bozzetto.provenance import provenance

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.engine.admission import CANCELLED, DONE, Admission, QueueFull, Ticket
+from bozzetto.admission import CANCELLED, DONE, Admission, QueueFull, Ticket
 from bozzetto.errors import UsageError
 from bozzetto.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings

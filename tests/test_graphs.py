@@ -42,8 +42,8 @@ def arguments(rows: int = 3, wide: int = 4) -> list[Tensor]:
     [
         ({"BOZZETTO_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, Path("/own")),
         ({"XDG_CACHE_HOME": "/xdg"}, Path("/xdg/bozzetto")),
-        ({"BOZZETTO_CACHE": "", "XDG_CACHE_HOME": ""}, Path("/home/of/user/.cache/bozzetto")),
-        ({}, Path("/home/of/user/.cache/bozzetto")),
+        ({"BOZZETTO_CACHE": "", "XDG_CACHE_HOME": ""}, Path("/nowhere/user/.cache/bozzetto")),
+        ({}, Path("/nowhere/user/.cache/bozzetto")),
     ],
 )
 def test_the_folder_is_the_first_that_the_environment_names(
@@ -51,7 +51,7 @@ def test_the_folder_is_the_first_that_the_environment_names(
 ) -> None:
     for name in ("BOZZETTO_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/of/user")
+    monkeypatch.setenv("HOME", "/nowhere/user")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == wanted

@@ -36,7 +36,9 @@ FLOORS = {
     "workshop": 4,
     "settings": 5,
     "pipeline": 6,
-    "loading": 6.5,
+    "lanes": 6.5,
+    "admission": 6.5,
+    "loading": 6.6,
     "__init__": 7,  # the public face: the pipeline's names and the version
     "provenance": 8,
     "output": 9,

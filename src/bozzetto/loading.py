@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,10 +17,9 @@ from torch import Tensor
 from bozzetto.engine.loop import Decoder
 from bozzetto.engine.masked import DraftWindow, MaskedDecoder
 from bozzetto.engine.slot_decoder import SlotDecoder
-from bozzetto.engine.slots import SlotLane
-from bozzetto.engine.widths import MeasuredWidth, PassTimes
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.lanes import Lanes, in_slots
 from bozzetto.models.captions import read_captions
 from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.compiled_head import CompiledNarrow
@@ -28,7 +27,7 @@ from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load
 from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
-from bozzetto.models.graphs import Compiler, cache_folder, digest_of
+from bozzetto.models.graphs import Compiler
 from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
@@ -44,23 +43,6 @@ from bozzetto.settings import GenerateSettings
 from bozzetto.workshop import TargetWorkshop
 
 DRAFT = "draft"  # the folder of a masked model's own draft model, inside its own
-
-
-SLOT_METHODS = (("jacobi", "seed-exact"), ("jacobi", "exact"))  # what engine/slots.py can do
-
-
-@dataclass(frozen=True)
-class LaneKind:
-    """What images that share slots have in common. window: places at most; measured: whether they are chosen from pass
-    to pass; guided, filtered: see SlotLane."""
-
-    compile: str
-    deterministic: bool
-    rule: str
-    window: int
-    measured: bool
-    guided: bool
-    filtered: bool
 
 
 class _CausalPipeline(Pipeline):
@@ -105,7 +87,7 @@ class CodePipeline(_CausalPipeline):
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
-        self.lanes: dict[object, SlotLane] = {}
+        self.lanes = Lanes(self.target_in, dtype)
         writable = folder is not None and ASSETS not in folder.parents
         self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
 
@@ -123,49 +105,18 @@ class CodePipeline(_CausalPipeline):
         return self.workshop.drafter_digest(name, getattr(options, "folder", ""))
 
     def refills(self, settings: GenerateSettings) -> bool:
-        return settings.compile != "off" and self._in_slots(settings)
-
-    def _in_slots(self, settings: GenerateSettings) -> bool:
-        """Whether engine/slots.py can do what resolved settings ask for."""
-        windows = settings.drafter == "none" or (settings.drafter, settings.rule) in SLOT_METHODS
-        return windows and settings.tv_budget is None
+        return settings.compile != "off" and in_slots(settings)
 
     def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
-        if not self._in_slots(settings):
-            return super().lane_key(settings, seed)
-        law, rule = settings.law, "seed-exact" if settings.drafter == "none" else settings.rule
-        filtered = bool(law.top_k) or law.top_p != 1 or not law.temperature
-        measured = settings.drafter != "none" and settings.window == 0 and rule == "seed-exact"
-        window = settings.window_for(1 if measured else settings.batch, self.target.length, self.dtype)
-        return LaneKind(settings.compile, settings.deterministic, rule, window, measured, law.guided, filtered)
+        return self.lanes.kind(settings) if in_slots(settings) else super().lane_key(settings, seed)
 
     def make_lane(self, settings: GenerateSettings) -> Any:
-        kind = self.lane_key(settings, 0)
-        if not isinstance(kind, LaneKind):
-            return super().make_lane(settings)
-        target = self.target_in(kind.compile, kind.deterministic)
-        pace = MeasuredWidth(PassTimes(self._times_file(target, kind)), kind.window, 2 if kind.guided else 1)
-        width = pace if kind.measured else (lambda images: kind.window)
-        rule = make_rule(kind.rule)
-        lane = SlotLane(target, rule, settings.batch, width, kind.window, kind.guided, kind.filtered)
-        pace.times.measure = lane.time_pass
-        return lane
-
-    def _lane_for(self, settings: GenerateSettings) -> SlotLane:
-        """A lane that is made once: what is decoded in it has to be finished before the next images."""
-        key = (settings.batch, self.lane_key(settings, 0))
-        if key not in self.lanes:
-            self.lanes[key] = self.make_lane(settings)
-        return self.lanes[key]
-
-    def _times_file(self, target: Any, kind: LaneKind) -> Path:
-        """Where the seconds of passes are kept; they depend on shapes, not on weights."""
-        return cache_folder() / f"times-{digest_of(target.config, self.dtype, str(target.device), kind)}.json"
+        return self.lanes.make(settings) if in_slots(settings) else super().make_lane(settings)
 
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
         settings = self.resolve(settings)
         if self.refills(settings):
-            lane = self._lane_for(replace(settings, batch=batch))
+            lane = self.lanes.shared(replace(settings, batch=batch))
             return SlotDecoder(lane, settings.law), lane.widest
         window = settings.window_for(batch, self.target.length, self.dtype)
         widen = None

@@ -163,6 +163,8 @@ class Profile:
     """Positions scored in one pass of drafter jacobi. 0: chosen for the batch."""
     compile: str = "off"
     """off, default or max. Compiled passes are timed whole, eager ones by operator."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit."""
     seconds: float = 0.3
     """Spent on measuring each part, at least."""
     threads: int = 0

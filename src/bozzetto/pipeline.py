@@ -173,7 +173,7 @@ class Pipeline(ABC):
         return (settings, seed)
 
     def make_lane(self, settings: GenerateSettings) -> Any:
-        """A lane (engine/admission.py) of `settings.batch` slots."""
+        """A lane (admission.py) of `settings.batch` slots."""
         decoder = self.decoder_for(settings, settings.batch)[0]
         return BatchLane(decoder, self.target.length, settings.batch, self.target.device)
 

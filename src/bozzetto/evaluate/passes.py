@@ -37,7 +37,8 @@ class BarePass:
     """A pass of `width` places for images of labels int64 [B], which have come to the middle."""
 
     def __init__(self, pipe: Pipeline, settings: GenerateSettings, labels: Tensor, width: int):
-        self.target, self.width, self.start = pipe.target_in(settings.compile), width, pipe.target.length // 2
+        self.target = pipe.target_in(settings.compile, settings.deterministic)
+        self.width, self.start = width, self.target.length // 2
         self.session: CausalSession = self.target.begin(labels, settings.law.guided, width)
         for part in (part for both in self.session.cache for part in both):
             part.normal_()

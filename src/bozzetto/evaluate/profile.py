@@ -36,14 +36,16 @@ _SHOW_AFTER = 2.0  # seconds until the progress bar appears
 @dataclass(frozen=True)
 class ProfileSettings:
     """method: none, DRAFTER/RULE or auto, with settings of its own (see `method_settings`); window: of drafter jacobi
-    (0: chosen for the batch); batch: images decoded together; compile: off, default or max; seconds: spent on measuring
-    each part, at least; threads: CPU threads (0: as they are). Raises UsageError for a value out of range."""
+    (0: chosen for the batch); batch: images decoded together; compile, deterministic: see GenerateSettings; seconds:
+    spent on measuring each part, at least; threads: CPU threads (0: as they are). Raises UsageError for a value out of
+    range."""
 
     method: str = "auto"
     window: int = 0
     batch: int = 1
     guidance: float = 2.0
     compile: str = "off"
+    deterministic: bool = False
     seconds: float = 0.3
     threads: int = 0
 
@@ -57,7 +59,7 @@ class ProfileSettings:
     @property
     def generation(self) -> GenerateSettings:
         """How the method decodes."""
-        shared = {n: getattr(self, n) for n in ("window", "batch", "guidance", "compile")}
+        shared = {n: getattr(self, n) for n in ("window", "batch", "guidance", "compile", "deterministic")}
         return method_settings(self.method, GenerateSettings(SEQUENTIAL, "seed-exact", **shared))
 
 
@@ -67,11 +69,9 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
 
     Raises UsageError for a masked model: it has no cache, and its passes are all different.
     """
-    method, before = pipe.resolve(settings.generation), torch.get_num_threads()
     if not isinstance(pipe.target, CausalTarget):
-        raise UsageError(
-            f"model = {pipe.name!r} is not allowed: it is masked, not causal (`bozzetto bench` is for all)"
-        )
+        raise UsageError(f"model = {pipe.name!r} is not allowed: it has no cache (causal models; `bench` is for all)")
+    method, before = pipe.resolve(settings.generation), torch.get_num_threads()
     try:
         if settings.threads:
             torch.set_num_threads(settings.threads)

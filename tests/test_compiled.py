@@ -197,3 +197,19 @@ def test_vectors_are_those_of_the_eager_target(
         decoder = Decoder(target, made, make_path_rule(rule), LawSettings(guidance=2.0))
         drawn.append(decoder.run(torch.arange(3), 7, torch.arange(3)).tokens)
     assert torch.allclose(*drawn, atol=1e-3)
+
+
+def test_deterministic_passes_of_any_width_and_batch_agree_to_the_last_bit_in_bfloat16() -> None:
+    network, found = _network(dim=64, ffn_multiple=32), []
+    target = LlamaGenTarget(network, torch.bfloat16)
+    compile_target(target, network, "default", deterministic=True)
+    tokens = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(3))
+    for batch, width in ((1, 1), (1, 4), (2, 2)):
+        session, laws = target.begin(torch.arange(batch), True, width), []
+        for start in range(0, 8, width):
+            inputs = tokens[:batch, start : start + width].contiguous()
+            logits = session.score(inputs, torch.full((batch,), start), start).logits
+            assert logits is not None
+            laws.append(logits[[0, batch]])
+        found.append(torch.cat(laws, 1))
+    assert all(torch.equal(found[0], other) for other in found[1:])

@@ -15,7 +15,7 @@ from torch import Tensor
 from bozzetto.errors import UsageError
 from bozzetto.models import native
 from bozzetto.models.graphs import cache_folder
-from bozzetto.models.native import HEAD_UNIT, load_attend
+from bozzetto.models.native import HEAD_UNIT, in_pairs, load_attend
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -42,8 +42,15 @@ class Case:
         mask = self.seen.repeat(copies, 1, 1)[:, None]
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2)
 
+    def call(self, attend: Callable[..., Tensor], steady: bool = False) -> Tensor:
+        keys, values = self.keys, self.values
+        if self.q.dtype == torch.bfloat16:
+            odd = keys.shape[2] % 2
+            keys, values = F.pad(keys, (0, 0, 0, odd)), in_pairs(F.pad(values, (0, 0, 0, odd)))
+        return attend(self.q, keys, values, self.seen, steady)
+
     def check(self, attend: Callable[..., Tensor]) -> None:
-        found = attend(self.q, self.keys, self.values, self.seen)
+        found = self.call(attend)
         assert found.shape == self.q.shape and found.dtype == self.q.dtype
         near = 1e-5 if self.q.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found.float(), self.wanted(), atol=near, rtol=0)
@@ -121,7 +128,7 @@ def test_one_visible_column_gives_its_value(attend: Callable[..., Tensor], dtype
     given = case(dtype, width, sight=one_column)
     column = given.seen.int().argmax(-1)[:, None, :, None].expand(-1, 3, -1, 32)  # [B, H, W, D]
     wanted = given.values.gather(2, column).transpose(1, 2)
-    assert torch.equal(attend(given.q, given.keys, given.values, given.seen), wanted)
+    assert torch.equal(given.call(attend), wanted)
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 20])
@@ -130,11 +137,11 @@ def test_columns_that_nobody_sees_do_not_matter(attend: Callable[..., Tensor], d
     given = case(dtype, width, sight=tree_like)
     given.seen[:, :, 5:9] = given.seen[:, :, 30:] = False
     given.seen[:, :, 0] = True
-    before = attend(given.q, given.keys, given.values, given.seen)
+    before = given.call(attend)
     for part in (given.keys, given.values):
         for hidden in (slice(5, 9), slice(30, None)):
             part[:, :, hidden] = 1e4 * torch.randn_like(part[:, :, hidden])
-    assert torch.equal(attend(given.q, given.keys, given.values, given.seen), before)
+    assert torch.equal(given.call(attend), before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,7 +150,7 @@ def test_what_longer_caches_left_behind_does_not_matter(attend: Callable[..., Te
     for width in (20, 2):
         large = case(dtype, width, reach=257)
         large.values.fill_(float("inf"))
-        attend(large.q, large.keys, large.values, large.seen)
+        large.call(attend)
         case(dtype, width, reach=21).check(attend)
 
 
@@ -151,7 +158,7 @@ def test_what_longer_caches_left_behind_does_not_matter(attend: Callable[..., Te
 def test_large_scores_do_not_overflow(attend: Callable[..., Tensor], dtype: torch.dtype) -> None:
     given = case(dtype, 5)
     given.q *= 64
-    found = attend(given.q, given.keys, given.values, given.seen)
+    found = given.call(attend)
     torch.testing.assert_close(found.float(), given.wanted(), atol=2e-2 if dtype == torch.bfloat16 else 1e-3, rtol=0)
 
 
@@ -162,6 +169,16 @@ def test_queries_may_be_a_view_of_a_larger_tensor(attend: Callable[..., Tensor],
     given.q = packed[:, :, 0]
     assert not given.q.is_contiguous()
     given.check(attend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steady_results_do_not_depend_on_who_else_is_asked(attend: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    given = case(dtype, 21, batch=2, copies=2, reach=101, sight=tree_like)
+    together = given.call(attend, steady=True)
+    for first, last in ((0, 1), (1, 3), (3, 7), (4, 20), (20, 21)):
+        q, seen = given.q[:, first:last], given.seen[:, first:last].contiguous()
+        alone = Case(q, given.keys, given.values, seen).call(attend, steady=True)
+        assert torch.equal(alone, together[:, first:last])
 
 
 @pytest.fixture
@@ -178,7 +195,7 @@ def test_the_number_of_threads_does_not_matter(attend: Callable[..., Tensor], dt
     given, found = case(dtype, width, batch=3, copies=2), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append(attend(given.q, given.keys, given.values, given.seen))
+        found.append(given.call(attend))
     assert torch.equal(*found)
 
 
@@ -195,7 +212,7 @@ def test_the_number_of_threads_does_not_matter(attend: Callable[..., Tensor], dt
 def test_shapes_that_do_not_fit_are_refused(attend: Callable[..., Tensor], change: dict[str, Tensor]) -> None:
     given = {**vars(case(torch.float32, 4)), **change}
     with pytest.raises(RuntimeError, match="attend: "):
-        attend(given["q"], given["keys"], given["values"], given["seen"])
+        attend(given["q"], given["keys"], given["values"], given["seen"], False)
 
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 // Attention of a few queries per sequence over a cache of which every query sees its own columns: what a pass of a
 // decode loop needs. One (sequence, head) at a time: scores of 16 columns x up to 16 queries, a softmax, the mixture.
 //
-// Numbers are handled as 32-bit words: one float, or a pair of bfloat16 that one instruction multiplies and adds up.
+// Numbers are handled as 32-bit words: one float, or a pair of bfloat16 that one instruction multiplies and adds up. In
+// bfloat16 the values of two columns lie in pairs, number by number: that is how both instructions want them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -27,11 +28,13 @@ namespace {
 
 constexpr int64_t kColumns = 16;  // columns of a block: lanes of a register
 constexpr int64_t kQueries = 16;  // queries of a block
-constexpr int64_t kFewQueries = 3;  // up to this many the matrix unit does not pay
+constexpr int64_t kMostDim = 256;  // numbers per head that the matrix unit's path has room for
 
 struct Shape {
   int64_t width, heads, dim, reach;                    // queries, heads, numbers per head, cache columns looked at
   int64_t q_row, q_place, cache_row, cache_head;       // strides in numbers; the heads of a query follow each other
+  int64_t slots;                                       // columns of the cache
+  bool steady;                                         // the same sums whatever the width
 };
 
 // Columns up to the last one that any of the queries sees.
@@ -101,8 +104,8 @@ __m512 exponential(__m512 x) {  // x <= 0; relative error about 1e-7
 
 // What a thread needs for one sequence and head, words unless said otherwise.
 struct Scratch {
-  std::vector<uint32_t> keys, values, weights;  // [blocks][words][16], [columns / numbers][dim], [queries][columns / n]
-  std::vector<float> scores;                    // [queries][columns]
+  std::vector<uint32_t> keys, tail, weights;  // [blocks][words][16], the last columns, [queries][columns / numbers]
+  std::vector<float> scores;                  // [queries][columns]
 };
 
 template <typename T>
@@ -116,27 +119,6 @@ void pack_keys(const T* keys, const Shape& s, int64_t columns, uint32_t* out) {
                                  : _mm512_setzero_si512();
       transpose(row);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (c / kColumns * words + d + i) * kColumns, row[i]);
-    }
-  }
-}
-
-void pack_values(const float* values, const Shape& s, int64_t columns, uint32_t* out) {
-  for (int64_t c = 0; c < columns; ++c) std::memcpy(out + c * s.dim, values + c * s.dim, s.dim * 4);
-}
-
-void pack_values(const at::BFloat16* values, const Shape& s, int64_t columns, uint32_t* out) {
-  alignas(64) uint16_t low[32], high[32];
-  for (int i = 0; i < 16; ++i) {
-    low[2 * i] = i, low[2 * i + 1] = 32 + i;
-    high[2 * i] = 16 + i, high[2 * i + 1] = 48 + i;
-  }
-  const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
-  for (int64_t c = 0; c < columns; c += 2) {
-    for (int64_t d = 0; d < s.dim; d += 32) {
-      const __m512i a = _mm512_loadu_si512(values + c * s.dim + d);
-      const __m512i b = c + 1 < columns ? _mm512_loadu_si512(values + (c + 1) * s.dim + d) : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + c / 2 * s.dim + d, _mm512_permutex2var_epi16(a, first, b));
-      _mm512_storeu_si512(out + c / 2 * s.dim + d + 16, _mm512_permutex2var_epi16(a, second, b));
     }
   }
 }
@@ -198,8 +180,8 @@ void store_out(at::BFloat16* out, __m512 x) {
 }
 
 template <typename T, int N>
-void mix(const uint32_t* values, const uint32_t* weights, const float* share, int64_t dim, int64_t pairs, int64_t padded,
-         T* const* out) {
+void mix(const uint32_t* values, const uint32_t* weights, const float* share, int64_t dim, int64_t pairs,
+         int64_t padded, T* const* out) {
   constexpr int S = sums_of(N) / 2;
   for (int64_t d = 0; d < dim; d += 32) {
     __m512 sum[S][N][2];
@@ -225,15 +207,17 @@ void mix(const uint32_t* values, const uint32_t* weights, const float* share, in
 }
 
 template <typename T, int N>
-void block(Scratch& room, const T* const* q, const bool* seen, const Shape& s, int64_t columns, int64_t padded, T* const* out) {
+void block(Scratch& room, const T* values, const T* const* q, const bool* seen, const Shape& s, int64_t columns,
+           int64_t padded, T* const* out) {
   const int64_t words = s.dim / Words<T>::numbers, pairs = (columns + Words<T>::numbers - 1) / Words<T>::numbers;
   const int64_t held = padded / Words<T>::numbers;
   float share[N];
   score<T, N>(room.keys.data(), q, words, columns, padded, room.scores.data());
   for (int w = 0; w < N; ++w)
     share[w] = soften(room.scores.data() + w * padded, seen + w * s.reach, s.reach, columns,
-                      1.0f / std::sqrt(static_cast<float>(s.dim)), reinterpret_cast<T*>(room.weights.data() + w * held));
-  mix<T, N>(room.values.data(), room.weights.data(), share, s.dim, pairs, held, out);
+                      1.0f / std::sqrt(static_cast<float>(s.dim)),
+                      reinterpret_cast<T*>(room.weights.data() + w * held));
+  mix<T, N>(reinterpret_cast<const uint32_t*>(values), room.weights.data(), share, s.dim, pairs, held, out);
 }
 
 #ifdef BOZZETTO_TILES
@@ -244,62 +228,92 @@ bool tiles_allowed() {
   return allowed;
 }
 
-// Tiles 0-3: sums [queries][16 numbers]; 4-5: queries or weights [queries][32]; 6-7: packed keys or values [16][16].
-void configure_tiles(int64_t queries) {
+// What tiles hold, rows of 64 bytes: 0-3 sums, [columns or queries][16]; 4-5 [columns][32 numbers] or weights [queries]
+// [32 columns]; 6-7 what is multiplied with, [16 pairs][16]. sums: rows of the first six.
+void configure_tiles(int64_t sums) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } config;
-  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = i < 6 ? static_cast<uint8_t>(queries) : 16;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = i < 6 ? static_cast<uint8_t>(sums) : 16;
   _tile_loadconfig(&config);
 }
 
-// As `block`, for up to 16 queries in a row, by the matrix unit.
-void tile_block(Scratch& room, const at::BFloat16* q, const bool* seen, const Shape& s, int64_t queries, int64_t columns,
-                int64_t padded, at::BFloat16* out) {
-  const int64_t words = s.dim / 2, held = padded / 2, out_place = s.heads * s.dim;
-  alignas(64) float sum[kQueries][4 * 16];
-  float share[kQueries];
-  configure_tiles(queries);
-  for (int64_t c = 0; c < columns; c += 2 * kColumns) {  // two blocks at a time; the keys are filled up to whole ones
-    const uint32_t* keys = room.keys.data() + c * words;
+// Queries as the matrix unit wants what is multiplied with: [dim / 32][16 pairs][16 queries].
+void turn_queries(const at::BFloat16* q, const Shape& s, int64_t queries, uint32_t* out) {
+  __m512i row[16];
+  for (int64_t d = 0; d < s.dim / 2; d += 16) {
+    for (int64_t w = 0; w < 16; ++w)
+      row[w] = w < queries ? _mm512_loadu_si512(reinterpret_cast<const uint32_t*>(q + w * s.q_place) + d)
+                           : _mm512_setzero_si512();
+    transpose(row);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (d + i) * 16, row[i]);
+  }
+}
+
+// [16 columns][16 queries] -> the scores of `queries` queries at these columns.
+void turn_scores(const float* sums, int64_t queries, int64_t padded, float* out) {
+  if (queries <= 4) {
+    const __m512i at = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32(16));
+    for (int64_t w = 0; w < queries; ++w) _mm512_storeu_ps(out + w * padded, _mm512_i32gather_ps(at, sums + w, 4));
+    return;
+  }
+  __m512i row[16];
+  for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(sums + 16 * i);
+  transpose(row);
+  for (int64_t w = 0; w < queries; ++w) _mm512_storeu_si512(out + w * padded, row[w]);
+}
+
+// Scores of up to 16 queries by the matrix unit; keys as they lie, 32 columns at a time.
+void tile_scores(Scratch& room, const at::BFloat16* keys, const at::BFloat16* tail, const at::BFloat16* q,
+                 const Shape& s, int64_t queries, int64_t padded) {
+  alignas(64) uint32_t turned[kMostDim / 2 * 16];
+  alignas(64) float sums[2][16 * 16];
+  turn_queries(q, s, queries, turned);
+  configure_tiles(16);
+  for (int64_t c = 0; c < padded; c += 2 * kColumns) {
+    const at::BFloat16* from = c + 2 * kColumns <= s.slots ? keys + c * s.dim : tail;
     _tile_zero(0);
     _tile_zero(1);
-    for (int64_t d = 0; d < words; d += 16) {
-      _tile_loadd(4, q + 2 * d, s.q_place * 2);
-      _tile_loadd(6, keys + d * kColumns, 64);
+    for (int64_t d = 0; d < s.dim; d += 32) {
+      _tile_loadd(6, turned + d / 2 * 16, 64);
+      _tile_loadd(4, from + d, s.dim * 2);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, keys + (words + d) * kColumns, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, from + kColumns * s.dim + d, s.dim * 2);
+      _tile_dpbf16ps(1, 5, 6);
     }
-    _tile_stored(0, room.scores.data() + c, padded * 4);
-    _tile_stored(1, room.scores.data() + c + kColumns, padded * 4);
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    turn_scores(sums[0], queries, padded, room.scores.data() + c);
+    turn_scores(sums[1], queries, padded, room.scores.data() + c + kColumns);
   }
-  for (int64_t w = 0; w < queries; ++w) {
-    auto* weights = reinterpret_cast<at::BFloat16*>(room.weights.data() + w * held);
-    share[w] = soften(room.scores.data() + w * padded, seen + w * s.reach, s.reach, columns,
-                      1.0f / std::sqrt(static_cast<float>(s.dim)), weights);
-    for (int64_t c = (columns + kColumns - 1) / kColumns * kColumns; c < padded; c += kColumns)
-      store_weights(weights, c, _mm512_setzero_ps());
-  }
+}
+
+// The mixture of values in pairs of columns by the weights of up to 16 queries.
+void tile_mix(Scratch& room, const at::BFloat16* values, const at::BFloat16* tail, const float* share, const Shape& s,
+              int64_t queries, int64_t padded, at::BFloat16* out) {
+  const int64_t held = padded / 2, out_place = s.heads * s.dim;
+  alignas(64) float sum[kQueries][4 * 16];
+  configure_tiles(queries);
   for (int64_t d = 0; d < s.dim; d += 64) {
     const bool whole = d + 32 < s.dim;  // 64 numbers left, or 32
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t c = 0; c < held; c += 16) {
-      const uint32_t* values = room.values.data() + c * s.dim + d;
-      _tile_loadd(5, room.weights.data() + c, held * 4);
-      _tile_loadd(6, values, s.dim * 4);
+    for (int64_t c = 0; c < padded; c += 2 * kColumns) {
+      const at::BFloat16* from = (c + 2 * kColumns <= s.slots ? values + c * s.dim : tail) + 2 * d;
+      _tile_loadd(5, room.weights.data() + c / 2, held * 4);
+      _tile_loadd(6, from, s.dim * 4);
       _tile_dpbf16ps(0, 5, 6);
-      _tile_loadd(7, values + 16, s.dim * 4);
+      _tile_loadd(7, from + 32, s.dim * 4);
       _tile_dpbf16ps(1, 5, 7);
       if (!whole) continue;
-      _tile_loadd(6, values + 32, s.dim * 4);
+      _tile_loadd(6, from + 64, s.dim * 4);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(7, values + 48, s.dim * 4);
+      _tile_loadd(7, from + 96, s.dim * 4);
       _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sum[0], 256);
@@ -310,6 +324,34 @@ void tile_block(Scratch& room, const at::BFloat16* q, const bool* seen, const Sh
       for (int64_t i = 0; i < (whole ? 64 : 32); i += 16)
         store_out(out + w * out_place + d + i, _mm512_mul_ps(_mm512_load_ps(sum[w] + i), _mm512_set1_ps(share[w])));
   }
+}
+
+// As `block`, for all queries, by the matrix unit.
+void tile_blocks(Scratch& room, const at::BFloat16* q, const at::BFloat16* keys, const at::BFloat16* values,
+                 const bool* seen, const Shape& s, int64_t columns, int64_t padded, at::BFloat16* out) {
+  const at::BFloat16 *key_tail = nullptr, *value_tail = nullptr;
+  if (padded > s.slots) {  // the last 32 columns are not all there: a copy with nothing behind them
+    const int64_t first = padded - 2 * kColumns, there = (s.slots - first) * s.dim;
+    room.tail.assign(2 * kColumns * s.dim, 0);
+    auto* copy = reinterpret_cast<at::BFloat16*>(room.tail.data());
+    std::copy(keys + first * s.dim, keys + first * s.dim + there, copy);
+    std::copy(values + first * s.dim, values + first * s.dim + there, copy + 2 * kColumns * s.dim);
+    key_tail = copy, value_tail = copy + 2 * kColumns * s.dim;
+  }
+  float share[kQueries];
+  const float scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
+  for (int64_t w = 0; w < s.width; w += kQueries) {
+    const int64_t queries = std::min(kQueries, s.width - w);
+    tile_scores(room, keys, key_tail, q + w * s.q_place, s, queries, padded);
+    for (int64_t i = 0; i < queries; ++i) {
+      auto* weights = reinterpret_cast<at::BFloat16*>(room.weights.data() + i * padded / 2);
+      const bool* sight = seen + (w + i) * s.reach;
+      share[i] = soften(room.scores.data() + i * padded, sight, s.reach, columns, scale, weights);
+      for (int64_t c = (columns + kColumns - 1) / kColumns * kColumns; c < padded; c += kColumns)
+        store_weights(weights, c, _mm512_setzero_ps());
+    }
+    tile_mix(room, values, value_tail, share, s, queries, padded, out + w * s.heads * s.dim);
+  }
   _tile_release();
 }
 
@@ -319,27 +361,20 @@ template <typename T>
 void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T* out, const Shape& s, int64_t columns) {
   static thread_local Scratch room;
   const int64_t padded = (columns + 2 * kColumns - 1) / (2 * kColumns) * (2 * kColumns), out_place = s.heads * s.dim;
-  room.keys.resize(padded * s.dim / Words<T>::numbers);
-  room.values.resize(padded * s.dim / Words<T>::numbers);
   room.weights.resize(kQueries * padded);
   room.scores.resize(kQueries * padded);
-  pack_keys(keys, s, columns, room.keys.data());
-  pack_values(values, s, columns, room.values.data());
 #ifdef BOZZETTO_TILES
   if constexpr (std::is_same_v<T, at::BFloat16>) {
-    if (s.width > kFewQueries && tiles_allowed()) {
-      // A weight of nothing times what an older image left there has to be nothing.
-      const int64_t used = (columns + 1) / 2;
-      std::fill(room.values.begin() + used * s.dim, room.values.begin() + padded / 2 * s.dim, 0u);
-      for (int64_t w = 0; w < s.width; w += kQueries)
-        tile_block(room, q + w * s.q_place, seen + w * s.reach, s, std::min(kQueries, s.width - w), columns, padded,
-                   out + w * out_place);
+    if (s.dim <= kMostDim && tiles_allowed()) {
+      tile_blocks(room, q, keys, values, seen, s, columns, padded, out);
       return;
     }
   }
 #endif
+  room.keys.resize(padded * s.dim / Words<T>::numbers);
+  pack_keys(keys, s, columns, room.keys.data());
   for (int64_t w = 0; w < s.width;) {
-    const int64_t left = s.width - w;
+    const int64_t left = s.steady ? 1 : s.width - w;
     const T* from[8];
     T* to[8];
     for (int64_t i = 0; i < std::min<int64_t>(left, 8); ++i) {
@@ -348,13 +383,13 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
     }
     const bool* sight = seen + w * s.reach;
     if (left >= 8) {
-      block<T, 8>(room, from, sight, s, columns, padded, to), w += 8;
+      block<T, 8>(room, values, from, sight, s, columns, padded, to), w += 8;
     } else if (left >= 4) {
-      block<T, 4>(room, from, sight, s, columns, padded, to), w += 4;
+      block<T, 4>(room, values, from, sight, s, columns, padded, to), w += 4;
     } else if (left >= 2) {
-      block<T, 2>(room, from, sight, s, columns, padded, to), w += 2;
+      block<T, 2>(room, values, from, sight, s, columns, padded, to), w += 2;
     } else {
-      block<T, 1>(room, from, sight, s, columns, padded, to), w += 1;
+      block<T, 1>(room, values, from, sight, s, columns, padded, to), w += 1;
     }
   }
 }
@@ -366,6 +401,7 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
   static thread_local std::vector<float> weight, sum;
   weight.resize(columns);
   sum.resize(s.dim);
+  constexpr int64_t pair = std::is_same_v<T, at::BFloat16> ? 2 : 1;
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
   for (int64_t w = 0; w < s.width; ++w) {
     float most = -std::numeric_limits<float>::infinity(), total = 0;
@@ -380,7 +416,8 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
     for (int64_t c = 0; c < columns; ++c) {
       const float p = std::exp(weight[c] - most);
       total += p;
-      for (int64_t d = 0; d < s.dim; ++d) sum[d] += p * static_cast<float>(values[c * s.dim + d]);
+      const T* value = values + c / pair * pair * s.dim + c % pair;
+      for (int64_t d = 0; d < s.dim; ++d) sum[d] += p * static_cast<float>(value[d * pair]);
     }
     for (int64_t d = 0; d < s.dim; ++d) out[(w * s.heads) * s.dim + d] = static_cast<T>(sum[d] / total);
   }
@@ -389,9 +426,11 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
 #endif
 
 template <typename T>
-void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen, at::Tensor& out) {
+void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen,
+                bool steady, at::Tensor& out) {
   const int64_t rows = q.size(0), batch = seen.size(0);
-  Shape s{q.size(1), q.size(2), q.size(3), seen.size(2), q.stride(0), q.stride(1), keys.stride(0), keys.stride(1)};
+  Shape s{q.size(1),   q.size(2),   q.size(3),      seen.size(2),   q.stride(0),
+          q.stride(1), keys.stride(0), keys.stride(1), keys.size(2), steady};
   const T *from = q.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
   const bool* sight = seen.const_data_ptr<bool>();
   T* to = out.mutable_data_ptr<T>();
@@ -406,22 +445,28 @@ void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& v
   });
 }
 
-at::Tensor attend(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen) {
-  TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && seen.dim() == 3, "attend: wrong number of dimensions");
+at::Tensor attend(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen,
+                  bool steady) {
+  const bool half = q.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == (half ? 5 : 4) && seen.dim() == 3,
+              "attend: wrong number of dimensions");
   TORCH_CHECK(q.stride(3) == 1 && q.stride(2) == q.size(3), "attend: the heads of a query have to follow each other");
-  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && seen.is_contiguous(), "attend: caches have to be contiguous");
-  TORCH_CHECK(q.size(3) % 32 == 0 && seen.size(2) <= keys.size(2) && q.size(2) == keys.size(1) && q.size(0) % seen.size(0) == 0, "attend: wrong shape");
+  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && seen.is_contiguous(),
+              "attend: caches have to be contiguous");
+  TORCH_CHECK(q.size(3) % 32 == 0 && seen.size(2) <= keys.size(2) && q.size(2) == keys.size(1) &&
+                  q.size(0) % seen.size(0) == 0 && keys.numel() == values.numel(),
+              "attend: wrong shape");
   at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), q.size(3)}, q.options());
-  if (q.scalar_type() == at::kBFloat16)
-    attend_all<at::BFloat16>(q, keys, values, seen, out);
+  if (half)
+    attend_all<at::BFloat16>(q, keys, values, seen, steady, out);
   else
-    attend_all<float>(q, keys, values, seen, out);
+    attend_all<float>(q, keys, values, seen, steady, out);
   return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(bozzetto, library) {
-  library.def("attend(Tensor q, Tensor keys, Tensor values, Tensor seen) -> Tensor");
+  library.def("attend(Tensor q, Tensor keys, Tensor values, Tensor seen, bool steady) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(bozzetto, CPU, library) { library.impl("attend", &attend); }

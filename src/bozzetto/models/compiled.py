@@ -67,18 +67,23 @@ class CausalStep(nn.Module):
         self.gain = _fixed(gain, dtype)
         self.head = None if head is None else fixed_linear(head, dtype)
         self.register_buffer("rope", rope.float().transpose(1, 2).contiguous())
-        self.own_attention = False
+        self.own_attention = self.steady = False
 
     def extra_repr(self) -> str:
-        return f"{self.config}, own_attention={self.own_attention}"
+        return f"{self.config}, own_attention={self.own_attention}, steady={self.steady}"
+
+    @property
+    def paired(self) -> bool:
+        """Whether values lie in pairs of columns (models/native.py)."""
+        return self.own_attention and self.dtype == torch.bfloat16
 
     def forward(
         self, inputs: Tensor, slot: Tensor, position: Tensor, seen: Tensor, condition: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
         """inputs [B, W, ...]; slot, position: int64 [B, W]; seen: bool [B, W, C], which of the first C cache columns
         each input attends to; condition [R, 1, d] with R = B, or 2 B under guidance; caches: keys and values of every
-        layer in turn, [R, heads, S, hd], changed in place. Returns hidden states [R, W, d] after the final norm, and
-        logits float32 [R, W, V] where there is a head."""
+        layer in turn, [R, heads, S, hd] (values in pairs: [R, heads, S/2, hd, 2]), changed in place. Returns hidden
+        states [R, W, d] after the final norm, and logits float32 [R, W, V] where there is a head."""
         c, copies = self.config, len(condition) // len(inputs)
         x = self.embed(inputs, position)
         if copies > 1:
@@ -96,9 +101,9 @@ class CausalStep(nn.Module):
         return (x,) if self.head is None else (x, self.head(x).float())
 
     def _attention(self, seen: Tensor, copies: int) -> Attention:
-        """(queries [R, W, heads, hd], keys, values [R, heads, S, hd]) -> [R, W, heads, hd]."""
-        if self.own_attention and (self.dtype == torch.bfloat16 or seen.shape[1] >= _OWN_FROM):
-            return lambda q, keys, values: torch.ops.bozzetto.attend(q, keys, values, seen)
+        """(queries [R, W, heads, hd], keys, values) -> [R, W, heads, hd]."""
+        if self.paired or (self.own_attention and (self.steady or seen.shape[1] >= _OWN_FROM)):
+            return lambda q, keys, values: torch.ops.bozzetto.attend(q, keys, values, seen, self.steady)
         reach = seen.shape[-1]
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -math.inf)
         bias = bias[:, None].repeat(copies, 1, 1, 1)
@@ -117,7 +122,11 @@ class CausalStep(nn.Module):
         qkv = w.wqkv(F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)).view(rows, width, 3, c.heads, c.head_dim)
         q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
         keys.index_put_(place, k)
-        values.index_put_(place, qkv[:, :, 2])
+        if self.paired:
+            row, head, slot = place
+            values[row, head, slot // 2, :, slot % 2] = qkv[:, :, 2]
+        else:
+            values.index_put_(place, qkv[:, :, 2])
         x = x + w.wo(attend(q, keys, values).reshape(rows, width, c.dim))
         gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
         return x + w.w2(F.silu(gate) * up)
@@ -227,7 +236,7 @@ class CompiledStep:
             key = (repr(advance), len(arguments[1]), width)
             if key not in self.graphs:
                 module = SlotStep(self.chain_step, advance, width, len(held))
-                most = arguments[-1].shape[2] - 1
+                most = arguments[-2].shape[2] - 1  # the last keys
                 what = f"a step of {key[1]} sequences with {width} places"
                 self.graphs[key] = self.compiler.graph(module, _copies(arguments), what, {0: {1: ("reach", most)}})
             return self.graphs[key](arguments)

@@ -23,6 +23,7 @@ from bozzetto.models.flow_cache import FlowTarget
 from bozzetto.models.graphs import Compiler, check_mode
 from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.llamagen_cache import CausalSession, CausalTarget, LlamaGenTarget, whole_blocks
+from bozzetto.models.native import in_pairs
 
 
 def compile_target(
@@ -70,7 +71,10 @@ class CompiledSession(CausalSession):
         condition = condition.unflatten(0, (copies, self.batch))[:, filled].flatten(0, 1)
         super().__init__(target, condition, None if mask is None else mask[filled], copies, max_width)
         self.wide = bucket(max_width)
+        self.paired = target.step.step.paired
         self.cache = [(self._by_head(keys), self._by_head(values)) for keys, values in self.cache]
+        if self.paired:
+            self.cache = [(keys, in_pairs(values)) for keys, values in self.cache]
 
     def _number_slots(self) -> None:
         super()._number_slots()
@@ -157,8 +161,13 @@ class CompiledSession(CausalSession):
         path, first = path[:, 1:].repeat(self.copies, 1), start.repeat(self.copies)[:, None] + self.lead
         row = torch.arange(self.rows, device=path.device)[:, None]
         to = first + torch.arange(1, path.shape[1] + 1, device=path.device)
-        for part in (part for table in self.cache for part in table):
-            part[row, :, to] = part[row, :, first + path]
+        here = first + path
+        for keys, values in self.cache:
+            keys[row, :, to] = keys[row, :, here]
+            if self.paired:
+                values[row, :, to // 2, :, to % 2] = values[row, :, here // 2, :, here % 2]
+            else:
+                values[row, :, to] = values[row, :, here]
 
     def _kept(self, part: Tensor, rows: Tensor) -> Tensor:
         return part[rows]
@@ -167,7 +176,8 @@ class CompiledSession(CausalSession):
         for ours, theirs in zip(self.cache, fresh.cache, strict=True):
             for mine, filled in zip(ours, theirs, strict=True):
                 here, there = (part.unflatten(0, (self.copies, -1)) for part in (mine, filled))
-                here[:, rows, :, : self.lead] = there[:, : len(rows), :, : self.lead]
+                lead = self.lead if mine.ndim == 4 else -(-self.lead // 2)  # pairs: one slot more is written later
+                here[:, rows, :, :lead] = there[:, : len(rows), :, :lead]
 
 
 def _rows(layout: Layout | None, rows: Tensor) -> Layout | None:

@@ -26,8 +26,11 @@ HEAD_UNIT = 32  # head dimensions are a multiple of this
 
 
 def load_attend(folder: Path) -> None:
-    """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys, values [R, H, S, D], seen bool [B, W, C]) ->
-    [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
+    """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys [R, H, S, D], values, seen bool [B, W, C], steady)
+    -> [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
+
+    values: as keys in float32; [R, H, S/2, D, 2] in bfloat16, columns 2 i and 2 i + 1 side by side (`in_pairs`);
+    steady: a query's result has the same bits in a call of any width (with the matrix unit it has anyway).
 
     It is loaded once in a process. Raises UsageError where it cannot be built.
     """
@@ -43,8 +46,13 @@ def load_attend(folder: Path) -> None:
     torch.ops.load_library(str(path))
 
     @torch.library.register_fake("bozzetto::attend")
-    def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, steady: bool) -> Tensor:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def in_pairs(values: Tensor) -> Tensor:
+    """[R, H, S, D] -> [R, H, S/2, D, 2]."""
+    return values.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
 
 
 def _build(compiler: str, path: str) -> None:

@@ -11,7 +11,7 @@ from bozzetto.engine.widths import MeasuredWidth, PassTimes, candidates, committ
 
 def paced(cost: dict[int, float], share: float, passes: int = 400, images: int = 2) -> list[int]:
     """Widths chosen in turn on a machine where a pass costs `cost` and each draft is kept with chance `share`."""
-    pace = MeasuredWidth(PassTimes(measure=lambda n, w: cost[w]), 16, 1)
+    pace = MeasuredWidth(PassTimes(measure=lambda n, w: cost[w]), 16, 1, images)
     chosen = []
     for _ in range(passes):
         width = pace(images)
@@ -35,14 +35,14 @@ def test_drafts_that_are_never_kept_cost_a_few_passes_only() -> None:
 
 
 def test_empty_slots_and_passes_without_drafts_say_nothing() -> None:
-    pace = MeasuredWidth(PassTimes(measure=lambda n, w: 1.0), 16, 1)
+    pace = MeasuredWidth(PassTimes(measure=lambda n, w: 1.0), 16, 1, 1)
     pace.note(4, [3.0, 0.0], [True, False])
     pace.note(1, [1.0], [True])
     assert pace.mean == {4: 3.0}
 
 
 def test_a_width_not_seen_yet_is_judged_by_the_nearest_one() -> None:
-    pace = MeasuredWidth(PassTimes(measure=lambda n, w: 1.0), 16, 1)
+    pace = MeasuredWidth(PassTimes(measure=lambda n, w: 1.0), 16, 1, 1)
     pace.note(8, [committed(0.6, 8)], [True])
     assert pace.expected(16) == pytest.approx(committed(0.6, 16), rel=1e-6)
     assert pace.expected(1) == 1.0
@@ -55,10 +55,22 @@ def test_share_kept_is_the_inverse_of_tokens_committed(share: float) -> None:
 
 @pytest.mark.parametrize(
     ("sequences", "widest", "wanted"),
-    [(1, 16, [1, 8, 16]), (2, 6, [1, 4, 6]), (8, 16, [1, 2, 4, 8, 16]), (16, 16, [1, 2, 4, 8]), (256, 16, [1])],
+    [(1, 16, [1, 8, 16]), (2, 5, [1, 3, 5]), (8, 16, [1, 4, 8]), (16, 16, [1, 2, 4]), (256, 16, [1])],
 )
 def test_few_widths_get_graphs_and_none_of_more_rows_than_pay(sequences: int, widest: int, wanted: list[int]) -> None:
     assert candidates(sequences, widest) == wanted
+
+
+@pytest.mark.parametrize(("cost", "wanted"), [(FLAT, 16), (STEEP, 1)])
+def test_a_batch_that_is_not_full_goes_by_what_pays_in_a_full_one(cost: dict[int, float], wanted: int) -> None:
+    asked = []
+
+    def measure(images: int, width: int) -> float:
+        asked.append(images)
+        return cost[width]
+
+    assert MeasuredWidth(PassTimes(measure=measure), 16, 1, 8)(3) == wanted
+    assert set(asked) == {8}
 
 
 def test_times_are_measured_once_and_kept(tmp_path: Path) -> None:

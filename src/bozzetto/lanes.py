@@ -57,11 +57,12 @@ class Lanes:
         """A lane of `settings.batch` slots."""
         kind = self.kind(settings)
         target = self.target_in(kind.compile, kind.deterministic)
-        pace = MeasuredWidth(PassTimes(self._times_file(target, kind)), kind.window, 2 if kind.guided else 1)
+        times = PassTimes(self._times_file(target, kind))
+        pace = MeasuredWidth(times, kind.window, 2 if kind.guided else 1, settings.batch)
         width = pace if kind.measured else (lambda images: kind.window)
         rule = make_rule(kind.rule)
         lane = SlotLane(target, rule, settings.batch, width, kind.window, kind.guided, kind.filtered)
-        pace.times.measure = lane.time_pass
+        times.measure = lane.time_pass
         return lane
 
     def shared(self, settings: GenerateSettings) -> SlotLane:

@@ -17,8 +17,7 @@ _PERIOD = 24  # passes between decisions
 _MEMORY = 400.0  # passes (times images) that an estimate remembers
 _MARGIN = 1.02  # a change has to promise this factor
 _FIRST_GUESS = 0.7  # share of drafts kept, before anything is known
-_MOST_ROWS = 128  # rows of a pass beyond which none has paid
-_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+_MOST_ROWS = 64  # rows of a pass beyond which none has paid
 
 
 class PassTimes:
@@ -53,19 +52,22 @@ class PassTimes:
 
 
 def candidates(sequences: int, widest: int) -> list[int]:
-    """Widths worth a graph for this many sequences in a pass: 1, and few others."""
+    """Widths worth a graph for this many sequences in a pass: 1, the widest that may pay, and half of it."""
     most = min(widest, max(1, _MOST_ROWS // sequences))
-    fine = [w for w in _WIDTHS if w <= most]
-    if most not in fine:
-        fine.append(most)
-    return fine if sequences > 4 else sorted({1, *fine[-2:]})
+    return sorted({1, (most + 1) // 2, most})
 
 
 class MeasuredWidth:
-    """Chooses the places of the next pass. widest: at most; copies: sequences per image (2 under guidance)."""
+    """Chooses the places of the next pass. widest: at most; copies: sequences per image (2 under guidance); slots: most
+    images at a time.
 
-    def __init__(self, times: PassTimes, widest: int, copies: int):
+    Only passes of a full batch are measured. With fewer images in it width costs less, so that what pays in a full one
+    pays there too.
+    """
+
+    def __init__(self, times: PassTimes, widest: int, copies: int, slots: int):
         self.times, self.widest, self.copies = times, widest, copies
+        self.slots = 1 << max(0, slots - 1).bit_length()
         self.weight: dict[int, float] = {}
         self.mean: dict[int, float] = {}  # tokens per pass and image, by width
         self.now, self.size, self.left = 0, 0, 0
@@ -78,6 +80,8 @@ class MeasuredWidth:
         return self.now
 
     def _best(self, size: int) -> int:
+        if size < self.slots:
+            return candidates(size * self.copies, self.widest)[-1] if self._best(self.slots) > 1 else 1
         widths = candidates(size * self.copies, self.widest)
         speed = {w: self.expected(w) / self.times.of(size, w) for w in widths}
         best = max(widths, key=lambda w: speed[w])

@@ -55,6 +55,16 @@ def test_passes_of_any_width_are_those_of_the_eager_session(uncompiled: list[str
         start = start + torch.randint(1, width + 1, (batch,), generator=made)  # ragged
 
 
+def test_images_with_guidance_and_twice_as_many_without_are_two_shapes(uncompiled: list[str]) -> None:
+    network = _network()
+    target = LlamaGenTarget(network)
+    compile_target(target, network, "default")
+    for batch, guided in ((4, False), (2, True)):
+        session = target.begin(torch.arange(batch) % 3, guided, 1)
+        session.score(torch.zeros(batch, 1, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64), 0)
+    assert len(uncompiled) == 2
+
+
 def test_dropping_finished_rows_keeps_the_others(uncompiled: list[str]) -> None:
     eager, compiled = _pair(_network())
     sessions = [t.begin(torch.arange(5) % 3, True, 2) for t in (eager, compiled)]

@@ -22,6 +22,7 @@ from bozzetto.models.native import HEAD_UNIT, load_attend
 
 Caches = Sequence[Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Key = tuple[Any, ...]  # kind of graph, and the shapes of all that cannot change: a graph does not check them
 _OWN_FROM = 4  # places of a pass from which our attention beats torch's in float32 (in bfloat16 it always does)
 
 
@@ -211,19 +212,19 @@ class CompiledStep:
             load_attend(compiler.folder or cache_folder())
             step.own_attention = True
         self.chain_step, self.dtype = ChainStep(self.step, lead), step.dtype
-        self.graphs: dict[tuple[str, int, int], Graph] = {}
+        self.graphs: dict[Key, Graph] = {}
         self.draws: Graph | None = None
 
     def chain(self, inputs: Tensor, start: Tensor, sight: Tensor, *rest: Tensor) -> list[Tensor]:
         """As `ChainStep.forward`."""
-        key = ("chain", len(rest[0]), inputs.shape[1])
+        key = ("chain", inputs.shape, *_shapes(rest))
         if key not in self.graphs:
             self.graphs[key] = self._graph(key, self.chain_step, [inputs, start, sight, *rest], {2: {1: rest[1]}})
         return self.graphs[key]([inputs, start, sight, *rest])
 
     def tree(self, inputs: Tensor, slot: Tensor, position: Tensor, seen: Tensor, *rest: Tensor) -> list[Tensor]:
         """As `CausalStep.forward`."""
-        key, arguments = ("tree", len(rest[0]), inputs.shape[1]), [inputs, slot, position, seen, *rest]
+        key, arguments = ("tree", inputs.shape, *_shapes(rest)), [inputs, slot, position, seen, *rest]
         if key not in self.graphs:
             self.graphs[key] = self._graph(key, self.step, arguments, {3: {2: rest[1]}})
         return self.graphs[key](arguments)
@@ -233,11 +234,11 @@ class CompiledStep:
 
         def run(session: Any, width: int, furthest: int, held: list[Tensor]) -> list[Tensor]:
             arguments = session.slot_arguments(width, furthest, held)
-            key = (repr(advance), len(arguments[1]), width)
+            key = (repr(advance), *_shapes(arguments[1:]))
             if key not in self.graphs:
                 module = SlotStep(self.chain_step, advance, width, len(held))
                 most = arguments[-2].shape[2] - 1  # the last keys
-                what = f"a step of {key[1]} sequences with {width} places"
+                what = f"a step of {len(arguments[1])} sequences with {width} places"
                 self.graphs[key] = self.compiler.graph(module, _copies(arguments), what, {0: {1: ("reach", most)}})
             return self.graphs[key](arguments)
 
@@ -251,13 +252,17 @@ class CompiledStep:
         return self.draws([keys.contiguous(), numbers])[0]
 
     def _graph(
-        self, key: tuple[str, int, int], module: nn.Module, arguments: list[Tensor], reach: dict[int, dict[int, Tensor]]
+        self, key: Key, module: nn.Module, arguments: list[Tensor], reach: dict[int, dict[int, Tensor]]
     ) -> Graph:
         """reach: the argument's dimension that counts cache columns, with a cache."""
         dynamic = {i: {d: ("reach", cache.shape[2] - 1) for d, cache in dims.items()} for i, dims in reach.items()}
-        kind, rows, width = key
-        what = f"a pass of {rows} sequences with {width} places" + (" of a tree" if kind == "tree" else "")
+        (_, width, *_), (rows, *_) = key[1:3]
+        what = f"a pass of {rows} sequences with {width} places" + (" of a tree" if key[0] == "tree" else "")
         return self.compiler.graph(module, _copies(arguments), what, dynamic)
+
+
+def _shapes(arguments: Sequence[Tensor]) -> list[torch.Size]:
+    return [part.shape for part in arguments]
 
 
 def _copies(arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -95,3 +95,15 @@ def test_waves_of_a_round_are_decoded_without_waiting_for_the_last_of_a_batch(pi
     bare, none, jacobi = bench(pipe, settings)["results"]
     assert none["passes"] == bare["passes"] == 3 * 16
     assert jacobi["passes"] < none["passes"] and jacobi["tokens_per_pass"] > 1
+
+
+def test_lanes_whose_tensors_differ_have_graphs_of_their_own(pipe: Pipeline, uncompiled: list[str]) -> None:
+    """A graph does not check the shapes it is given."""
+    label = torch.tensor([0, 1])
+    for window, guidance, batch in ((2, 2.0, 2), (2, 1.0, 4), (3, 1.0, 4)):
+        settings = GenerateSettings("jacobi", "seed-exact", window=window, guidance=guidance, compile="max")
+        decoder = pipe.decoder_for(settings, batch)[0]
+        decoder.lane.width = lambda images: 2
+        labels = label.repeat(batch // 2)
+        decoder.run(labels, 0, torch.arange(batch))
+    assert uncompiled.count("a step of 4 sequences with 2 places") >= 3

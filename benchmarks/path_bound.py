@@ -22,8 +22,8 @@ import torch
 import bozzetto
 from bozzetto.files import write_text
 from bozzetto.laws.chain import sample_path
-from bozzetto.loading import FlowPipeline
 from bozzetto.output import table
+from bozzetto.pipelines import FlowPipeline
 from bozzetto.provenance import provenance
 from bozzetto.sampling import method_settings
 

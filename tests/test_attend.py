@@ -234,3 +234,26 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UsageError, match="a-compiler could not build"):
         load_attend(tmp_path / "kept")
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("copies", "width", "heads"), [(1, 1, 2), (2, 3, 4), (1, 17, 1)])
+def test_appending_writes_the_columns_of_the_pass_and_nothing_else(
+    attend: Callable[..., Tensor], dtype: torch.dtype, copies: int, width: int, heads: int
+) -> None:
+    """Queries, keys and values are slices of one tensor, as a fused map gives them."""
+    made, batch, slots, dim = torch.Generator().manual_seed(width), 3, 40, 32
+    rows = copies * batch
+    qkv = torch.randn(rows, width, 3, heads, dim, generator=made).to(dtype)
+    q, k, v = qkv.unbind(2)
+    keys, values = (torch.randn(rows, heads, slots, dim, generator=made).to(dtype) for _ in range(2))
+    slot = torch.stack([torch.randperm(slots, generator=made)[:width] for _ in range(batch)])
+    seen = (torch.rand(batch, width, slots, generator=made) < 0.5) | (torch.arange(slots) == slot[..., None])
+    held = in_pairs(values) if dtype == torch.bfloat16 else values.clone()
+    new_keys = keys.clone()
+    out = torch.ops.bozzetto.append_attend(q, k, v, new_keys, held, slot, seen, False)
+    place = (torch.arange(rows)[:, None, None], torch.arange(heads), slot.repeat(copies, 1)[..., None])
+    keys[place], values[place] = k, v
+    wanted = in_pairs(values) if dtype == torch.bfloat16 else values
+    assert torch.equal(new_keys, keys) and torch.equal(held, wanted)
+    assert torch.equal(out, attend(q, keys, wanted, seen, False))

@@ -14,8 +14,8 @@ from bozzetto import UsageError
 from bozzetto.cli import main
 from bozzetto.evaluate.bench import BenchSettings, bench, bench_table
 from bozzetto.evaluate.samelaw import rejected, vector_tests
-from bozzetto.loading import FlowPipeline, MaskedPipeline
 from bozzetto.pipeline import Pipeline
+from bozzetto.pipelines import FlowPipeline, MaskedPipeline
 
 FLOW_METHODS = [
     ("none", "plain"),

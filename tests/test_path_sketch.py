@@ -23,7 +23,6 @@ from bozzetto.laws.chain import Path as DenoisingPath
 from bozzetto.laws.chain import sample_path
 from bozzetto.laws.gaussian import AffineChain, GaussianChain
 from bozzetto.laws.noise import NormalField, image_keys
-from bozzetto.loading import FlowPipeline
 from bozzetto.models.dense import Dense
 from bozzetto.models.flow import FlowConfig, FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
@@ -31,6 +30,7 @@ from bozzetto.models.path_sketch import PathSketch, PathSketcher, SketchConfig, 
 from bozzetto.models.sketch_store import load_sketch, save_sketch
 from bozzetto.models.store import CONFIG, WEIGHTS
 from bozzetto.path_registry import make_path_drafter, make_path_rule
+from bozzetto.pipelines import FlowPipeline
 from bozzetto.train.drafter import train_drafter
 from bozzetto.train.path_drafter import SketchFit
 from bozzetto.train.recipes import DataSource, DrafterRecipe, SketchRecipe, read_recipe

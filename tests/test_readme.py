@@ -179,7 +179,19 @@ def run_example(name: str, monkeypatch, *arguments: str) -> None:
 
 
 def test_every_example_is_tested():
-    assert {p.name for p in (ROOT / "examples").glob("*.py")} == {"same_bytes.py", "watch_it_draw.py"}
+    assert {p.name for p in (ROOT / "examples").glob("*.py")} == {
+        "assisted_guidance.py",
+        "same_bytes.py",
+        "watch_it_draw.py",
+    }
+
+
+def test_example_assisted_guidance_shows_the_gap(monkeypatch, capsys):
+    """transformers' assisted decoding changes guided pictures, ours does not; if the first ever changes, say so."""
+    run_example("assisted_guidance.py", monkeypatch)
+    theirs, ours = capsys.readouterr().out.splitlines()
+    assert not theirs.endswith(": 0 of 10 pictures differ from plain decoding") and theirs.startswith("transformers")
+    assert ours == "bozzetto, jacobi: 0 of 10 pictures differ from plain decoding"
 
 
 def test_example_same_bytes(shown_model, tmp_path, monkeypatch, capsys):

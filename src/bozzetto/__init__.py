@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bozzetto.custom_generate import generate_fn
     from bozzetto.errors import UsageError
     from bozzetto.loading import load
     from bozzetto.pipeline import GenerateResult, GenerateSettings, Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["GenerateResult", "GenerateSettings", "Pipeline", "UsageError", "__version__", "load"]
+__all__ = ["GenerateResult", "GenerateSettings", "Pipeline", "UsageError", "__version__", "generate_fn", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from bozzetto.errors import UsageError
 
         return UsageError
+    if name == "generate_fn":
+        from bozzetto.custom_generate import generate_fn
+
+        return generate_fn
     from bozzetto import loading, pipeline
 
     return getattr(loading if name == "load" else pipeline, name)

@@ -94,7 +94,7 @@ def _generate(options: Generate) -> None:
     _check_request(options, settings)
     request: dict[str, Any] = {"classes": options.classes, "seed": options.seed, "count": options.count}
     with staged_folder(options.out) as folder:
-        pipe = load(options.model, dtype=options.dtype, captions=options.captions)
+        pipe = load(options.model, dtype=options.dtype, captions=options.captions, image_size=options.image_size)
         result = pipe.generate(**request, settings=settings, progress=_wants_progress(options.progress))
         asked = {"model": options.model, "dtype": options.dtype, "seed": options.seed, "count": len(result.images)}
         write_run(folder, result, {**asked, "classes": list(options.classes)})
@@ -111,14 +111,17 @@ def _generate(options: Generate) -> None:
 def _check_request(options: Generate, settings: Any) -> None:
     """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
     from bozzetto.models.store import read_config
-    from bozzetto.pipeline import DTYPES, model_folder, plan_batches
+    from bozzetto.pipeline import DTYPES, is_hosted, labels_of, model_folder, plan_batches
 
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {options.dtype!r} (allowed: {', '.join(DTYPES)})")
+    plan_batches([0], options.count, options.seed, 0, settings.batch)
+    if is_hosted(options.model):
+        return
     names = read_config(model_folder(options.model)).get("class_names")
     if isinstance(names, list) and names and options.captions is None:  # if not, loading explains what is wrong
         known = [str(n).lower() for n in names]
-        plan_batches(known, options.classes, options.count, options.seed, 0, settings.batch)
+        plan_batches(labels_of(known, options.classes), options.count, options.seed, 0, settings.batch)
 
 
 def _bench(options: Bench) -> None:
@@ -205,7 +208,7 @@ def _base(options: Law) -> Any:
     from bozzetto.pipeline import GenerateSettings
 
     names = ["window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget"]
-    names += ["steps", "passes", "guidance_schedule", "compile", "deterministic"]
+    names += ["steps", "passes", "guidance_schedule", "negative_prompt", "compile", "deterministic"]
     return GenerateSettings("none", "seed-exact", **{name: getattr(options, name) for name in names})
 
 

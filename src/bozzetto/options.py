@@ -37,6 +37,8 @@ class Law:
     """Masked models: autoregressive steps, up to one per token. 0: as the model says."""
     guidance_schedule: str = ""
     """Masked models: linear (guidance grows as the image fills) or constant. Not given: as the model says."""
+    negative_prompt: str = ""
+    """Models in the Hugging Face layout: what guidance leads away from. Not given: what the model has for no prompt."""
     compile: str = "off"
     """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
     half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to
@@ -60,9 +62,11 @@ class Generate(Law):
     """
 
     classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
-    """Class names or numbers, taken in turn until --count is reached. None: all classes of the model."""
+    """Class names or numbers, or prompts where the model takes them, in turn until --count is reached. None: all of the
+    model's classes, or its example prompts."""
     model: str = "flowers"
-    """A shipped model by name, or a model folder (see `bozzetto models`)."""
+    """A shipped model by name, a model folder (see `bozzetto models`), or a checkpoint in the Hugging Face layout (a
+    folder, or ORGANISATION/NAME)."""
     count: int | None = None
     """How many images in all. Not given: one for each class."""
     drafter: str = "auto"
@@ -78,6 +82,8 @@ class Generate(Law):
     """Images decoded together."""
     captions: Path | None = None
     """For a text-conditional model: safetensors file with the captions' features."""
+    image_size: int = 0
+    """Pixels per side, for models that have a choice (Emu3). 0: the model's usual size."""
     out: Path = Path("out")
     """Folder for the results. It appears, or changes, only when everything is done."""
     config: Path | None = None

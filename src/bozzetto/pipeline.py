@@ -25,7 +25,7 @@ from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
-from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS
+from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent / "assets"
@@ -105,8 +105,7 @@ def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
 
 
 def plan_batches(
-    names: Sequence[str],
-    classes: Sequence[str | int],
+    labels: Sequence[int],
     count: int | None,
     seed: int,
     first_index: int,
@@ -117,7 +116,6 @@ def plan_batches(
 
     Raises UsageError for a value out of range.
     """
-    labels = labels_of(names, classes)
     if indices is not None:
         count, first_index = len(indices), min(indices, default=0)
     count = len(labels) if count is None else count
@@ -151,6 +149,15 @@ class Pipeline(ABC):
     @abstractmethod
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
+
+    def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+        """Labels of class names or numbers; none given: all in turn. Raises UsageError for an unknown one."""
+        return labels_of(self.classes, asked)
+
+    def refuse_negative(self, settings: GenerateSettings) -> None:
+        """Raise UsageError for a negative prompt, which models of other libraries have."""
+        if settings.negative_prompt:
+            raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         """The target with its passes compiled as asked."""
@@ -216,7 +223,7 @@ class Pipeline(ABC):
         A partial picture of an event is `pipe.preview(event.tokens[i], int(event.count[i]))`.
         """
         settings = self.resolve(settings_of(settings, options))
-        for indices, labels in plan_batches(self.classes, classes, count, seed, first_index, settings.batch):
+        for indices, labels in plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch):
             decoder, _ = self.decoder_for(settings, len(indices))
             names = [self.classes[label] for label in labels]
             for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
@@ -244,7 +251,7 @@ class Pipeline(ABC):
         began = time.perf_counter()
         seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
         images, windows, head = [], [], [0, 0]
-        batches = plan_batches(self.classes, classes, count, seed, first_index, settings.batch, indices)
+        batches = plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch, indices)
         if len(batches) > 1 and self.refills(settings):
             batches = [(list(chain(*(b[0] for b in batches))), list(chain(*(b[1] for b in batches))))]
         total = sum(len(chunk) for chunk, _ in batches) * self.target.length
@@ -324,9 +331,14 @@ class Pipeline(ABC):
         """A picture of the first `count` tokens int64 [N]; what is not drawn yet is grey."""
         pixels = self.tokenizer.decode(tokens[None].to(self.target.device))[0]
         grid = self.tokenizer.config.grid
-        drawn = (torch.arange(grid * grid, device=pixels.device) < count).view(1, grid, grid).float()
+        codes = self.codes_drawn(count)
+        drawn = (torch.arange(grid * grid, device=pixels.device) < codes).view(1, grid, grid).float()
         drawn = drawn.repeat_interleave(pixels.shape[1] // grid, 1).repeat_interleave(pixels.shape[2] // grid, 2)
         return _picture(pixels * drawn + _GREY * (1 - drawn))
+
+    def codes_drawn(self, count: int) -> int:
+        """How many cells of the grid the first `count` tokens fill."""
+        return count
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)
@@ -372,3 +384,13 @@ def model_folder(name_or_folder: str | Path) -> Path:
         f"unknown model {str(name_or_folder)!r} (shipped: {', '.join(shipped_models()) or 'none'}; "
         "or a folder with a config.json)"
     )
+
+
+def is_hosted(name_or_folder: str | Path) -> bool:
+    """Whether this is a checkpoint in the Hugging Face layout: a folder whose config.json names a model type and no
+    family of ours, or ORGANISATION/NAME, which is no folder here."""
+    name, folder = str(name_or_folder), Path(name_or_folder)
+    if (folder / CONFIG).is_file():
+        content = read_config(folder)
+        return "model_type" in content and "family" not in content
+    return not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-1] != "/"

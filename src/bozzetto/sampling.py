@@ -27,7 +27,7 @@ from tqdm import tqdm
 from bozzetto.engine.trace import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.files import write_text, write_whole
-from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, labels_of, plan_batches
+from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 from bozzetto.provenance import provenance
 from bozzetto.registry import split_method
 
@@ -70,7 +70,7 @@ class Samples:
 _SUFFIXES: dict[str, type] = {"window": int, "steps": int, "passes": int, "guidance_schedule": str, "compile": str}
 
 
-_PLAIN = (("compile", "off"), ("deterministic", False))  # an engine that needs no mention
+_PLAIN = (("compile", "off"), ("deterministic", False), ("negative_prompt", ""))  # what needs no mention
 
 
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
@@ -111,14 +111,14 @@ class SampleRun:
         method: str | None = None,
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
-        self.classes = [pipe.classes[i] for i in labels_of(pipe.classes, classes)]
+        self.classes = [pipe.classes[i] for i in pipe.labels(classes, settings)]
         settings = pipe.resolve(settings)
         if settings.drafter == "jacobi" and settings.rule != "seed-exact":
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
             settings = replace(settings, window=pipe.decoder_for(settings, settings.batch)[1])
         self.settings = settings
         self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
-        plan_batches(pipe.classes, self.classes, 1, seed, 0, settings.batch)  # refuses a seed out of range
+        plan_batches([0], 1, seed, 0, settings.batch)  # refuses a seed out of range
         self._check_folder()
 
     def description(self) -> dict[str, Any]:

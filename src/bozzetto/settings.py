@@ -38,6 +38,9 @@ class GenerateSettings:
     guidance_schedule: `linear` (guidance grows from 1 with the share of known tokens) or `constant`, for a masked
     model. 0 and "": as the model says.
 
+    negative_prompt: what stands for no prompt under guidance ("": what the model has for that), where the model draws
+    prompts of its own.
+
     compile: `off`, `default` or `max`, how passes of a causal model are compiled; deterministic: compiled passes of any
     width and batch agree to the last bit, so that seed-exact images are the same in bfloat16 too.
     """
@@ -54,6 +57,7 @@ class GenerateSettings:
     steps: int = 0
     passes: int = 0
     guidance_schedule: str = ""
+    negative_prompt: str = ""
     compile: str = "off"
     deterministic: bool = False
 
@@ -126,13 +130,17 @@ class GenerateSettings:
         nodes = None if window_kind else tree_nodes(self.drafter)
         if nodes is not None:
             return nodes + 1
-        return min(self.window or default_window(batch * (2 if self.law.guided else 1), dtype, widest), length)
+        sequences = batch * (2 if self.law.guided else 1)
+        return min(self.window or default_window(sequences, dtype, widest, self.compile != "off"), length)
 
 
-def default_window(sequences: int, dtype: str, widest: int = 16) -> int:
+def default_window(sequences: int, dtype: str, widest: int = 16, compiled: bool = False) -> int:
     """A window that pays on a two-core CPU: wide for few images, narrow for many (docs/log.md has the measurements).
 
-    sequences: rows in a pass, images times two under guidance.
+    sequences: rows in a pass, images times two under guidance; compiled: a sequential pass costs so much less that rows
+    have to be fewer.
     """
     rows = 128 if dtype == "bfloat16" else 64
+    if compiled:
+        rows = 32
     return max(2, min(widest, rows // sequences))

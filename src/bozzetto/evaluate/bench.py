@@ -172,7 +172,7 @@ def measure_cell(
     entries = settings.entries(cell)
     ceilings: list[tuple[float, float] | None] = []
     for _, entry in entries:
-        _warm_up(pipe, entry, cell)
+        _warm_up(pipe, entry, cell, settings)
         ceilings.append(_ceiling(pipe, entry, cell, settings.seed))
         tick()
     timings: list[list[Timing]] = [[] for _ in entries]
@@ -201,14 +201,17 @@ def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, torc
     return index % len(pipe.classes), index
 
 
-def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings) -> None:
+def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, settings: BenchSettings) -> None:
+    if cell.compile != "off" or _compiles(entry):  # shapes of compiled passes turn up while a batch empties, too
+        for number in range(2):
+            _timed(pipe, entry, cell, settings, number)
+        return
     labels, index = _images(pipe, cell.batch, 0)
     if entry is None:
         passes: Iterator[object] = pipe.bare_passes(labels, cell)
     else:
         passes = pipe.decoder_for(entry, cell.batch)[0].stream(labels, 0, index)
-    # Compiled passes have shapes that turn up at the end of an image only.
-    for _ in islice(passes, None if cell.compile != "off" or _compiles(entry) else _WARM_UP_PASSES):
+    for _ in islice(passes, _WARM_UP_PASSES):
         pass
 
 

@@ -425,28 +425,63 @@ void attend_one(const T* q, const T* keys, const T* values, const bool* seen, T*
 
 #endif
 
+// What a pass adds to the caches before it attends: keys and values of its own inputs and the columns they go to.
+struct Fresh {
+  const at::Tensor &k, &v, &slot;
+};
+
+// The numbers of one column of values, beside its neighbour's.
+void put_value(at::BFloat16* pairs, const at::BFloat16* from, int64_t dim, int64_t side) {
+  int64_t d = 0;
+#ifdef BOZZETTO_VECTOR
+  const __mmask32 mine = side ? 0xaaaaaaaau : 0x55555555u;
+  for (; d + 16 <= dim; d += 16) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d)));
+    _mm512_mask_storeu_epi16(pairs + 2 * d, mine, side ? _mm512_slli_epi32(wide, 16) : wide);
+  }
+#endif
+  for (; d < dim; ++d) pairs[2 * d + side] = from[d];
+}
+
+template <typename T>
+void put_columns(const Fresh& fresh, int64_t r, int64_t h, int64_t b, const Shape& s, T* keys, T* values) {
+  const int64_t* slot = fresh.slot.const_data_ptr<int64_t>() + b * s.width;
+  for (int64_t w = 0; w < s.width; ++w) {
+    const int64_t c = slot[w];
+    if (c < 0 || c >= s.slots) continue;
+    const T* k = fresh.k.const_data_ptr<T>() + r * fresh.k.stride(0) + w * fresh.k.stride(1) + h * s.dim;
+    const T* v = fresh.v.const_data_ptr<T>() + r * fresh.v.stride(0) + w * fresh.v.stride(1) + h * s.dim;
+    std::copy(k, k + s.dim, keys + c * s.dim);
+    if constexpr (std::is_same_v<T, at::BFloat16>)
+      put_value(values + c / 2 * 2 * s.dim, v, s.dim, c % 2);
+    else
+      std::copy(v, v + s.dim, values + c * s.dim);
+  }
+}
+
 template <typename T>
 void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen,
-                bool steady, at::Tensor& out) {
+                bool steady, const Fresh* fresh, at::Tensor& out) {
   const int64_t rows = q.size(0), batch = seen.size(0);
   Shape s{q.size(1),   q.size(2),   q.size(3),      seen.size(2),   q.stride(0),
           q.stride(1), keys.stride(0), keys.stride(1), keys.size(2), steady};
   const T *from = q.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
   const bool* sight = seen.const_data_ptr<bool>();
   T* to = out.mutable_data_ptr<T>();
+  T *new_k = fresh ? keys.mutable_data_ptr<T>() : nullptr, *new_v = fresh ? values.mutable_data_ptr<T>() : nullptr;
   std::vector<int64_t> columns(batch);
   for (int64_t b = 0; b < batch; ++b) columns[b] = columns_seen(sight + b * s.width * s.reach, s.width, s.reach);
   at::parallel_for(0, rows * s.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t r = task / s.heads, h = task % s.heads, b = r % batch, cache = r * s.cache_row + h * s.cache_head;
+      if (fresh) put_columns<T>(*fresh, r, h, b, s, new_k + cache, new_v + cache);
       attend_one<T>(from + r * s.q_row + h * s.dim, k + cache, v + cache, sight + b * s.width * s.reach,
                     to + (r * s.width * s.heads + h) * s.dim, s, columns[b]);
     }
   });
 }
 
-at::Tensor attend(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen,
-                  bool steady) {
+void check(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen) {
   const bool half = q.scalar_type() == at::kBFloat16;
   TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == (half ? 5 : 4) && seen.dim() == 3,
               "attend: wrong number of dimensions");
@@ -456,17 +491,45 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& keys, const at::Tensor&
   TORCH_CHECK(q.size(3) % 32 == 0 && seen.size(2) <= keys.size(2) && q.size(2) == keys.size(1) &&
                   q.size(0) % seen.size(0) == 0 && keys.numel() == values.numel(),
               "attend: wrong shape");
+}
+
+at::Tensor run(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen,
+               bool steady, const Fresh* fresh) {
+  check(q, keys, values, seen);
   at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), q.size(3)}, q.options());
-  if (half)
-    attend_all<at::BFloat16>(q, keys, values, seen, steady, out);
+  if (q.scalar_type() == at::kBFloat16)
+    attend_all<at::BFloat16>(q, keys, values, seen, steady, fresh, out);
   else
-    attend_all<float>(q, keys, values, seen, steady, out);
+    attend_all<float>(q, keys, values, seen, steady, fresh, out);
   return out;
+}
+
+at::Tensor attend(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& seen,
+                  bool steady) {
+  return run(q, keys, values, seen, steady, nullptr);
+}
+
+at::Tensor append_attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& keys,
+                         at::Tensor& values, const at::Tensor& slot, const at::Tensor& seen, bool steady) {
+  for (const at::Tensor& part : {k, v})
+    TORCH_CHECK(part.sizes() == q.sizes() && part.scalar_type() == q.scalar_type() && part.stride(3) == 1 &&
+                    part.stride(2) == part.size(3),
+                "append_attend: keys and values have to be shaped as queries, their heads one after the other");
+  TORCH_CHECK(slot.is_contiguous() && slot.dim() == 2 && slot.size(0) == seen.size(0) && slot.size(1) == q.size(1) &&
+                  slot.scalar_type() == at::kLong,
+              "append_attend: wrong slots");
+  const Fresh fresh{k, v, slot};
+  return run(q, keys, values, seen, steady, &fresh);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(bozzetto, library) {
   library.def("attend(Tensor q, Tensor keys, Tensor values, Tensor seen, bool steady) -> Tensor");
+  library.def("append_attend(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slot, "
+              "Tensor seen, bool steady) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(bozzetto, CPU, library) { library.impl("attend", &attend); }
+TORCH_LIBRARY_IMPL(bozzetto, CPU, library) { 
+  library.impl("attend", &attend);
+  library.impl("append_attend", &append_attend);
+}

@@ -21,7 +21,7 @@ from bozzetto.models.llamagen import Block, LlamaGenConfig
 from bozzetto.models.native import HEAD_UNIT, load_attend
 
 Caches = Sequence[Tensor]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Key = tuple[Any, ...]  # kind of graph, and the shapes of all that cannot change: a graph does not check them
 _OWN_FROM = 4  # places of a pass from which our attention beats torch's in float32 (in bfloat16 it always does)
 
@@ -86,49 +86,42 @@ class CausalStep(nn.Module):
         layer in turn, [R, heads, S, hd] (values in pairs: [R, heads, S/2, hd, 2]), changed in place. Returns hidden
         states [R, W, d] after the final norm, and logits float32 [R, W, V] where there is a head."""
         c, copies = self.config, len(condition) // len(inputs)
-        x = self.embed(inputs, position)
+        x, own = self.embed(inputs, position), slot
         if copies > 1:
             x, slot, position = x.repeat(copies, 1, 1), slot.repeat(copies, 1), position.repeat(copies, 1)
-        attend = self._attention(seen, copies)
-        x = torch.where(position[..., None] == 0, condition, x)
-        rotation = self.rope[position.clamp_max(c.length - 1)][:, :, None, None]  # [R, W, 1, 1, 2, hd/2]
         row = torch.arange(len(condition), device=x.device)[:, None, None]
         head = torch.arange(c.heads, device=x.device)
+        attend = self._attention(seen, own, (row, head, slot[..., None]), copies)
+        x = torch.where(position[..., None] == 0, condition, x)
+        rotation = self.rope[position.clamp_max(c.length - 1)][:, :, None, None]  # [R, W, 1, 1, 2, hd/2]
         for number, layer in enumerate(self.layers):
-            x = self._layer(
-                layer, x, caches[2 * number : 2 * number + 2], (row, head, slot[..., None]), rotation, attend
-            )
+            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], rotation, attend)
         x = F.rms_norm(x, (c.dim,), self.gain, c.norm_eps)
         return (x,) if self.head is None else (x, self.head(x).float())
 
-    def _attention(self, seen: Tensor, copies: int) -> Attention:
-        """(queries [R, W, heads, hd], keys, values) -> [R, W, heads, hd]."""
+    def _attention(self, seen: Tensor, slot: Tensor, place: tuple[Tensor, ...], copies: int) -> Attention:
+        """(queries, keys and values of the pass [R, W, heads, hd], caches) -> [R, W, heads, hd]; the pass's own keys
+        and values are in the caches afterwards. place: index of their columns in a cache."""
         if self.paired or (self.own_attention and (self.steady or seen.shape[1] >= _OWN_FROM)):
-            return lambda q, keys, values: torch.ops.bozzetto.attend(q, keys, values, seen, self.steady)
+            return lambda *given: torch.ops.bozzetto.append_attend(*given, slot, seen, self.steady)
         reach = seen.shape[-1]
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -math.inf)
         bias = bias[:, None].repeat(copies, 1, 1, 1)
 
-        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            keys.index_put_(place, k)
+            values.index_put_(place, v)
             keys, values = keys[:, :, :reach], values[:, :, :reach]
             return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias).transpose(1, 2)
 
         return attend
 
-    def _layer(
-        self, w: Any, x: Tensor, cache: Caches, place: tuple[Tensor, ...], rotation: Tensor, attend: Attention
-    ) -> Tensor:
+    def _layer(self, w: Any, x: Tensor, cache: Caches, rotation: Tensor, attend: Attention) -> Tensor:
         c, (keys, values) = self.config, cache
         rows, width = x.shape[:2]
         qkv = w.wqkv(F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)).view(rows, width, 3, c.heads, c.head_dim)
         q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
-        keys.index_put_(place, k)
-        if self.paired:
-            row, head, slot = place
-            values[row, head, slot // 2, :, slot % 2] = qkv[:, :, 2]
-        else:
-            values.index_put_(place, qkv[:, :, 2])
-        x = x + w.wo(attend(q, keys, values).reshape(rows, width, c.dim))
+        x = x + w.wo(attend(q, k, qkv[:, :, 2], keys, values).reshape(rows, width, c.dim))
         gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
         return x + w.w2(F.silu(gate) * up)
 

@@ -30,6 +30,9 @@ def load_attend(folder: Path) -> None:
     -> [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
 
     values: as keys in float32; [R, H, S/2, D, 2] in bfloat16, columns 2 i and 2 i + 1 side by side (`in_pairs`);
+    `append_attend`(q, k, v, keys, values, slot int64 [B, W], seen, steady) first writes the pass's own keys and values,
+    shaped as q, into columns `slot` of the caches; generated code writes such scattered columns number by number.
+
     steady: a query's result has the same bits in a call of any width (with the matrix unit it has anyway).
 
     It is loaded once in a process. Raises UsageError where it cannot be built.
@@ -47,6 +50,12 @@ def load_attend(folder: Path) -> None:
 
     @torch.library.register_fake("bozzetto::attend")
     def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, steady: bool) -> Tensor:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+    @torch.library.register_fake("bozzetto::append_attend")
+    def append_attend(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot: Tensor, seen: Tensor, steady: bool
+    ) -> Tensor:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 

@@ -23,11 +23,13 @@ from bozzetto.data import augment, evaluation_view, read_captions
 from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, left_pad
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import load_tokenizer, save_llamagen
+from bozzetto.prompts import ENCODER
 from bozzetto.train.fit import Fit
 from bozzetto.train.loop import channels_last
 from bozzetto.train.recipes import CaptionRecipe, DataSource, FlowRecipe, MARRecipe, TargetRecipe
 
 _CHUNK = 64
+_EXAMPLES = 12  # held-out prompts that are drawn where none is asked for
 
 
 @torch.no_grad()
@@ -134,6 +136,9 @@ class CaptionFit(CodeFit):
         self.caption_dim = encoder.dim
         self.features, self.mask = self._features(encoder, self.recipe.train, self.recipe.prompts)
         self.test_features, self.test_mask = self._features(encoder, self.recipe.test, self.recipe.prompts[:1])
+        held_out = read_captions(self.recipe.test.path, self.recipe.test.split)
+        shown = held_out[:: max(1, len(held_out) // _EXAMPLES)][:_EXAMPLES]
+        self.examples = [self.recipe.prompts[0].format(caption=caption, style=style) for caption, style in shown]
 
     def _features(self, encoder: SentenceEncoder, source: DataSource, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Left-padded features float16 [N, K, T, C] and their mask bool [N, K, T] of every picture's prompts."""
@@ -193,8 +198,16 @@ class CaptionFit(CodeFit):
             total += self.loss(features, mask, tokens).item() * len(tokens)
         return total / len(self.test_tokens)
 
-    def sheet(self) -> None:
-        """None yet: samples need prompts."""
+    def export(self) -> None:
+        notes = {
+            "name": self.recipe.name,
+            "encoder": ENCODER,
+            "prompts": list(self.examples),
+            "held_out_nats_per_token": self.best,
+            "steps": self.step,
+            "recipe": asdict(self.recipe),
+        }
+        save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes)
 
 
 def train_target(recipe: TargetRecipe | FlowRecipe | MARRecipe) -> Path:

@@ -1,0 +1,1 @@
+"""Targets of other libraries, used as they are: one file per family."""

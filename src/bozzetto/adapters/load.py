@@ -1,0 +1,172 @@
+"""From a transformers checkpoint (a folder, or a name on the hub) to a target, its prompts and its pictures.
+
+Folders in the Hugging Face layout are read as they are. Names on the hub are fetched by huggingface_hub, which keeps to
+HF_HUB_OFFLINE and its cache. Prompts go through the model's own processor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from bozzetto.adapters.chameleon import ChameleonTarget
+from bozzetto.adapters.emu3 import Emu3Target
+from bozzetto.adapters.janus import JanusTarget, janus_prompt
+from bozzetto.adapters.pictures import HostedPictures, emu3_pictures, janus_pictures
+from bozzetto.adapters.prompted import Prompt, PromptedCodes
+from bozzetto.adapters.vqgan import chameleon_pictures
+from bozzetto.errors import UsageError
+
+Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
+_EMU3_FACTOR = 8  # pixels per token and side
+
+
+@dataclass
+class Hosted:
+    """What was loaded. ask: from texts to tokens."""
+
+    target: PromptedCodes
+    pictures: HostedPictures
+    ask: Ask
+
+
+def load_hosted(model: str | Path, dtype: torch.dtype, device: str, image_size: int = 0) -> Hosted:
+    """Load a checkpoint in the Hugging Face layout. image_size: pixels per side, where the family has a choice (0: its
+    usual one).
+
+    Raises UsageError for a checkpoint that is not an image generator of a known family, that is incomplete, or that
+    lacks its tokenizer.
+    """
+    kind = _model_type(model)
+    if kind not in FAMILIES:
+        raise UsageError(
+            f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
+            "LlamaGen and MAR checkpoints: bozzetto convert)"
+        )
+    class_name, build = FAMILIES[kind]
+    processor = _processor(model)
+    import transformers
+
+    network, notes = _read(
+        model, "weights", getattr(transformers, class_name).from_pretrained, dtype=dtype, output_loading_info=True
+    )
+    _check_whole(model, network, notes)
+    return build(network.to(device).eval().requires_grad_(False), processor, model, image_size)
+
+
+def _read(model: str | Path, what: str, read: Callable[..., Any], **options: Any) -> Any:
+    """Call a from_pretrained. Its many kinds of error all mean that a file is missing or does not fit."""
+    try:
+        return read(str(model), **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{model}: its {what} could not be read: {reason}") from error
+
+
+def _model_type(model: str | Path) -> str:
+    from transformers import AutoConfig
+
+    return str(getattr(_read(model, "config.json", AutoConfig.from_pretrained), "model_type", None))
+
+
+def _processor(model: str | Path) -> Any:
+    from transformers import AutoProcessor
+
+    processor = _read(model, "processor", AutoProcessor.from_pretrained)
+    if getattr(processor, "tokenizer", None) is None:
+        raise UsageError(
+            f"{model}: no tokenizer: put its files (tokenizer.json or the like, tokenizer_config.json, "
+            "processor_config.json, preprocessor_config.json) beside the weights"
+        )
+    return processor
+
+
+def _check_whole(model: str | Path, network: Any, notes: Mapping[str, Any]) -> None:
+    """Weights are all there, of the right shape, and finite."""
+    for name, what in (("missing_keys", "missing"), ("mismatched_keys", "misshapen")):
+        if found := sorted(map(str, notes.get(name, ()))):
+            raise UsageError(f"{model}: {what} in its weights: {', '.join(found[:4])} ({len(found)} in all)")
+    for name, weight in network.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UsageError(f"{model}: {name} has non-finite values")
+
+
+def _fixed_size(model: str | Path, asked: int, own: int) -> None:
+    if asked not in (0, own):
+        raise UsageError(f"image_size = {asked} is not allowed: {model} draws {own} pixels per side")
+
+
+def _numbers(tokens: Any) -> list[int]:
+    """The one row of a processor's result."""
+    return torch.as_tensor(tokens["input_ids"]).view(-1).tolist()
+
+
+def _build_janus(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+    target, known = JanusTarget(network), network.generation_config
+    pictures = janus_pictures(network, math.isqrt(target.length))
+    _fixed_size(model, image_size, pictures.config.image_size)
+    begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
+
+    def tokens(text: str) -> list[int]:
+        if processor.chat_template:
+            said = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+            text = processor.apply_chat_template(said, add_generation_prompt=True)
+        return _numbers(processor(text=text, generation_mode="image", return_tensors="pt"))
+
+    def ask(text: str, negative: str) -> Prompt:
+        given = tokens(text)
+        if negative:
+            return Prompt(tuple(given), tuple(tokens(negative)))
+        return janus_prompt(given, known.bos_token_id, begin, known.pad_token_id)
+
+    return Hosted(target, pictures, ask)
+
+
+def _build_emu3(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+    area = (image_size or math.isqrt(processor.image_area)) ** 2
+    height, width = processor.calculate_generate_size("1:1", area, _EMU3_FACTOR)
+    if height != width or height < 1 or (image_size and height * _EMU3_FACTOR != image_size):
+        raise UsageError(f"image_size = {image_size} is not allowed: a multiple of {_EMU3_FACTOR}")
+    target, own = Emu3Target(network, height, width), processor.image_processor
+    if target.length >= target.context:
+        raise UsageError(
+            f"image_size = {height * _EMU3_FACTOR} is not allowed: {target.length} image tokens, "
+            f"the model's context is {target.context}"
+        )
+    pictures = emu3_pictures(network, width, list(own.image_mean), list(own.image_std))
+
+    def tokens(text: str) -> tuple[int, ...]:
+        asked = {"return_for_image_generation": True, "ratio": "1:1", "image_area": area}
+        return tuple(_numbers(processor(text=[text], return_tensors="pt", **asked)))
+
+    return Hosted(target, pictures, lambda text, negative: Prompt(tokens(text), tokens(negative)))
+
+
+def _build_chameleon(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+    grid = math.isqrt(processor.image_seq_length)
+    target, pictures = ChameleonTarget(network, grid), chameleon_pictures(model, network, grid)
+    _fixed_size(model, image_size, pictures.config.image_size)
+    begin, first = processor.image_start_token_id, processor.tokenizer.bos_token_id
+
+    def tokens(text: str) -> tuple[int, ...]:
+        return (*_numbers(processor(text=text, return_tensors="pt")), begin)
+
+    def ask(text: str, negative: str) -> Prompt:
+        return Prompt(tokens(text), tokens(negative) if negative else (first, begin))
+
+    return Hosted(target, pictures, ask)
+
+
+FAMILIES: Mapping[str, tuple[str, Callable[..., Hosted]]] = MappingProxyType(
+    {
+        "janus": ("JanusForConditionalGeneration", _build_janus),
+        "emu3": ("Emu3ForConditionalGeneration", _build_emu3),
+        "chameleon": ("ChameleonForConditionalGeneration", _build_chameleon),
+    }
+)

@@ -1,0 +1,70 @@
+"""From image tokens of transformers models to pixels: each model's own decoder, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.adapters.emu3 import without_line_ends
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """grid: tokens per side of the picture; image_size: pixels per side."""
+
+    grid: int
+    image_size: int
+
+
+class HostedPictures:
+    """What a pipeline asks of a tokenizer. codebook: float [V', d], the codes that stand for something (V' is V, or
+    one less where the last token ends a line); to_pixels: tokens int64 [B, N] -> float [B, 3, H, W]."""
+
+    def __init__(self, config: PictureConfig, codebook: Tensor, to_pixels: Callable[[Tensor], Tensor]):
+        self.config, self.codebook, self.to_pixels = config, codebook, to_pixels
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """int64 [B, N] -> [B, 3, H, W] in [0, 1]."""
+        return self.to_pixels(tokens).float().clamp(0, 1)
+
+    def codes_drawn(self, count: int) -> int:
+        """How many codes the first `count` tokens hold."""
+        return count
+
+
+class LinedPictures(HostedPictures):
+    """Pictures whose tokens hold an end of line after each row."""
+
+    def codes_drawn(self, count: int) -> int:
+        return count - count // (self.config.grid + 1)
+
+
+def janus_pictures(model: Any, grid: int) -> HostedPictures:
+    """model: transformers JanusForConditionalGeneration."""
+    vq = model.model.vqmodel.float()
+    scale = 2 ** (len(model.config.vq_config.channel_multiplier) - 1)
+
+    def pixels(tokens: Tensor) -> Tensor:
+        return (vq.decode(tokens) + 1) / 2
+
+    codebook = F.normalize(vq.quantize.embedding.weight.detach(), dim=-1)
+    return HostedPictures(PictureConfig(grid, grid * scale), codebook, pixels)
+
+
+def emu3_pictures(model: Any, grid: int, mean: list[float], std: list[float]) -> HostedPictures:
+    """model: transformers Emu3ForConditionalGeneration; mean, std: of its image processor."""
+    vq = model.model.vqmodel.float()
+    shift, scale = (torch.tensor(part).view(-1, 1, 1) for part in (mean, std))
+
+    def pixels(tokens: Tensor) -> Tensor:
+        made = vq.decode(without_line_ends(tokens, grid))
+        return made * scale.to(made) + shift.to(made)
+
+    codebook = vq.quantize.embedding.weight.detach()
+    return LinedPictures(PictureConfig(grid, grid * vq.spatial_scale_factor), codebook, pixels)

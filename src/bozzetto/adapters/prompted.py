@@ -1,0 +1,292 @@
+"""What adapters of transformers models share: prompts as conditions, and the model's own decoder run by our loop.
+
+No modelling code is copied: the decoder of an unmodified transformers model is called with embeddings, explicit
+positions, an additive mask and a cache of ours (`SlotCache`). A sequence is its prompt and then the image tokens; the
+prompt's last token is input 0, image token i - 1 is input i, so input i of row r lies in slot lead[r] + i, where
+lead[r] is one less than the number of the prompt's tokens. Rows of different prompts are ragged, nothing is padded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from bozzetto.drafts import Layout
+from bozzetto.errors import UsageError
+from bozzetto.models.base import Scores, visible
+from bozzetto.models.llamagen_cache import copied, whole_blocks
+
+_WHOLE = 8  # slots of a row are a multiple of this
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token numbers of a prompt up to the one before the first image token, and of what stands for no prompt."""
+
+    given: tuple[int, ...]
+    without: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.given or not self.without:
+            raise ValueError("a prompt has one token or more")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What drafters ask of a target's config. vocab: V; length: N; dim: of hidden states and token embeddings."""
+
+    vocab: int
+    length: int
+    dim: int
+
+    @property
+    def grid(self) -> int:
+        """Side of the smallest square that holds all tokens."""
+        return math.isqrt(self.length - 1) + 1
+
+
+class SlotCache(Cache):
+    """Keys and values of all layers, [R, S, H, D] each, written where the pass says and read up to `reach` columns."""
+
+    def __init__(self, layers: int, rows: int, slots: int):
+        super().__init__(layers=[])
+        self.rows, self.slots = rows, slots
+        self.parts: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.flat = torch.zeros(0, dtype=torch.int64)  # slots of the pass, in the flat tables [R S, H, D]
+        self.reach = slots
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nobody needs it: positions and masks are given."""
+        return 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, H, W, D] of a pass -> all that it may attend to, [R, H, reach, D]."""
+        found = self.parts[layer_idx]
+        if found is None:
+            rows, heads, _, dim = key_states.shape
+            blank = key_states.new_zeros(rows, self.slots, heads, dim)
+            found = self.parts[layer_idx] = (blank, blank.new_zeros(*blank.shape[:3], value_states.shape[-1]))
+        for table, new in zip(found, (key_states, value_states), strict=True):
+            table.flatten(0, 1).index_copy_(0, self.flat, new.transpose(1, 2).flatten(0, 1))
+        keys, values = (table[:, : self.reach].transpose(1, 2) for table in found)
+        return keys, values
+
+    def tables(self) -> list[Tensor]:
+        """Every table that there is, [R, S, H, D]."""
+        return [part for pair in self.parts if pair is not None for part in pair]
+
+    def replaced(self, rows: int, slots: int, change: Any) -> SlotCache:
+        """A cache whose tables are change(table)."""
+        other = SlotCache(len(self.parts), rows, slots)
+        other.parts = [None if pair is None else (change(pair[0]), change(pair[1])) for pair in self.parts]
+        return other
+
+
+class PromptedTarget:
+    """A target whose conditions are prompts. A family adds what is embedded and what is read out.
+
+    body: the transformers decoder (inputs_embeds -> last_hidden_state) with `layers` layers. Labels are numbers of the
+    prompts that `add` was given.
+    """
+
+    step: Any = None  # no compiled passes
+    prompts: list[Prompt]
+
+    def __init__(self, body: nn.Module, layers: int, length: int, context: int):
+        self.body, self.layers, self.length, self.context = body, layers, length, context
+        some = next(body.parameters())
+        self.device, self.dtype = some.device, some.dtype
+        self.prompts = []
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [B, W, d] of image tokens [B, W, ...]."""
+        raise NotImplementedError
+
+    def read_out(self, hidden: Tensor, number: Tensor) -> Scores:
+        """What a pass gives, from hidden states [R, W, d] at inputs `number` int64 [R, W] of the image."""
+        raise NotImplementedError
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., d] of a prompt's tokens int64 [...]."""
+        raise NotImplementedError
+
+    def add(self, prompt: Prompt) -> int:
+        """A label for a prompt; equal prompts have equal labels. Raises UsageError for one that does not fit."""
+        if prompt in self.prompts:
+            return self.prompts.index(prompt)
+        most = self.context - self.length
+        for tokens in (prompt.given, prompt.without):
+            if len(tokens) > most:
+                raise UsageError(
+                    f"prompt of {len(tokens)} tokens is not allowed: at most {most} fit beside {self.length} image "
+                    f"tokens (the model's context is {self.context}); say it in fewer words"
+                )
+        self.prompts.append(prompt)
+        return len(self.prompts) - 1
+
+    @torch.no_grad()
+    def begin(self, labels: Tensor, guided: bool, max_width: int) -> PromptedSession:
+        """labels int64 [B]: numbers of prompts."""
+        return PromptedSession(self, self.conditions_of(labels, guided), 2 if guided else 1, max_width)
+
+    def conditions_of(self, labels: Tensor, guided: bool) -> list[tuple[int, ...]]:
+        """The prompts' tokens of each of R rows."""
+        if not self.prompts:
+            raise UsageError("this target draws prompts: give it one with target.add")
+        chosen = [self.prompts[label] for label in labels.tolist()]
+        return [p.given for p in chosen] + ([p.without for p in chosen] if guided else [])
+
+
+class PromptedCodes(PromptedTarget):
+    """A prompted target that draws codes. embedding: rows [V, d] that stand for them."""
+
+    def __init__(self, body: nn.Module, layers: int, embedding: Tensor, shape: Shape, context: int):
+        super().__init__(body, layers, shape.length, context)
+        self.embedding, self.config, self.vocab = embedding, shape, shape.vocab
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding[tokens]
+
+    def read_out(self, hidden: Tensor, number: Tensor) -> Scores:
+        return Scores(self.logits(hidden, number), hidden)
+
+    def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
+        """float32 [R, W, V] from hidden states [R, W, d] at inputs `position` int64 [R, W]."""
+        raise NotImplementedError
+
+
+@dataclass
+class PromptedSession:
+    """Cache and conditions of R = copies * B sequences (models/base.py)."""
+
+    target: PromptedTarget
+    prompts: list[tuple[int, ...]]
+    copies: int
+    max_width: int
+    lead: Tensor = field(init=False)  # int64 [R], slots before that of input 0
+    condition: Tensor = field(init=False)  # [R, 1, d], input 0
+
+    def __post_init__(self) -> None:
+        t = self.target
+        self.lead = torch.tensor([len(p) - 1 for p in self.prompts], device=t.device)
+        longest = int(self.lead.max())
+        self.cache = SlotCache(t.layers, len(self.prompts), self._slots(longest))
+        last = torch.tensor([p[-1] for p in self.prompts], device=t.device)
+        self.condition = t.words(last)[:, None].to(t.dtype)
+        if longest:
+            self._fill(longest)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lead)
+
+    def _slots(self, longest: int) -> int:
+        return -(-(longest + self.target.length + self.max_width) // _WHOLE) * _WHOLE
+
+    def _fill(self, longest: int) -> None:
+        """Run all prompt tokens but the last through the layers. What shorter prompts leave behind their end is
+        written over before anything can see it."""
+        t = self.target
+        ids = torch.tensor([[*p[:-1], *[p[-1]] * (longest + 1 - len(p))] for p in self.prompts], device=t.device)
+        at = torch.arange(longest, device=t.device).expand(len(ids), -1)
+        self._run(t.words(ids).to(t.dtype), at, at, at[:1, None, :] <= at[:, :, None], longest)
+
+    def _run(self, x: Tensor, slot: Tensor, position: Tensor, seen: Tensor, reach: int) -> Tensor:
+        """One call of the decoder: x [R, W, d]; slot, position int64 [R, W]; seen bool [R, W, reach] -> [R, W, d]."""
+        first = torch.arange(self.rows, device=x.device)[:, None] * self.cache.slots
+        self.cache.flat, self.cache.reach = (first + slot).flatten(), reach
+        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
+        out = self.target.body(
+            inputs_embeds=x,
+            position_ids=position,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    @torch.no_grad()
+    def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
+        t, width = self.target, inputs.shape[1]
+        run = torch.arange(width, device=inputs.device)[None]
+        hop, deep = (run, run) if layout is None else (layout.slot, layout.depth)
+        hop, deep = (copied(part, self.copies) if len(part) > 1 else part for part in (hop, deep))
+        begin = self.lead + start.repeat(self.copies)  # [R]
+        if layout is not None and len(layout.sees) > 1:
+            layout = replace(layout, sees=copied(layout.sees, self.copies))
+        reach = self.cache.slots
+        if furthest is not None:
+            past = width if layout is None else layout.sees.shape[-1]
+            reach = whole_blocks(int(self.lead.max()) + furthest + past, reach)
+        seen = visible(torch.arange(reach, device=inputs.device), begin, width, layout)
+        position = begin[:, None] + deep
+        number = position - self.lead[:, None]  # of the input among the image's
+        x = copied(t.embed(inputs), self.copies)
+        x = torch.where(number[..., None] == 0, self.condition, x)
+        hidden = self._run(x, begin[:, None] + hop, position, seen, reach)
+        return t.read_out(hidden, number)
+
+    @torch.no_grad()
+    def compact(self, path: Tensor, start: Tensor) -> None:
+        """Gathers and scatters of whole rows. path int64 [B, P]."""
+        path = path[:, 1:].repeat(self.copies, 1)  # the root does not move
+        rows = torch.arange(self.rows, device=path.device) * self.cache.slots
+        first = (rows + self.lead + start.repeat(self.copies))[:, None].expand_as(path)
+        to = (first + torch.arange(1, path.shape[1] + 1, device=path.device)).flatten()
+        here = (first + path).flatten()
+        for table in self.cache.tables():
+            flat = table.flatten(0, 1)
+            flat.index_copy_(0, to, flat.index_select(0, here))
+
+    def keep(self, rows: Tensor) -> None:
+        rows = self._every(rows)
+        self.prompts = [self.prompts[i] for i in rows.tolist()]
+        self.lead, self.condition = self.lead[rows], self.condition[rows]
+        self.cache = self.cache.replaced(len(rows), self.cache.slots, lambda table: table[rows])
+
+    @torch.no_grad()
+    def admit(self, rows: Tensor, labels: Tensor) -> None:
+        every, t = self._every(rows), self.target
+        fresh = PromptedSession(t, t.conditions_of(labels, self.copies > 1), self.copies, self.max_width)
+        slots = max(self.cache.slots, fresh.cache.slots)
+        self.cache = self.cache.replaced(self.rows, slots, lambda table: _longer(table, slots))
+        for ours, theirs in zip(self.cache.tables(), fresh.cache.tables(), strict=False):
+            ours[every, : theirs.shape[1]] = theirs
+        if not self.cache.tables():  # nothing has run here yet
+            self.cache = fresh.cache.replaced(self.rows, slots, lambda table: _spread(table, every, self.rows, slots))
+        self.lead[every], self.condition[every] = fresh.lead, fresh.condition
+        for row, prompt in zip(every.tolist(), fresh.prompts, strict=True):
+            self.prompts[row] = prompt
+
+    def _every(self, rows: Tensor) -> Tensor:
+        """Batch rows -> rows of sequences."""
+        batch = self.rows // self.copies
+        return torch.cat([rows + i * batch for i in range(self.copies)])
+
+
+def _longer(table: Tensor, slots: int) -> Tensor:
+    """[R, S, H, D] with zeros up to `slots`."""
+    return torch.nn.functional.pad(table, (0, 0, 0, 0, 0, slots - table.shape[1]))
+
+
+def _spread(table: Tensor, rows: Tensor, count: int, slots: int) -> Tensor:
+    """[n, S, H, D] as `rows` of a table of `count` rows."""
+    whole = table.new_zeros(count, slots, *table.shape[2:])
+    whole[rows, : table.shape[1]] = table
+    return whole
+
+
+def gathered(numbers: Sequence[int], table: Tensor) -> Tensor:
+    """The rows of a table [W, d] that stand for image tokens, [V, d]."""
+    return table.detach()[torch.tensor(numbers, device=table.device)]

@@ -1,0 +1,92 @@
+"""Pipelines of models of other libraries, conditioned by prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bozzetto.adapters.load import Hosted, load_hosted
+from bozzetto.adapters.prompted import PromptedCodes
+from bozzetto.adapters.sketch import PromptedEagle
+from bozzetto.drafters.grow import Sketcher
+from bozzetto.errors import UsageError
+from bozzetto.models.eagle_store import load_eagle
+from bozzetto.pipeline import DTYPES
+from bozzetto.pipelines import CodePipeline
+from bozzetto.prompts import PromptBook
+from bozzetto.rules.neighbours import MOST, nearest_codes
+from bozzetto.settings import GenerateSettings
+from bozzetto.workshop import TargetWorkshop
+
+EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrait of an old sailor")
+
+
+class HostedWorkshop(TargetWorkshop):
+    """Drafters and neighbours for a target of another library."""
+
+    target: Any
+
+    def __init__(self, target: PromptedCodes, codebook: Tensor):
+        whole: Any = target
+        super().__init__(whole, codebook, None, writable=False)
+
+    def eagle(self, folder: str) -> Sketcher:
+        """A drafter that was trained for this target. Raises UsageError for one of another."""
+        return copy.copy(self._eagle(str(self.eagle_folder(folder))))
+
+    def _load_eagle(self, folder: str) -> Any:
+        net = load_eagle(folder, self.target.config, "").to(self.target.device)
+        return PromptedEagle(net, self.target)
+
+    def smaller(self, folder: str) -> Sketcher:
+        raise UsageError("drafter 'model' is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
+
+    def neighbours(self, columns: int) -> Tensor:
+        """A token that is no code (an end of line) has no neighbour but itself, and is nobody's."""
+        most = min(MOST, len(self.codebook) - 1)
+        if columns > most:
+            raise UsageError(f"k = {columns} is not allowed: at most {most} (there are {len(self.codebook)} codes)")
+        if self._table is None:
+            near = nearest_codes(self.codebook, most)
+            others = torch.arange(len(near), self.target.vocab, device=near.device, dtype=near.dtype)
+            self._table = torch.cat([near, others[:, None].expand(-1, most)]).to(self.target.device)
+        return self._table[:, :columns]
+
+
+class HostedPipeline(CodePipeline):
+    """A model of another library, drawing what prompts say. ask: (prompt, negative prompt) -> label of the target."""
+
+    target: PromptedCodes
+
+    def __init__(self, name: str, hosted: Hosted, dtype: str):
+        target = hosted.target
+        super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
+        self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
+        self.book = PromptBook(self.classes, lambda text, negative: target.add(hosted.ask(text, negative)))
+        for text in EXAMPLES:
+            self.book.label(text, "")
+
+    def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+        return self.book.labels(asked, "" if settings is None else settings.negative_prompt)
+
+    def refuse_negative(self, settings: GenerateSettings) -> None:
+        """It is not refused."""
+
+    def codes_drawn(self, count: int) -> int:
+        return self.tokenizer.codes_drawn(count)  # type: ignore[attr-defined]
+
+    def target_in(self, mode: str, deterministic: bool = False) -> Any:
+        if mode != "off":
+            raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is run by transformers (off)")
+        return self.target
+
+
+def load_prompted(model: str | Path, dtype: str, device: str, image_size: int = 0) -> HostedPipeline:
+    """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does."""
+    hosted = load_hosted(model, DTYPES[dtype], device, image_size)
+    return HostedPipeline(Path(str(model)).name, hosted, dtype)

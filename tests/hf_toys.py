@@ -1,0 +1,122 @@
+"""Models of other libraries with tiny random configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from bozzetto.adapters.chameleon import ChameleonTarget
+from bozzetto.adapters.emu3 import Emu3Target
+from bozzetto.adapters.janus import JanusTarget, janus_prompt
+from bozzetto.adapters.prompted import Prompt, PromptedCodes
+
+WORDS = 24  # of text, in every vocabulary
+BEGIN, IMAGE, PADDING = 1, 2, 0  # begin of text, begin of image
+GRID, CODES = 3, 8
+PROMPTS = ([BEGIN, 5, 9, IMAGE], [BEGIN, 7, IMAGE], [BEGIN, 11, 12, 13, 14, IMAGE])
+NEGATIVE = [BEGIN, 20, IMAGE]
+_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_VQ: dict[str, Any] = {"num_res_blocks": 1, "base_channels": 32, "embed_dim": 4, "latent_channels": 32}
+
+
+def _ready(kind: Any, config: Any, seed: int = 0) -> Any:
+    """A model with laws that are not flat."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config).eval()
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "vqmodel" not in name:
+                torch.nn.init.normal_(weight, std=0.25)
+    return model.requires_grad_(False)
+
+
+def tiny_janus() -> Any:
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 6,
+        "patch_size": 2,
+        "projection_dim": 32,
+        "num_image_tokens": GRID * GRID,
+    }
+    vq = {
+        **_VQ,
+        "num_embeddings": CODES,
+        "channel_multiplier": [1, 1],
+        "num_patches": GRID,
+        "projection_dim": 32,
+        "image_token_embed_dim": 32,
+    }
+    text = {**_TEXT, "num_key_value_heads": 2, "vocab_size": WORDS, "max_position_embeddings": 64}
+    config = transformers.JanusConfig(
+        text_config={**text, "model_type": "llama"}, vision_config=vision, vq_config=vq, image_token_id=3
+    )
+    model = _ready(transformers.JanusForConditionalGeneration, config)
+    model.generation_config.update(bos_token_id=BEGIN, pad_token_id=PADDING, eos_token_id=None)
+    model.generation_config.generation_kwargs = {"boi_token_id": IMAGE}
+    return model
+
+
+def tiny_emu3() -> Any:
+    vocabulary = {f"<|visual token {i:06d}|>": WORDS + i for i in range(CODES)}
+    vocabulary |= {"<|extra_200|>": WORDS + CODES, "<image>": 3}
+    vq = {
+        "codebook_size": CODES,
+        "embed_dim": 4,
+        "latent_channels": 4,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "hidden_size": 32,
+        "num_attention_heads": 1,
+        "temporal_downsample_factor": 2,
+    }
+    text = {**_TEXT, "num_key_value_heads": 2, "vocab_size": WORDS + CODES + 1, "max_position_embeddings": 64}
+    text |= {"pad_token_id": PADDING, "bos_token_id": BEGIN, "eos_token_id": WORDS - 1}
+    config = transformers.Emu3Config(text_config=text, vq_config=vq, vocabulary_map=vocabulary)
+    return _ready(transformers.Emu3ForConditionalGeneration, config)
+
+
+def tiny_chameleon() -> Any:
+    letters = {f"IMGIMG{chr(ord('A') + i)}Z": WORDS + i for i in range(CODES)}
+    vq = {**_VQ, "num_embeddings": CODES, "channel_multiplier": [1, 1], "resolution": 2 * GRID, "attn_resolutions": []}
+    config = transformers.ChameleonConfig(
+        **_TEXT,
+        num_key_value_heads=4,
+        vocab_size=WORDS + CODES,
+        max_position_embeddings=64,
+        vocabulary_map={**letters, "<image>": 3},
+        vq_config=vq,
+    )
+    return _ready(transformers.ChameleonForConditionalGeneration, config)
+
+
+def janus() -> PromptedCodes:
+    """A tiny Janus that knows PROMPTS as labels 0, 1, 2."""
+    target = JanusTarget(tiny_janus())
+    for tokens in PROMPTS:
+        target.add(janus_prompt(tokens, BEGIN, IMAGE, PADDING))
+    return target
+
+
+def emu3() -> PromptedCodes:
+    """A tiny Emu3 that knows PROMPTS as labels 0, 1, 2."""
+    return _with_prompts(Emu3Target(tiny_emu3(), GRID, GRID))
+
+
+def chameleon() -> PromptedCodes:
+    """A tiny Chameleon that knows PROMPTS as labels 0, 1, 2."""
+    return _with_prompts(ChameleonTarget(tiny_chameleon(), GRID))
+
+
+def _with_prompts(target: PromptedCodes) -> PromptedCodes:
+    for tokens in PROMPTS:
+        target.add(Prompt(tuple(tokens), tuple(NEGATIVE)))
+    return target
+
+
+TARGETS = {"janus": janus, "emu3": emu3, "chameleon": chameleon}

@@ -1,0 +1,221 @@
+"""Checkpoints in the Hugging Face layout: prompts in, pictures out, and errors that name the fix."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    ChameleonProcessor,
+    Emu3ImageProcessor,
+    Emu3Processor,
+    JanusProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+import bozzetto
+import hf_toys
+from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, to_published
+from bozzetto.cli import main
+from bozzetto.errors import UsageError
+from hf_toys import GRID, IMAGE
+
+SPECIAL = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+TEXT = ["<pad>", "<s>", "<boi>", "<image>", "<unk>", "<eoi>", "<sep>", "<wrap>", "<eof>", "</s>"]
+TEXT += ["a", "red", "tulip", "small", "house", "by", "lake", "in", "3", "*", "dog", "white", "ugly", "old"]
+EMU3_SIZE = 8 * GRID
+
+
+def tokenizer(**more: str) -> PreTrainedTokenizerFast:
+    assert len(TEXT) == hf_toys.WORDS and TEXT.index("<boi>") == IMAGE
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TEXT)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "<sep>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens={**SPECIAL, **more}, **names)
+
+
+def write_janus(folder: Path) -> None:
+    hf_toys.tiny_janus().save_pretrained(folder)
+    JanusProcessor(JanusImageProcessorPil(), tokenizer()).save_pretrained(folder)
+
+
+def write_emu3(folder: Path) -> None:
+    hf_toys.tiny_emu3().save_pretrained(folder)
+    text = tokenizer(image_wrapper_token="<wrap>", eof_token="<eof>")
+    Emu3Processor(Emu3ImageProcessor(), text).save_pretrained(folder)
+
+
+def write_chameleon(folder: Path, codes: torch.Tensor | None = None) -> None:
+    network = hf_toys.tiny_chameleon()
+    network.save_pretrained(folder)
+    ChameleonProcessor(ChameleonImageProcessorPil(), tokenizer(), image_seq_length=GRID * GRID).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = KL16Decoder(KL16Config(2 * GRID, 4, 2, 32, (1, 1), 1))
+    own = network.model.vqmodel.quantize.embedding.weight
+    state = {**to_published(decoder.state_dict(), 2), "quantize.embedding.weight": own if codes is None else codes}
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "vqgan.safetensors")
+
+
+WRITERS = {"janus": write_janus, "emu3": write_emu3, "chameleon": write_chameleon}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp("hosted") / family for family in WRITERS}
+    for family, folder in folders.items():
+        WRITERS[family](folder)
+    return folders
+
+
+def load(checkpoints: dict[str, Path], family: str) -> Any:
+    return bozzetto.load(checkpoints[family], image_size=EMU3_SIZE if family == "emu3" else 0)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_prompts_draw_the_same_pictures_with_and_without_drafts(checkpoints: dict[str, Path], family: str) -> None:
+    pipe = load(checkpoints, family)
+    asked: dict[str, Any] = {"seed": 3, "count": 4, "guidance": 2.0, "batch": 3}
+    prompts = ["a red tulip", "a small house by a lake"]
+    slow = pipe.generate(prompts, drafter="none", **asked)
+    fast = pipe.generate(prompts, drafter="jacobi", window=4, **asked)
+    assert [a.sha256 for a in fast.images] == [b.sha256 for b in slow.images]
+    assert [a.class_name for a in fast.images] == [*prompts, *prompts]
+    assert fast.tokens_per_pass > 1 and fast.images[0].image.size == (2 * GRID, 2 * GRID)
+    assert pipe.preview(fast.images[0].tokens, 5).size == (2 * GRID, 2 * GRID)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_rule_reads_a_hosted_model(checkpoints: dict[str, Path], family: str) -> None:
+    pipe = load(checkpoints, family)
+    for drafter, rule in (("jacobi", "exact"), ("none", "lantern:k=3")):
+        pipe.generate(["a dog"], rule=rule, drafter=drafter)
+    assert pipe.workshop.neighbours(3).shape == (pipe.target.vocab, 3)
+
+
+def test_an_end_of_line_is_nobodys_neighbour_but_its_own(checkpoints: dict[str, Path]) -> None:
+    near = load(checkpoints, "emu3").workshop.neighbours(7)
+    assert bool((near[: hf_toys.CODES] < hf_toys.CODES).all()) and bool((near[hf_toys.CODES :] == hf_toys.CODES).all())
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_a_negative_prompt_changes_guided_pictures_only(checkpoints: dict[str, Path], family: str) -> None:
+    pipe = load(checkpoints, family)
+
+    def tokens(guidance: float, negative: str) -> list[list[int]]:
+        made = pipe.generate(["a dog"], count=6, guidance=guidance, negative_prompt=negative)
+        return [image.tokens.tolist() for image in made.images]
+
+    assert tokens(4.0, "") != tokens(4.0, "ugly")
+    assert tokens(1.0, "") == tokens(1.0, "ugly")
+
+
+def test_prompts_are_what_the_processor_makes_of_them(checkpoints: dict[str, Path]) -> None:
+    janus, emu3, chameleon = (load(checkpoints, family) for family in ("janus", "emu3", "chameleon"))
+    words = [TEXT.index(word) for word in ("a", "dog")]
+    for pipe in (janus, emu3, chameleon):
+        pipe.labels(["a dog"])
+    assert janus.target.prompts[-1].given == (*words, IMAGE)
+    assert janus.target.prompts[-1].without == (0, 0, IMAGE)
+    size = [TEXT.index(word) for word in ("<boi>", "3", "*", "3", "<wrap>")]
+    assert emu3.target.prompts[-1].given == (1, *words, *size)
+    assert emu3.target.prompts[-1].without == (1, *size)
+    assert chameleon.target.prompts[-1].given == (*words, TEXT.index("<sep>"), IMAGE)
+    assert chameleon.target.prompts[-1].without == (1, IMAGE)
+
+
+def test_the_command_line_draws_prompts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["generate", "a red tulip", "--model", str(checkpoints["janus"]), "--out", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["images"][0]["class"] == "a red tulip"
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def copied(checkpoints: dict[str, Path], family: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints[family], tmp_path / family))
+
+
+def refused(model: str | Path, match: str, **options: Any) -> None:
+    with pytest.raises(UsageError, match=match):
+        bozzetto.load(model, **options)
+
+
+def test_a_missing_tokenizer_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(checkpoints, "janus", tmp_path)
+    for path in [*folder.glob("tokenizer*"), *folder.glob("special_tokens*")]:
+        path.unlink()
+    refused(folder, "tokenizer")
+
+
+def test_a_text_model_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(config).save_pretrained(tmp_path / "text")
+    refused(tmp_path / "text", "model type 'bert' does not draw images by tokens here.*janus, emu3, chameleon")
+
+
+def test_missing_and_broken_weights_are_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(checkpoints, "janus", tmp_path)
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    name = next(key for key in whole if "generation_head" in key and key.endswith("weight"))
+    save_file({key: value for key, value in whole.items() if key != name}, path, {"format": "pt"})
+    refused(folder, "missing in its weights")
+    save_file({**whole, name: whole[name] * float("nan")}, path, {"format": "pt"})
+    refused(folder, "non-finite")
+    save_file({**whole, name: whole[name][:1].clone()}, path, {"format": "pt"})
+    refused(folder, "weights")
+
+
+def test_a_chameleon_needs_the_decoder_of_its_codes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(checkpoints, "chameleon", tmp_path)
+    (folder / "vqgan.safetensors").unlink()
+    refused(folder, "published tokenizer checkpoint into the model's folder as vqgan.safetensors or vqgan.ckpt")
+    write_chameleon(folder, torch.ones(hf_toys.CODES, 4))
+    refused(folder, "its codes are not those of")
+    save_file({"a": torch.ones(1)}, folder / "vqgan.safetensors")
+    refused(folder, "not a VQGAN tokenizer")
+
+
+def test_an_over_long_prompt_and_an_empty_one_are_refused(checkpoints: dict[str, Path]) -> None:
+    pipe = load(checkpoints, "chameleon")
+    with pytest.raises(UsageError, match="say it in fewer words"):
+        pipe.generate(["red " * 80])
+    with pytest.raises(UsageError, match="say what to draw"):
+        pipe.generate(["  "])
+
+
+def test_sizes_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None:
+    refused(checkpoints["emu3"], "image_size = 720 .*the model's context is 64", image_size=720)
+    refused(checkpoints["emu3"], "image_size = 21 is not allowed: a multiple of 8", image_size=21)
+    refused(checkpoints["janus"], "image_size = 7 is not allowed", image_size=7)
+
+
+def test_what_hosted_models_have_not_is_refused(checkpoints: dict[str, Path]) -> None:
+    pipe = load(checkpoints, "janus")
+    for options, match in (
+        ({"compile": "max"}, "run by transformers"),
+        ({"drafter": "model:folder=x", "rule": "block"}, "drafter 'model' is not allowed here"),
+        ({"drafter": "eagle", "rule": "block"}, "without a trained drafter"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            pipe.generate(["a dog"], **options)
+
+
+def test_a_name_on_the_hub_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused("nobody/nothing-of-this-name", "config.json could not be read")

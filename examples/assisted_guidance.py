@@ -38,18 +38,17 @@ def tiny_emu3(seed: int) -> Any:
     return model
 
 
+def allowed(_: int, seen: torch.Tensor) -> list[int]:
+    """What the grid allows after a prompt of five: a code, or an end of line behind each row."""
+    row_is_full = (len(seen) - 5) % (GRID + 1) == GRID
+    return [WORDS + CODES] if row_is_full else list(range(WORDS, WORDS + CODES))
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     differ = {"transformers, assisted": 0, "bozzetto, jacobi": 0}
     for seed in range(TRIES):
         model, prompt = tiny_emu3(seed), torch.tensor([[BEGIN, 5, 9, 7, IMAGE]])
-        ends = WORDS + CODES
-
-        def allowed(_: int, seen: torch.Tensor) -> list[int]:
-            """What the grid allows: a code, or an end of line after each row."""
-            row_is_full = (len(seen) - 5) % (GRID + 1) == GRID
-            return [ends] if row_is_full else list(range(WORDS, WORDS + CODES))
-
         length = GRID * (GRID + 1)
         options: dict[str, Any] = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
         options |= {"guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([[BEGIN, IMAGE]])}

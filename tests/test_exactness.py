@@ -14,14 +14,13 @@ from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, inverse_cdf
 from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import RULES
 from bozzetto.rules.base import RuleNoise, leading
 from bozzetto.rules.exact import Exact, residual
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 40_000, 1e-3, 1e-9
 V, N = 4, 5
-EXACT_RULES = [name for name in WINDOW_RULES if RULES[name].exact]
+EXACT_RULES = WINDOW_RULES
 TARGET = TabularTarget(V, N)
 WINDOWS = [1, 2, 4, N]
 GRID = [LawSettings(guidance=g, top_k=k) for g in (1.0, 2.0) for k in (0, 3)]

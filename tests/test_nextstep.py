@@ -89,7 +89,10 @@ def test_hidden_states_of_a_whole_grid_are_the_bodys_own(guided: bool, width: in
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_vanishing_epsilon_gives_the_sequential_tokens(guidance: float) -> None:
-    slow, fast = decode("none", "plain", guidance=guidance), decode("jacobi", "pathwise:epsilon=1e-5", guidance=guidance)
+    slow, fast = (
+        decode("none", "plain", guidance=guidance),
+        decode("jacobi", "pathwise:epsilon=1e-5", guidance=guidance),
+    )
     assert torch.allclose(slow.tokens, fast.tokens, atol=1e-3)
     near = decode("jacobi", "pathwise:epsilon=0.5", guidance=guidance)
     assert int(near.passes.sum()) < int(slow.passes.sum())

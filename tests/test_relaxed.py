@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.engine.loop import BatchResult, Decoder
@@ -18,10 +19,11 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.tabular import TabularTarget
 from bozzetto.registry import make_rule, read_shape
 from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.exact import Exact
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.rules.relaxed import Annealed, Grouped, KeepingRule
-from toys import PLAIN, RELAXED_RULES, sketched
+from toys import PLAIN, RELAXED_RULES, cells, fit_p_value, sketched
 
 _SPEC = importlib.util.spec_from_file_location("toy_bias", Path(__file__).parent.parent / "benchmarks" / "toy_bias.py")
 assert _SPEC and _SPEC.loader
@@ -288,3 +290,52 @@ def test_batches_of_one_and_three_give_the_big_batchs_tokens(rule: str) -> None:
         alone = run(rule, budget=1.0, settings=settings, index=index)
         assert torch.equal(alone.tokens, whole.tokens[index])
         assert torch.allclose(alone.spent, whole.spent[index], atol=1e-5)
+
+
+# Windows that are carried on.
+
+WINDOWED = [rule for rule in RELAXED if make_rule(rule).window]
+
+
+def run_window(
+    spec: str | Rule, budget: float | None = None, settings: LawSettings = PLAIN, count: int = 2000
+) -> BatchResult:
+    rule = with_codes(spec) if isinstance(spec, str) else spec
+    index = torch.arange(count)
+    return Decoder(TARGET, Jacobi(4), rule, settings, budget).run(index % 12, 0, index)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in HARMLESS if make_rule(rule).window])
+@pytest.mark.parametrize("settings", [PLAIN, LawSettings(guidance=2.0, top_k=4)], ids=["plain", "guided"])
+def test_a_window_without_leave_follows_the_enumerated_law(rule: str, settings: LawSettings) -> None:
+    index, wanted = torch.full((12_000,), 3), TARGET.joint(3, settings)
+    tokens = Decoder(TARGET, Jacobi(3), with_codes(rule), settings).run(index, 0, torch.arange(12_000)).tokens
+    assert fit_p_value(torch.bincount(cells(tokens, V), minlength=V**5), wanted) > 1e-4
+
+
+@pytest.mark.parametrize("rule", WINDOWED)
+def test_a_window_never_overdraws_a_budget_and_a_larger_one_saves_passes(rule: str) -> None:
+    found = [run_window(rule, budget) for budget in (0.0, 0.5, 1e9)]
+    passes = [int(result.passes.sum()) for result in found]
+    assert passes == sorted(passes, reverse=True) and passes[0] > passes[-1]
+    for result, budget in zip(found, (0.0, 0.5, 1e9), strict=True):
+        assert float(result.spent.max()) <= budget + ROUNDING
+
+
+@pytest.mark.parametrize("rule", WINDOWED)
+def test_what_stands_behind_a_refused_token_has_the_law_that_goes_with_it(rule: str) -> None:
+    """The next draft is certain to be drawn from the laws it carries, whatever leave the rule had."""
+    rows, generator = 40_000, torch.Generator().manual_seed(0)
+    log_p, log_q = (3 * torch.randn(2, 3, V, generator=generator)).log_softmax(-1)
+    drafted = log_q[:2].exp().multinomial(rows, replacement=True, generator=generator).T
+    uniforms = torch.rand(rows, 3, 2, dtype=torch.float64, generator=generator)
+    draft = Draft(drafted, log_q[:2].expand(rows, -1, -1), window=True)
+    verdict = with_codes(rule).verify(draft, log_p.expand(rows, -1, -1), RuleNoise(None, uniforms))
+    for place in (1, 2):
+        there = verdict.tokens[verdict.accepted < place, place]
+        assert fit_p_value(torch.bincount(there, minlength=V), log_p[place].exp()) > 1e-4
+
+
+@pytest.mark.parametrize("rule", WINDOWED)
+def test_greedy_windows_without_slack_draw_the_argmax_path(rule: str) -> None:
+    assert torch.equal(run_window(rule, 0.0, GREEDY, 12).tokens, run_window(Exact(), None, GREEDY, 12).tokens)

@@ -13,7 +13,7 @@ from bozzetto.registry import RULES
 from bozzetto.rules.base import Rule, RuleNoise, leading
 from bozzetto.rules.exact import Exact, residual
 from bozzetto.rules.seed_exact import SeedExact
-from toys import fit_p_value
+from toys import WINDOW_RULES, fit_p_value
 
 TRIALS, V = 60_000, 5
 P = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
@@ -109,7 +109,7 @@ def test_leading_counts_the_run_of_true_from_the_left() -> None:
     assert leading(agree[:, :0]).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.window])
+@pytest.mark.parametrize("name", WINDOW_RULES)
 def test_an_empty_draft_gets_the_gumbel_token_and_names_match_the_registry(name: str) -> None:
     rule = RULES[name]()
     log_p, noise = torch.randn(6, 1, V).log_softmax(-1), torch.randn(6, 1, V)

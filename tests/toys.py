@@ -18,7 +18,7 @@ from bozzetto.registry import RULES, make_drafter, make_rule, read_shape
 from bozzetto.rules.base import Rule
 
 PLAIN = LawSettings()
-WINDOW_RULES = [name for name, rule in RULES.items() if rule.window]
+WINDOW_RULES = [name for name, rule in RULES.items() if rule.window and rule.exact]
 EXACT_RULES = [name for name, rule in RULES.items() if rule.exact]
 RELAXED_RULES = [name for name, rule in RULES.items() if not rule.exact]
 

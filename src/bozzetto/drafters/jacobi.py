@@ -55,9 +55,9 @@ class Jacobi:
         entering = gumbel_argmax(seen.laws[:, -1:], self.noise.rows(position))
         tokens = torch.cat([seen.verdict.tokens, entering], 1).gather(1, column)
         if not self.with_laws:
-            return Draft(tokens)
+            return Draft(tokens, window=True)
         rows = torch.arange(batch, device=device)[:, None]
-        return Draft(tokens, seen.laws[rows, column.clamp_max(width - 1)])
+        return Draft(tokens, seen.laws[rows, column.clamp_max(width - 1)], window=True)
 
     def observe(self, seen: Observation) -> None:
         self.seen = seen

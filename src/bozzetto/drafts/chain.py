@@ -19,6 +19,7 @@ class Draft:
     replacement in the order of their ranks. None when the drafter keeps no laws.
     certain: the tokens are a function of what is committed and of the model, so that their draft law is a point mass.
     hidden: [B, M + 1, d], the drafter's own hidden state at every node, where the rule asks for it.
+    window: what the places behind the first refused token would have been is the next draft, so that it is wanted.
     """
 
     tokens: Tensor
@@ -26,6 +27,7 @@ class Draft:
     tree: Tree | None = None
     certain: bool = False
     hidden: Tensor | None = None
+    window: bool = False
 
     @property
     def length(self) -> int:

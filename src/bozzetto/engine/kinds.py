@@ -95,7 +95,7 @@ class Codes:
         return torch.zeros(batch, self.target.length, dtype=torch.int64, device=device)
 
     def fill(self, noise: NoiseField, upto: int) -> None:
-        if self.rule.needs_gumbel:
+        if self.rule.needs_gumbel or self.rule.window:  # places that enter a window are drawn with it
             noise.fill(upto)
 
     def law(self, scores: Scores) -> Tensor:

@@ -39,13 +39,19 @@ class Exact(Rule):
         log_q = point_mass(draft.tokens, log_p) if draft.certain else draft.log_q
         if log_q is None or noise.uniforms is None:
             raise ValueError("rule 'exact' needs the draft's law and fresh uniforms")
-        u_test, u_draw = noise.uniforms[:, :-1].unbind(-1)
-        drafted = draft.tokens[..., None]
-        log_ratio = log_p.gather(-1, drafted) - log_q.gather(-1, drafted)
-        keep = u_test < log_ratio.squeeze(-1).double().exp()
-        redrawn = inverse_cdf(residual(log_p, log_q), u_draw)
-        tokens = torch.where(keep, draft.tokens, redrawn)
+        tokens, keep = couple(draft.tokens, log_p, log_q, noise.uniforms[:, :-1])
         return Verdict(torch.cat([tokens, after], 1), leading(keep))
+
+
+def couple(drafted: Tensor, log_p: Tensor, log_q: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of the laws log_p [B, L, V] that are as often as possible the drafted ones int64 [B, L], which were drawn
+    from log_q [B, L, V]. uniforms: float64 [B, L, 2] -> (tokens int64 [B, L], kept bool [B, L])."""
+    u_test, u_draw = uniforms.unbind(-1)
+    x = drafted[..., None]
+    log_ratio = log_p.gather(-1, x) - log_q.gather(-1, x)
+    keep = u_test < log_ratio.squeeze(-1).double().exp()
+    redrawn = inverse_cdf(residual(log_p, log_q), u_draw)
+    return torch.where(keep, drafted, redrawn), keep
 
 
 def residual(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class Lantern(Rule):
     neighbours: Tensor | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "lantern"
+    window: ClassVar[bool] = True
     bias: ClassVar[str] = "each decision's distance from the exact one; at most delta is borrowed per candidate"
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ from bozzetto.rules.walk import Family, Judgement, greedy_choice, nobody, normal
 class KeepingRule(Rule):
     """A rule given by a(v); subclasses define `keeping` and `rejected`."""
 
+    window: ClassVar[bool] = True
+
     def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
         """a [B, V] in [0, 1] at a node with laws p, q [B, V]; depth: of the child, from 1."""
         raise NotImplementedError

@@ -15,6 +15,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import inverse_cdf
 from bozzetto.rules.base import RuleNoise
+from bozzetto.rules.exact import couple
 
 
 @dataclass
@@ -52,7 +53,11 @@ class Judge(Protocol):
 
 
 def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict:
-    """Follow kept children from the root; draw the rule's own token where the walk ends."""
+    """Follow kept children from the root; draw the rule's own token where the walk ends.
+
+    In a window the places behind that are drawn as the exact rule draws them, from the target's law given the old
+    context: whatever leave the judge had, the next draft has exactly the law it says it has.
+    """
     if noise.uniforms is None or (draft.length and draft.log_q is None and not draft.certain):
         raise ValueError("this rule needs fresh uniforms and the draft's law")
     batch, device = len(log_p), log_p.device
@@ -91,7 +96,22 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
     way = torch.stack(path, 1)
     drafted = torch.nn.functional.pad(tokens.gather(1, way)[:, 1:], (0, 1))
     out = drafted.scatter(1, accepted[:, None], own[:, None])
+    if draft.window and draft.length:
+        behind = torch.arange(out.shape[1], device=device) > accepted[:, None]
+        out = torch.where(behind, _behind(draft, log_p, noise), out)
     return Verdict(out, accepted, None if draft.tree is None else way, spent)
+
+
+def _behind(draft: Draft, log_p: Tensor, noise: RuleNoise) -> Tensor:
+    """A token of every place of a chain given what was drafted before it: int64 [B, M + 1]."""
+    if noise.greedy:
+        return log_p.argmax(-1)
+    if draft.log_q is None or noise.uniforms is None:
+        raise ValueError("a window needs the draft's laws and fresh uniforms")
+    # Of the walk's uniforms: those of later nodes, and the root's, for which there is no test.
+    tokens, _ = couple(draft.tokens, log_p[:, :-1], draft.log_q, noise.uniforms[:, 1:])
+    after = inverse_cdf(log_p[:, -1].exp(), noise.uniforms[:, 0, 0])
+    return torch.cat([tokens, after[:, None]], 1)
 
 
 def step_bias(x: Tensor, keep: Tensor, rest: Tensor, keep_exact: Tensor, rest_exact: Tensor) -> Tensor:

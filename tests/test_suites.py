@@ -72,7 +72,7 @@ def test_the_neighbours_are_kept_beside_the_model_and_used_again(model: Path, tm
         ("eagle", "lantern++:lambda=0.9", ["lambda = 0.9", ">= 1"]),
         ("eagle:folder=nowhere", "tree", ["nowhere"]),
         ("model:folder=nowhere", "tree", ["nowhere"]),
-        ("jacobi", "lantern", ["does not carry a window"]),
+        ("jacobi", "cascade", ["does not carry a window"]),
     ],
 )
 def test_bad_methods_exit_with_2_and_leave_nothing(

@@ -52,6 +52,8 @@ FLOORS = {
     "evaluate": 11,
     "report": 12,
     "options": 12,
+    "doctor": 12,
+    "serve": 12.5,
     "cli": 13,
     "__main__": 14,
 }

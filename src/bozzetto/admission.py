@@ -36,6 +36,7 @@ class Lane(Protocol):
     def admit(self, requests: list[ImageRequest]) -> list[SlotImage]: ...
     def step(self) -> list[SlotImage]: ...
     def cancel(self, image: SlotImage) -> None: ...
+    def tokens_of(self, image: SlotImage) -> Tensor: ...
     def shrink(self) -> None: ...
 
 
@@ -165,6 +166,13 @@ class Admission:
         if ticket.key not in self.lanes:
             self.lanes[ticket.key] = self.pipe.make_lane(replace(ticket.settings, batch=self.slots))
         return self.lanes[ticket.key]
+
+    def partial(self, ticket: Ticket) -> tuple[Tensor, int, Tensor | None]:
+        """What an image that is being drawn has: tokens [N, ...], how many, and which of them, bool [N], where they do
+        not come in order. To be called between passes. Raises ValueError for an image that is not drawn."""
+        if ticket.image is None or ticket.status != DRAWING:
+            raise ValueError(f"an image that is {ticket.status} is not being drawn")
+        return self.lanes[ticket.key].tokens_of(ticket.image), ticket.image.count, ticket.image.known
 
     def drain(self) -> Iterator[Ticket]:
         """Images as they are finished, until nobody waits."""

@@ -16,15 +16,31 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
-from bozzetto.options import COMMANDS, Bench, Convert, Evaluate, Generate, Law, Models, Profile, Report, Sample, Train
+from bozzetto.options import (
+    COMMANDS,
+    Bench,
+    Completion,
+    Convert,
+    Doctor,
+    Evaluate,
+    Generate,
+    Law,
+    Models,
+    Profile,
+    Report,
+    Sample,
+    Serve,
+    Train,
+)
 
 BAD_INPUT, CANCELLED = 2, 130
+_OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray")  # packages of extras
 AUTO = "auto"
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 130 cancelled."""
+    """Run one command; returns the exit code: 0 done, 1 the doctor found something, 2 bad input, 130 cancelled."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
         print(f"bozzetto {__version__}")
@@ -32,14 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             command = _parse(arguments)
-            HANDLERS[type(command)](command)
+            return HANDLERS[type(command)](command) or 0
     except (UsageError, OSError, UnicodeDecodeError) as error:
         print(f"bozzetto: error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stop:
         print(f"bozzetto: cancelled: {stop}" if str(stop) else "bozzetto: cancelled: nothing written", file=sys.stderr)
         return CANCELLED
-    return 0
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -284,7 +299,7 @@ def _needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("pyarrow", "torchmetrics"):
+        if (error.name or "").partition(".")[0] not in _OPTIONAL:
             raise
         raise UsageError(f"this needs {error.name}, which is not installed: pip install 'bozzetto[{extra}]'") from error
 
@@ -330,7 +345,26 @@ def _train(options: Train) -> None:
         raise KeyboardInterrupt(how) from None
 
 
-HANDLERS: dict[type, Callable[[Any], None]] = {
+def _serve(options: Serve) -> None:
+    with _needs("ray" if options.ray else "serve"):
+        from bozzetto.serve.command import serve
+
+        serve(options)
+
+
+def _doctor(options: Doctor) -> int:
+    from bozzetto.doctor import examine, shown
+
+    findings = examine()
+    print(shown(findings))
+    return int(any(finding.verdict == "fail" for finding in findings))
+
+
+def _completion(options: Completion) -> None:
+    tyro.cli(COMMANDS, args=["--tyro-print-completion", options.shell], prog="bozzetto", description=_ABOUT)
+
+
+HANDLERS: dict[type, Callable[[Any], int | None]] = {
     Generate: _generate,
     Bench: _bench,
     Profile: _profile,
@@ -340,4 +374,7 @@ HANDLERS: dict[type, Callable[[Any], None]] = {
     Models: _models,
     Convert: _convert,
     Train: _train,
+    Serve: _serve,
+    Doctor: _doctor,
+    Completion: _completion,
 }

@@ -61,18 +61,25 @@ class HostedWorkshop(TargetWorkshop):
 class HostedPipeline(CodePipeline):
     """A model of another library, drawing what prompts say. ask: (prompt, negative prompt) -> label of the target."""
 
+    takes_prompts = True
+
     target: PromptedCodes
 
     def __init__(self, name: str, hosted: Hosted, dtype: str):
         target = hosted.target
         super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
         self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
-        self.book = PromptBook(self.classes, lambda text, negative: target.add(hosted.ask(text, negative)))
+        self.book = PromptBook(
+            self.classes, lambda text, negative, label: target.add(hosted.ask(text, negative), label)
+        )
         for text in EXAMPLES:
             self.book.label(text, "")
 
     def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "" if settings is None else settings.negative_prompt)
+
+    def remember(self, prompts: int) -> None:
+        self.book.most = prompts
 
     def refuse_negative(self, settings: GenerateSettings) -> None:
         """It is not refused."""

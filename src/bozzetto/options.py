@@ -306,6 +306,63 @@ class Train:
     """YAML file; recipes/ has those of the shipped models."""
 
 
+@checked(frozen=True, config=_STRICT)
+class Serve:
+    """Serve models over HTTP as the OpenAI Images API does, with a page to look at.
+
+    Example: bozzetto serve --model flowers --model emoji --port 8000
+    """
+
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A shipped model, a model folder or a checkpoint in the Hugging Face layout; may be given several times. None:
+    flowers."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Only this machine reaches the default one."""
+    port: int = 8000
+    """0: any free one, which is printed."""
+    slots: int = 8
+    """Images in passes at a time, of each model."""
+    queue: int = 64
+    """Images that may wait. More are answered with 429 and Retry-After."""
+    limit: float = 120.0
+    """Seconds that a request may take."""
+    api_keys: Path | None = None
+    """A file of API keys, one a line. Not given: those of the environment variable BOZZETTO_API_KEYS; none there: open
+    to all who reach the address."""
+    allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Names under which the server may be asked. None: those of this machine for a loopback address, else any."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    compile: str = "off"
+    """off, default or max, see `generate`."""
+    deterministic: bool = False
+    """See `generate`."""
+    ray: bool = False
+    """Run replicas under Ray Serve (extra `ray`)."""
+    replicas: int = 1
+    """With --ray: how many."""
+    max_replicas: int = 0
+    """With --ray: as many as that when there is work, --replicas of them always. 0: no more than --replicas."""
+    ongoing: int = 8
+    """With --ray and --max-replicas: requests per replica that Ray aims at."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Doctor:
+    """Check the installation and say what to fix. Exit code 1 where something does not work."""
+
+
+@checked(frozen=True, config=_STRICT)
+class Completion:
+    """Print a completion script for a shell.
+
+    Example: bozzetto completion bash > ~/.local/share/bash-completion/completions/bozzetto
+    """
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]
+    """Which one."""
+
+
 COMMANDS: Any = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
@@ -316,4 +373,7 @@ COMMANDS: Any = (
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")]
 )

@@ -137,6 +137,7 @@ class Pipeline(ABC):
     """
 
     default_methods: tuple[str, ...]
+    takes_prompts = False  # any text, not only the names of classes
 
     def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
         self.name, self.target, self.tokenizer = name, target, tokenizer
@@ -158,6 +159,9 @@ class Pipeline(ABC):
         """Raise UsageError for a negative prompt, which models of other libraries have."""
         if settings.negative_prompt:
             raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
+
+    def remember(self, prompts: int) -> None:  # noqa: B027  (models with classes have nothing to forget)
+        """Keep what belongs to this many prompts, those asked for last (a server would else grow without end)."""
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         """The target with its passes compiled as asked."""
@@ -315,24 +319,26 @@ class Pipeline(ABC):
         """Tokens int64 [n, N] -> RGB pictures. Each alone, in float32 and on one thread: sums are then added in one
         order, whatever the batch, the threads and the processes. The images are spread over the threads."""
         if self.target.device.type != "cpu":
-            return [self._decode_one(row) for row in tokens]
+            return [self.decode_here(row) for row in tokens]
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(min(threads, len(tokens)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            made = list(pool.map(self._decode_one, tokens))
+            made = list(pool.map(self.decode_here, tokens))
         torch.set_num_threads(threads)  # the workers' setting would be that of threads made later
         return made
 
     @torch.no_grad()
-    def _decode_one(self, tokens: Tensor) -> Image.Image:
+    def decode_here(self, tokens: Tensor) -> Image.Image:
+        """Tokens int64 [N] -> RGB picture, in the calling thread. The bytes are those of `decode` where that thread has
+        one core (torch.set_num_threads)."""
         return _picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
 
     @torch.no_grad()
-    def preview(self, tokens: Tensor, count: int) -> Image.Image:
-        """A picture of the first `count` tokens int64 [N]; what is not drawn yet is grey."""
+    def preview(self, tokens: Tensor, count: int, known: Tensor | None = None) -> Image.Image:
+        """A picture of the first `count` tokens int64 [N], or of those that are `known`, bool [N]; the rest is grey."""
         pixels = self.tokenizer.decode(tokens[None].to(self.target.device))[0]
         grid = self.tokenizer.config.grid
-        codes = self.codes_drawn(count)
-        drawn = (torch.arange(grid * grid, device=pixels.device) < codes).view(1, grid, grid).float()
+        first = torch.arange(grid * grid, device=pixels.device) < self.codes_drawn(count)
+        drawn = (first if known is None else known.to(pixels.device)).view(1, grid, grid).float()
         drawn = drawn.repeat_interleave(pixels.shape[1] // grid, 1).repeat_interleave(pixels.shape[2] // grid, 2)
         return _picture(pixels * drawn + _GREY * (1 - drawn))
 

@@ -20,12 +20,16 @@ ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through mode
 
 
 class PromptBook:
-    """Prompts and their labels. names: what is listed as classes, grown here; add: makes a label for a new prompt,
-    which has to be the next number or that of an equal one."""
+    """Prompts and their labels. names: what is listed as classes, grown here; add(text, negative, None): makes a label
+    for a new prompt, which has to be the next number or that of an equal one; add(text, negative, label): puts it in
+    the place of an old one. most: prompts that are remembered (None: all); beyond, the one that was asked for longest
+    ago gives way, so that there have to be more than images at a time."""
 
-    def __init__(self, names: list[str], add: Callable[[str, str], int]):
+    def __init__(self, names: list[str], add: Callable[[str, str, int | None], int]):
         self.names, self.add = names, add
+        self.most: int | None = None
         self.known: dict[tuple[str, str], int] = {}
+        self.used: dict[int, None] = {}  # labels, the one used last at the end
 
     def label(self, text: str, negative: str) -> int:
         """Raises UsageError for an empty prompt, or one that does not fit."""
@@ -33,11 +37,21 @@ class PromptBook:
         if not text:
             raise UsageError("prompt '' is not allowed: say what to draw")
         if (text, negative) not in self.known:
-            label = self.add(text, negative)
+            full = self.most is not None and len(self.names) >= self.most
+            label = self._replace(text, negative) if full else self.add(text, negative, None)
             if label == len(self.names):
                 self.names.append(text)
             self.known[text, negative] = label
-        return self.known[text, negative]
+        label = self.known[text, negative]
+        self.used.pop(label, None)
+        self.used[label] = None
+        return label
+
+    def _replace(self, text: str, negative: str) -> int:
+        label = self.add(text, negative, next(iter(self.used)))
+        self.known = {key: other for key, other in self.known.items() if other != label}
+        self.names[label] = text
+        return label
 
     def labels(self, asked: Sequence[str | int], negative: str) -> list[int]:
         """Labels of prompts, or of numbers of known ones; none given: all known ones in turn."""
@@ -54,6 +68,8 @@ class PromptBook:
 class CaptionPipeline(CodePipeline):
     """A text-conditional model whose text encoder is at hand, so that any prompt can be asked for. prompts: those that
     stand for the classes where none is asked for."""
+
+    takes_prompts = True
 
     def __init__(
         self,
@@ -73,12 +89,19 @@ class CaptionPipeline(CodePipeline):
     def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "")
 
-    def _add(self, text: str, negative: str) -> int:
-        """Features of one more caption, in the target and in its compiled twins."""
-        new = left_pad(*self.encoder([text]))
-        had = self.target.captions
-        parts = new if had is None else tuple(torch.cat([a, b.to(a)]) for a, b in zip(had, new, strict=True))
+    def remember(self, prompts: int) -> None:
+        self.book.most = prompts
+
+    def _add(self, text: str, negative: str, label: int | None) -> int:
+        """Features of one more caption, or of another one for a label, in the target and in its compiled twins."""
+        new, had = left_pad(*self.encoder([text])), self.target.captions
+        parts: tuple[torch.Tensor, ...] = new
+        if had is not None and label is None:
+            parts = tuple(torch.cat([a, b.to(a)]) for a, b in zip(had, new, strict=True))
+        elif had is not None:
+            row = torch.tensor([label], device=had[0].device)
+            parts = tuple(a.index_copy(0, row, b.to(a)) for a, b in zip(had, new, strict=True))
         grown = self.target.with_captions(*parts).captions
         for target in (self.target, *self.compiled.values()):
             target.captions = grown
-        return len(parts[0]) - 1
+        return len(parts[0]) - 1 if label is None else label

@@ -121,9 +121,10 @@ class PromptedTarget:
         """Embeddings [..., d] of a prompt's tokens int64 [...]."""
         raise NotImplementedError
 
-    def add(self, prompt: Prompt) -> int:
-        """A label for a prompt; equal prompts have equal labels. Raises UsageError for one that does not fit."""
-        if prompt in self.prompts:
+    def add(self, prompt: Prompt, label: int | None = None) -> int:
+        """A label for a prompt, or another prompt for a label; equal prompts have equal labels. Raises UsageError for
+        one that does not fit."""
+        if label is None and prompt in self.prompts:
             return self.prompts.index(prompt)
         most = self.context - self.length
         for tokens in (prompt.given, prompt.without):
@@ -132,8 +133,11 @@ class PromptedTarget:
                     f"prompt of {len(tokens)} tokens is not allowed: at most {most} fit beside {self.length} image "
                     f"tokens (the model's context is {self.context}); say it in fewer words"
                 )
-        self.prompts.append(prompt)
-        return len(self.prompts) - 1
+        if label is None:
+            self.prompts.append(prompt)
+            return len(self.prompts) - 1
+        self.prompts[label] = prompt
+        return label
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> PromptedSession:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bozzetto.engine.loop import PassEvent
 from bozzetto.engine.slots import ImageRequest, SlotImage
@@ -60,9 +61,16 @@ class BatchLane:
         """Bring an image up to date; returns whether this pass finished it."""
         if image.tokens is not None:
             return False
-        image.count, image.passes = int(event.count[row]), image.passes + 1
-        image.accepted, image.drafted = int(event.accepted[row]), int(event.drafted[row])
+        count, accepted, drafted = (int(part[row]) for part in (event.count, event.accepted, event.drafted))
+        trace = image.trace
+        trace.committed.append(count - image.count)
+        trace.accepted.append(accepted - image.accepted)
+        trace.drafted.append(drafted - image.drafted)
+        trace.spent.append(0.0)
+        image.count, image.passes = count, image.passes + 1
+        image.accepted, image.drafted = accepted, drafted
         image.partial = event.tokens[row]
+        image.known = None if event.known is None else event.known[row]
         if image.count == self.length:
             image.tokens = event.tokens[row].clone()
         return image.tokens is not None
@@ -84,6 +92,13 @@ class BatchLane:
     def clear(self) -> None:
         """Give up the batch."""
         self.images, self.events = [], iter(())
+
+    def tokens_of(self, image: SlotImage) -> Tensor:
+        """What an image has so far, [N, ...]."""
+        found = image.tokens if image.tokens is not None else image.partial
+        if found is None:
+            raise ValueError("this image has had no pass yet")
+        return found.clone()
 
     def shrink(self) -> None:
         """Nothing: finished images leave by themselves."""

@@ -78,7 +78,7 @@ class SlotDecoder:
         for number, images in enumerate(self._passes(labels, seed, index), 1):
             tokens = torch.zeros(n, lane.target.length, dtype=torch.int64, device=lane.target.device)
             for row, image in enumerate(images):
-                tokens[row, : image.count] = lane.tokens_of(image)
+                tokens[row] = lane.tokens_of(image)
             figures = [[getattr(i, name) for i in images] for name in ("count", "accepted", "drafted")]
             count, accepted, drafted = torch.tensor([f + [0] * (n - len(images)) for f in figures])
             seconds = time.perf_counter() - began

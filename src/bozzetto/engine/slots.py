@@ -51,6 +51,7 @@ class SlotImage:
     trace: PassTrace = field(default_factory=PassTrace)
     tokens: Tensor | None = None  # int64 [N], once it is finished
     partial: Tensor | None = None  # whatever there is before, where a batch says it
+    known: Tensor | None = None  # bool [N], its places where they do not come in order
     cancelled: bool = False
 
 
@@ -283,12 +284,13 @@ class SlotLane:
                 self._leave(slot)
 
     def tokens_of(self, image: SlotImage) -> Tensor:
-        """What an image has so far, int64 [count]."""
+        """What an image has so far, int64 [N], zero behind its `count` tokens."""
         if image.tokens is not None:
             return image.tokens
         assert self.state is not None
         slot = next(slot for slot, other in enumerate(self.images) if other is image)
-        return self.state.tokens[slot, : image.count]
+        place = torch.arange(self.target.length, device=self.target.device)
+        return torch.where(place < image.count, self.state.tokens[slot, : self.target.length], 0)
 
     @property
     def places(self) -> int:

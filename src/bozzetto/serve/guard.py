@@ -1,0 +1,145 @@
+"""What stands before the app: keys, limits on bodies, headers, counting. Plain ASGI, so that streams pass untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bozzetto.errors import UsageError
+from bozzetto.serve.metrics import Metrics
+from bozzetto.serve.problems import ApiError
+
+KEYS_VARIABLE = "BOZZETTO_API_KEYS"
+MOST_BYTES = 64 * 1024
+_OPEN = ("/", "/health", "/page.js", "/page.css", "/openapi.json")  # without a key
+_KNOWN = (*_OPEN, "/metrics", "/v1/models", "/v1/images/generations", "/v1/draw")
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": _POLICY,
+    "cache-control": "no-store",
+}
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """API keys, one a line, from a file or the environment (never the command line, which other users can see).
+    Lines that are empty or begin with # say nothing. Raises UsageError for a file without keys, or short keys."""
+    if path is not None:
+        try:
+            text, where = path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"api_keys = {str(path)!r} cannot be read: {error}") from error
+    else:
+        text, where = os.environ.get(KEYS_VARIABLE, ""), KEYS_VARIABLE
+        if not text:
+            return ()
+    lines = [line.strip() for line in text.replace(",", "\n").splitlines()]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys or any(len(key) < 16 or not key.isascii() for key in keys):
+        raise UsageError(f"{where}: keys of 16 ASCII characters or more are allowed, one a line, at least one")
+    return keys
+
+
+class Guard:
+    """Wraps an ASGI app. keys: allowed ones (none: open to all); hosts: names that requests may be for (none: any; a
+    page elsewhere could else reach a server on loopback by a name of its own)."""
+
+    def __init__(self, app: Any, keys: Sequence[str], hosts: Sequence[str], metrics: Metrics):
+        self.app, self.hosts, self.metrics = app, tuple(hosts), metrics
+        self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, started = time.monotonic(), 500, False
+
+        async def out(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                status, started = message["status"], True
+                present = {name.lower() for name, _ in message.get("headers", [])}
+                extra = [(k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in present]
+                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self.app(scope, _capped(receive), out)
+        except ApiError as error:
+            if not started:
+                await answer(error, out)
+        finally:
+            path = scope["path"] if scope["path"] in _KNOWN else "other"
+            self.metrics.answered(path, status, time.monotonic() - began)
+
+    def _check(self, scope: Message) -> None:
+        """Raises ApiError for what may not come in."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        if self.hosts and name.lower() not in self.hosts:
+            raise ApiError(400, f"host {name[:100]!r} is not served here", code="unknown_host")
+        if self.keys and scope["path"] not in _OPEN:
+            self._check_key(headers.get(b"authorization", b""))
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            raise ApiError(400, "content-length is not a number")
+        if int(length[:20]) > MOST_BYTES:
+            raise _too_large()
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+            if kind != b"application/json":
+                raise ApiError(415, "content-type has to be application/json", code="unsupported_media_type")
+
+    def _check_key(self, header: bytes) -> None:
+        scheme, _, given = header.partition(b" ")
+        digest = hashlib.sha256(given.strip()).digest()
+        # Every key is compared, each in constant time.
+        found = sum(hmac.compare_digest(digest, key) for key in self.keys)
+        if scheme.lower() != b"bearer" or not found:
+            message = "a valid API key is needed: send the header 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is too large: at most {MOST_BYTES} bytes are allowed", code="body_too_large")
+
+
+def _capped(receive: Receive) -> Receive:
+    """A body of unknown length is counted as it comes."""
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > MOST_BYTES:
+            raise _too_large()
+        return message
+
+    return counted
+
+
+async def answer(error: ApiError, send: Send) -> None:
+    """Send an error as JSON."""
+    body = json.dumps(error.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(k.encode(), v.encode()) for k, v in (error.headers or {}).items()]
+    await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

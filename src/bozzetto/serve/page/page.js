@@ -1,0 +1,269 @@
+"use strict";
+// The page over the API: draws one image, or the same one twice, with and without speculation, and replays both together.
+
+const $ = (id) => document.getElementById(id);
+const COLOURS = ["--s1", "--s2", "--s3", "--s4"];
+const SLOW = 4; // a replay takes this many times as long, or is hard to follow
+let models = [];
+let stopping = null;
+let replaying = 0;
+
+function headers() {
+  const found = { "content-type": "application/json" };
+  const key = $("key").value || sessionStorage.getItem("key") || "";
+  if (key) found.authorization = `Bearer ${key}`;
+  return found;
+}
+
+async function fail(answer) {
+  let message = `${answer.status} ${answer.statusText}`;
+  try { message = (await answer.json()).error.message; } catch { /* no JSON: the status has to do */ }
+  if (answer.status === 401) $("key-label").hidden = false;
+  throw new Error(message);
+}
+
+// ---- models and their methods
+
+async function loadModels() {
+  for (;;) {
+    try {
+      const answer = await fetch("/v1/models", { headers: headers() });
+      if (answer.status === 503) { $("state").textContent = "warming up ..."; }
+      else if (!answer.ok) { await fail(answer); }
+      else { models = (await answer.json()).data; break; }
+    } catch (error) {
+      $("state").textContent = "not connected";
+      $("error").textContent = error.message;
+      if (!$("key-label").hidden) return;
+    }
+    await new Promise((done) => setTimeout(done, 1500));
+  }
+  $("error").textContent = "";
+  $("state").textContent = "ready";
+  options($("model"), models.map((m) => [m.id, m.id]));
+  showModel();
+}
+
+function options(select, pairs, chosen) {
+  select.replaceChildren(...pairs.map(([value, text]) => new Option(text, value, false, value === chosen)));
+}
+
+const current = () => models.find((m) => m.id === $("model").value);
+
+function showModel() {
+  const model = current();
+  $("prompt-label").hidden = !model.takes_prompts;
+  $("class-label").hidden = model.takes_prompts;
+  $("prompt").required = model.takes_prompts;
+  options($("class"), model.prompts.map((p) => [p, p]));
+  $("prompts").replaceChildren(...model.prompts.map((p) => new Option(p)));
+  if (model.takes_prompts) $("prompt").value = model.prompts[0] || "";
+  options($("drafter"), [["auto", "auto"], ...Object.keys(model.rules).map((d) => [d, d])]);
+  showRules();
+}
+
+function showRules() {
+  const model = current(), drafter = $("drafter").value;
+  const rules = drafter === "auto" ? [] : model.rules[drafter];
+  options($("rule"), [["auto", "auto (exact)"], ...rules.map((r) => [r, r + (model.lossy.includes(r) ? " (lossy)" : "")])]);
+  $("rule").disabled = drafter === "auto";
+  showExactness();
+}
+
+function showExactness() {
+  const lossy = current().lossy.includes($("rule").value);
+  $("exactness").textContent = lossy
+    ? "Lossy: pictures may differ in distribution from the model's own."
+    : "Exact: pictures have the model's own distribution.";
+}
+
+// ---- one drawing
+
+function request(speculation) {
+  const model = current();
+  const prompt = model.takes_prompts ? $("prompt").value : $("class").value;
+  return {
+    model: model.id, prompt, seed: Number($("seed").value), guidance_scale: Number($("guidance").value), speculation,
+  };
+}
+
+async function* events(body, signal) {
+  const answer = await fetch("/v1/draw", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+  if (!answer.ok) await fail(answer);
+  if ($("key").value) sessionStorage.setItem("key", $("key").value);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    held += value;
+    const parts = held.split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").find((line) => line.startsWith("data: "));
+      const event = JSON.parse(data.slice(6));
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+function laneOf(id, title) {
+  const root = $(id);
+  root.hidden = false;
+  root.classList.remove("won");
+  root.querySelector("h2").textContent = title;
+  const lane = {
+    title, grid: current().grid, picture: root.querySelector(".picture"), map: root.querySelector(".map"), root,
+    bar: root.querySelector("progress"), figures: root.querySelector(".figures"), frames: [], result: null,
+  };
+  lane.picture.removeAttribute("src");
+  lane.picture.alt = "";
+  lane.bar.value = 0;
+  lane.figures.textContent = "waiting ...";
+  paintMap(lane, [], Infinity);
+  return lane;
+}
+
+const words = (seconds, passes, tokens) =>
+  `${seconds.toFixed(2)} s, ${passes} passes, ${(tokens / Math.max(1, passes)).toFixed(2)} tokens per pass`;
+
+async function drawInto(lane, body, signal) {
+  const total = lane.grid * lane.grid;
+  for await (const event of events(body, signal)) {
+    if (event.type === "progress") {
+      lane.frames.push(event);
+      if (event.jpeg) lane.picture.src = `data:image/jpeg;base64,${event.jpeg}`;
+      lane.bar.value = event.tokens / total;
+      lane.figures.textContent = words(event.seconds, event.passes, event.tokens);
+    } else if (event.type === "done") {
+      lane.result = event;
+      finish(lane, body);
+    }
+  }
+  if (!lane.result) throw new Error("the connection was lost");
+}
+
+function finish(lane, body) {
+  const done = lane.result;
+  lane.picture.src = `data:image/png;base64,${done.png}`;
+  lane.picture.alt = `${body.prompt}, seed ${done.seed}`;
+  lane.bar.value = 1;
+  lane.figures.textContent = words(done.seconds, done.target_passes, done.tokens);
+  paintMap(lane, done.committed, Infinity);
+}
+
+// Tokens in raster order, coloured by how many came out of their pass.
+function paintMap(lane, committed, passes) {
+  const canvas = lane.map, g = lane.grid, paint = canvas.getContext("2d");
+  const style = getComputedStyle(document.documentElement);
+  canvas.width = canvas.height = g;
+  paint.clearRect(0, 0, g, g);
+  let at = 0;
+  committed.slice(0, passes).forEach((count) => {
+    const level = count < 2 ? 0 : count < 4 ? 1 : count < 8 ? 2 : 3;
+    paint.fillStyle = style.getPropertyValue(COLOURS[level]);
+    for (let i = 0; i < count; i += 1, at += 1) paint.fillRect(at % g, Math.floor(at / g), 1, 1);
+  });
+  $("legend").hidden = !committed.length;
+}
+
+function collect(lane, body) {
+  const done = lane.result, link = document.createElement("a"), image = new Image(), text = document.createElement("span");
+  link.href = image.src = `data:image/png;base64,${done.png}`;
+  link.download = `${body.model}-${body.prompt.replace(/[^\w]+/g, "-").slice(0, 40)}-${done.seed}.png`;
+  image.alt = "";
+  text.textContent = `${body.prompt}, seed ${done.seed}: download`;
+  link.append(image, text);
+  const item = document.createElement("li");
+  item.append(link);
+  const hint = $("gallery").querySelector(".hint");
+  if (hint) hint.remove();
+  $("gallery").prepend(item);
+  while ($("gallery").children.length > 48) $("gallery").lastChild.remove();
+}
+
+// ---- what the buttons do
+
+async function busy(work) {
+  if (stopping) return;
+  if (!$("form").reportValidity()) return;
+  replaying += 1;
+  stopping = new AbortController();
+  $("draw").disabled = $("race").disabled = true;
+  $("stop").disabled = false;
+  $("error").textContent = "";
+  $("verdict").replaceChildren();
+  try { await work(stopping.signal); }
+  catch (error) { $("error").textContent = error.name === "AbortError" ? "Stopped." : error.message; }
+  stopping = null;
+  $("draw").disabled = $("race").disabled = false;
+  $("stop").disabled = true;
+}
+
+const spoken = () => ({ drafter: $("drafter").value, rule: $("drafter").value === "auto" ? "auto" : $("rule").value });
+
+const draw = () => busy(async (signal) => {
+  $("right").hidden = true;
+  const body = request(spoken()), lane = laneOf("left", body.prompt);
+  await drawInto(lane, body, signal);
+  collect(lane, body);
+});
+
+const race = () => busy(async (signal) => {
+  // One after the other: together they would take the machine from each other.
+  const plain = request({ drafter: "none" }), fast = request(spoken());
+  const left = laneOf("left", "sequential"), right = laneOf("right", "speculative");
+  await drawInto(left, plain, signal);
+  await drawInto(right, fast, signal);
+  collect(right, fast);
+  const gain = left.result.seconds / right.result.seconds;
+  (gain >= 1 ? right : left).root.classList.add("won");
+  const same = left.result.sha256 === right.result.sha256;
+  const verdict = document.createElement("span"), again = document.createElement("button");
+  verdict.textContent = `Speculation took ${gain.toFixed(2)} times fewer seconds and ` +
+    `${(left.result.target_passes / right.result.target_passes).toFixed(2)} times fewer passes. ` +
+    (same ? "Both pictures are equal, byte for byte." : "The pictures differ: another draw of the noise, or a lossy rule.");
+  if (gain < 1) verdict.textContent = `Speculation lost here: ${(1 / gain).toFixed(2)} times slower.`;
+  again.type = "button";
+  again.id = "replay";
+  again.textContent = "Replay side by side";
+  again.addEventListener("click", () => replay([left, right], [plain, fast]));
+  $("verdict").replaceChildren(verdict, again);
+  replay([left, right], [plain, fast]);
+});
+
+// Both drawings from their beginning, at the same clock.
+function replay(lanes, bodies) {
+  const number = (replaying += 1), began = performance.now();
+  function frame(now) {
+    if (number !== replaying) return;
+    const clock = (now - began) / 1000 / SLOW;
+    let running = false;
+    lanes.forEach((lane, i) => {
+      const done = lane.result;
+      if (clock >= done.seconds) { if (lane.bar.value < 1) finish(lane, bodies[i]); return; }
+      running = true;
+      const seen = lane.frames.filter((f) => f.seconds <= clock).pop();
+      if (seen && seen.jpeg) lane.picture.src = `data:image/jpeg;base64,${seen.jpeg}`;
+      const passes = Math.floor((clock / done.seconds) * done.target_passes);
+      const tokens = done.committed.slice(0, passes).reduce((a, b) => a + b, 0);
+      lane.bar.value = Math.min(0.999, tokens / done.tokens);
+      lane.figures.textContent = words(clock, passes, tokens);
+      paintMap(lane, done.committed, passes);
+    });
+    if (running) requestAnimationFrame(frame);
+  }
+  lanes.forEach((lane) => { lane.bar.value = 0; });
+  requestAnimationFrame(frame);
+}
+
+$("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
+$("race").addEventListener("click", race);
+$("stop").addEventListener("click", () => stopping && stopping.abort());
+$("dice").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 2 ** 31); });
+$("model").addEventListener("change", showModel);
+$("drafter").addEventListener("change", showRules);
+$("rule").addEventListener("change", showExactness);
+$("key").addEventListener("change", () => { if (!models.length) loadModels(); });
+loadModels();

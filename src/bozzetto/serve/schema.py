@@ -1,0 +1,73 @@
+"""What requests may say: the OpenAI Images API and one object of ours. Unknown fields are refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MOST_IMAGES, MOST_PARTIALS, PROMPT_CHARACTERS = 10, 3, 1000
+_NAME = re.compile(r"[a-z]+(?:[+-][a-z]*)*")
+_OPTION = re.compile(r"[a-z_]+=[A-Za-z0-9.x+-]+")
+_PATHS = ("folder",)  # options that name a place on the server
+WINDOWS = (0, 1, 2, 4, 8, 16, 32)
+
+
+def _method(text: str) -> str:
+    """A drafter or rule with options that are numbers or words, never paths."""
+    name, *options = text.split(":")
+    if not _NAME.fullmatch(name):
+        raise ValueError("a name such as jacobi, with options such as :k=10 behind it")
+    for option in options:
+        if not _OPTION.fullmatch(option) or option.partition("=")[0] in _PATHS:
+            raise ValueError(f"option {option[:40]!r} is not allowed in a request")
+    return text
+
+
+def _window(number: int) -> int:
+    if number not in WINDOWS:
+        raise ValueError(f"one of {', '.join(map(str, WINDOWS))} is allowed")
+    return number
+
+
+Method = Annotated[str, Field(max_length=120), AfterValidator(_method)]
+
+
+class Strict(BaseModel):
+    """No unknown fields, no text for numbers, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Speculation(Strict):
+    """How tokens are drafted and verified; what is left out suits the model. Exact unless a lossy rule is asked for."""
+
+    drafter: Method = Field("auto", description="auto, jacobi, none, or a trained one of the model, such as eagle")
+    rule: Method = Field("auto", description="auto, seed-exact, exact, lantern:k=10:delta=0.1, ...")
+    window: Annotated[int, AfterValidator(_window)] = Field(0, description="positions per pass, 0: what pays")
+    tv_budget: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
+        None, description="most bias (total variation over all tokens) that a lossy rule may spend"
+    )
+
+
+class Drawing(Strict):
+    """One prompt and how it is drawn."""
+
+    prompt: str = Field(min_length=1, max_length=PROMPT_CHARACTERS, description="a class name, or any text")
+    model: str | None = Field(None, max_length=200, description="left out: the first one served")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="left out: a random one, which the answer names")
+    guidance_scale: float = Field(2.0, ge=1, le=100, description="classifier-free guidance; 1: off")
+    speculation: Speculation = Field(default_factory=Speculation)  # type: ignore[arg-type]
+
+
+class ImageGeneration(Drawing):
+    """Body of POST /v1/images/generations. Image i is image i of `bozzetto generate PROMPT --seed SEED`."""
+
+    n: int = Field(1, ge=1, le=MOST_IMAGES)
+    size: str = Field("auto", max_length=20, description="auto, or the size that the model draws")
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data URL, nothing is stored")
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    user: str | None = Field(None, max_length=200, description="taken, and neither used nor kept")
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=MOST_PARTIALS, description="with stream: pictures on the way")

@@ -48,6 +48,7 @@ FLOORS = {
     "provenance": 8,
     "output": 9,
     "sampling": 10,
+    "sampling_ray": 10.5,
     "train": 11,
     "evaluate": 11,
     "report": 12,

@@ -238,7 +238,12 @@ def _sample(options: Sample) -> None:
         pipe = load(options.model, dtype=options.dtype)
         named = None if options.method == "auto" else options.method
         run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes, method=named)
-        sample(run, options.count, rank=rank, world=world, progress=show)
+        if options.ray:
+            with _needs("ray"):
+                from bozzetto.sampling_ray import sample_by_ray
+            sample_by_ray(run, options.count, options.model, options.ray)
+        else:
+            sample(run, options.count, rank=rank, world=world, progress=show)
     if rank == 0:
         print(f"{options.count} images: {options.out}")
         if options.npz:

@@ -200,6 +200,8 @@ class Sample(Law):
     """Images 0 to count - 1 of the seed. A larger count later adds to the folder."""
     batch: int = 8
     """Images decoded together, and images per shard."""
+    ray: int = 0
+    """Workers of Ray Data (extra `ray`), one processor each, in place of this process. 0: without Ray."""
     npz: bool = False
     """When all images are there, also write samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 labels), the format of the
     usual ImageNet evaluators."""

@@ -325,13 +325,13 @@ def write_adm(folder: str | Path, count: int, path: str | Path | None = None) ->
 
     def write(name: str) -> None:
         with zipfile.ZipFile(name, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out:
                 header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
                 npy.write_array_header_1_0(out, {**header, "shape": (count, *size)})  # type: ignore[arg-type]
                 for i, image, label in _in_order(where, count):
                     out.write(np.ascontiguousarray(image).tobytes())
                     labels[i] = label
-            with archive.open("arr_1.npy", "w") as out:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as out:
                 npy.write_array(out, labels, allow_pickle=False)  # type: ignore[arg-type]
 
     write_whole(path, write)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from bozzetto.errors import UsageError
-from bozzetto.path_registry import PATH_DRAFTERS, PATH_RULES, check_path_method
+from bozzetto.path_registry import PATH_DRAFTERS, PATH_RULES
 from bozzetto.pipeline import Pipeline
-from bozzetto.registry import DRAFTERS, RULES, check_method
+from bozzetto.pipelines import CodePipeline
+from bozzetto.registry import DRAFTERS, RULES
 from bozzetto.settings import GenerateSettings
 
 
 def methods_of(pipe: Pipeline) -> dict[str, list[str]]:
     """Rules by drafter, without options: what a request can name and the model has."""
+    codes = isinstance(pipe, CodePipeline)
     found: dict[str, list[str]] = {}
-    for drafter in dict.fromkeys((*DRAFTERS, *PATH_DRAFTERS)):
+    for drafter in DRAFTERS if codes else PATH_DRAFTERS:
         if not _has(pipe, drafter):
             continue
-        path = drafter in PATH_DRAFTERS and _goes(pipe, GenerateSettings(drafter, "auto"), continuous=True)
-        rules, check = (PATH_RULES, check_path_method) if path else (RULES, check_method)
-        for rule in rules:
-            try:
-                check(drafter, rule)
-                settings = GenerateSettings(drafter, rule)
-            except UsageError:
-                continue
-            if _goes(pipe, settings) and not (drafter == "none" and not path and rule != "seed-exact"):
+        for rule in RULES if codes else PATH_RULES:
+            # Without drafts every rule for codes is sequential decoding.
+            sequential = codes and drafter == "none" and rule != "seed-exact"
+            if not sequential and _goes(pipe, drafter, rule):
                 found.setdefault(drafter, []).append(rule)
     return found
 
@@ -44,10 +41,10 @@ def _has(pipe: Pipeline, drafter: str) -> bool:
     return True
 
 
-def _goes(pipe: Pipeline, settings: GenerateSettings, continuous: bool = False) -> bool:
+def _goes(pipe: Pipeline, drafter: str, rule: str) -> bool:
+    """Whether the method can be asked for, and decoded."""
     try:
-        resolved = pipe.resolve(settings)
-        pipe.decoder_for(resolved, 1)
+        pipe.decoder_for(pipe.resolve(GenerateSettings(drafter, rule)), 1)
     except UsageError:
         return False
-    return not continuous or resolved.rule in PATH_RULES
+    return True

@@ -221,10 +221,11 @@ const race = () => busy(async (signal) => {
   (gain >= 1 ? right : left).root.classList.add("won");
   const same = left.result.sha256 === right.result.sha256;
   const verdict = document.createElement("span"), again = document.createElement("button");
-  verdict.textContent = `Speculation took ${gain.toFixed(2)} times fewer seconds and ` +
-    `${(left.result.target_passes / right.result.target_passes).toFixed(2)} times fewer passes. ` +
+  const fewer = left.result.target_passes / right.result.target_passes;
+  verdict.textContent = (gain >= 1
+    ? `Speculation was ${gain.toFixed(2)} times faster, with ${fewer.toFixed(2)} times fewer passes. `
+    : `Speculation lost here: ${(1 / gain).toFixed(2)} times slower, with ${fewer.toFixed(2)} times fewer passes. `) +
     (same ? "Both pictures are equal, byte for byte." : "The pictures differ: another draw of the noise, or a lossy rule.");
-  if (gain < 1) verdict.textContent = `Speculation lost here: ${(1 / gain).toFixed(2)} times slower.`;
   again.type = "button";
   again.id = "replay";
   again.textContent = "Replay side by side";

@@ -1,0 +1,72 @@
+"""Sampling many images by Ray Data: the shards of `sample`, drawn by workers on one machine or many.
+
+An image depends on its seed and index only, so that nothing has to be said between workers. They write into one folder,
+which on several machines has to be a shared one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from bozzetto.errors import UsageError
+from bozzetto.loading import load
+from bozzetto.sampling import SampleRun, batched
+from bozzetto.settings import GenerateSettings
+
+
+class ShardWriter:
+    """What a Ray Data worker does: draws the batches it is given. Arguments as in `sample_by_ray`."""
+
+    def __init__(
+        self, folder: str, model: str, dtype: str, settings: GenerateSettings, seed: int, classes: Sequence[str | int]
+    ):
+        self.run = SampleRun(Path(folder), load(model, dtype=dtype), settings, seed=seed, classes=classes)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """batch: `indices`, one list of image numbers per row; tells the seconds of each."""
+        seconds = [self.run.draw([int(i) for i in row if i >= 0]) for row in batch["indices"]]
+        return {"seconds": np.array(seconds)}
+
+
+def sample_by_ray(run: SampleRun, count: int, model: str, workers: int) -> int:
+    """Sample what is missing of images 0..count-1 with this many workers of one processor each; returns how many images
+    that were. model: what the workers load. Joins the cluster that RAY_ADDRESS names, or starts one of this machine."""
+    if workers < 1:
+        raise UsageError(f"ray = {workers} is not allowed: a whole number >= 1")
+    run.claim()
+    left, size = run.pending(count), run.settings.batch
+    if not left:
+        return 0
+    blocks = [[*part, *[-1] * (size - len(part))] for part in batched(left, size)]
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        _map(run, blocks, model, min(workers, len(blocks)))
+    finally:
+        if ours:
+            ray.shutdown()
+    return len(left)
+
+
+def _map(run: SampleRun, blocks: list[list[int]], model: str, workers: int) -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    settings = (str(run.folder.resolve()), model, run.pipe.dtype, run.settings, run.seed, tuple(run.classes))
+    rows = ray.data.from_items([{"indices": block} for block in blocks], override_num_blocks=len(blocks))
+    done = rows.map_batches(
+        ShardWriter,
+        fn_constructor_args=settings,
+        batch_size=1,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )
+    for _ in done.iter_rows():
+        pass

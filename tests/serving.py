@@ -1,0 +1,68 @@
+"""A live server on loopback, in this process, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import uvicorn
+
+from bozzetto.pipeline import Pipeline
+from bozzetto.serve.app import make_app
+from bozzetto.serve.worker import Worker
+
+
+@dataclass
+class Live:
+    """A server. url: its root; worker: what decodes."""
+
+    url: str
+    worker: Worker
+
+    def client(self, key: str = "no key is needed") -> openai.OpenAI:
+        """The official client; nothing is tried twice."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@contextlib.contextmanager
+def live(pipes: dict[str, Pipeline], *, keys: tuple[str, ...] = (), **settings: Any) -> Iterator[Live]:
+    """Serve models until the block ends; settings: of Worker."""
+    worker = Worker(lambda: pipes, **{"slots": 4, "queue": 8, **settings})
+    app = make_app(worker, keys=keys, hosts=("127.0.0.1", "localhost"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        assert worker.ready.wait(60) or worker.failure, "the worker does not get ready"
+        until(lambda: server.started)
+        yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", worker)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+
+
+def until(true: Any, seconds: float = 20) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def slowed(worker: Worker, seconds: float) -> None:
+    """Make every pass take longer."""
+    whole = worker._pass
+
+    def slow(*given: Any) -> None:
+        time.sleep(seconds)
+        whole(*given)
+
+    worker._pass = slow  # type: ignore[method-assign]

@@ -1,0 +1,154 @@
+"""The thread that decodes, without HTTP: what orders become, whoever else is there."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bozzetto import load
+from bozzetto.errors import UsageError
+from bozzetto.pipeline import Pipeline
+from bozzetto.prompts import PromptBook
+from bozzetto.serve.worker import Busy, Failed, Finished, Order, Partial, Progress, Worker
+from bozzetto.settings import GenerateSettings
+from serving import slowed, until
+
+
+@pytest.fixture
+def pipe(tiny_model: Path) -> Pipeline:
+    return load(tiny_model)
+
+
+@pytest.fixture
+def worker(pipe: Pipeline) -> Iterator[Worker]:
+    made = Worker(lambda: {"tiny": pipe}, slots=4, queue=8, warm=False)
+    made.start()
+    assert made.ready.wait(20)
+    yield made
+    made.stop()
+    made.join(20)
+    assert not made.is_alive()
+
+
+def order(prompt: str = "rose", seed: int = 0, **more: Any) -> Order:
+    settings = GenerateSettings(window=2) if "settings" not in more else more.pop("settings")
+    return Order("tiny", prompt, settings, seed, **more)
+
+
+def collected(worker: Worker, asked: Order) -> list[Any]:
+    """Events of an order up to its end."""
+    told: queue.Queue[Any] = queue.Queue()
+    worker.submit(asked, told.put)
+    events, left = [], asked.count
+    while left:
+        events.append(told.get(timeout=20))
+        left -= isinstance(events[-1], Finished)
+        if isinstance(events[-1], Failed):
+            break
+    return events
+
+
+def test_every_image_of_an_order_is_the_one_drawn_alone(worker: Worker, pipe: Pipeline) -> None:
+    found = {event.index: event for event in collected(worker, order(seed=9, count=4))}
+    alone = pipe.generate(["rose"], seed=9, count=4, batch=1, window=2)
+    for index, image in enumerate(alone.images):
+        assert np.array_equal(np.asarray(found[index].picture), np.asarray(image.image))
+        assert found[index].trace == image.trace.committed and sum(found[index].trace) == 16
+    until(lambda: worker.held == 0)
+
+
+def test_who_watches_is_told_tokens_that_only_grow_and_the_end(worker: Worker) -> None:
+    slowed(worker, 0.06)
+    events = collected(worker, order(settings=GenerateSettings("none", "seed-exact"), watched=True))
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert len(progress) > 3 and [p.done for p in progress] == sorted({p.done for p in progress})
+    assert isinstance(events[-1], Finished) and events[-1].passes == 16
+
+
+def test_partial_pictures_come_once_each(worker: Worker) -> None:
+    events = collected(worker, order(settings=GenerateSettings("none", "seed-exact"), partials=3, count=2))
+    told = [(event.index, event.number) for event in events if isinstance(event, Partial)]
+    assert sorted(told) == [(index, number) for index in range(2) for number in range(3)]
+
+
+@pytest.mark.parametrize("bad", [order(prompt="cactus"), order(settings=GenerateSettings("eagle", "block"))])
+def test_an_order_that_cannot_be_drawn_fails_alone(worker: Worker, bad: Order) -> None:
+    (event,) = collected(worker, bad)
+    assert isinstance(event, Failed) and isinstance(event.error, UsageError)
+    assert isinstance(collected(worker, order())[-1], Finished)
+    until(lambda: worker.held == 0)
+
+
+def test_what_is_accepted_is_finished_before_the_end(pipe: Pipeline) -> None:
+    worker = Worker(lambda: {"tiny": pipe}, slots=2, queue=8, warm=False)
+    told: queue.Queue[Any] = queue.Queue()
+    worker.start()
+    assert worker.ready.wait(20)
+    for seed in range(3):
+        worker.submit(order(seed=seed, count=2), told.put)
+    worker.stop()
+    worker.join(20)
+    assert [type(told.get(timeout=1)) for _ in range(6)] == [Finished] * 6
+
+
+def test_no_more_is_accepted_than_slots_and_queue_hold(pipe: Pipeline) -> None:
+    idle = Worker(lambda: {"tiny": pipe}, slots=2, queue=3)  # never started: nothing leaves
+    idle.submit(order(count=4), print)
+    with pytest.raises(Busy):
+        idle.submit(order(count=2), print)
+    idle.submit(order(), print)
+    with pytest.raises(Busy, match="try again in"):
+        idle.submit(order(), print)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_and_not_served() -> None:
+    worker = Worker(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    worker.start()
+    worker.join(20)
+    assert isinstance(worker.failure, ZeroDivisionError) and not worker.ready.is_set()
+
+
+def test_painting_leaves_the_number_of_threads_as_it_was(pipe: Pipeline) -> None:
+    before = torch.get_num_threads()
+    worker = Worker(lambda: {"tiny": pipe}, warm=True)
+    worker.start()
+    assert worker.ready.wait(20)
+    worker.stop()
+    worker.join(20)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", ["flowers-flow", "flowers-mar"])
+def test_continuous_models_are_served_too(name: str) -> None:
+    pipe = load(name)
+    settings = GenerateSettings(steps=2, passes=4 if name == "flowers-mar" else 0)
+    worker = Worker(lambda: {"tiny": pipe}, slots=2, queue=2, warm=False)
+    worker.start()
+    until(lambda: worker.ready.is_set() or worker.failure, 60)
+    events = collected(worker, Order("tiny", "rose", settings, 1, count=1, partials=1))
+    worker.stop()
+    wanted = pipe.generate(["rose"], seed=1, settings=pipe.alone(settings)).images[0]
+    assert [type(event) for event in events] == [Partial, Finished]
+    assert np.array_equal(np.asarray(events[-1].picture), np.asarray(wanted.image))
+    shares = (np.asarray(events[0].picture) == 128).all(-1).mean()
+    assert 0.2 < shares < 0.8  # of a masked model's too: grey is what is not known, wherever that is
+
+
+def test_a_book_with_an_end_lets_the_oldest_prompt_go() -> None:
+    given: list[tuple[str, int | None]] = []
+
+    def add(text: str, negative: str, label: int | None) -> int:
+        given.append((text, label))
+        return len({t for t, was in given if was is None}) - 1 if label is None else label
+
+    book = PromptBook([], add)
+    book.most = 3
+    assert [book.label(text, "") for text in ("a", "b", "c", "a", "d", "e", "a")] == [0, 1, 2, 0, 1, 2, 0]
+    assert given[3:] == [("d", 1), ("e", 2)] and book.names == ["a", "d", "e"]
+    assert book.label("b", "") == 1 and book.names == ["a", "b", "e"]

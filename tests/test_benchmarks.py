@@ -194,3 +194,13 @@ def test_what_is_replayed_is_a_whole_pass(suite: ModuleType, monkeypatch: pytest
     ways = [("eager", 1), ("slots", 1), ("replay", 1), ("slots", 4), ("replay", 4)]
     assert [(row["way"], row["width"]) for row in rows] == ways
     check_times(rows)
+
+
+def test_a_loaded_server_draws_every_image_right_and_loses_none(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    sizes = ("--count", 24, "--concurrent", 6, "--alone", 4, "--disconnects", 0.1, "--slots", 4)
+    text = script("serve_load.py", "--model", tiny_model, *sizes, "--json", out)
+    found = json.loads(out.read_text())
+    assert found["failed"] == found["wrong"] == 0 and found["equal"] > 16
+    assert found["sigterm"]["answered"] >= found["sigterm"]["accepted"] and found["sigterm"]["exit_status"] == 0
+    assert 0 < found["p50"] <= found["p95"] and "images per second" in text

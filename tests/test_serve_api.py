@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from PIL import Image
 
 from bozzetto import load
 from bozzetto.pipeline import Pipeline
+from bozzetto.serve.schema import ImageGeneration, Speculation
 from serving import Live, live, slowed, until
 
+ROOT = Path(__file__).resolve().parent.parent
 KEY = "a-key-of-sixteen-characters"
 
 
@@ -349,3 +352,27 @@ def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
     }
     with pytest.raises(UsageError, match="of that name"):
         models_of(Serve(model=("flowers", "flowers")))
+
+
+SHOWN = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), flags=re.M | re.S
+)
+
+
+@pytest.mark.parametrize("code", SHOWN, ids=range(len(SHOWN)))
+def test_what_the_documentation_shows_works(
+    code: str, server: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("http://127.0.0.1:8000", server.url).replace('"flowers"', '"tiny"')
+    exec(compile(code, "serve.md", "exec"), {"__name__": "serve"})
+    assert capsys.readouterr().out
+    assert "open(" not in code or len(list(tmp_path.glob("tulip-*.png"))) == 2
+
+
+def test_the_documentation_names_every_field(server: Live) -> None:
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    fields = {*ImageGeneration.model_fields, *Speculation.model_fields}
+    assert [name for name in sorted(fields) if f"`{name}`" not in text] == []
+    content = json.loads(get(server, "/openapi.json")[1])
+    assert {"/v1/images/generations", "/v1/models", "/health", "/metrics"} <= set(content["paths"])

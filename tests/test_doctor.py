@@ -1,0 +1,75 @@
+"""The doctor finds what is wrong and says what to do; completion scripts know the verbs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bozzetto import doctor
+from bozzetto.cli import main
+
+
+def finding(name: str) -> doctor.Finding:
+    return next(found for found in doctor.examine() if found.what == name)
+
+
+def test_a_sound_installation_has_no_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "everything that is needed is there" in said
+    assert all(word in said for word in ("PyTorch", "threads", "device", "model flowers", "extra serve"))
+
+
+def test_damaged_weights_fail_with_a_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    monkeypatch.setattr(doctor, "ASSETS", tmp_path)
+    monkeypatch.setattr(doctor, "shipped_models", lambda: ["broken"])
+    assert finding("model broken") == doctor.Finding(
+        "model broken", "fail", "damaged: model.safetensors", "install bozzetto again"
+    )
+    assert main(["doctor"]) == 1
+
+
+def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    found = finding("cache")
+    assert found.verdict == "fail" and "BOZZETTO_CACHE" in found.fix
+
+
+def test_too_many_threads_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 512)
+    found = finding("threads")
+    assert found.verdict == "note" and "OMP_NUM_THREADS=" in found.fix
+
+
+def test_a_missing_compiler_and_a_missing_extra_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "fastapi" else real(name))
+    assert finding("C++ compiler").verdict == "note" and "g++" in finding("C++ compiler").fix
+    assert finding("extra serve").fix.startswith("pip install 'bozzetto[serve]'")
+    assert "0 problems" not in doctor.shown(doctor.examine())
+
+
+def test_extras_are_those_of_the_package() -> None:
+    import tomllib
+
+    content = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert set(doctor.EXTRAS) == set(content["project"]["optional-dependencies"]) - {"dev"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_know_the_verbs(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["completion", shell])
+    assert not stop.value.code
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in ("generate", "serve", "doctor"))

@@ -179,3 +179,16 @@ def test_weights_that_do_not_fit_are_refused_by_key(folder: Path, kind: str) -> 
     with pytest.raises(UsageError, match=kind) as caught:
         load_llamagen(folder)
     assert key in str(caught.value)
+
+
+def test_a_compact_network_comes_back_close_and_small(tmp_path: Path) -> None:
+    before = tiny_llamagen()
+    for name, compact in (("plain", False), ("compact", True)):
+        save_llamagen(tmp_path / name, before, tokenizer(), {}, compact)
+    after, labels = load_llamagen(tmp_path / "compact"), torch.tensor([0, 1])
+    tokens = torch.randint(before.config.vocab, (2, 3), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gap = (before.eval()(labels, tokens) - after(labels, tokens)).abs().max()
+    assert 0 < float(gap) < 0.1
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "compact")]
+    assert sizes[1] < 0.75 * sizes[0]

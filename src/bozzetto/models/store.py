@@ -167,10 +167,12 @@ def config_from(kind: type, values: object, source: str | Path) -> Any:
         raise UsageError(f"{source}: {error}") from error
 
 
-def save_llamagen(folder: str | Path, model: LlamaGen, tokenizer: Tokenizer, notes: dict[str, Any]) -> None:
-    """Write a complete model folder: config.json, model.safetensors and its tokenizer."""
+def save_llamagen(
+    folder: str | Path, model: LlamaGen, tokenizer: Tokenizer, notes: dict[str, Any], compact: bool = False
+) -> None:
+    """Write a complete model folder: config.json, model.safetensors and its tokenizer. compact: see `save_state`."""
     folder = Path(folder)
-    save_weights(folder / WEIGHTS, model)
+    save_state(folder / WEIGHTS, model.state_dict(), compact)
     save_tokenizer(folder, tokenizer, {})
     content = {"family": "llamagen", "config": dataclasses.asdict(model.config), **notes}
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")

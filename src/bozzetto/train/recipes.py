@@ -77,7 +77,8 @@ class TargetRecipe:
 
     views: augmented token views held per image; one is drawn anew every `refresh_every` steps (0: never); jitter:
     largest relative change of brightness and contrast; ema: decay of the averaged weights; patience: evaluations
-    without progress before stopping; compile: use torch.compile (needs a C++ compiler).
+    without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write matrices as int8
+    (models/store.py).
     """
 
     out: str
@@ -85,6 +86,7 @@ class TargetRecipe:
     train: DataSource
     test: DataSource
     name: str
+    compact: bool = False
     dim: Count = 512
     layers: Count = 6
     heads: Count = 8

@@ -122,7 +122,7 @@ class CodeFit(Fit):
             "steps": self.step,
             "recipe": asdict(self.recipe),
         }
-        save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes)
+        save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes, self.recipe.compact)
 
 
 class CaptionFit(CodeFit):
@@ -207,7 +207,7 @@ class CaptionFit(CodeFit):
             "steps": self.step,
             "recipe": asdict(self.recipe),
         }
-        save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes)
+        save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes, self.recipe.compact)
 
 
 def train_target(recipe: TargetRecipe | FlowRecipe | MARRecipe) -> Path:

@@ -6,6 +6,7 @@ which on several machines has to be a shared one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def sample_by_ray(run: SampleRun, count: int, model: str, workers: int) -> int:
     blocks = [[*part, *[-1] * (size - len(part))] for part in batched(left, size)]
     ours = not ray.is_initialized()
     if ours:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         _map(run, blocks, model, min(workers, len(blocks)))
     finally:

@@ -3,6 +3,7 @@ one draws an image does not matter, because an image depends on its seed and ind
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
     when serving is over (None: an interrupt ends it)."""
     ours = not ray.is_initialized()
     if ours:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
         serve.run(application(options, keys), name="bozzetto", route_prefix="/")

@@ -1,0 +1,66 @@
+"""The shipped model `emoji`: any prompt, the same bytes with and without speculation, clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bozzetto
+from bozzetto.cli import main
+from bozzetto.pipeline import ASSETS, Pipeline, shipped_models
+
+pytestmark = pytest.mark.skipif("emoji" not in shipped_models(), reason="not shipped yet")
+PROMPTS = ["a penguin, 3d", "red apple, noto", "smiling face, flat", "car"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return bozzetto.load("emoji")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_prompts_are_drawn_alike_alone_in_a_batch_and_with_speculation(pipe: Pipeline, guidance: float) -> None:
+    settings = {"seed": 5, "count": 8, "guidance": guidance}
+    plain = pipe.generate(PROMPTS, drafter="none", batch=8, **settings).images
+    fast = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=8, **settings).images
+    alone = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=1, **settings).images
+    for ours in (fast, alone):
+        for a, b in zip(ours, plain, strict=True):
+            assert a.sha256 == b.sha256 or a.near_tie or b.near_tie
+    assert sum(a.sha256 == b.sha256 for a, b in zip(fast, plain, strict=True)) >= 7
+    assert sum(i.target_passes for i in alone) < 0.4 * sum(i.target_passes for i in plain)
+
+
+def test_pictures_are_drawings_on_white(pipe: Pipeline) -> None:
+    for image in pipe.generate(PROMPTS, seed=1, guidance=3.0, batch=4).images:
+        pixels = np.asarray(image.image).astype(int)
+        assert pixels.shape == (128, 128, 3) and pixels.std() > 10
+        assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]].min(1) > 200).sum() >= 3  # corners
+
+
+def test_the_command_line_takes_any_prompt(tmp_path: Path) -> None:
+    assert main(["generate", "--model", "emoji", "a penguin, 3d", "--out", str(tmp_path / "out")]) == 0
+    listed = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["images"]
+    assert [image["class"] for image in listed] == ["a penguin, 3d"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"), [("", "say what to draw"), ("penguin " * 60, "word pieces"), ("   ", "say what to draw")]
+)
+def test_prompts_that_do_not_fit_are_refused(
+    prompt: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", "emoji", prompt, "--out", str(tmp_path / "out")]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_asset_is_complete_and_credits_its_drawings() -> None:
+    folder = ASSETS / "emoji"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert len(config["prompts"]) >= 8 and config["encoder"] == "all-MiniLM-L6-v2"
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert all(name in card for name in ("Noto", "Fluent", "Twemoji", "FxEmoji"))
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 26e6

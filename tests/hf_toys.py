@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from bozzetto.adapters.chameleon import ChameleonTarget
+from bozzetto.adapters.chameleon import ChameleonTarget, LuminaTarget
 from bozzetto.adapters.emu3 import Emu3Target
 from bozzetto.adapters.janus import JanusTarget, janus_prompt
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
@@ -15,6 +15,7 @@ from bozzetto.adapters.prompted import Prompt, PromptedCodes
 WORDS = 24  # of text, in every vocabulary
 BEGIN, IMAGE, PADDING = 1, 2, 0  # begin of text, begin of image
 GRID, CODES = 3, 8
+LINE = 6  # the word that ends a line of Lumina-mGPT's
 PROMPTS = ([BEGIN, 5, 9, IMAGE], [BEGIN, 7, IMAGE], [BEGIN, 11, 12, 13, 14, IMAGE])
 NEGATIVE = [BEGIN, 20, IMAGE]
 _TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -113,10 +114,16 @@ def chameleon() -> PromptedCodes:
     return _with_prompts(ChameleonTarget(tiny_chameleon(), GRID))
 
 
+def lumina() -> PromptedCodes:
+    """The tiny Chameleon with an end of line, that knows PROMPTS as labels 0, 1, 2."""
+    return _with_prompts(LuminaTarget(tiny_chameleon(), LINE, GRID))
+
+
 def _with_prompts(target: PromptedCodes) -> PromptedCodes:
     for tokens in PROMPTS:
         target.add(Prompt(tuple(tokens), tuple(NEGATIVE)))
     return target
 
 
-TARGETS = {"janus": janus, "emu3": emu3, "chameleon": chameleon}
+TARGETS = {"janus": janus, "emu3": emu3, "chameleon": chameleon, "lumina": lumina}
+LINED = ("emu3", "lumina")  # families whose rows of tokens have an end

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import bozzetto
 import hf_toys
-from bozzetto.adapters.emu3 import without_line_ends
+from bozzetto.adapters.lined import without_line_ends
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle, prompted_eagle
 from bozzetto.drafters.grow import TreeDrafter
@@ -23,7 +23,7 @@ from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.eagle import EagleNet
 from bozzetto.registry import make_drafter, make_rule, read_shape, with_neighbours
-from hf_toys import GRID, IMAGE, NEGATIVE, PROMPTS
+from hf_toys import GRID, IMAGE, LINED, NEGATIVE, PROMPTS
 
 FAMILIES = tuple(hf_toys.TARGETS)
 by_family = pytest.mark.parametrize("family", FAMILIES)
@@ -36,7 +36,7 @@ def target_of(family: str) -> PromptedCodes:
 
 @functools.cache
 def model_of(family: str) -> Any:
-    return {"janus": hf_toys.tiny_janus, "emu3": hf_toys.tiny_emu3, "chameleon": hf_toys.tiny_chameleon}[family]()
+    return {"janus": hf_toys.tiny_janus, "emu3": hf_toys.tiny_emu3}.get(family, hf_toys.tiny_chameleon)()
 
 
 def plain_logits(family: str, prompt: tuple[int, ...], tokens: list[int]) -> Tensor:
@@ -60,14 +60,14 @@ def plain_logits(family: str, prompt: tuple[int, ...], tokens: list[int]) -> Ten
 def some_tokens(family: str, count: int, seed: int = 0) -> Tensor:
     """Tokens int64 [count, N] that the family allows."""
     codes = torch.randint(0, hf_toys.CODES, (count, GRID, GRID), generator=torch.Generator().manual_seed(seed))
-    if family == "emu3":
+    if family in LINED:
         codes = torch.nn.functional.pad(codes, (0, 1), value=hf_toys.CODES)
     return codes.flatten(1)
 
 
 def free(family: str, at: int) -> bool:
     """Whether the model decides what stands there."""
-    return family != "emu3" or at % (GRID + 1) != GRID
+    return family not in LINED or at % (GRID + 1) != GRID
 
 
 @by_family
@@ -264,8 +264,9 @@ def test_seed_exact_images_are_the_sequential_ones(family: str, drafter: str, gu
 
 
 @pytest.mark.parametrize(("drafter", "rule"), [(d, r.replace("k=3:delta=0", "k=8:delta=0.9")) for d, r in METHODS])
-def test_lines_of_emu3_end_where_the_grid_says_and_nowhere_else(drafter: str, rule: str) -> None:
-    decoder = decoder_of("emu3", drafter, rule, LawSettings(2.0, 3.0))
+@pytest.mark.parametrize("family", LINED)
+def test_lines_end_where_the_grid_says_and_nowhere_else(family: str, drafter: str, rule: str) -> None:
+    decoder = decoder_of(family, drafter, rule, LawSettings(2.0, 3.0))
     tokens = decoder.run(torch.arange(60) % 3, 1, torch.arange(60)).tokens
     lines = tokens.unflatten(1, (GRID, GRID + 1))
     assert bool((lines[..., -1] == hf_toys.CODES).all()) and bool((lines[..., :-1] < hf_toys.CODES).all())

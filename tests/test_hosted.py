@@ -36,9 +36,13 @@ TEXT += ["a", "red", "tulip", "small", "house", "by", "lake", "in", "3", "*", "d
 EMU3_SIZE = 8 * GRID
 
 
-def tokenizer(**more: str) -> PreTrainedTokenizerFast:
+# Lumina-mGPT's names of some words: a separator, an end of line, a picture of 32 pixels
+LUMINA = {"<wrap>": "<reserved08706>", "<eof>": "<reserved08799>", "3": "<reserved08801>", "*": "<racm3:break>"}
+
+
+def tokenizer(words: list[str] = TEXT, **more: str) -> PreTrainedTokenizerFast:
     assert len(TEXT) == hf_toys.WORDS and TEXT.index("<boi>") == IMAGE
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TEXT)}, unk_token="<unk>"))
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "<sep>"}
     return PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens={**SPECIAL, **more}, **names)
@@ -55,10 +59,11 @@ def write_emu3(folder: Path) -> None:
     Emu3Processor(Emu3ImageProcessor(), text).save_pretrained(folder)
 
 
-def write_chameleon(folder: Path, codes: torch.Tensor | None = None) -> None:
+def write_chameleon(folder: Path, codes: torch.Tensor | None = None, words: list[str] = TEXT) -> None:
     network = hf_toys.tiny_chameleon()
     network.save_pretrained(folder)
-    ChameleonProcessor(ChameleonImageProcessorPil(), tokenizer(), image_seq_length=GRID * GRID).save_pretrained(folder)
+    text, images = tokenizer(words), ChameleonImageProcessorPil()
+    ChameleonProcessor(images, text, image_seq_length=GRID * GRID).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         decoder = KL16Decoder(KL16Config(2 * GRID, 4, 2, 32, (1, 1), 1))
@@ -67,7 +72,16 @@ def write_chameleon(folder: Path, codes: torch.Tensor | None = None) -> None:
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "vqgan.safetensors")
 
 
-WRITERS = {"janus": write_janus, "emu3": write_emu3, "chameleon": write_chameleon}
+def write_lumina(folder: Path) -> None:
+    """Chameleon's network and processor under the name of Lumina-mGPT's class, with its words."""
+    write_chameleon(folder, words=[LUMINA.get(word, word) for word in TEXT])
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["ChameleonXLLMXForConditionalGeneration"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+WRITERS = {"janus": write_janus, "emu3": write_emu3, "chameleon": write_chameleon, "lumina": write_lumina}
+SIZES = {"emu3": EMU3_SIZE, "lumina": 32}  # pixels per side, where a family has a choice
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +93,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(checkpoints: dict[str, Path], family: str) -> Any:
-    return bozzetto.load(checkpoints[family], image_size=EMU3_SIZE if family == "emu3" else 0)
+    return bozzetto.load(checkpoints[family], image_size=SIZES.get(family, 0))
 
 
 @pytest.mark.parametrize("family", WRITERS)
@@ -91,8 +105,9 @@ def test_prompts_draw_the_same_pictures_with_and_without_drafts(checkpoints: dic
     fast = pipe.generate(prompts, drafter="jacobi", window=4, **asked)
     assert [a.sha256 for a in fast.images] == [b.sha256 for b in slow.images]
     assert [a.class_name for a in fast.images] == [*prompts, *prompts]
-    assert fast.tokens_per_pass > 1 and fast.images[0].image.size == (2 * GRID, 2 * GRID)
-    assert pipe.preview(fast.images[0].tokens, 5).size == (2 * GRID, 2 * GRID)
+    side = 4 if family == "lumina" else 2 * GRID
+    assert fast.tokens_per_pass > 1 and fast.images[0].image.size == (side, side)
+    assert pipe.preview(fast.images[0].tokens, 5).size == (side, side)
 
 
 @pytest.mark.parametrize("family", WRITERS)
@@ -103,8 +118,9 @@ def test_every_rule_reads_a_hosted_model(checkpoints: dict[str, Path], family: s
     assert pipe.workshop.neighbours(3).shape == (pipe.target.vocab, 3)
 
 
-def test_an_end_of_line_is_nobodys_neighbour_but_its_own(checkpoints: dict[str, Path]) -> None:
-    near = load(checkpoints, "emu3").workshop.neighbours(7)
+@pytest.mark.parametrize("family", hf_toys.LINED)
+def test_an_end_of_line_is_nobodys_neighbour_but_its_own(checkpoints: dict[str, Path], family: str) -> None:
+    near = load(checkpoints, family).workshop.neighbours(7)
     assert bool((near[: hf_toys.CODES] < hf_toys.CODES).all()) and bool((near[hf_toys.CODES :] == hf_toys.CODES).all())
 
 
@@ -132,6 +148,17 @@ def test_prompts_are_what_the_processor_makes_of_them(checkpoints: dict[str, Pat
     assert emu3.target.prompts[-1].without == (1, *size)
     assert chameleon.target.prompts[-1].given == (*words, TEXT.index("<sep>"), IMAGE)
     assert chameleon.target.prompts[-1].without == (1, IMAGE)
+
+
+def test_lumina_is_told_the_task_and_the_size_in_its_own_words(checkpoints: dict[str, Path]) -> None:
+    pipe = load(checkpoints, "lumina")
+    pipe.labels(["a dog"])
+    known = [LUMINA.get(word, word) for word in TEXT]
+    begin = tuple(map(known.index, ("<racm3:break>", "<reserved08801>", "<reserved08801>")))
+    prompt = pipe.target.prompts[-1]
+    assert prompt.without == begin and prompt.given[-4:] == (known.index("<reserved08706>"), *begin)
+    assert prompt.given[0] == 1 and prompt.given[-6:-4] == (known.index("a"), known.index("dog"))
+    assert pipe.target.length == 2 * 3 and pipe.codes_drawn(4) == 3
 
 
 def test_the_command_line_draws_prompts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -201,6 +228,8 @@ def test_sizes_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None
     refused(checkpoints["emu3"], "image_size = 720 .*the model's context is 64", image_size=720)
     refused(checkpoints["emu3"], "image_size = 21 is not allowed: a multiple of 8", image_size=21)
     refused(checkpoints["janus"], "image_size = 7 is not allowed", image_size=7)
+    refused(checkpoints["lumina"], "image_size = 40 is not allowed: a multiple of 32", image_size=40)
+    refused(checkpoints["lumina"], "no word '<reserved08824>'", image_size=768)
 
 
 def test_what_hosted_models_have_not_is_refused(checkpoints: dict[str, Path]) -> None:

@@ -32,8 +32,7 @@ ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
-_GREY = 0.5
-_LISTED = 20  # names of classes in an error
+_GREY, _LISTED = 0.5, 20  # of what is not drawn yet; names of classes in an error
 
 
 @dataclass
@@ -393,8 +392,7 @@ def model_folder(name_or_folder: str | Path) -> Path:
 
 
 def is_hosted(name_or_folder: str | Path) -> bool:
-    """Whether this is a checkpoint in the Hugging Face layout: a folder whose config.json names a model type and no
-    family of ours, or ORGANISATION/NAME, which is no folder here."""
+    """In the Hugging Face layout: config.json has a model type, not a family; or ORGANISATION/NAME, no folder here."""
     name, folder = str(name_or_folder), Path(name_or_folder)
     if (folder / CONFIG).is_file():
         content = read_config(folder)

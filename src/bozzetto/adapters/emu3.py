@@ -1,48 +1,18 @@
-"""Emu3 (Wang et al., arXiv 2409.18869) as transformers holds it.
-
-Image tokens are words of the language model's vocabulary. A row of the picture ends with an end-of-line word, which the
-grid decides and not the model: here it is code V of V + 1, certain where a row ends and impossible elsewhere, so that
-every drafter has it for nothing.
-"""
+"""Emu3 (Wang et al., arXiv 2409.18869) as transformers holds it: image tokens and an end of line are words of the
+language model's vocabulary."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from bozzetto.adapters.prompted import PromptedCodes, Shape, gathered
-
-NEVER = -1e9  # a logit that no temperature makes possible; finite, so that guidance can subtract two of them
+from bozzetto.adapters.lined import LinedTarget
 
 
-class Emu3Target(PromptedCodes):
+class Emu3Target(LinedTarget):
     """model: transformers Emu3ForConditionalGeneration in evaluation mode, in the dtype to compute in; height, width:
     of the picture in tokens."""
 
-    @torch.no_grad()
     def __init__(self, model: Any, height: int, width: int):
-        body, mapping = model.model.text_model, model.model.vocabulary_mapping
-        codes = mapping.img2bpe
-        self.numbers = [codes[i] for i in range(len(codes))] + [mapping.eol_token_id]
-        rows, text = gathered(self.numbers, body.embed_tokens.weight), body.config
-        shape = Shape(len(self.numbers), height * (width + 1), text.hidden_size)
-        super().__init__(body, text.num_hidden_layers, rows, shape, text.max_position_embeddings)
-        self.word_rows, self.width = body.embed_tokens, width
-        self.head = gathered(self.numbers, model.lm_head.weight)
-
-    def words(self, tokens: Tensor) -> Tensor:
-        return self.word_rows(tokens)
-
-    def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
-        free = F.linear(hidden, self.head[:-1]).float()
-        ends = (position % (self.width + 1) == self.width)[..., None]  # the law of token i is at input i
-        line = torch.where(ends, 0.0, NEVER).to(free.dtype)
-        return torch.cat([free.masked_fill(ends, NEVER), line], -1)
-
-
-def without_line_ends(tokens: Tensor, width: int) -> Tensor:
-    """int64 [B, height * (width + 1)] -> codes int64 [B, height, width]."""
-    return tokens.unflatten(1, (-1, width + 1))[..., :-1]
+        mapping = model.model.vocabulary_mapping
+        codes = [mapping.img2bpe[i] for i in range(len(mapping.img2bpe))]
+        super().__init__(model.model.text_model, model.lm_head.weight, codes, mapping.eol_token_id, height, width)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bozzetto.adapters.chameleon import ChameleonTarget
+from bozzetto.adapters.chameleon import ChameleonTarget, LuminaPrompts, LuminaTarget
 from bozzetto.adapters.emu3 import Emu3Target
 from bozzetto.adapters.janus import JanusTarget, janus_prompt
 from bozzetto.adapters.pictures import HostedPictures, emu3_pictures, janus_pictures
@@ -148,7 +148,21 @@ def _build_emu3(network: Any, processor: Any, model: str | Path, image_size: int
     return Hosted(target, pictures, lambda text, negative: Prompt(tokens(text), tokens(negative)))
 
 
+def _build_lumina(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+    ask = LuminaPrompts(processor.tokenizer, str(model), image_size)
+    target = LuminaTarget(network, ask.end, ask.grid)
+    if target.length >= target.context:
+        raise UsageError(
+            f"image_size = {ask.pixels} is not allowed: {target.length} image tokens, "
+            f"the model's context is {target.context}"
+        )
+    pictures = chameleon_pictures(model, network, ask.grid, lined=True)
+    return Hosted(target, pictures, ask)
+
+
 def _build_chameleon(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+    if any("XLLMX" in name for name in network.config.architectures or ()):  # what Lumina-mGPT's checkpoints say
+        return _build_lumina(network, processor, model, image_size)
     grid = math.isqrt(processor.image_seq_length)
     target, pictures = ChameleonTarget(network, grid), chameleon_pictures(model, network, grid)
     _fixed_size(model, image_size, pictures.config.image_size)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.adapters.emu3 import without_line_ends
+from bozzetto.adapters.lined import without_line_ends
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.pictures import HostedPictures, PictureConfig
+from bozzetto.adapters.lined import without_line_ends
+from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
 from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, decoder_part, from_published, numbered
 from bozzetto.errors import UsageError
 from bozzetto.models.convert import read_state
@@ -23,8 +24,9 @@ NAMES = ("vqgan.safetensors", "vqgan.ckpt")
 _CODES = "quantize.embedding.weight"
 
 
-def chameleon_pictures(model: str | Path, network: Any, grid: int) -> HostedPictures:
-    """Pictures of a Chameleon model in a folder that also holds the tokenizer's checkpoint under one of NAMES.
+def chameleon_pictures(model: str | Path, network: Any, grid: int, lined: bool = False) -> HostedPictures:
+    """Pictures of a Chameleon model in a folder that also holds the tokenizer's checkpoint under one of NAMES. lined:
+    whether each row of tokens has an end.
 
     Raises UsageError where it is missing, of another family, or of other codes than the model's.
     """
@@ -47,9 +49,11 @@ def chameleon_pictures(model: str | Path, network: Any, grid: int) -> HostedPict
     codebook = codebook.to(network.device)
 
     def pixels(tokens: Tensor) -> Tensor:
-        return decoder(codebook[tokens].transpose(1, 2).unflatten(2, (grid, grid)))
+        codes = without_line_ends(tokens, grid).flatten(1) if lined else tokens
+        return decoder(codebook[codes].transpose(1, 2).unflatten(2, (grid, grid)))
 
-    return HostedPictures(PictureConfig(grid, config.image_size), codebook, pixels)
+    made = LinedPictures if lined else HostedPictures
+    return made(PictureConfig(grid, config.image_size), codebook, pixels)
 
 
 def decoder_config(state: Mapping[str, Tensor], grid: int) -> KL16Config:

@@ -381,3 +381,11 @@ def test_help_explains_every_verb(verb, capsys):
 def test_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out.strip() == f"bozzetto {bozzetto.__version__}"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    ended, kept = os.pipe()
+    os.close(ended)
+    done = subprocess.run([sys.executable, "-m", "bozzetto", "--help"], stdout=kept, stderr=subprocess.PIPE, text=True)
+    os.close(kept)
+    assert done.returncode == 141 and done.stderr == ""

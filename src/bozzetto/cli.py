@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ from bozzetto.options import (
     Train,
 )
 
-BAD_INPUT, CANCELLED = 2, 130
+BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 _OPTIONAL = (
     "pyarrow",
     "torchmetrics",
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable():
             command = _parse(arguments)
             return HANDLERS[type(command)](command) or 0
+    except BrokenPipeError:  # who reads our output has gone; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (UsageError, OSError, UnicodeDecodeError) as error:
         print(f"bozzetto: error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT

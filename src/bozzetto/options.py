@@ -268,6 +268,8 @@ class Models:
 class Convert:
     """Turn published checkpoints into a folder that the other verbs read.
 
+    Checkpoints in the Hugging Face layout (Janus, Emu3, Anole, Lumina-mGPT) need none of this: generate --model FOLDER.
+
     Example: bozzetto convert llamagen --gpt c2i_B_256.pt --vq vq_ds16_c2i.pt --out llamagen-b
 
     Example: bozzetto convert mar --checkpoint checkpoint-last.pth --vae kl16.ckpt --out mar-b

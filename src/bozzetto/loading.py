@@ -10,6 +10,8 @@ import torch
 from bozzetto.errors import UsageError
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
+from bozzetto.models.drift import DriftModel
+from bozzetto.models.drift_store import DRIFT, load_drift
 from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.llamagen import LlamaGenConfig
 from bozzetto.models.llamagen_cache import LlamaGenTarget
@@ -17,7 +19,7 @@ from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler
 from bozzetto.models.store import CONFIG, config_from, load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import DTYPES, Pipeline, is_hosted, model_folder
-from bozzetto.pipelines import CodePipeline, FlowPipeline, MaskedPipeline
+from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
 from bozzetto.prompts import ENCODER, CaptionPipeline
 
 
@@ -50,7 +52,7 @@ def load(
     config = read_config(folder)
     if image_size:
         raise UsageError(f"image_size = {image_size} is not allowed: {folder} draws pictures of one size")
-    if config.get("family") in (FLOW, MASKED):
+    if config.get("family") in (FLOW, MASKED, DRIFT):
         if captions is not None:
             raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
         return _load_vectors(folder, config, dtype, device)
@@ -103,7 +105,12 @@ def _check_codes(folder: Path, have: Any, want: LlamaGenConfig) -> None:
 
 
 def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str) -> Pipeline:
-    network = load_continuous(folder).to(device)
+    drift: DriftModel | None = None
+    own, name = folder, _name(folder, config)
+    if config.get("family") == DRIFT:
+        folder = model_folder(str(config.get("base")))
+        config, drift = read_config(folder), load_drift(own, folder).to(device)
+    network = load_continuous(folder).to(device) if drift is None else drift.flow
     tokenizer = load_latents(folder).to(device)
     classes = [str(n).lower() for n in _class_names(folder, config, network.config.classes)]
     have, want = tokenizer.config, network.config
@@ -112,10 +119,12 @@ def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str)
             f"{folder}: the decoder takes {have.token_dim} numbers on a {have.grid}x{have.grid} grid, the target draws "
             f"{want.token_dim} on {want.grid}x{want.grid}"
         )
-    name, sampler = _name(folder, config), config.get("sampler", {})
+    sampler = config.get("sampler", {})
     if isinstance(network, MAR):
         masked = config_from(MARSampler, sampler, folder / CONFIG)
         return MaskedPipeline(name, network, masked, tokenizer, classes, dtype, folder)
+    if drift is not None:
+        return DriftPipeline(name, drift, tokenizer, classes, dtype, own)
     made = config_from(FlowSampler, sampler, folder / CONFIG)
     return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
 

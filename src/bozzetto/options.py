@@ -302,10 +302,12 @@ class Convert:
 
 @checked(frozen=True, config=_STRICT)
 class Train:
-    """Train a tokenizer, a target or a drafter from a YAML recipe. Interrupt at will: the same command resumes."""
+    """Train a tokenizer, a target, a drafter or a drift variant from a YAML recipe. Interrupt at will: the same
+    command resumes."""
 
-    what: tyro.conf.Positional[Literal["tokenizer", "target", "drafter"]]
-    """What to train. A target needs a trained tokenizer, a drafter a trained target."""
+    what: tyro.conf.Positional[Literal["tokenizer", "target", "drafter", "drift"]]
+    """What to train. A target needs a trained tokenizer, a drafter a trained target, a drift variant a trained flow
+    model."""
     recipe: tyro.conf.Positional[Path]
     """YAML file; recipes/ has those of the shipped models."""
 

@@ -23,6 +23,7 @@ from bozzetto.lanes import Lanes, in_slots
 from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.continuous_store import load_continuous
+from bozzetto.models.drift import DriftModel, DriftTarget
 from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
@@ -133,7 +134,7 @@ class CodePipeline(_CausalPipeline):
 class FlowPipeline(_CausalPipeline):
     """A causal target that draws continuous tokens. network: what `target` was made from; sampler: of its head."""
 
-    default_methods = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
+    default_methods: tuple[str, ...] = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
     default_rules: ClassVar = {"none": "plain", "jacobi": "chains", "sketch": "joint"}
 
     def __init__(
@@ -147,8 +148,11 @@ class FlowPipeline(_CausalPipeline):
         folder: Path,
     ):
         self.network, self.compiled = network, {}
-        super().__init__(name, FlowTarget(network, sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
+        super().__init__(name, self._make_target(sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
         self._sketcher = functools.cache(self._load_sketcher)
+
+    def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
+        return FlowTarget(self.network, sampler, dtype)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         self.refuse_negative(settings)
@@ -190,6 +194,32 @@ class FlowPipeline(_CausalPipeline):
         weights = "" if self.folder is None else target_digest(self.folder)
         net = load_sketch(folder, self.network.config, weights).to(self.target.device)
         return PathSketcher(net, self.target.embedding)
+
+
+class DriftPipeline(FlowPipeline):
+    """A drift variant of a causal target: one call of a decoder per token (models/drift.py)."""
+
+    default_methods = ("none", "jacobi/pathwise:epsilon=0.1")
+    default_rules: ClassVar = {"none": "plain", "jacobi": "pathwise"}
+
+    def __init__(self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path):
+        self.drift = model
+        super().__init__(name, model.flow, FlowSampler(steps=1), tokenizer, classes, dtype, folder)
+
+    def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
+        return DriftTarget(self.drift, dtype)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        if settings.steps > 1:
+            raise UsageError(f"steps = {settings.steps} is not allowed here: {self.name} draws a token in one step")
+        settings = super().resolve(settings)
+        rule = make_path_rule(settings.rule)
+        if not (rule.fixed_noise or rule.name == Plain.name):
+            raise UsageError(
+                f"rule {settings.rule!r} is not allowed here: {self.name} maps noise to a token and has no density "
+                "(plain, pathwise)"
+            )
+        return settings
 
 
 class MaskedPipeline(Pipeline):

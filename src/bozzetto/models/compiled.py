@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.laws.noise import gumbel_rows
+from bozzetto.models.entropy import attention_entropy
 from bozzetto.models.graphs import Compiler, Graph, cache_folder
 from bozzetto.models.llamagen import Block, LlamaGenConfig
 from bozzetto.models.native import HEAD_UNIT, load_attend
@@ -48,9 +49,11 @@ class _Layer(nn.Module):
 
 class CausalStep(nn.Module):
     """A pass as a function of tensors. embed: (inputs [B, W, ...], position int64 [B, W]) -> [B, W, d]; head: read-out
-    [V, d], or None; rope: float32 [N + 1, hd/2, 2]. own_attention: use models/native.py, which has to be loaded."""
+    [V, d], or None; rope: float32 [N + 1, hd/2, 2]. own_attention: use models/native.py, which has to be loaded;
+    probed: see CausalTarget."""
 
     rope: Tensor
+    probed: int | None = None
 
     def __init__(
         self,
@@ -71,7 +74,8 @@ class CausalStep(nn.Module):
         self.own_attention = self.steady = False
 
     def extra_repr(self) -> str:
-        return f"{self.config}, own_attention={self.own_attention}, steady={self.steady}"
+        probed = "" if self.probed is None else f", probed={self.probed}"
+        return f"{self.config}, own_attention={self.own_attention}, steady={self.steady}{probed}"
 
     @property
     def paired(self) -> bool:
@@ -84,7 +88,8 @@ class CausalStep(nn.Module):
         """inputs [B, W, ...]; slot, position: int64 [B, W]; seen: bool [B, W, C], which of the first C cache columns
         each input attends to; condition [R, 1, d] with R = B, or 2 B under guidance; caches: keys and values of every
         layer in turn, [R, heads, S, hd] (values in pairs: [R, heads, S/2, hd, 2]), changed in place. Returns hidden
-        states [R, W, d] after the final norm, and logits float32 [R, W, V] where there is a head."""
+        states [R, W, d] after the final norm (and, where a block is probed, its entropy behind them), and logits
+        float32 [R, W, V] where there is a head."""
         c, copies = self.config, len(condition) // len(inputs)
         x, own = self.embed(inputs, position), slot
         if copies > 1:
@@ -94,9 +99,15 @@ class CausalStep(nn.Module):
         attend = self._attention(seen, own, (row, head, slot[..., None]), copies)
         x = torch.where(position[..., None] == 0, condition, x)
         rotation = self.rope[position.clamp_max(c.length - 1)][:, :, None, None]  # [R, W, 1, 1, 2, hd/2]
+        measured = []
         for number, layer in enumerate(self.layers):
-            x = self._layer(layer, x, caches[2 * number : 2 * number + 2], rotation, attend)
+            x, queries = self._layer(layer, x, caches[2 * number : 2 * number + 2], rotation, attend)
+            if number == self.probed:
+                keys = caches[2 * number][:, :, : seen.shape[-1]]
+                measured = [attention_entropy(queries.transpose(1, 2), keys, seen.repeat(copies, 1, 1))[..., None]]
         x = F.rms_norm(x, (c.dim,), self.gain, c.norm_eps)
+        if measured:
+            x = torch.cat([x, measured[0].to(x.dtype)], -1)
         return (x,) if self.head is None else (x, self.head(x).float())
 
     def _attention(self, seen: Tensor, slot: Tensor, place: tuple[Tensor, ...], copies: int) -> Attention:
@@ -116,14 +127,15 @@ class CausalStep(nn.Module):
 
         return attend
 
-    def _layer(self, w: Any, x: Tensor, cache: Caches, rotation: Tensor, attend: Attention) -> Tensor:
+    def _layer(self, w: Any, x: Tensor, cache: Caches, rotation: Tensor, attend: Attention) -> tuple[Tensor, Tensor]:
+        """x [R, W, d] -> the next one, and the layer's queries [R, W, heads, hd]."""
         c, (keys, values) = self.config, cache
         rows, width = x.shape[:2]
         qkv = w.wqkv(F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)).view(rows, width, 3, c.heads, c.head_dim)
         q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
         x = x + w.wo(attend(q, k, qkv[:, :, 2], keys, values).reshape(rows, width, c.dim))
         gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
-        return x + w.w2(F.silu(gate) * up)
+        return x + w.w2(F.silu(gate) * up), q
 
 
 class ChainStep(nn.Module):

@@ -49,14 +49,14 @@ def compile_target(
         embed, head = VectorEmbedding(layer.weight, layer.bias, network.positions, target.dtype), None
     rope = network.rope[target.config.condition_tokens - 1 :]
     step = CausalStep(target.config, network.blocks, network.norm.weight, rope, embed, head, target.dtype)
-    step.steady = deterministic
+    step.steady, step.probed = deterministic, target.probed
     compiler = Compiler(mode, report)
     target.step = CompiledStep(step, target.config.condition_tokens - 1, compiler)
     target.session = CompiledSession
     if target.config.condition_tokens == 1:
         target.layers = []  # nothing runs them
     if isinstance(target, FlowTarget) and isinstance(network, FlowModel) and mode == "max":
-        target.narrow = CompiledNarrow(network.head, target.dtype, compiler)
+        target.narrow = CompiledNarrow(target.denoiser(network), target.dtype, compiler)
         target.sample_with(network, target.sampler)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bozzetto.laws.schedules import FlowSchedule, flow_schedule
 from bozzetto.models.base import Scores
+from bozzetto.models.denoiser import Denoiser
 from bozzetto.models.dense import Dense
 from bozzetto.models.flow import TIME_SCALE, FlowModel
 from bozzetto.models.heads import FlowLaw, PackedDenoiser
@@ -43,6 +44,10 @@ class FlowTarget(CausalTarget):
         self.positions = model.positions.to(dtype)
         self.embedding = Dense.of(model.token_embedding, dtype)
         self.sample_with(model, sampler)
+
+    def denoiser(self, model: FlowModel) -> Denoiser:
+        """The network behind the head."""
+        return model.head
 
     @torch.no_grad()
     def sample_with(self, model: FlowModel, sampler: FlowSampler) -> None:

@@ -22,6 +22,7 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.models.base import Scores, visible
 from bozzetto.models.dense import Dense
+from bozzetto.models.entropy import attention_entropy
 from bozzetto.models.llamagen import Block, CaptionEmbedding, LlamaGen, LlamaGenConfig, caption_sight
 
 Table = tuple[Tensor, Tensor]  # keys and values of a layer, a row per slot of every sequence: [R S, d] each
@@ -44,6 +45,7 @@ class CausalTarget:
     config: LlamaGenConfig
     session: type[CausalSession]  # what a batch is decoded with
     step: Any = None  # compiled passes, where there are (models/compiled.py)
+    probed: int | None = None  # the block whose attention's entropy a pass adds to the features (models/entropy.py)
 
     def __init__(self, blocks: list[Block], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype):
         self.dtype, self.device, self.session = dtype, gain.device, CausalSession
@@ -133,6 +135,7 @@ class CausalSession:
     """
 
     whole = 8  # slots per row are a multiple of this
+    probing = False  # whether the layer that runs is the probed one
 
     def __init__(self, target: CausalTarget, condition: Tensor, mask: Tensor | None, copies: int, max_width: int):
         c = target.config
@@ -191,9 +194,10 @@ class CausalSession:
         rotation = t.rope[position.clamp_max(t.config.length - 1)][:, :, None, None]  # complex64 [R, W, 1, 1, hd/2]
         flat = (self.first_slot + slot).flatten()
         for number, layer in enumerate(t.layers):
+            self.probing = number == t.probed
             x = self._layer(layer, self.cache[number], x, rotation, flat, mask)
         x = F.rms_norm(x, (x.shape[-1],), t.gain, t.config.norm_eps)
-        return t.read_out(x)
+        return t.read_out(x if t.probed is None else torch.cat([x, self.entropy.to(x.dtype)], -1))
 
     def compact(self, path: Tensor, start: Tensor) -> None:
         """Gathers and scatters of whole rows. path int64 [B, P]."""
@@ -213,6 +217,9 @@ class CausalSession:
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
         keys, values = (part.view(self.rows, self.slots, c.heads, c.head_dim).transpose(1, 2) for part in cache)
         reach = mask.shape[-1]
+        if self.probing:
+            seen = (mask == 0).flatten(0, 1)  # [R, W, reach]
+            self.entropy = attention_entropy(q.transpose(1, 2), keys[:, :, :reach], seen)[..., None]
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask
         )

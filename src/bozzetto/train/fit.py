@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bozzetto.train.loop import RunFolder, WeightAverage, adamw, cosine, set_lr
-from bozzetto.train.recipes import FlowRecipe, MARRecipe, SketchRecipe, TargetRecipe
+from bozzetto.train.recipes import DriftRecipe, FlowRecipe, MARRecipe, SketchRecipe, TargetRecipe
 
 
 class Fit:
@@ -22,7 +22,7 @@ class Fit:
 
     title = "target"  # of the progress bar
 
-    def __init__(self, recipe: TargetRecipe | FlowRecipe | MARRecipe | SketchRecipe):
+    def __init__(self, recipe: TargetRecipe | FlowRecipe | MARRecipe | SketchRecipe | DriftRecipe):
         self.recipe: Any = recipe
         self.run = RunFolder(recipe.out)
         self.generator = torch.Generator().manual_seed(recipe.seed)

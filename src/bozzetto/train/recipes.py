@@ -254,7 +254,56 @@ class SketchRecipe:
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe}
+@checked(frozen=True, config=_STRICT, kw_only=True)
+class DriftRecipe:
+    """How to train a drift variant of a trained flow model (train/drift.py).
+
+    model: the flow model, a shipped name or a model folder; tiny, train, test, views, jitter: as for the target;
+    decoder_width, decoder_depth, largest, heat, tuned: models/drift.py; guidance: scales are drawn from this range;
+    context_noise: as for the target; places: per picture and step; positives, generated: samples of the teacher and of
+    the decoder at each; alpha: weight of the first phase at the beginning; entropy_weight: of the entropy in it;
+    frozen_from: share of the steps after which the body stands still; bandwidths: of the drifting; test_images:
+    held-out pictures used.
+    """
+
+    out: str
+    model: str
+    tiny: str
+    train: DataSource
+    test: DataSource
+    name: str
+    image_size: Count = 128
+    views: Count = 6
+    jitter: Share = 0.0
+    decoder_width: Count = 384
+    decoder_depth: Count = 3
+    largest: Rate = 0.5
+    heat: Rate = 2.0
+    tuned: Annotated[int, Field(ge=0)] = 0
+    guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
+    context_noise: Annotated[float, Field(ge=0)] = 0.2
+    places: Count = 64
+    positives: Annotated[int, Field(gt=1)] = 8
+    generated: Annotated[int, Field(gt=1)] = 8
+    alpha: Share = 0.95
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.1
+    frozen_from: Share = 0.8
+    bandwidths: tuple[Rate, ...] = (0.02, 0.05, 0.2)
+    test_images: Count = 64
+    steps: Count = 2000
+    batch: Count = 8
+    lr: Rate = 1e-3
+    warmup: Count = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    class_dropout: Share = 0.0
+    ema: Share = 0.995
+    evaluate_every: Count = 100
+    patience: Count = 20
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe, "drift": DriftRecipe}
 # Kinds that name their family, by what is trained; without a family it is for codes.
 FAMILIES: dict[type, dict[str, type]] = {
     TargetRecipe: {"caption": CaptionRecipe, "flow": FlowRecipe, "mar": MARRecipe},

@@ -1,0 +1,198 @@
+"""`bozzetto train drift RECIPE.yaml`: fit a drift variant (models/drift.py) of a trained flow model, resumably.
+
+Two phases in one loss (Drift-AR, arXiv 2603.28049, eq. 9 and 10): alpha (regression + entropy) + (1 - alpha) drifting,
+alpha falling linearly; from a share of the steps on the body stands still. The drifting (eq. 8) takes place per token:
+samples of the decoder are moved towards samples that the flow head, the teacher, draws at the same place and guidance,
+and away from each other, by forces that cancel where both have the same law. (The paper takes pictures of the class as
+positives; a causal model needs the law of a token given its context, of which a picture holds one draw only.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bozzetto.laws.schedules import FlowSchedule
+from bozzetto.models.continuous_store import load_latents
+from bozzetto.models.drift import DriftConfig, DriftModel, guided_features
+from bozzetto.models.drift_store import load_base, save_drift
+from bozzetto.models.flow import TIME_SCALE
+from bozzetto.models.flow_cache import FlowSampler
+from bozzetto.models.heads import PackedDenoiser, flow_coefficients
+from bozzetto.models.store import CONFIG, config_from, read_config
+from bozzetto.pipeline import model_folder
+from bozzetto.train.continuous import LatentFit
+from bozzetto.train.recipes import DriftRecipe
+
+_ROWS = 16
+
+
+def drift_force(made: Tensor, real: Tensor, bandwidths: Sequence[float]) -> Tensor:
+    """What moves generated samples, [P, G, D]: made [P, G, D], real [P, M, D] at each of P places. Each bandwidth's
+    force has unit size."""
+    total = torch.zeros_like(made)
+    for bandwidth in bandwidths:
+        force = anti_symmetric_force(made, real, bandwidth)
+        total = total + force / force.square().mean().sqrt().clamp_min(1e-8)
+    return total
+
+
+def anti_symmetric_force(made: Tensor, real: Tensor, bandwidth: float) -> Tensor:
+    """The force of eq. 8, shapes as above; it is 0 where both laws are the same.
+
+    Affinities are the geometric mean of the softmax of -distance / bandwidth over both ways, with distances over their
+    mean and without self-pairs. A sample goes towards the real ones by its affinity to the generated ones and away from
+    these by its affinity to the real ones.
+    """
+    apart = torch.cdist(made, torch.cat([real, made], 1))  # [P, G, M + G]
+    count = real.shape[1]
+    itself = torch.eye(made.shape[1], dtype=torch.bool, device=made.device)
+    itself = torch.nn.functional.pad(itself, (count, 0))
+    mean = apart.sum() / (apart.numel() - itself.sum() * len(apart))  # of a sample to itself it is 0
+    logits = (-apart / (mean * bandwidth)).masked_fill(itself, -torch.inf)
+    near = (logits.log_softmax(-1) + logits.log_softmax(-2)).mul(0.5).exp()
+    to_real, to_made = near.split([count, made.shape[1]], -1)
+    pull = (to_real * to_made.sum(-1, keepdim=True)) @ real
+    push = (to_made * to_real.sum(-1, keepdim=True)) @ made
+    return pull - push
+
+
+def energy_distance(made: Tensor, real: Tensor) -> Tensor:
+    """Unbiased squared energy distance of two sets of samples per place, mean over places: made [P, G, D], real [P, M,
+    D], G, M > 1."""
+    within = [torch.cdist(x, x).sum((-1, -2)) / (x.shape[1] * (x.shape[1] - 1)) for x in (made, real)]
+    return (2 * torch.cdist(made, real).mean((-1, -2)) - within[0] - within[1]).mean()
+
+
+@torch.no_grad()
+def teacher_tokens(
+    head: PackedDenoiser, schedule: FlowSchedule, features: Tensor, scale: Tensor, noise: Tensor
+) -> Tensor:
+    """Samples of the flow head: features [2 P, d], [cond; uncond]; scale [P]; noise [T + 1, P, K, D] -> [P, K, D]."""
+    condition, scale = head.embed(features), scale[:, None, None]
+    coefficients = flow_coefficients(schedule, 1.0, features.device)
+    x = noise[0]
+    for step in range(schedule.steps):
+        modulation = head.modulations(condition, torch.tensor([step]))[0]  # [2 P, ...]
+        cond, uncond = head(x.repeat(2, 1, 1), modulation[:, None].expand(-1, x.shape[1], -1)).chunk(2)
+        of_state, of_velocity, std = coefficients[step]
+        x = of_state * x + of_velocity * torch.lerp(uncond, cond, scale) + std * noise[step + 1]
+    return x
+
+
+class DriftFit(LatentFit):
+    """Fits a DriftModel."""
+
+    title = "drift"
+    recipe: DriftRecipe
+    model: DriftModel
+
+    def load_data(self) -> None:
+        self.folder = model_folder(self.recipe.model)
+        content = read_config(self.folder)
+        self.teacher = load_base(self.folder)
+        self.schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
+        self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, torch.bfloat16)
+        super().load_data()
+        decoder = load_latents(self.folder)
+        # Tokens are scaled as the teacher's are, whatever views this run has drawn.
+        self.test = self.test * self.std + self.mean
+        self.std, self.mean = decoder.scale.float(), decoder.shift.float()
+        self.test = ((self.test - self.mean) / self.std)[: self.recipe.test_images]
+        self.test_labels = self.test_labels[: self.recipe.test_images]
+
+    def make_model(self) -> nn.Module:
+        r = self.recipe
+        config = DriftConfig(r.decoder_width, r.decoder_depth, r.largest, r.heat, r.tuned)
+        model = DriftModel(load_base(self.folder), config)
+        for part in model.own().values():
+            part.requires_grad_(True)
+        return model
+
+    @property
+    def share(self) -> float:
+        """Of the steps, done."""
+        return self.step / self.recipe.steps
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """alpha; guidance scale [B]; places int64 [B, n]; noise of the context [B, N, D], of the teacher [T + 1, B n,
+        K, D] and of the decoder [B n, G, D]."""
+        r, (batch, length, dim) = self.recipe, tokens.shape
+        low, high = r.guidance
+        scale = low + (high - low) * torch.rand(batch, generator=generator)
+        places = torch.rand(batch, length, generator=generator).argsort(1)[:, : r.places]
+        width = r.context_noise * torch.rand(batch, 1, 1, generator=generator)
+        context = width * torch.randn(tokens.shape, generator=generator)
+        rows = places.numel()
+        real = torch.randn(self.schedule.steps + 1, rows, r.positives, dim, generator=generator)
+        alpha = torch.tensor(r.alpha * (1 - self.share))
+        return alpha, scale, places, context, real, torch.randn(rows, r.generated, dim, generator=generator)
+
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
+        alpha, scale, places, context, real, noise = drawn
+        moving = self.model.config.tuned > 0 and self.share < self.recipe.frozen_from
+        hidden, entropy = self.at_places(labels, tokens + context, scale, places, moving)
+        wanted = self.targets(labels, tokens + context, scale, places, real)
+        with torch.autocast("cpu", torch.bfloat16):
+            made = self.model.decode(hidden, entropy, noise)
+            centre = self.model.centre(hidden).float()
+        fixed = made.detach()
+        goal = fixed + drift_force(fixed, wanted, self.recipe.bandwidths)
+        drifting = (made - goal).square().mean()
+        regression = (centre - wanted.mean(1)).square().mean()
+        return alpha * (regression - self.recipe.entropy_weight * entropy.mean()) + (1 - alpha) * drifting
+
+    def at_places(
+        self, labels: Tensor, context: Tensor, scale: Tensor, places: Tensor, moving: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Guided features [B n, d] and entropies [B n] at places int64 [B, n]."""
+        both = torch.cat([labels, torch.full_like(labels, self.classes)])
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(moving):
+            hidden, entropy = self.model.features(both, context[:, :-1].repeat(2, 1, 1))
+        at = places.repeat(2, 1)[..., None].expand(-1, -1, hidden.shape[-1])
+        hidden = guided_features(hidden.gather(1, at), scale[:, None, None])
+        entropy = entropy[: len(labels)].gather(1, places)
+        return hidden.flatten(0, 1), entropy.flatten()
+
+    @torch.no_grad()
+    def targets(self, labels: Tensor, context: Tensor, scale: Tensor, places: Tensor, noise: Tensor) -> Tensor:
+        """The teacher's samples [B n, K, D]."""
+        both = torch.cat([labels, torch.full_like(labels, self.classes)])
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.teacher.features(both, context[:, :-1].repeat(2, 1, 1))
+        at = places.repeat(2, 1)[..., None].expand(-1, -1, features.shape[-1])
+        each = scale[:, None].expand(-1, places.shape[1]).flatten()
+        return teacher_tokens(self.head, self.schedule, features.gather(1, at).flatten(0, 1), each, noise)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Energy distance to the teacher, mean over places of held-out pictures."""
+        total, generator = 0.0, torch.Generator().manual_seed(0)
+        for labels, tokens in zip(self.test_labels.split(_ROWS), self.test.split(_ROWS), strict=True):
+            _, scale, places, _, real, noise = self.draw(tokens, generator)
+            hidden, entropy = self.at_places(labels, tokens, scale, places, False)
+            wanted = self.targets(labels, tokens, scale, places, real)
+            with torch.autocast("cpu", torch.bfloat16):
+                made = self.model.decode(hidden, entropy, noise)
+            total += energy_distance(made, wanted).item() * len(labels)
+        return total / len(self.test_labels)
+
+    def export(self) -> None:
+        notes = {
+            "name": self.recipe.name,
+            "energy_distance": self.best,
+            "steps": self.step,
+            "recipe": asdict(self.recipe),
+        }
+        save_drift(self.run.path / "model", self.model, self.recipe.model, self.folder, notes)
+
+
+def train_drift(recipe: DriftRecipe) -> Path:
+    """Train (or resume) to the recipe's last step. Returns the model folder."""
+    fit = DriftFit(recipe)
+    fit.fit()
+    return fit.run.path / "model"

@@ -35,8 +35,8 @@ TARGET = LlamaGenTarget(MODEL)
 both = pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 
 
-def tiny_eagle(seed: int = 0) -> EagleNet:
-    net = EagleNet(eagle_config(C))
+def tiny_eagle(seed: int = 0, layers: int = 1) -> EagleNet:
+    net = EagleNet(eagle_config(C, layers=layers))
     generator = torch.Generator().manual_seed(seed)
     for name, weight in net.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -47,8 +47,8 @@ def tiny_eagle(seed: int = 0) -> EagleNet:
 NET = tiny_eagle()
 
 
-def sketcher() -> EagleSketcher:
-    return EagleSketcher(NET, TARGET.embedding, TARGET.head)
+def sketcher(net: EagleNet = NET) -> EagleSketcher:
+    return EagleSketcher(net, TARGET.embedding, TARGET.head)
 
 
 def drafter(tree: str) -> TreeDrafter:
@@ -74,10 +74,12 @@ def seen(start: Tensor, committed: Tensor, features: Tensor, tokens: Tensor = TO
 
 
 @both
-def test_cached_drafting_over_ragged_passes_equals_the_roll_out(guided: bool) -> None:
-    features, sketch = true_features(guided), sketcher()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_cached_drafting_over_ragged_passes_equals_the_roll_out(layers: int, guided: bool) -> None:
+    net = tiny_eagle(layers=layers)
+    features, sketch = true_features(guided), sketcher(net)
     embedded = MODEL.tok_embeddings(TOKENS).repeat(2 if guided else 1, 1, 1)
-    slow = NET.roll_out(features, embedded, 3)
+    slow = net.roll_out(features, embedded, 3)
     sketch.begin(LABELS, guided, 8)
     start = torch.zeros(3, dtype=torch.int64)
     for committed in (torch.tensor([1, 1, 1]), torch.tensor([3, 1, 2]), torch.tensor([2, 4, 1])):
@@ -93,6 +95,14 @@ def test_cached_drafting_over_ragged_passes_equals_the_roll_out(guided: bool) ->
             logits, hidden = sketch.grow(token, torch.tensor([[step - 1]]), step - 1, layout)
             assert torch.allclose(hidden[:, 0], slow[step][rows, pair + step], atol=1e-4)
             assert torch.allclose(logits, hidden @ MODEL.output.weight.t(), atol=1e-4)
+
+
+def test_a_layer_that_is_added_begins_as_the_identity() -> None:
+    deeper = EagleNet(eagle_config(C, layers=3))
+    deeper.load_state_dict({**deeper.state_dict(), **NET.state_dict()})
+    features, embedded = true_features(False), MODEL.tok_embeddings(TOKENS)
+    for one, two in zip(*(net.roll_out(features, embedded, 2) for net in (NET, deeper)), strict=True):
+        assert torch.equal(one, two)
 
 
 def grown_along(path: list[int], features: Tensor) -> Tensor:
@@ -256,7 +266,7 @@ def test_published_drafters_load_with_the_rows_they_were_trained_with(
     convert_eagle(tmp_path / "drafter.bin", tiny_model, tmp_path / "out")
     made = load_eagle(tmp_path / "out", target.config, target_digest(tiny_model))
     assert made.config.embedding == rows
-    assert torch.allclose(made.layer.mlp.up_proj.weight, net.layer.mlp.up_proj.weight, atol=1e-3)
+    assert torch.allclose(made.blocks[0].mlp.up_proj.weight, net.blocks[0].mlp.up_proj.weight, atol=1e-3)
 
 
 @pytest.mark.parametrize(

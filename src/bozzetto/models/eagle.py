@@ -1,4 +1,4 @@
-"""EAGLE-style drafter network: one decoder layer that predicts the target's next hidden feature.
+"""EAGLE-style drafter network: a decoder layer, or a few, that predict the target's next hidden feature.
 
 Pair i is (f_i, x_i): the target's hidden state after its final norm at input i (its head gives the law of token i) and
 the token i that followed. From the pairs 0..i the network predicts f_{i+1}, and the target's frozen head turns the
@@ -8,7 +8,8 @@ prediction into a draft law of token i + 1:
 
 Architecture: EAGLE (Li et al., arXiv 2401.15077) as adapted to image tokens by LANTERN (Jang et al., arXiv 2410.03355);
 training on its own roll-out: EAGLE-3 (arXiv 2503.01840). Parameter names are those of the published drafters, so they
-load as they are. The rotary position of pair i is the grid cell of token i.
+load as they are. The rotary position of pair i is the grid cell of token i. Layers after the first, which the papers
+have none of, are plain pre-norm ones and begin as the identity, so that a trained drafter can be made deeper.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, RMSNorm, rope_table, rotate
 
 
 @dataclass(frozen=True)
 class EagleConfig:
-    """dim, heads, ffn: shape of the one layer (dim is the target's); vocab, grid: the target's; embedding: which rows
-    of the target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters)."""
+    """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; embedding: which rows of the
+    target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters); layers: how many."""
 
     dim: int
     heads: int
@@ -35,17 +37,21 @@ class EagleConfig:
     embedding: str = "tokens"
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise UsageError(f"layers = {self.layers} is not allowed: a whole number >= 1")
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
 
 
-def eagle_config(target: LlamaGenConfig, embedding: str = "tokens") -> EagleConfig:
-    """A drafter with a layer of the target's shape."""
-    return EagleConfig(
-        target.dim, target.heads, target.ffn, target.vocab, target.grid, embedding, rope_base=target.rope_base
-    )
+def eagle_config(target: LlamaGenConfig, embedding: str = "tokens", layers: int = 1) -> EagleConfig:
+    """A drafter with layers of the target's shape."""
+    shape = (target.dim, target.heads, target.ffn, target.vocab, target.grid)
+    return EagleConfig(*shape, embedding, rope_base=target.rope_base, layers=layers)
 
 
 class _SelfAttention(nn.Module):
@@ -69,13 +75,19 @@ class _MLP(nn.Module):
 
 
 class EagleLayer(nn.Module):
-    """The decoder layer; its attention is written out by whoever calls it (training and cached drafting differ)."""
+    """A decoder layer; its attention is written out by whoever calls it (training and cached drafting differ). first:
+    without a norm before the attention."""
 
-    def __init__(self, config: EagleConfig):
+    def __init__(self, config: EagleConfig, first: bool):
         super().__init__()
         self.self_attn = _SelfAttention(config.dim)
         self.mlp = _MLP(config.dim, config.ffn)
+        self.input_layernorm = None if first else RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+
+    def before(self, h: Tensor) -> Tensor:
+        """What the attention sees of hidden states."""
+        return h if self.input_layernorm is None else self.input_layernorm(h)
 
 
 class EagleNet(nn.Module):
@@ -87,19 +99,21 @@ class EagleNet(nn.Module):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(2 * config.dim, config.dim)
-        self.layers = nn.ModuleList([EagleLayer(config)])
+        self.layers = nn.ModuleList(EagleLayer(config, number == 0) for number in range(config.layers))
         self.register_buffer("rope", rope_table(_as_target(config), 0), persistent=False)  # [N, hd/2, 2]
         for name, weight in self.named_parameters():
             if weight.ndim > 1:
                 nn.init.normal_(weight, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
+        for layer in self.blocks[1:]:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
 
     @property
-    def layer(self) -> EagleLayer:
-        layer = self.layers[0]
-        assert isinstance(layer, EagleLayer)
-        return layer
+    def blocks(self) -> list[EagleLayer]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, EagleLayer)]
 
     def roll_out(self, features: Tensor, embedded: Tensor, steps: int) -> list[Tensor]:
         """Predictions of `steps` roll-out steps over whole sequences, the slow twin of cached drafting.
@@ -111,23 +125,25 @@ class EagleNet(nn.Module):
         n = features.shape[1]
         rotation = self.rope[None, :n, None]
         at = torch.arange(n, device=features.device)
-        fed, keys, values, out = features, [], [], []
+        fed, out = features, []
+        seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self.layers]  # keys, values of each step
         for step in range(1, steps + 1):
             h = self.fc(torch.cat([embedded, fed], -1))
-            q, k, v = self._project(h, rotation)
-            keys.append(k)
-            values.append(v)
             mask = _roll_out_mask(at, step).to(h.dtype)
-            mixed = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
-            h = h + self.layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-            h = h + self.layer.mlp(self.layer.post_attention_layernorm(h))
+            for layer, (keys, values) in zip(self.blocks, seen, strict=True):
+                q, k, v = self._project(layer, layer.before(h), rotation)
+                keys.append(k)
+                values.append(v)
+                mixed = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
+                h = h + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+                h = h + layer.mlp(layer.post_attention_layernorm(h))
             out.append(h)
             fed = torch.cat([features[:, :1], h[:, :-1]], 1)
         return out
 
-    def _project(self, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: EagleLayer, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[R, n, d] -> rotated q, k and plain v, [R, H, n, hd] each."""
-        a, heads = self.layer.self_attn, (self.config.heads, self.config.head_dim)
+        a, heads = layer.self_attn, (self.config.heads, self.config.head_dim)
         q, k, v = (p(h).unflatten(-1, heads) for p in (a.q_proj, a.k_proj, a.v_proj))
         return rotate(q, rotation).transpose(1, 2), rotate(k, rotation).transpose(1, 2), v.transpose(1, 2)
 

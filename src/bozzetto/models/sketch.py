@@ -12,7 +12,7 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafts import Layout
 from bozzetto.models.base import Session, Target, visible
 from bozzetto.models.dense import Dense
-from bozzetto.models.eagle import EagleNet
+from bozzetto.models.eagle import EagleLayer, EagleNet
 from bozzetto.models.llamagen_cache import copied, rotate_pairs
 
 
@@ -56,8 +56,20 @@ def _at(values: Tensor, row: Tensor) -> Tensor:
     return values.gather(1, row[..., None].expand(-1, -1, values.shape[-1]))
 
 
+class _PackedEagle:
+    """A drafter layer's maps in the compute dtype."""
+
+    def __init__(self, layer: EagleLayer, dtype: torch.dtype):
+        a, m, before = layer.self_attn, layer.mlp, layer.input_layernorm
+        self.wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
+        self.w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
+        self.wo, self.w2 = Dense.of(a.o_proj, dtype), Dense.of(m.down_proj, dtype)
+        self.before = None if before is None else before.weight.to(dtype)
+        self.gain = layer.post_attention_layernorm.weight.to(dtype)
+
+
 class EagleLayerCache:
-    """The cached EAGLE layer: pairs of a target feature and a token in, the next feature out (models/eagle.py).
+    """The cached EAGLE layers: pairs of a target feature and a token in, the next feature out (models/eagle.py).
 
     Slot i of the cache holds pair i; drafted pairs lie behind the committed ones and are written over by the next pass.
     """
@@ -66,21 +78,17 @@ class EagleLayerCache:
 
     @torch.no_grad()
     def __init__(self, net: EagleNet, dtype: torch.dtype):
-        c, layer = net.config, net.layer
-        a, m = layer.self_attn, layer.mlp
-        self.config, self.dtype, self.device = c, dtype, net.fc.weight.device
+        self.config, self.dtype, self.device = net.config, dtype, net.fc.weight.device
         self.fc = Dense.of(net.fc, dtype)
-        self.wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
-        self.w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
-        self.wo, self.w2 = Dense.of(a.o_proj, dtype), Dense.of(m.down_proj, dtype)
-        self.gain = layer.post_attention_layernorm.weight.to(dtype)
+        self.layers = [_PackedEagle(layer, dtype) for layer in net.blocks]
         self.rope = torch.view_as_complex(net.rope.contiguous())  # complex64 [N, hd/2]
 
     def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
         self.copies = 2 if guided else 1
         self.rows = len(labels) * self.copies
         self.slots = -(-(self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
-        self.cache = torch.zeros(2, self.rows * self.slots, self.config.dim, dtype=self.dtype, device=self.device)
+        shape = (len(self.layers), 2, self.rows * self.slots, self.config.dim)
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.first_slot = torch.arange(self.rows, device=self.device)[:, None] * self.slots  # [R, 1]
         self.columns = torch.arange(self.slots, device=self.device)
 
@@ -114,28 +122,36 @@ class EagleLayerCache:
     def _step(self, tokens: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
         """tokens [B, n, ...], slot, position int64 [B, n], features [R, n, d], shown bool [B, n, S] -> hidden
         states [R, n, d]."""
-        c, copies = self.config, self.copies
+        copies = self.copies
         mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)
         rotation = self.rope[position.clamp_max(len(self.rope) - 1)][:, :, None, None]
         x = self.embed(tokens)
         if copies > 1:
             slot, rotation, x, mask = (copied(part, copies) for part in (slot, rotation, x, mask))
         h = self.fc(torch.cat([x, features], -1))
-        qkv = self.wqkv(h).unflatten(-1, (3, c.heads, c.head_dim))
-        q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
         flat = (self.first_slot + slot).flatten()
-        self.cache[0].index_copy_(0, flat, k.reshape(-1, c.dim))
-        self.cache[1].index_copy_(0, flat, qkv[:, :, 2].reshape(-1, c.dim))
-        keys, values = self.cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            h = self._layer(layer, cache, h, rotation, flat, mask)
+        return h
+
+    def _layer(self, w: _PackedEagle, cache: Tensor, h: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
+        """h [R, n, d]; cache [2, R S, d]; slot int64 [R n], of the flat cache; mask [R, n, S]."""
+        c = self.config
+        seen = h if w.before is None else F.rms_norm(h, (c.dim,), w.before, c.norm_eps)
+        qkv = w.wqkv(seen).unflatten(-1, (3, c.heads, c.head_dim))
+        q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
+        cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
+        cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
+        keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask[:, None])
-        h = h + self.wo(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.w13(F.rms_norm(h, (c.dim,), self.gain, c.norm_eps)).chunk(2, -1)
-        return h + self.w2(F.silu(gate) * up)
+        h = h + w.wo(mixed.transpose(1, 2).flatten(2))
+        gate, up = w.w13(F.rms_norm(h, (c.dim,), w.gain, c.norm_eps)).chunk(2, -1)
+        return h + w.w2(F.silu(gate) * up)
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies
         rows = torch.cat([rows + i * batch for i in range(self.copies)])
-        self.cache = self.cache.unflatten(1, (self.rows, self.slots))[:, rows].flatten(1, 2)
+        self.cache = self.cache.unflatten(2, (self.rows, self.slots))[:, :, rows].flatten(2, 3)
         self.rows, self.first_slot = len(rows), self.first_slot[: len(rows)]
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.data import augment, evaluation_view
+from bozzetto.errors import UsageError
 from bozzetto.models.eagle import EagleNet, eagle_config, token_rows
-from bozzetto.models.eagle_store import save_eagle
+from bozzetto.models.eagle_store import load_eagle, save_eagle, target_digest
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import model_folder
+from bozzetto.train.conditions import Condition, conditions_of, dropped, together
 from bozzetto.train.loop import RunFolder, WeightAverage, adamw, channels_last, cosine, set_lr
 from bozzetto.train.recipes import DrafterRecipe, SketchRecipe
 from bozzetto.train.target import tokenise
@@ -42,9 +44,14 @@ class _Trainer:
         self.data = recipe.train.read()
         test = recipe.test.read()
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: recipe.test_images]
-        self.test_labels = torch.from_numpy(test.labels)[chosen]
+        prompts = read_config(self.folder).get("recipe", {}).get("prompts", ())
+        self.given = conditions_of(self.target, recipe.train, torch.from_numpy(self.data.labels), prompts)
+        held = conditions_of(self.target, recipe.test, torch.from_numpy(test.labels), prompts[:1])
+        self.test_given = held.of(chosen, self.generator)
         self.test_tokens = tokenise(self.tokenizer, test.images[chosen], lambda x: evaluation_view(x, size)).long()
-        self.net = EagleNet(eagle_config(self.target.config))
+        self.net = EagleNet(eagle_config(self.target.config, layers=recipe.layers))
+        if recipe.init:
+            self._begin_from(Path(recipe.init))
         self.rows = token_rows(self.target, self.net.config).bfloat16()
         self.head = self.target.output.weight.bfloat16()
         self.optimizer = adamw(self.net, recipe.lr, recipe.weight_decay)
@@ -52,6 +59,13 @@ class _Trainer:
         self.average = WeightAverage(self.net.parameters(), recipe.ema)
         self.step, self.best = 0, math.inf
         self._resume()
+
+    def _begin_from(self, folder: Path) -> None:
+        """Take over a trained drafter of no more layers; those that it has not begin as the identity."""
+        trained = load_eagle(folder, self.target.config, target_digest(self.folder))
+        if trained.config.layers > self.recipe.layers:
+            raise UsageError(f"{folder}: {trained.config.layers} layers, layers = {self.recipe.layers} is too few")
+        self.net.load_state_dict({**self.net.state_dict(), **trained.state_dict()})
 
     def _view(self) -> Tensor:
         size, jitter = self.tokenizer.config.image_size, self.recipe.jitter
@@ -84,27 +98,27 @@ class _Trainer:
             }
         )
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """labels int64 [R], tokens int64 [R, N] and a guidance scale float32 [B].
+    def batch(self) -> tuple[Condition, Tensor, Tensor]:
+        """Conditions of R rows, tokens int64 [R, N] and a guidance scale float32 [B].
 
-        With guidance R = 2B, [cond; uncond] rows of the same pictures; without, some labels become the
-        unconditional."""
+        With guidance R = 2B, [cond; uncond] rows of the same pictures; without, some conditions become none."""
         r, g = self.recipe, self.generator
         chosen = torch.randint(len(self.tokens), (r.batch,), generator=g)
         tokens = self.tokens[chosen, torch.randint(r.views, (r.batch,), generator=g)].long()
-        labels, nobody = torch.from_numpy(self.data.labels)[chosen], self.target.config.classes
+        given = self.given.of(chosen, g)
+        none = self.given.none(given)
         low, high = r.guidance
         if high > 1:
             scale = low + (high - low) * torch.rand(r.batch, generator=g)
-            return torch.cat([labels, torch.full_like(labels, nobody)]), tokens.repeat(2, 1), scale
-        dropped = torch.rand(r.batch, generator=g) < r.condition_dropout
-        return torch.where(dropped, torch.tensor(nobody), labels), tokens, torch.ones(r.batch)
+            return together(given, none), tokens.repeat(2, 1), scale
+        left_out = torch.rand(r.batch, generator=g) < r.condition_dropout
+        return dropped(given, none, left_out), tokens, torch.ones(r.batch)
 
     @torch.no_grad()
-    def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
+    def features(self, condition: Condition, tokens: Tensor) -> Tensor:
         """The target's hidden states after its final norm at inputs 0..N-1: [R, N, d]."""
         with torch.autocast("cpu", torch.bfloat16):
-            return self.target.features(labels, tokens[:, :-1])
+            return self.target.features(condition[0], tokens[:, :-1], *condition[1:])
 
     def _laws(self, features: Tensor, scale: Tensor) -> Tensor:
         """Guided log-laws [B, n, V] of hidden states [R, n, d]."""
@@ -141,8 +155,8 @@ class _Trainer:
         if r.refresh_every and self.step and self.step % r.refresh_every == 0:
             self.tokens[:, (self.step // r.refresh_every) % r.views] = self._view()
         set_lr(self.optimizer, cosine(self.step, r.steps, r.lr, r.warmup))
-        labels, tokens, scale = self.batch()
-        features = fed = self.features(labels, tokens)
+        given, tokens, scale = self.batch()
+        features = fed = self.features(given, tokens)
         if r.feature_noise:
             fed = features + r.feature_noise * (torch.rand(features.shape, generator=self.generator) - 0.5)
         loss = self.loss(features, fed, tokens, scale)
@@ -159,12 +173,11 @@ class _Trainer:
         """Expected acceptance 1 - TV(p, q) by depth of the roll-out on held-out pictures, averaged weights."""
         self.average.swap()
         total, count = torch.zeros(_DEPTHS, dtype=torch.float64), 0
-        for labels, tokens in zip(self.test_labels.split(_ROWS), self.test_tokens.split(_ROWS), strict=True):
-            scale = torch.full((len(labels),), guidance)
+        for *given, tokens in zip(*(part.split(_ROWS) for part in (*self.test_given, self.test_tokens)), strict=True):
+            condition, scale = tuple(given), torch.full((len(tokens),), guidance)
             if guidance > 1:
-                labels = torch.cat([labels, torch.full_like(labels, self.target.config.classes)])
-                tokens = tokens.repeat(2, 1)
-            features = self.features(labels, tokens)
+                condition, tokens = together(condition, self.given.none(condition)), tokens.repeat(2, 1)
+            features = self.features(condition, tokens)
             with torch.autocast("cpu", torch.bfloat16):
                 steps = self.net.roll_out(features[:, :-1], self.rows[tokens[:, :-1]], _DEPTHS)
             p = self._laws(features[:, 1:], scale).exp()

@@ -129,12 +129,15 @@ class DrafterRecipe:
     its weight: acceptance (1 - sum of min(p, q)), cross entropy (KL of the draft law from the target's), feature
     (smooth L1, EAGLE-1). rollout: steps of the drafter's own roll-out in training (EAGLE-3; 1 is EAGLE-1); step k
     weighs decay^(k-1). feature_noise: width of the uniform noise on features. test_images: held-out pictures used.
+    layers: of the drafter; init: folder of a trained drafter of no more layers to begin from.
     """
 
     out: str
     model: str
     train: DataSource
     test: DataSource
+    layers: Count = 1
+    init: str = ""
     guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
     condition_dropout: Share = 0.1
     acceptance_weight: Annotated[float, Field(ge=0)] = 1.0

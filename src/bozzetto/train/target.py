@@ -7,7 +7,7 @@ kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.data import augment, evaluation_view, read_captions
-from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, left_pad
+from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import load_tokenizer, save_llamagen
 from bozzetto.prompts import ENCODER
+from bozzetto.train.conditions import prompt_features
 from bozzetto.train.fit import Fit
 from bozzetto.train.loop import channels_last
-from bozzetto.train.recipes import CaptionRecipe, DataSource, FlowRecipe, MARRecipe, TargetRecipe
+from bozzetto.train.recipes import CaptionRecipe, FlowRecipe, MARRecipe, TargetRecipe
 
 _CHUNK = 64
 _EXAMPLES = 12  # held-out prompts that are drawn where none is asked for
@@ -134,23 +135,11 @@ class CaptionFit(CodeFit):
         super().load_data()
         encoder = SentenceEncoder(self.recipe.condition_tokens)
         self.caption_dim = encoder.dim
-        self.features, self.mask = self._features(encoder, self.recipe.train, self.recipe.prompts)
-        self.test_features, self.test_mask = self._features(encoder, self.recipe.test, self.recipe.prompts[:1])
+        self.features, self.mask = prompt_features(encoder, self.recipe.train, self.recipe.prompts)
+        self.test_features, self.test_mask = prompt_features(encoder, self.recipe.test, self.recipe.prompts[:1])
         held_out = read_captions(self.recipe.test.path, self.recipe.test.split)
         shown = held_out[:: max(1, len(held_out) // _EXAMPLES)][:_EXAMPLES]
         self.examples = [self.recipe.prompts[0].format(caption=caption, style=style) for caption, style in shown]
-
-    def _features(self, encoder: SentenceEncoder, source: DataSource, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded features float16 [N, K, T, C] and their mask bool [N, K, T] of every picture's prompts."""
-        named = read_captions(source.path, source.split)
-        parts = []
-        for prompt in prompts:
-            texts = [prompt.format(caption=caption, style=style) for caption, style in named]
-            chunks = tqdm(range(0, len(texts), _CHUNK), desc=f"encoding {prompt!r}")
-            found = [left_pad(*encoder(texts[i : i + _CHUNK])) for i in chunks]
-            parts.append((torch.cat([f.half() for f, _ in found]), torch.cat([m for _, m in found])))
-        features, masks = zip(*parts, strict=True)
-        return torch.stack(features, 1), torch.stack(masks, 1)
 
     def make_model(self) -> LlamaGen:
         recipe, tokens = self.recipe, self.tokenizer.config

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,8 @@ Event = Partial | Progress | Finished | Failed
 
 @dataclass(eq=False)
 class _Drawn:
-    """An image of an order in the admission loop. told: partial pictures so far; shown: when it was watched last."""
+    """An image of an order in the admission loop. told: partial pictures so far; shown: when it was watched last;
+    painting: the last picture of it that was handed to the painters."""
 
     order: Job
     index: int
@@ -109,6 +110,7 @@ class _Drawn:
     told: int = 0
     shown: float = 0.0
     watching: bool = False  # a picture for who watches is being made
+    painting: Future[None] | None = None
 
 
 @dataclass(eq=False)
@@ -315,7 +317,7 @@ class Worker(threading.Thread):
             counts = (len(tokens), image.passes, image.accepted, image.drafted)
             job.post(Finished(drawn.index, picture, *counts, seconds, told))
 
-        self._paint(job, paint)
+        self._paint(drawn, paint)
 
     def _show(self, drawn: _Drawn, loop: Admission, now: float) -> None:
         """Partial pictures, at even shares of the tokens; for who watches, the passes too."""
@@ -329,7 +331,7 @@ class Worker(threading.Thread):
         if due:
             drawn.told += 1
             number, tokens = drawn.told - 1, loop.partial(drawn.ticket)
-            self._paint(job, lambda: job.post(Partial(drawn.index, number, pipe.preview(*tokens))))
+            self._paint(drawn, lambda: job.post(Partial(drawn.index, number, pipe.preview(*tokens))))
         if order.watched and not drawn.watching and now - drawn.shown >= _WATCHED:
             drawn.shown, drawn.watching = now, True
             seconds, passes, seen = now - drawn.began, image.passes, loop.partial(drawn.ticket)
@@ -338,13 +340,18 @@ class Worker(threading.Thread):
                 job.post(Progress(drawn.index, seconds, seen[1], passes, pipe.preview(*seen)))
                 drawn.watching = False
 
-            self._paint(job, paint)
+            self._paint(drawn, paint)
 
-    def _paint(self, job: Job, work: Callable[[], Any]) -> None:
+    def _paint(self, drawn: _Drawn, work: Callable[[], Any]) -> None:
+        """Do this work after what was to be done for the same image before: pictures leave in their order."""
+        before = drawn.painting
+
         def safely() -> None:
+            if before is not None:
+                before.result()  # it was handed out earlier, so that it runs or is done
             try:
                 work()
             except Exception as error:
-                job.post(Failed(error))
+                drawn.order.post(Failed(error))
 
-        self.painters.submit(safely)
+        drawn.painting = self.painters.submit(safely)

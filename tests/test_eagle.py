@@ -18,7 +18,7 @@ from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import convert_eagle, load_eagle, save_eagle, target_digest
+from bozzetto.models.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.sketch import EagleSketcher, TargetSketcher
 from bozzetto.models.store import load_llamagen
@@ -222,7 +222,7 @@ def with_drafter(tiny_model: Path, folder: Path) -> Path:
     shutil.copytree(tiny_model, folder)
     target = load_llamagen(folder)
     torch.manual_seed(0)
-    save_eagle(folder / "eagle", EagleNet(eagle_config(target.config)), folder, {"target_name": "tiny"})
+    save_drafter(folder / "eagle", EagleNet(eagle_config(target.config)), folder, {"target_name": "tiny"})
     return folder
 
 

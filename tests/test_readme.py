@@ -17,7 +17,7 @@ from PIL import Image
 from bozzetto import cli
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import save_eagle
+from bozzetto.models.eagle_store import save_drafter
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import save_llamagen
 from bozzetto.pipeline import shipped_models
@@ -50,7 +50,7 @@ def small_model(tmp_path_factory) -> Path:
     torch.nn.init.normal_(network.output.weight, std=0.3)
     tokenizer = VQTokenizer(VQConfig(codes=24, code_dim=4, width=16, pre_blocks=1, post_blocks=1, image_size=32))
     save_llamagen(folder, network, tokenizer, {"name": "small", "class_names": ["daisy", "rose", "tulip"]})
-    save_eagle(folder / "eagle", EagleNet(eagle_config(network.config)), folder, {"target_name": "small"})
+    save_drafter(folder / "eagle", EagleNet(eagle_config(network.config)), folder, {"target_name": "small"})
     return folder
 
 

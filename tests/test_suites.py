@@ -12,7 +12,7 @@ import torch
 from bozzetto.cli import main
 from bozzetto.evaluate.suites import SUITES
 from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import save_eagle
+from bozzetto.models.eagle_store import save_drafter
 from bozzetto.models.store import load_llamagen
 from bozzetto.registry import make_rule
 from bozzetto.sampling import method_settings
@@ -25,7 +25,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("with") / "drafter"))
     torch.manual_seed(0)
     net = EagleNet(eagle_config(load_llamagen(folder).config))
-    save_eagle(folder / "eagle", net, folder, {"target_name": "tiny"})
+    save_drafter(folder / "eagle", net, folder, {"target_name": "tiny"})
     return folder
 
 

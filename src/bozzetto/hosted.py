@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,9 @@ class HostedWorkshop(TargetWorkshop):
         whole: Any = target
         super().__init__(whole, codebook, None, writable=False)
 
-    def eagle(self, folder: str) -> Sketcher:
-        """A drafter that was trained for this target. Raises UsageError for one of another."""
-        return copy.copy(self._eagle(str(self.eagle_folder(folder))))
-
-    def _load_eagle(self, folder: str) -> Any:
+    def _load_trained(self, name: str, folder: str) -> Any:
+        if name != "eagle":
+            raise UsageError(f"drafter {name!r} is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
         net = load_eagle(folder, self.target.config, "").to(self.target.device)
         return PromptedEagle(net, self.target)
 

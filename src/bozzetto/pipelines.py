@@ -37,7 +37,7 @@ from bozzetto.models.sketch_store import SKETCH, load_sketch
 from bozzetto.models.store import WEIGHTS, Tokenizer
 from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
 from bozzetto.pipeline import ASSETS, DTYPES, Pipeline
-from bozzetto.registry import drafter_options, make_drafter, make_rule, with_neighbours
+from bozzetto.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
 from bozzetto.rules.reflection import Plain
 from bozzetto.settings import GenerateSettings
 from bozzetto.workshop import TargetWorkshop
@@ -73,7 +73,7 @@ class CodePipeline(_CausalPipeline):
     """A target that draws codes of a codebook."""
 
     default_methods = ("none", "jacobi/seed-exact", "jacobi/exact")
-    default_rules: ClassVar = {"none": "seed-exact", "jacobi": "seed-exact", "eagle": "block", "model": "block"}
+    default_rules: ClassVar = {"none": "seed-exact", "jacobi": "seed-exact", **dict.fromkeys(TREES, "block")}
 
     def __init__(
         self,

@@ -35,8 +35,8 @@ MOST_NODES = 128
 class Workshop(Protocol):
     """What a tree drafter is made from; a pipeline has it."""
 
-    def eagle(self, folder: str) -> Sketcher:
-        """The trained drafter in a folder ("": the one that ships with the model)."""
+    def trained(self, name: str, folder: str) -> Sketcher:
+        """The trained drafter of a kind in a folder ("": the one that ships with the model)."""
         ...
 
     def smaller(self, folder: str) -> Sketcher:
@@ -50,7 +50,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Eagle:
+class Trained:
     """tree: shape (see `read_shape`); folder: of the trained drafter, empty for the model's own."""
 
     tree: str = "chain-5"
@@ -71,7 +71,11 @@ class Smaller:
         read_shape(self.tree)
 
 
-DRAFTERS: Mapping[str, type] = MappingProxyType({"none": Plain, "jacobi": Plain, "eagle": Eagle, "model": Smaller})
+TRAINED = ("eagle", "plane", "block")  # tree drafters that are trained for a target
+TREES = (*TRAINED, "model")
+DRAFTERS: Mapping[str, type] = MappingProxyType(
+    {"none": Plain, "jacobi": Plain, **dict.fromkeys(TRAINED, Trained), "model": Smaller}
+)
 RULES: Mapping[str, type[Rule]] = MappingProxyType(
     {
         rule.name: rule
@@ -164,7 +168,7 @@ def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, worksho
         return Jacobi(window, widen)
     if workshop is None:
         raise ValueError(f"drafter {name!r} needs a workshop")
-    sketcher = workshop.eagle(options.folder) if name == "eagle" else workshop.smaller(options.folder)
+    sketcher = workshop.smaller(options.folder) if name == "model" else workshop.trained(name, options.folder)
     return TreeDrafter(name, sketcher, read_shape(options.tree))
 
 
@@ -213,7 +217,7 @@ def _check_nodes(text: str, nodes: int) -> None:
 def tree_nodes(spec: str) -> int | None:
     """Drafted nodes of a tree drafter, None for other drafters."""
     name, options = drafter_options(spec)
-    if name not in ("eagle", "model"):
+    if name not in TREES:
         return None
     shape = read_shape(options.tree)
     return shape.nodes if isinstance(shape, Dynamic) else sum(map(sum, shape))

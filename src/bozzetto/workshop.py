@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -12,13 +13,15 @@ from torch import Tensor
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, write_whole
-from bozzetto.models.eagle_store import load_eagle, target_digest
+from bozzetto.models.eagle_store import load_drafter, target_digest
 from bozzetto.models.llamagen_cache import LlamaGenTarget
+from bozzetto.models.parallel_sketch import BlockSketcher, PlaneSketcher
 from bozzetto.models.sketch import EagleSketcher, TargetSketcher
 from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
 from bozzetto.rules.neighbours import MOST, nearest_codes
 
-EAGLE, NEIGHBOURS = "eagle", "neighbours.safetensors"
+NEIGHBOURS = "neighbours.safetensors"
+TRAINED: dict[str, Any] = {"eagle": EagleSketcher, "plane": PlaneSketcher, "block": BlockSketcher}
 
 
 class TargetWorkshop:
@@ -27,28 +30,28 @@ class TargetWorkshop:
 
     def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None, writable: bool = True):
         self.target, self.codebook, self.folder, self.writable = target, codebook, folder, writable
-        self._eagle = functools.cache(self._load_eagle)
+        self._trained = functools.cache(self._load_trained)
         self._smaller = functools.cache(self._load_smaller)
         self._table: Tensor | None = None
 
-    def eagle(self, folder: str) -> Sketcher:
-        """The trained drafter in `folder`, or the model's own. Raises UsageError where there is none, or where it was
-        trained for another target."""
-        return copy.copy(self._eagle(str(self.eagle_folder(folder))))
+    def trained(self, name: str, folder: str) -> Sketcher:
+        """The trained drafter of this kind in `folder`, or the model's own. Raises UsageError where there is none, or
+        where it was trained for another target."""
+        return copy.copy(self._trained(name, str(self.trained_folder(name, folder))))
 
-    def eagle_folder(self, folder: str) -> Path:
+    def trained_folder(self, name: str, folder: str) -> Path:
         """Where the drafter lies."""
         if folder:
             return Path(folder)
-        if self.folder is None or not (self.folder / EAGLE).is_dir():
+        if self.folder is None or not (self.folder / name).is_dir():
             where = "this model" if self.folder is None else self.folder
-            raise UsageError(f"{where} comes without a trained drafter (write eagle:folder=DIR, or train one)")
-        return self.folder / EAGLE
+            raise UsageError(f"{where} comes without a trained drafter (write {name}:folder=DIR, or train one)")
+        return self.folder / name
 
-    def _load_eagle(self, folder: str) -> EagleSketcher:
+    def _load_trained(self, name: str, folder: str) -> Any:
         weights = "" if self.folder is None else target_digest(self.folder)
-        net = load_eagle(folder, self.target.config, weights).to(self.target.device)
-        return EagleSketcher(net, self.target.embedding, self.target.head)
+        net = load_drafter(folder, name, self.target.config, weights).to(self.target.device)
+        return TRAINED[name](net, self.target.embedding, self.target.head)
 
     def smaller(self, folder: str) -> Sketcher:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
@@ -88,7 +91,7 @@ class TargetWorkshop:
         return table
 
     def drafter_digest(self, name: str, folder: str) -> str | None:
-        """Digest of the weights of a tree drafter (`eagle` or `model`), None for the others."""
-        if name not in ("eagle", "model"):
-            return None
-        return digest((self.eagle_folder(folder) if name == "eagle" else Path(folder)) / WEIGHTS)
+        """Digest of the weights of a tree drafter, None for the others."""
+        if name == "model":
+            return digest(Path(folder) / WEIGHTS)
+        return digest(self.trained_folder(name, folder) / WEIGHTS) if name in TRAINED else None

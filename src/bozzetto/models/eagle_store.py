@@ -1,4 +1,5 @@
-"""Folders that hold a drafter: config.json, model.safetensors. A drafter names the target it was trained for."""
+"""Folders that hold a drafter of codes: config.json (family eagle, plane or block), model.safetensors. A drafter names
+the target it was trained for."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from bozzetto.files import digest, write_text
 from bozzetto.models.convert import check_out, read_state, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, eagle_config
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.models.store import (
     CONFIG,
     WEIGHTS,
@@ -24,10 +26,16 @@ from bozzetto.models.store import (
     load_strict,
     read_config,
     read_weights,
-    save_weights,
+    save_state,
 )
 
 FAMILY = "eagle"
+Drafting = EagleNet | PlaneNet | BlockNet
+FAMILIES: dict[str, tuple[type, Any]] = {
+    FAMILY: (EagleConfig, EagleNet),
+    "plane": (PlaneConfig, PlaneNet),
+    "block": (BlockConfig, BlockNet),
+}
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -36,25 +44,32 @@ def target_digest(folder: str | Path) -> str:
     return digest(Path(folder) / WEIGHTS)
 
 
-def save_eagle(folder: str | Path, net: EagleNet, target: Path, notes: dict[str, Any]) -> None:
-    """Write a drafter folder for the target in the model folder `target`."""
+def family_of(net: Drafting) -> str:
+    """The family's name."""
+    return next(name for name, (_, kind) in FAMILIES.items() if isinstance(net, kind))
+
+
+def save_drafter(folder: str | Path, net: Drafting, target: Path, notes: dict[str, Any], compact: bool = False) -> None:
+    """Write a drafter folder for the target in the model folder `target`. compact: see `save_state`."""
     folder = Path(folder)
-    save_weights(folder / WEIGHTS, net)
-    config = dataclasses.asdict(net.config)
-    content = {"family": FAMILY, "config": config, "target_weights": target_digest(target), **notes}
+    save_state(folder / WEIGHTS, net.state_dict(), compact)
+    config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
+    content = {"family": family_of(net), "config": config, "target_weights": target_digest(target), **notes}
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> EagleNet:
-    """Read a drafter for a target with this config and this digest of its weights; float32, in evaluation mode.
+def load_drafter(folder: str | Path, family: str, target: LlamaGenConfig, weights: str) -> Any:
+    """Read a drafter of this family for a target with this config and this digest of its weights; float32, in
+    evaluation mode.
 
     Raises UsageError for another family, another target, or a shape that is not the target's.
     """
     folder = Path(folder)
     content = read_config(folder)
-    if content.get("family") != FAMILY:
-        raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed for a drafter: {FAMILY!r})")
-    config = config_from(EagleConfig, content.get("config"), folder / CONFIG)
+    if content.get("family") != family:
+        raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed for a drafter: {family!r})")
+    config_kind, kind = FAMILIES[family]
+    config: Any = config_from(config_kind, content.get("config"), folder / CONFIG)
     for name in ("dim", "vocab", "grid"):
         have, want = getattr(config, name), getattr(target, name)
         if have != want:
@@ -65,9 +80,14 @@ def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> Eagl
             f"{folder}: a drafter of another target: it was trained for the weights of {name!r} "
             f"({content['target_weights']}), the target's are {weights}"
         )
-    net = EagleNet(config)
+    net = kind(config)
     load_strict(net, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     return net.eval().requires_grad_(False)
+
+
+def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> EagleNet:
+    """`load_drafter` of family eagle."""
+    return load_drafter(folder, FAMILY, target, weights)
 
 
 def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
@@ -97,7 +117,7 @@ def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
     load_strict(net, state, drafter)
     notes = {"target_name": read_config(model).get("name", model.name), "converted": drafter.name}
     check_out(out)
-    write_folder(out, lambda folder: save_eagle(folder, net, model, notes))
+    write_folder(out, lambda folder: save_drafter(folder, net, model, notes))
     return f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows: {out}"
 
 

@@ -18,20 +18,24 @@ from tqdm import tqdm
 
 from bozzetto.data import augment, evaluation_view
 from bozzetto.errors import UsageError
-from bozzetto.models.eagle import EagleNet, eagle_config, token_rows
-from bozzetto.models.eagle_store import load_eagle, save_eagle, target_digest
+from bozzetto.models.eagle import EagleNet, eagle_config
+from bozzetto.models.eagle_store import FAMILY, load_drafter, save_drafter, target_digest
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.conditions import Condition, conditions_of, dropped, together
 from bozzetto.train.loop import RunFolder, WeightAverage, adamw, channels_last, cosine, set_lr
-from bozzetto.train.recipes import DrafterRecipe, SketchRecipe
+from bozzetto.train.recipes import DrafterRecipe, ParallelRecipe, SketchRecipe
 from bozzetto.train.target import tokenise
 
 _DEPTHS = 5  # of the roll-out in the held-out report
 _ROWS = 16
 
 
-class _Trainer:
+class Trainer:
+    """Fits an EAGLE-style drafter; other kinds say what their network, their loss and their acceptance are."""
+
+    family = FAMILY
+
     def __init__(self, recipe: DrafterRecipe):
         self.recipe = recipe
         self.run = RunFolder(recipe.out)
@@ -49,10 +53,10 @@ class _Trainer:
         held = conditions_of(self.target, recipe.test, torch.from_numpy(test.labels), prompts[:1])
         self.test_given = held.of(chosen, self.generator)
         self.test_tokens = tokenise(self.tokenizer, test.images[chosen], lambda x: evaluation_view(x, size)).long()
-        self.net = EagleNet(eagle_config(self.target.config, layers=recipe.layers))
+        self.net = self.make_net()
         if recipe.init:
             self._begin_from(Path(recipe.init))
-        self.rows = token_rows(self.target, self.net.config).bfloat16()
+        self.rows = self.target.tok_embeddings.weight.bfloat16()
         self.head = self.target.output.weight.bfloat16()
         self.optimizer = adamw(self.net, recipe.lr, recipe.weight_decay)
         self.loss = torch.compile(self._loss) if recipe.compile else self._loss
@@ -60,9 +64,16 @@ class _Trainer:
         self.step, self.best = 0, math.inf
         self._resume()
 
+    def make_net(self) -> Any:
+        return EagleNet(eagle_config(self.target.config, layers=self.recipe.layers))
+
+    def draws(self, batch: int) -> tuple[Tensor, ...]:
+        """What else the loss of a batch of pictures needs."""
+        return ()
+
     def _begin_from(self, folder: Path) -> None:
         """Take over a trained drafter of no more layers; those that it has not begin as the identity."""
-        trained = load_eagle(folder, self.target.config, target_digest(self.folder))
+        trained = load_drafter(folder, self.family, self.target.config, target_digest(self.folder))
         if trained.config.layers > self.recipe.layers:
             raise UsageError(f"{folder}: {trained.config.layers} layers, layers = {self.recipe.layers} is too few")
         self.net.load_state_dict({**self.net.state_dict(), **trained.state_dict()})
@@ -120,35 +131,42 @@ class _Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             return self.target.features(condition[0], tokens[:, :-1], *condition[1:])
 
-    def _laws(self, features: Tensor, scale: Tensor) -> Tensor:
-        """Guided log-laws [B, n, V] of hidden states [R, n, d]."""
+    def laws(self, features: Tensor, scale: Tensor, more: Tensor | None = None) -> Tensor:
+        """Guided log-laws [B, n, V] of hidden states [R, n, d]. more: logits [R, n, V] that are added."""
         logits = F.linear(features.bfloat16(), self.head).float()
+        if more is not None:
+            logits = logits + more.float()
         if len(logits) > len(scale):
             cond, uncond = logits.chunk(2)
             logits = uncond + (cond - uncond) * scale[:, None, None]  # a scale per picture
         return logits.log_softmax(-1)
 
-    def _loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+    def _loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor) -> Tensor:
         """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses. features: the target's [R, N,
         d]; fed: what the drafter sees of them."""
         r = self.recipe
         with torch.autocast("cpu", torch.bfloat16):
             steps = self.net.roll_out(fed[:, :-1], self.rows[tokens[:, :-1]], r.rollout)
         wanted = features[:, 1:]
-        log_p = self._laws(wanted, scale)
-        p = log_p.exp()
+        log_p = self.laws(wanted, scale)
         total, weights = torch.zeros(()), 0.0
         for k, predicted in enumerate(steps):
-            log_q = self._laws(predicted, scale)[:, k:]
-            loss = torch.zeros(())
-            if r.acceptance_weight:
-                loss = loss + r.acceptance_weight * (1 - torch.minimum(p[:, k:], log_q.exp()).sum(-1).mean())
-            if r.cross_entropy_weight:
-                loss = loss + r.cross_entropy_weight * (p[:, k:] * (log_p[:, k:] - log_q)).sum(-1).mean()
+            apart = self.apart(log_p[:, k:], self.laws(predicted, scale)[:, k:])
+            loss = apart.mean()
             if r.feature_weight:
                 loss = loss + r.feature_weight * F.smooth_l1_loss(predicted[:, k:].float(), wanted[:, k:].float())
             total, weights = total + r.decay**k * loss, weights + r.decay**k
         return total / weights
+
+    def apart(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """The recipe's losses of draft laws, [B, n]: log-laws [B, n, V] of the target and of the drafter."""
+        r, p = self.recipe, log_p.exp()
+        loss = torch.zeros(p.shape[:-1])
+        if r.acceptance_weight:
+            loss = loss + r.acceptance_weight * (1 - torch.minimum(p, log_q.exp()).sum(-1))
+        if r.cross_entropy_weight:
+            loss = loss + r.cross_entropy_weight * (p * (log_p - log_q)).sum(-1)
+        return loss
 
     def train_step(self) -> float:
         r = self.recipe
@@ -159,7 +177,7 @@ class _Trainer:
         features = fed = self.features(given, tokens)
         if r.feature_noise:
             fed = features + r.feature_noise * (torch.rand(features.shape, generator=self.generator) - 0.5)
-        loss = self.loss(features, fed, tokens, scale)
+        loss = self.loss(features, fed, tokens, scale, *self.draws(r.batch))
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
@@ -170,23 +188,25 @@ class _Trainer:
 
     @torch.no_grad()
     def held_out(self, guidance: float) -> list[float]:
-        """Expected acceptance 1 - TV(p, q) by depth of the roll-out on held-out pictures, averaged weights."""
+        """Expected acceptance 1 - TV(p, q) by depth on held-out pictures, averaged weights."""
         self.average.swap()
-        total, count = torch.zeros(_DEPTHS, dtype=torch.float64), 0
+        total, count = torch.zeros((), dtype=torch.float64), 0
         for *given, tokens in zip(*(part.split(_ROWS) for part in (*self.test_given, self.test_tokens)), strict=True):
             condition, scale = tuple(given), torch.full((len(tokens),), guidance)
             if guidance > 1:
                 condition, tokens = together(condition, self.given.none(condition)), tokens.repeat(2, 1)
-            features = self.features(condition, tokens)
-            with torch.autocast("cpu", torch.bfloat16):
-                steps = self.net.roll_out(features[:, :-1], self.rows[tokens[:, :-1]], _DEPTHS)
-            p = self._laws(features[:, 1:], scale).exp()
-            for k, predicted in enumerate(steps):
-                overlap = torch.minimum(p, self._laws(predicted, scale).exp())[:, _DEPTHS:].sum(-1)
-                total[k] += overlap.mean(1).sum().item()
+            total = total + self.overlaps(self.features(condition, tokens), tokens, scale)
             count += len(scale)
         self.average.swap()
         return (total / count).tolist()
+
+    def overlaps(self, features: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+        """1 - TV(p, q) by depth, mean over places and summed over pictures: float64 [depths]."""
+        with torch.autocast("cpu", torch.bfloat16):
+            steps = self.net.roll_out(features[:, :-1], self.rows[tokens[:, :-1]], _DEPTHS)
+        p = self.laws(features[:, 1:], scale).exp()
+        kept = [torch.minimum(p, self.laws(h, scale).exp())[:, _DEPTHS:].sum(-1).mean(1).sum() for h in steps]
+        return torch.stack(kept).double()
 
     def checkpoint(self, train_loss: float) -> dict[str, Any]:
         """Measure, keep the best averaged weights, save the resumable state."""
@@ -208,7 +228,7 @@ class _Trainer:
             "steps": self.step,
             "recipe": asdict(self.recipe),
         }
-        save_eagle(Path(self.recipe.out) / "eagle", self.net, self.folder, notes)
+        save_drafter(Path(self.recipe.out) / self.family, self.net, self.folder, notes, self.recipe.compact)
 
     def fit(self) -> None:
         r, running = self.recipe, math.nan
@@ -230,5 +250,11 @@ def train_drafter(recipe: DrafterRecipe | SketchRecipe) -> Path:
         from bozzetto.train.path_drafter import train_sketch
 
         return train_sketch(recipe)
-    _Trainer(recipe).fit()
-    return Path(recipe.out) / "eagle"
+    if isinstance(recipe, ParallelRecipe):
+        from bozzetto.train.parallel import ParallelTrainer
+
+        fit: Trainer = ParallelTrainer(recipe)
+    else:
+        fit = Trainer(recipe)
+    fit.fit()
+    return Path(recipe.out) / fit.family

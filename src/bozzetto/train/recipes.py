@@ -129,7 +129,8 @@ class DrafterRecipe:
     its weight: acceptance (1 - sum of min(p, q)), cross entropy (KL of the draft law from the target's), feature
     (smooth L1, EAGLE-1). rollout: steps of the drafter's own roll-out in training (EAGLE-3; 1 is EAGLE-1); step k
     weighs decay^(k-1). feature_noise: width of the uniform noise on features. test_images: held-out pictures used.
-    layers: of the drafter; init: folder of a trained drafter of no more layers to begin from.
+    layers: of the drafter; init: folder of a trained drafter of no more layers to begin from; compact: write matrices
+    as int8 (models/store.py).
     """
 
     out: str
@@ -138,6 +139,7 @@ class DrafterRecipe:
     test: DataSource
     layers: Count = 1
     init: str = ""
+    compact: bool = False
     guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
     condition_dropout: Share = 0.1
     acceptance_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -159,6 +161,21 @@ class DrafterRecipe:
     evaluate_every: Count = 200
     compile: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+@checked(frozen=True, config=_STRICT, kw_only=True)
+class ParallelRecipe(DrafterRecipe):
+    """How to train a drafter that predicts several tokens in one pass (models/parallel.py): family plane, heads for
+    the right neighbours and the one below; family block, marked places and a table of the token before.
+
+    places: tokens predicted, K; anchors: pairs per picture and step from which they are; rank: of the table. Place k
+    weighs decay^(k-1); rollout means nothing here.
+    """
+
+    family: Literal["plane", "block"]
+    places: Count = 12
+    anchors: Count = 48
+    rank: Count = 128
 
 
 @checked(frozen=True, config=_STRICT)
@@ -310,7 +327,7 @@ RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": Draf
 # Kinds that name their family, by what is trained; without a family it is for codes.
 FAMILIES: dict[type, dict[str, type]] = {
     TargetRecipe: {"caption": CaptionRecipe, "flow": FlowRecipe, "mar": MARRecipe},
-    DrafterRecipe: {"sketch": SketchRecipe},
+    DrafterRecipe: {"sketch": SketchRecipe, "plane": ParallelRecipe, "block": ParallelRecipe},
 }
 R = TypeVar("R")
 

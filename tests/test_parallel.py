@@ -1,0 +1,222 @@
+"""Parallel drafters: cached sketchers against whole-sequence networks, every rule with them, folders, training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bozzetto
+from bozzetto.drafters.grow import TreeDrafter
+from bozzetto.drafts import Layout
+from bozzetto.engine.loop import Decoder
+from bozzetto.errors import UsageError
+from bozzetto.laws.categorical import LawSettings
+from bozzetto.models.eagle_store import load_drafter, save_drafter
+from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
+from bozzetto.models.parallel_sketch import BlockSketcher, ParallelSketcher, PlaneSketcher
+from bozzetto.models.store import load_llamagen
+from bozzetto.registry import make_rule, read_shape
+from bozzetto.train.drafter import train_drafter
+from bozzetto.train.recipes import DataSource, ParallelRecipe
+from test_eagle import GUIDED, LABELS, MODEL, TARGET, TOKENS, C, seen, true_features
+from toys import PLAIN, decode
+
+PLACES = 4
+KINDS = ("plane", "block")
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def tiny(kind: str, seed: int = 0) -> Any:
+    """Weights large enough for every part to matter."""
+    if kind == "plane":
+        net: Any = PlaneNet(PlaneConfig(C.dim, C.vocab, C.grid, PLACES, ffn=24))
+    else:
+        net = BlockNet(BlockConfig(C.dim, C.heads, C.ffn, C.vocab, C.grid, PLACES, layers=2, rank=6))
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in net.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.data = 1 + 0.2 * noise if "norm" in name else 0.2 * noise
+    return net.eval().requires_grad_(False)
+
+
+def sketcher(kind: str, net: Any = None) -> ParallelSketcher:
+    net = tiny(kind) if net is None else net
+    return (PlaneSketcher if kind == "plane" else BlockSketcher)(net, TARGET.embedding, TARGET.head)
+
+
+def drafter(kind: str, tree: str) -> TreeDrafter:
+    return TreeDrafter(kind, sketcher(kind), read_shape(tree))
+
+
+# The networks.
+
+
+@by_kind
+@pytest.mark.parametrize("guided", [False, True])
+def test_cached_drafting_over_ragged_passes_equals_the_whole_network(kind: str, guided: bool) -> None:
+    net, features = tiny(kind), true_features(guided)
+    embedded = MODEL.tok_embeddings(TOKENS).repeat(2 if guided else 1, 1, 1)
+    every = torch.arange(C.length).expand(len(features), -1)
+    slow, sketch = net.after(features, embedded, every), sketcher(kind, net)
+    sketch.begin(LABELS, guided, 8)
+    start, rows = torch.zeros(3, dtype=torch.int64), torch.arange(len(features))
+    for committed in (torch.tensor([1, 1, 1]), torch.tensor([3, 1, 2]), torch.tensor([2, 4, 1])):
+        logits, hidden = sketch.extend(seen(start, committed, features))
+        start = start + committed
+        pair = (start - 1).repeat(2 if guided else 1)
+        torch.testing.assert_close(hidden[:, 0], slow[rows, pair, 0], atol=1e-4, rtol=1e-4)
+        last, bias = TOKENS.gather(1, (start - 1)[:, None]), net.bias(TOKENS)
+        for place in range(PLACES):
+            wanted = slow[rows, pair, place] @ MODEL.output.weight.t()
+            if bias is not None:
+                wanted = wanted + net.bias(last[:, 0]).repeat(2 if guided else 1, 1)
+            torch.testing.assert_close(logits[:, 0], wanted, atol=1e-4, rtol=1e-4)
+            last = TOKENS.gather(1, (start + place)[:, None])
+            at = torch.tensor([[place]])
+            sees = torch.ones(1, 1, place + 1, dtype=torch.bool)
+            logits, hidden = sketch.grow(last, torch.tensor([[place]]), place, Layout(at, at, sees))
+    assert logits.shape[-1] == C.vocab
+
+
+@by_kind
+def test_rows_that_are_kept_go_on_as_if_alone(kind: str) -> None:
+    features, sketch, alone = true_features(True), sketcher(kind), sketcher(kind)
+    one = torch.tensor([1, 4])  # the second picture's rows
+    sketch.begin(LABELS, True, 8)
+    alone.begin(LABELS[1:2], True, 8)
+    committed = torch.tensor([2, 1, 3])
+    sketch.extend(seen(torch.zeros(3).long(), committed, features))
+    alone.extend(seen(torch.zeros(1).long(), committed[1:2], features[one], TOKENS[1:2]))
+    sketch.keep(torch.tensor([1]))
+    start = committed[1:2]
+    given = seen(start, torch.tensor([2]), features[one], TOKENS[1:2])
+    torch.testing.assert_close(sketch.extend(given)[0], alone.extend(given)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_place_of_a_block_does_not_see_the_places_after_it() -> None:
+    net, features = tiny("block"), true_features(False)
+    embedded, anchors = MODEL.tok_embeddings(TOKENS), torch.tensor([[2, 5]] * 3)
+    before = net.after(features, embedded, anchors)
+    net.marks.data[2:] += 1
+    after = net.after(features, embedded, anchors)
+    assert torch.allclose(before[:, :, :2], after[:, :, :2]) and not torch.allclose(before[:, :, 2:], after[:, :, 2:])
+
+
+@by_kind
+def test_what_comes_after_the_anchor_changes_nothing(kind: str) -> None:
+    net, features, embedded = tiny(kind), true_features(False), MODEL.tok_embeddings(TOKENS)
+    anchors = torch.tensor([[3]] * 3)
+    changed = [part.clone() for part in (features, embedded)]
+    for part in changed:
+        part[:, 4:] += 1
+    assert torch.allclose(net.after(features, embedded, anchors), net.after(*changed, anchors), atol=1e-6)
+
+
+def test_a_row_of_places_is_the_most_that_the_row_above_can_tell_of() -> None:
+    with pytest.raises(UsageError, match="places = 5 is not allowed: at most a row of the grid, 4"):
+        PlaneConfig(8, 8, 4, places=5)
+    with pytest.raises(UsageError, match="rank = 0 is not allowed"):
+        BlockConfig(8, 1, 8, 8, 4, rank=0)
+
+
+# Every rule.
+
+
+@by_kind
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("tree", ["chain-4", "3x2", "dynamic-12-3-4", "chain-7"])
+def test_seed_exact_drafts_give_the_sequential_tokens(kind: str, tree: str, guided: bool) -> None:
+    settings = GUIDED if guided else PLAIN
+    plain = decode(TARGET, "seed-exact", "none", settings=settings, index=range(5), labels=1).tokens
+    for batch in (1, 3):
+        for index in torch.arange(5).split(batch):
+            result = decode(TARGET, "seed-exact", drafter(kind, tree), settings=settings, index=index, labels=1)
+            assert torch.equal(result.tokens, plain[index])
+
+
+@by_kind
+@pytest.mark.parametrize(
+    ("rule", "tree"), [("exact", "chain-4"), ("block", "chain-4"), ("tree", "3x2"), ("traversal", "mc-sim-25")]
+)
+def test_images_do_not_depend_on_their_batch(kind: str, rule: str, tree: str) -> None:
+    settings = LawSettings(guidance=2.0, top_k=6)
+    whole = Decoder(TARGET, drafter(kind, tree), make_rule(rule), settings).run(LABELS, 0, torch.arange(3))
+    alone = Decoder(TARGET, drafter(kind, tree), make_rule(rule), settings).run(LABELS[1:2], 0, torch.tensor([1]))
+    assert torch.equal(whole.tokens[1:2], alone.tokens)
+
+
+@by_kind
+@pytest.mark.parametrize("rule", ["exact", "block"])
+def test_exact_rules_keep_the_law_of_the_first_tokens(kind: str, rule: str) -> None:
+    """Token 1 given the class, over 4,000 images, against the target's own law."""
+    count, settings = 4000, LawSettings(guidance=2.0)
+    result = Decoder(TARGET, drafter(kind, "chain-3"), make_rule(rule), settings).run(
+        torch.zeros(count, dtype=torch.int64), 5, torch.arange(count)
+    )
+    plain = Decoder(TARGET, drafter(kind, "chain-3"), make_rule("seed-exact"), settings).run(
+        torch.zeros(count, dtype=torch.int64), 6, torch.arange(count)
+    )
+    for at in (1, 3):
+        found, wanted = (torch.bincount(r.tokens[:, at], minlength=C.vocab).double() for r in (result, plain))
+        both = found + wanted
+        statistic = ((found - wanted) ** 2 / both.clamp_min(1)).sum()
+        degrees = float((both > 0).sum() - 1)
+        assert float(statistic) < degrees + 4 * (2 * degrees) ** 0.5
+
+
+# Folders and training.
+
+
+@by_kind
+def test_a_trained_drafter_is_written_read_and_drafts(
+    kind: str, tmp_path: Path, pictures: Path, tiny_model: Path
+) -> None:
+    data = DataSource(str(pictures))
+    recipe = ParallelRecipe(
+        family=kind, out=str(tmp_path / "run"), model=str(tiny_model), train=data, test=data, places=PLACES, anchors=5,
+        test_images=4, views=1, steps=2, batch=2, warmup=1, evaluate_every=2, layers=2, rank=8, feature_weight=0.1,
+    )  # fmt: skip
+    folder = train_drafter(recipe)
+    config = json.loads((folder / "config.json").read_text())
+    assert folder.name == kind == config["family"]
+    for by_depth in config["acceptance_by_depth"].values():
+        assert len(by_depth) == PLACES and all(0 < a <= 1 for a in by_depth)
+    pipe = bozzetto.load(tiny_model)
+    slow = pipe.generate(["rose"], seed=1, guidance=2.0, drafter="none").images[0]
+    fast = pipe.generate(
+        ["rose"], seed=1, guidance=2.0, drafter=f"{kind}:folder={folder}:tree=chain-3", rule="seed-exact"
+    )
+    assert fast.images[0].sha256 == slow.sha256
+    with pytest.raises(UsageError, match="comes without a trained drafter"):
+        pipe.generate(["rose"], drafter=kind)
+    other = {"plane": "block", "block": "plane"}[kind]
+    with pytest.raises(UsageError, match=f"family is '{kind}' .allowed for a drafter: '{other}'"):
+        pipe.generate(["rose"], drafter=f"{other}:folder={folder}")
+
+
+@by_kind
+def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, pictures: Path, tiny_model: Path) -> None:
+    data = DataSource(str(pictures))
+    recipe = ParallelRecipe(
+        family=kind, out=str(tmp_path / "run"), model=str(tiny_model), train=data, test=data, places=PLACES, anchors=16,
+        test_images=4, views=1, steps=60, batch=4, warmup=2, lr=5e-3, ema=0.5, evaluate_every=20, layers=1, rank=8,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (train_drafter(recipe).parent / "metrics.jsonl").read_text().splitlines()]
+    first, last = (sum(line["acceptance"]["guidance 2"]) for line in (lines[0], lines[-1]))
+    assert last > first
+
+
+def test_compact_folders_hold_the_same_drafter(tmp_path: Path, tiny_model: Path) -> None:
+    target = load_llamagen(tiny_model).config
+    net = BlockNet(BlockConfig(target.dim, target.heads, target.ffn, target.vocab, target.grid, PLACES, rank=8))
+    from bozzetto.models.eagle_store import target_digest
+
+    for compact in (False, True):
+        save_drafter(tmp_path, net, tiny_model, {}, compact)
+        read: Tensor = load_drafter(tmp_path, "block", target, target_digest(tiny_model)).fc.weight
+        assert torch.allclose(read, net.fc.weight, atol=1e-3)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bozzetto
+from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.grow import TreeDrafter
 from bozzetto.drafts import Layout
 from bozzetto.engine.loop import Decoder
@@ -24,6 +25,7 @@ from bozzetto.registry import make_rule, read_shape
 from bozzetto.train.drafter import train_drafter
 from bozzetto.train.recipes import DataSource, ParallelRecipe
 from test_eagle import GUIDED, LABELS, MODEL, TARGET, TOKENS, C, seen, true_features
+from test_eagle import sketcher as eagle_sketcher
 from toys import PLAIN, decode
 
 PLACES = 4
@@ -151,11 +153,13 @@ def test_images_do_not_depend_on_their_batch(kind: str, rule: str, tree: str) ->
 
 
 @by_kind
-@pytest.mark.parametrize("rule", ["exact", "block"])
+@pytest.mark.parametrize("rule", ["exact", "block", "filled"])
 def test_exact_rules_keep_the_law_of_the_first_tokens(kind: str, rule: str) -> None:
-    """Token 1 given the class, over 4,000 images, against the target's own law."""
+    """Tokens 1 and 3 given the class, over 4,000 images, against the sequential sampler's."""
     count, settings = 4000, LawSettings(guidance=2.0)
-    result = Decoder(TARGET, drafter(kind, "chain-3"), make_rule(rule), settings).run(
+    made: Any = filled(kind, 4) if rule == "filled" else drafter(kind, "chain-3")
+    rule = "exact" if rule == "filled" else rule
+    result = Decoder(TARGET, made, make_rule(rule), settings).run(
         torch.zeros(count, dtype=torch.int64), 5, torch.arange(count)
     )
     plain = Decoder(TARGET, drafter(kind, "chain-3"), make_rule("seed-exact"), settings).run(
@@ -167,6 +171,42 @@ def test_exact_rules_keep_the_law_of_the_first_tokens(kind: str, rule: str) -> N
         statistic = ((found - wanted) ** 2 / both.clamp_min(1)).sum()
         degrees = float((both > 0).sum() - 1)
         assert float(statistic) < degrees + 4 * (2 * degrees) ** 0.5
+
+
+# Windows whose new slots are filled.
+
+
+def filled(kind: str, window: int) -> FilledJacobi:
+    return FilledJacobi(window, eagle_sketcher() if kind == "eagle" else sketcher(kind))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "eagle"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_filled_windows_give_the_sequential_tokens(kind: str, guided: bool) -> None:
+    settings = GUIDED if guided else PLAIN
+    plain = decode(TARGET, "seed-exact", "none", settings=settings, index=range(5), labels=1).tokens
+    for batch in (1, 3):
+        for index in torch.arange(5).split(batch):
+            result = decode(TARGET, "seed-exact", filled(kind, 5), settings=settings, index=index, labels=1)
+            assert torch.equal(result.tokens, plain[index])
+
+
+def test_slots_that_enter_a_window_follow_the_drafters_law() -> None:
+    """The laws that a filled window reports: the target's own where it has spoken, the drafter's behind."""
+    settings, drafter_ = LawSettings(guidance=2.0), filled("plane", 4)
+    asked: list[Any] = []
+    inner = drafter_._window
+    drafter_._window = lambda seen, column: asked.append((seen, column, inner(seen, column))) or asked[-1][2]  # type: ignore[func-returns-value, method-assign]
+    Decoder(TARGET, drafter_, make_rule("exact"), settings).run(LABELS, 3, torch.arange(3))
+    found = 0
+    for seen_, column, (tokens, laws) in asked:
+        width = seen_.laws.shape[1]
+        for row, at in (column < width).nonzero().tolist():
+            assert torch.equal(laws[row, at], seen_.laws[row, column[row, at]])
+            assert tokens[row, at] == seen_.verdict.tokens[row, column[row, at]]
+        found += int((column >= width).sum())
+        assert torch.allclose(laws.exp().sum(-1), torch.ones(()), atol=1e-4)
+    assert found > 10
 
 
 # Folders and training.
@@ -192,8 +232,12 @@ def test_a_trained_drafter_is_written_read_and_drafts(
         ["rose"], seed=1, guidance=2.0, drafter=f"{kind}:folder={folder}:tree=chain-3", rule="seed-exact"
     )
     assert fast.images[0].sha256 == slow.sha256
+    window = pipe.generate(["rose"], seed=1, guidance=2.0, drafter=f"jacobi:fill={kind}:folder={folder}", window=5)
+    assert window.images[0].sha256 == slow.sha256
     with pytest.raises(UsageError, match="comes without a trained drafter"):
         pipe.generate(["rose"], drafter=kind)
+    with pytest.raises(UsageError, match="fill = 'model' is not allowed: eagle, plane, block"):
+        pipe.generate(["rose"], drafter="jacobi:fill=model")
     other = {"plane": "block", "block": "plane"}[kind]
     with pytest.raises(UsageError, match=f"family is '{kind}' .allowed for a drafter: '{other}'"):
         pipe.generate(["rose"], drafter=f"{other}:folder={folder}")

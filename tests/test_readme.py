@@ -152,7 +152,12 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(path):
-    kinds = {"tokenizer": "tokenizer", "eagle": "drafter", "sketch": "drafter", "drift": "drift"}
+    kinds = {
+        "tokenizer": "tokenizer",
+        "eagle": "drafter",
+        "drift": "drift",
+        **dict.fromkeys(("sketch", "plane", "block"), "drafter"),
+    }
     recipe = read_recipe(path, RECIPES[kinds.get(path.stem.rpartition("-")[2], "target")])
     assert recipe.out == f"runs/{path.stem}"
 

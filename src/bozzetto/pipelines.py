@@ -103,7 +103,7 @@ class CodePipeline(_CausalPipeline):
 
     def drafter_weights(self, drafter: str) -> str | None:
         name, options = drafter_options(drafter)
-        return self.workshop.drafter_digest(name, getattr(options, "folder", ""))
+        return self.workshop.drafter_digest(getattr(options, "fill", "") or name, getattr(options, "folder", ""))
 
     def refills(self, settings: GenerateSettings) -> bool:
         return settings.compile != "off" and in_slots(settings)

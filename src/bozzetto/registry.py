@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from bozzetto.drafters.base import Drafter
+from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.grow import Dynamic, Shape, Sketcher, TreeDrafter
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.none import NoDrafter
@@ -30,6 +31,7 @@ from bozzetto.rules.tree import TreeRejection
 
 Widen = Callable[[int], int]
 MOST_NODES = 128
+TRAINED = ("eagle", "plane", "block")  # drafters that are trained for a target
 
 
 class Workshop(Protocol):
@@ -47,6 +49,19 @@ class Workshop(Protocol):
 @dataclass(frozen=True)
 class Plain:
     """A drafter without options."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """fill: the trained drafter (eagle, plane, block) that fills the slots which enter the window, empty for a copy of
+    the window's last law; folder: where that drafter lies, empty for the model's own."""
+
+    fill: str = ""
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.fill and self.fill not in TRAINED:
+            raise UsageError(f"fill = {self.fill!r} is not allowed: {', '.join(TRAINED)}")
 
 
 @dataclass(frozen=True)
@@ -71,10 +86,9 @@ class Smaller:
         read_shape(self.tree)
 
 
-TRAINED = ("eagle", "plane", "block")  # tree drafters that are trained for a target
 TREES = (*TRAINED, "model")
 DRAFTERS: Mapping[str, type] = MappingProxyType(
-    {"none": Plain, "jacobi": Plain, **dict.fromkeys(TRAINED, Trained), "model": Smaller}
+    {"none": Plain, "jacobi": Window, **dict.fromkeys(TRAINED, Trained), "model": Smaller}
 )
 RULES: Mapping[str, type[Rule]] = MappingProxyType(
     {
@@ -164,10 +178,12 @@ def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, worksho
     name, options = drafter_options(spec)
     if name == "none":
         return NoDrafter()
-    if name == "jacobi":
+    if name == "jacobi" and not options.fill:
         return Jacobi(window, widen)
     if workshop is None:
         raise ValueError(f"drafter {name!r} needs a workshop")
+    if name == "jacobi":
+        return FilledJacobi(window, workshop.trained(options.fill, options.folder), widen)
     sketcher = workshop.smaller(options.folder) if name == "model" else workshop.trained(name, options.folder)
     return TreeDrafter(name, sketcher, read_shape(options.tree))
 

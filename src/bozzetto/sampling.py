@@ -29,7 +29,7 @@ from bozzetto.errors import UsageError
 from bozzetto.files import write_text, write_whole
 from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 from bozzetto.provenance import provenance
-from bozzetto.registry import split_method
+from bozzetto.registry import split_method, split_spec
 
 RUN, ADM = "run.json", "samples.npz"
 PARTS = ("total", "draft", "target", "decode")
@@ -113,7 +113,7 @@ class SampleRun:
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
         self.classes = [pipe.classes[i] for i in pipe.labels(classes, settings)]
         settings = pipe.resolve(settings)
-        if settings.drafter == "jacobi" and settings.rule != "seed-exact":
+        if split_spec(settings.drafter)[0] == "jacobi" and settings.rule != "seed-exact":
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
             settings = replace(settings, window=pipe.decoder_for(settings, settings.batch)[1])
         self.settings = settings

@@ -47,17 +47,21 @@ class Jacobi:
         length = min(limit, (self.widen(batch) if self.widen else self.window) - 1)
         if seen is None or length < 1:  # nothing is known before the first pass: it runs without drafts
             return Draft(torch.empty(batch, 0, dtype=torch.int64, device=device))
-        width = seen.laws.shape[1]
         # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
         column = seen.committed[:, None] + torch.arange(length, device=device)  # [B, L]
+        return Draft(*self._window(seen, column), window=True)
+
+    def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens int64 [B, L] of the window's slots and, where the rule asks for them, their laws [B, L, V]."""
+        width, length = seen.laws.shape[1], column.shape[1]
         new = max(0, seen.longest + length - width)
-        position = seen.start[:, None] + torch.arange(width, width + new, device=device)
+        position = seen.start[:, None] + torch.arange(width, width + new, device=column.device)
         entering = gumbel_argmax(seen.laws[:, -1:], self.noise.rows(position))
         tokens = torch.cat([seen.verdict.tokens, entering], 1).gather(1, column)
         if not self.with_laws:
-            return Draft(tokens, window=True)
-        rows = torch.arange(batch, device=device)[:, None]
-        return Draft(tokens, seen.laws[rows, column.clamp_max(width - 1)], window=True)
+            return tokens, None
+        rows = torch.arange(len(column), device=column.device)[:, None]
+        return tokens, seen.laws[rows, column.clamp_max(width - 1)]
 
     def observe(self, seen: Observation) -> None:
         self.seen = seen

@@ -33,6 +33,9 @@ class Law:
     exactly. Not given: no limit."""
     steps: int = 0
     """Continuous tokens: denoising steps per token. 0: as the model says."""
+    last_steps: int = 0
+    """Continuous tokens without drafts: denoising steps of the last token, to which they fall evenly from --steps. It
+    is another sampler. 0: as of the first."""
     passes: int = 0
     """Masked models: autoregressive steps, up to one per token. 0: as the model says."""
     guidance_schedule: str = ""

@@ -96,7 +96,7 @@ class CodePipeline(_CausalPipeline):
         if is_path_method(settings.drafter, settings.rule):
             raise UsageError(f"rule {settings.rule!r} is for continuous tokens: {self.name} draws codes")
         self.refuse_negative(settings)
-        for option in ("steps", "passes", "guidance_schedule"):
+        for option in ("steps", "last_steps", "passes", "guidance_schedule"):
             if getattr(settings, option):
                 raise UsageError(f"{option} is not allowed here: {self.name} draws codes, without a denoising head")
         return settings
@@ -160,6 +160,7 @@ class FlowPipeline(_CausalPipeline):
         for option in ("passes", "guidance_schedule"):
             if getattr(settings, option):
                 raise UsageError(f"{option} is not allowed here: {self.name} is causal, not masked")
+        _check_annealed(settings)
         return settings
 
     def blank_inputs(self, labels: Tensor) -> Tensor:
@@ -169,9 +170,10 @@ class FlowPipeline(_CausalPipeline):
         settings = self.resolve(settings)
         rule, target = make_path_rule(settings.rule), self.target_in(settings.compile, settings.deterministic)
         window = settings.window_for(batch, target.length, self.dtype, rule.widest)
-        if settings.steps and settings.steps != target.sampler.steps:
+        asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
+        if asked and asked != {"steps": target.sampler.steps}:
             target = copy.copy(target)
-            target.sample_with(self.network, replace(target.sampler, steps=settings.steps))
+            target.sample_with(self.network, replace(target.sampler, **asked))
         drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
         return Decoder(target, drafter, rule, settings.law), drafter.max_nodes + 1
 
@@ -210,8 +212,9 @@ class DriftPipeline(FlowPipeline):
         return DriftTarget(self.drift, dtype)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        if settings.steps > 1:
-            raise UsageError(f"steps = {settings.steps} is not allowed here: {self.name} draws a token in one step")
+        for option in ("steps", "last_steps"):
+            if (count := getattr(settings, option)) > 1:
+                raise UsageError(f"{option} = {count} is not allowed here: {self.name} draws a token in one step")
         settings = super().resolve(settings)
         rule = make_path_rule(settings.rule)
         if not (rule.fixed_noise or rule.name == Plain.name):
@@ -250,11 +253,14 @@ class MaskedPipeline(Pipeline):
                 f"{asked} is not allowed here: {self.name} is masked; off, or max, which compiles its head"
             )
         self.refuse_negative(settings)
-        return vector_settings(self.name, settings, "none", self.default_rules)
+        settings = vector_settings(self.name, settings, "none", self.default_rules)
+        _check_annealed(settings)
+        return settings
 
     def sampler_for(self, settings: GenerateSettings) -> MARSampler:
         """The model's sampler with what the settings change."""
-        asked = {n: getattr(settings, n) for n in ("steps", "passes", "guidance_schedule") if getattr(settings, n)}
+        names = ("steps", "last_steps", "passes", "guidance_schedule")
+        asked = {name: getattr(settings, name) for name in names if getattr(settings, name)}
         return replace(self.sampler, **asked)
 
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[MaskedDecoder, int]:
@@ -295,7 +301,7 @@ class MaskedPipeline(Pipeline):
                 network = smaller
             target = MARTarget(network, sampler, DTYPES[self.dtype])
             if mode != "off":
-                target.head.compiled = CompiledNarrow(network.diffloss.net, target.dtype, Compiler(mode, _say))
+                target.use_compiled(CompiledNarrow(network.diffloss.net, target.dtype, Compiler(mode, _say)))
             self.made[folder, sampler, mode] = target
         return self.made[folder, sampler, mode]
 
@@ -308,6 +314,11 @@ class MaskedPipeline(Pipeline):
             known, places = order[:, :done], order[:, done : done + count]
             yield target.features(labels, tokens, known, places, settings.law.guided)
             done += count
+
+
+def _check_annealed(settings: GenerateSettings) -> None:
+    if settings.last_steps and settings.drafter != "none":
+        raise UsageError(f"last_steps is not allowed with drafts: drafter {settings.drafter!r} (allowed: none)")
 
 
 def vector_settings(name: str, settings: GenerateSettings, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:

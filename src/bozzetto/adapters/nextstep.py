@@ -52,7 +52,7 @@ class LanguageFlowTarget(PromptedTarget):
     def read_out(self, hidden: Tensor, number: Tensor) -> Scores:
         return Scores(None, hidden)
 
-    def law(self, features: Tensor, guidance: float, temperature: float) -> FlowLaw:
+    def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> FlowLaw:
         """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1."""
         rows, width = features.shape[:2]
         batch = rows if guidance == 1 else rows // 2

@@ -41,8 +41,8 @@ class TokenKind(Protocol):
         """Make fixed noise available for positions < upto."""
         ...
 
-    def law(self, scores: Scores) -> Any:
-        """The laws at the scored places."""
+    def law(self, scores: Scores, done: int) -> Any:
+        """The laws at the scored places. done: tokens of the image that is furthest."""
         ...
 
     def given(self, noise: NoiseField, state: DecodeState, draft: Any) -> Any:
@@ -98,7 +98,7 @@ class Codes:
         if self.rule.needs_gumbel or self.rule.window:  # places that enter a window are drawn with it
             noise.fill(upto)
 
-    def law(self, scores: Scores) -> Tensor:
+    def law(self, scores: Scores, done: int) -> Tensor:
         if scores.logits is None:
             raise UsageError("this target draws continuous tokens: a rule for codes cannot verify them")
         return law_of(scores.logits, self.scored)
@@ -153,9 +153,9 @@ class Vectors:
     def fill(self, noise: NoiseField, upto: int) -> None:
         noise.fill(upto)
 
-    def law(self, scores: Scores) -> Any:
+    def law(self, scores: Scores, done: int) -> Any:
         assert scores.features is not None
-        return self.target.law(scores.features, self.settings.guidance, self.settings.temperature)
+        return self.target.law(scores.features, self.settings.guidance, self.settings.temperature, done)
 
     def given(self, noise: NoiseField, state: DecodeState, draft: PathDraft) -> PathNoise:
         place = torch.arange(draft.length + 1, device=state.count.device)

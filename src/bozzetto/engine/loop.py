@@ -118,7 +118,7 @@ class Decoder:
             layout = None if draft.tree is None else draft.tree.layout()
             inputs = torch.cat([state.last(), draft.tokens], 1)
             scores = session.score(inputs, state.count, max(counts), layout)
-            law = kind.law(scores)
+            law = kind.law(scores, max(counts))
             clock.lap("target")
             given = kind.given(noise, state, draft)
             verdict = kind.rule.verify(draft, law, given)

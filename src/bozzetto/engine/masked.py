@@ -174,8 +174,9 @@ class MaskedDecoder:
         features = model.features(images.labels, images.tokens, known, places, self.settings.guided)
         return features.unflatten(0, (-1, places.shape[1]))
 
-    def _law(self, model: MARTarget, features: Tensor, batch: int, scale: float | Tensor) -> ChainLaw:
-        return model.law(features.flatten(0, 1), (batch, features.shape[1]), scale, self.settings.temperature)
+    def _law(self, model: MARTarget, features: Tensor, batch: int, scale: float | Tensor, done: int = 0) -> ChainLaw:
+        shape = (batch, features.shape[1])
+        return model.law(features.flatten(0, 1), shape, scale, self.settings.temperature, done)
 
     def _noise(self, images: _Images, places: Tensor) -> PathNoise:
         """Of a place, whenever it is drawn. (A test of a place that was dropped has decided nothing, so the key may be
@@ -188,7 +189,7 @@ class MaskedDecoder:
         places = self._places(images, step, step + 1)
         features = self._features(self.target, images, step, step + 1)
         meter.lap("target")
-        law = self._law(self.target, features, len(places), self.guidances[step])
+        law = self._law(self.target, features, len(places), self.guidances[step], self.starts[step])
         noise = self._noise(images, places)
         sampler = self.rule if isinstance(self.rule, Plain | Coupled) else Plain()
         tokens = sampler.sample(law, noise.fixed.flatten(0, 1), noise.keys.flatten())

@@ -147,7 +147,7 @@ def _exact(method: str, timed: dict[str, Any]) -> bool:
     return exact and not any(part.startswith(_OTHER_LAW) for part in own)
 
 
-_OTHER_LAW = ("steps=", "passes=", "guidance_schedule=")
+_OTHER_LAW = ("steps=", "last_steps=", "passes=", "guidance_schedule=")
 
 
 def suite_table(report: dict[str, Any]) -> str:

@@ -195,7 +195,7 @@ class DriftTarget(FlowTarget):
     def read_out(self, x: Tensor) -> Scores:
         return Scores(None, x)
 
-    def law(self, features: Tensor, guidance: float, temperature: float) -> Any:
+    def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
         """features [R, W, d + 1], [cond; uncond] rows where guidance is not 1."""
         batch = len(features) if guidance == 1 else len(features) // 2
         return DriftLaw(self.drift, features, batch, guidance, temperature)

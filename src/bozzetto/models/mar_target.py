@@ -7,6 +7,7 @@ out: the last block and what follows it see the wanted places only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
+from bozzetto.models.annealed import Annealed
 from bozzetto.models.dense import Dense
 from bozzetto.models.heads import DiffusionLaw, PackedDenoiser
 from bozzetto.models.mar import MAR, ViTBlock
@@ -27,12 +29,14 @@ _GUIDANCES = ("linear", "constant")
 @dataclass(frozen=True)
 class MARSampler:
     """steps: denoising steps of a token; passes: autoregressive steps of an image; guidance_schedule: `linear` grows
-    with the share of known tokens, `constant` does not; noisiest: diffusion time at which denoising starts."""
+    with the share of known tokens, `constant` does not; noisiest: diffusion time at which denoising starts;
+    last_steps: steps of the last token (0: as of all the others), see models/annealed.py."""
 
     steps: int = 100
     passes: int = 256
     guidance_schedule: str = "linear"
     noisiest: int = 999
+    last_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.passes < 1:
@@ -45,7 +49,10 @@ class MARSampler:
 
     @property
     def schedule(self) -> DiffusionSchedule:
-        return diffusion_schedule(self.steps, self.noisiest)
+        return self.with_steps(self.steps)
+
+    def with_steps(self, steps: int) -> DiffusionSchedule:
+        return diffusion_schedule(steps, self.noisiest)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -108,6 +115,16 @@ class MARTarget:
         self.condition_places = model.diffusion_pos_embed_learned[0].to(dtype)  # [N, dim]
         self.buffer = torch.arange(c.buffer, device=self.device)
         self.head = PackedDenoiser(model.diffloss.net, self.schedule.time, dtype)
+        self.stages: Annealed[DiffusionSchedule] | None = None
+        if sampler.last_steps:
+            at = (sampler.with_steps, lambda schedule: schedule.time)
+            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
+
+    def use_compiled(self, narrow: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let serial calls of the head run compiled layers."""
+        every = [] if self.stages is None else [head for _, head in self.stages.stages]
+        for head in (self.head, *every):
+            head.compiled = narrow
 
     def counts(self, passes: int) -> list[int]:
         """Tokens that each autoregressive step predicts (the published cosine schedule), `passes` numbers >= 1.
@@ -157,8 +174,9 @@ class MARTarget:
         return (_norm(x, self.decoder_norm) + self.condition_places[places]).flatten(0, 1)
 
     def law(
-        self, features: Tensor, shape: tuple[int, int], guidance: float | Tensor, temperature: float
+        self, features: Tensor, shape: tuple[int, int], guidance: float | Tensor, temperature: float, done: int = 0
     ) -> DiffusionLaw:
         """Laws of the tokens at places. features [copies B W, dim]; shape: (B, W); guidance: one scale, or float32
-        [B W]."""
-        return DiffusionLaw(self.schedule, self.head, features, shape, guidance, temperature)
+        [B W]; done: tokens that are known."""
+        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
+        return DiffusionLaw(schedule, head, features, shape, guidance, temperature)

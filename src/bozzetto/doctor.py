@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from bozzetto import __version__
 from bozzetto.models.graphs import cache_folder
+from bozzetto.models.native import has_matrix_unit
 from bozzetto.pipeline import ASSETS, shipped_models
 
 Verdict = Literal["ok", "note", "fail"]
@@ -47,7 +48,15 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _threads, _device, _compiler, _cache)
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python,
+        _torch,
+        _matrix_unit,
+        _threads,
+        _device,
+        _compiler,
+        _cache,
+    )
     return [finding for check in (*checks, _assets, _extras) for finding in check()]
 
 
@@ -79,6 +88,16 @@ def _torch() -> Iterator[Finding]:
     yield Finding("PyTorch", "ok" if good else "fail", how, "" if good else "pip install 'torch>=2.6'")
     if not torch.backends.mkldnn.is_available():
         yield Finding("oneDNN", "note", "not in this build: bfloat16 is slow", "install a build of PyTorch with oneDNN")
+
+
+def _matrix_unit() -> Iterator[Finding]:
+    if torch.cuda.is_available():
+        return
+    if has_matrix_unit():
+        yield Finding("matrix unit", "ok", "AMX, for bfloat16")
+    else:
+        how = "none: in bfloat16, passes of many places take longer than in float32"
+        yield Finding("matrix unit", "note", how, "use --dtype float32, or windows of 4 to 8 places in bfloat16")
 
 
 def _threads() -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bozzetto import __version__
+from bozzetto.models.native import has_matrix_unit
 
 
 def versions() -> dict[str, str]:
@@ -27,8 +28,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """The processor, its cores and the threads in use."""
-    return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    """The processor, its cores, the threads in use and whether it has a matrix unit."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "matrix_unit": has_matrix_unit(),
+    }
 
 
 def processor() -> str:

@@ -1,7 +1,9 @@
-"""The one kernel of our own: attention of a few queries per sequence over a ragged cache (attend.cpp).
+"""The kernels of our own: attention of a few queries per sequence over a ragged cache (attend.cpp), and linear maps of
+a few rows for processors without a matrix unit (linear.cpp).
 
-torch's attention for CPUs spends most of such a call on starting small matrix products. It is built by the machine's
-C++ compiler when compiled passes are first asked for, and kept where compiled graphs are kept.
+torch's attention for CPUs spends most of such a call on starting small matrix products, and its products in bfloat16
+reach a third of what such a processor can do. Both are built by the machine's C++ compiler when compiled passes are
+first asked for, and kept where compiled graphs are kept.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ from torch.utils import cpp_extension
 from bozzetto.errors import UsageError
 from bozzetto.files import write_whole
 
-SOURCE = Path(__file__).parent / "attend.cpp"
+SOURCES = tuple(Path(__file__).parent / name for name in ("attend.cpp", "linear.cpp"))
 NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'"
 HEAD_UNIT = 32  # head dimensions are a multiple of this
 
 
-def load_attend(folder: Path) -> None:
+def load_kernels(folder: Path) -> None:
     """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys [R, H, S, D], values, seen bool [B, W, C], steady)
     -> [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
 
     values: as keys in float32; [R, H, S/2, D, 2] in bfloat16, columns 2 i and 2 i + 1 side by side (`in_pairs`);
     `append_attend`(q, k, v, keys, values, slot int64 [B, W], seen, steady) first writes the pass's own keys and values,
     shaped as q, into columns `slot` of the caches; generated code writes such scattered columns number by number.
+
+    `torch.ops.bozzetto.linear` is described at `models/linear.py`.
 
     steady: a query's result has the same bits in a call of any width (with the matrix unit it has anyway).
 
@@ -42,8 +46,9 @@ def load_attend(folder: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise UsageError(NO_COMPILER)
-    name = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {platform.machine()} {processor()}".encode())
-    path = folder / f"attend-{name.hexdigest()[:16]}.so"
+    code = b"".join(source.read_bytes() for source in SOURCES)
+    name = hashlib.sha256(code + f"{torch.__version__} {instructions()}".encode())
+    path = folder / f"kernels-{name.hexdigest()[:16]}.so"
     if not path.exists():
         write_whole(path, lambda name: _build(compiler, name))
     torch.ops.load_library(str(path))
@@ -58,6 +63,12 @@ def load_attend(folder: Path) -> None:
     ) -> Tensor:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
+    @torch.library.register_fake("bozzetto::linear")
+    def linear(
+        x: Tensor, weight: Tensor, columns: int, gated: bool, bias: Tensor | None, more: Tensor | None
+    ) -> Tensor:
+        return torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+
 
 def in_pairs(values: Tensor) -> Tensor:
     """[R, H, S, D] -> [R, H, S/2, D, 2]."""
@@ -65,13 +76,37 @@ def in_pairs(values: Tensor) -> Tensor:
 
 
 def _build(compiler: str, path: str) -> None:
-    command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", path]
+    command = [compiler, "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp"]
+    command += ["-shared", "-fPIC", "-std=c++20", *map(str, SOURCES), "-o", path]
     command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
     command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = " ".join(done.stderr.split())[-400:]
-        raise UsageError(f"compile: {compiler} could not build {SOURCE.name}: {tail} (or use compile = 'off')")
+        raise UsageError(f"compile: {compiler} could not build the kernels: {tail} (or use compile = 'off')")
+
+
+def instructions() -> str:
+    """What code built here may run on: the processor's name, and its instructions, which a virtual machine may have
+    fewer of than another of the same name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    known = " ".join(sorted(flags.partition(":")[2].split()))
+    return f"{platform.machine()} {processor()} {hashlib.sha256(known.encode()).hexdigest()[:12]}"
+
+
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in a unit made for it (AMX). Without one, products of many
+    rows take about twice as long in bfloat16 as in float32."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def rows_are_cheap() -> bool:
+    """Whether passes of tens of rows cost little more than those of one on this machine: a GPU, or a matrix unit."""
+    return torch.cuda.is_available() or has_matrix_unit()
 
 
 def processor() -> str:

@@ -27,7 +27,7 @@ from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.mar import MAR, MARConfig
 from bozzetto.models.mar_target import MARSampler
 from bozzetto.train.fit import Fit
-from bozzetto.train.loop import channels_last
+from bozzetto.train.loop import autocast, channels_last
 from bozzetto.train.recipes import FlowRecipe, MARRecipe
 
 LATENTS = "latents.safetensors"
@@ -43,7 +43,7 @@ def encode(encoder: nn.Module, images: np.ndarray, view: Callable[[np.ndarray], 
     parts = []
     for i in range(0, len(images), _CHUNK):
         x = view(images[i : i + _CHUNK]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latent = encoder(x)
         parts.append(latent.float().flatten(2).transpose(1, 2).half())
     return torch.cat(parts)
@@ -190,7 +190,7 @@ class FlowFit(LatentFit):
         return context, times, torch.randn(r.draws, *tokens.shape, generator=generator)
 
     def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return flow_loss(self.model, labels, tokens, *drawn)
 
     def export(self) -> None:
@@ -220,7 +220,7 @@ class MARFit(LatentFit):
         return order, kept, times, torch.randn(*times.shape, dim, generator=generator)
 
     def loss(self, labels: Tensor, tokens: Tensor, *drawn: Any) -> Tensor:  # type: ignore[override]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return mar_loss(self.model, labels, tokens, *drawn)
 
     def export(self) -> None:

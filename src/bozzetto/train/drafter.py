@@ -23,7 +23,7 @@ from bozzetto.models.eagle_store import FAMILY, load_drafter, save_drafter, targ
 from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.conditions import Condition, conditions_of, dropped, together
-from bozzetto.train.loop import RunFolder, WeightAverage, adamw, channels_last, cosine, set_lr
+from bozzetto.train.loop import RunFolder, WeightAverage, adamw, autocast, channels_last, compute_dtype, cosine, set_lr
 from bozzetto.train.recipes import DrafterRecipe, ParallelRecipe, SketchRecipe
 from bozzetto.train.target import tokenise
 
@@ -56,8 +56,8 @@ class Trainer:
         self.net = self.make_net()
         if recipe.init:
             self._begin_from(Path(recipe.init))
-        self.rows = self.target.tok_embeddings.weight.bfloat16()
-        self.head = self.target.output.weight.bfloat16()
+        self.rows = self.target.tok_embeddings.weight.to(compute_dtype())
+        self.head = self.target.output.weight.to(compute_dtype())
         self.optimizer = adamw(self.net, recipe.lr, recipe.weight_decay)
         self.loss = torch.compile(self._loss) if recipe.compile else self._loss
         self.average = WeightAverage(self.net.parameters(), recipe.ema)
@@ -128,12 +128,12 @@ class Trainer:
     @torch.no_grad()
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
         """The target's hidden states after its final norm at inputs 0..N-1: [R, N, d]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return self.target.features(condition[0], tokens[:, :-1], *condition[1:])
 
     def laws(self, features: Tensor, scale: Tensor, more: Tensor | None = None) -> Tensor:
         """Guided log-laws [B, n, V] of hidden states [R, n, d]. more: logits [R, n, V] that are added."""
-        logits = F.linear(features.bfloat16(), self.head).float()
+        logits = F.linear(features.to(self.head.dtype), self.head).float()
         if more is not None:
             logits = logits + more.float()
         if len(logits) > len(scale):
@@ -145,7 +145,7 @@ class Trainer:
         """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses. features: the target's [R, N,
         d]; fed: what the drafter sees of them."""
         r = self.recipe
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             steps = self.net.roll_out(fed[:, :-1], self.rows[tokens[:, :-1]], r.rollout)
         wanted = features[:, 1:]
         log_p = self.laws(wanted, scale)
@@ -202,7 +202,7 @@ class Trainer:
 
     def overlaps(self, features: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
         """1 - TV(p, q) by depth, mean over places and summed over pictures: float64 [depths]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             steps = self.net.roll_out(features[:, :-1], self.rows[tokens[:, :-1]], _DEPTHS)
         p = self.laws(features[:, 1:], scale).exp()
         kept = [torch.minimum(p, self.laws(h, scale).exp())[:, _DEPTHS:].sum(-1).mean(1).sum() for h in steps]

@@ -26,6 +26,7 @@ from bozzetto.models.heads import PackedDenoiser, flow_coefficients
 from bozzetto.models.store import CONFIG, config_from, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.continuous import LatentFit
+from bozzetto.train.loop import autocast, compute_dtype
 from bozzetto.train.recipes import DriftRecipe
 
 _ROWS = 16
@@ -96,7 +97,7 @@ class DriftFit(LatentFit):
         content = read_config(self.folder)
         self.teacher = load_base(self.folder)
         self.schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
-        self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, torch.bfloat16)
+        self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, compute_dtype())
         super().load_data()
         decoder = load_latents(self.folder)
         # Tokens are scaled as the teacher's are, whatever views this run has drawn.
@@ -137,7 +138,7 @@ class DriftFit(LatentFit):
         moving = self.model.config.tuned > 0 and self.share < self.recipe.frozen_from
         hidden, entropy = self.at_places(labels, tokens + context, scale, places, moving)
         wanted = self.targets(labels, tokens + context, scale, places, real)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             made = self.model.decode(hidden, entropy, noise)
             centre = self.model.centre(hidden).float()
         fixed = made.detach()
@@ -151,7 +152,7 @@ class DriftFit(LatentFit):
     ) -> tuple[Tensor, Tensor]:
         """Guided features [B n, d] and entropies [B n] at places int64 [B, n]."""
         both = torch.cat([labels, torch.full_like(labels, self.classes)])
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(moving):
+        with autocast(), torch.set_grad_enabled(moving):
             hidden, entropy = self.model.features(both, context[:, :-1].repeat(2, 1, 1))
         at = places.repeat(2, 1)[..., None].expand(-1, -1, hidden.shape[-1])
         hidden = guided_features(hidden.gather(1, at), scale[:, None, None])
@@ -162,7 +163,7 @@ class DriftFit(LatentFit):
     def targets(self, labels: Tensor, context: Tensor, scale: Tensor, places: Tensor, noise: Tensor) -> Tensor:
         """The teacher's samples [B n, K, D]."""
         both = torch.cat([labels, torch.full_like(labels, self.classes)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             features = self.teacher.features(both, context[:, :-1].repeat(2, 1, 1))
         at = places.repeat(2, 1)[..., None].expand(-1, -1, features.shape[-1])
         each = scale[:, None].expand(-1, places.shape[1]).flatten()
@@ -176,7 +177,7 @@ class DriftFit(LatentFit):
             _, scale, places, _, real, noise = self.draw(tokens, generator)
             hidden, entropy = self.at_places(labels, tokens, scale, places, False)
             wanted = self.targets(labels, tokens, scale, places, real)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 made = self.model.decode(hidden, entropy, noise)
             total += energy_distance(made, wanted).item() * len(labels)
         return total / len(self.test_labels)

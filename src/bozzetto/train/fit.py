@@ -29,6 +29,7 @@ class Fit:
         torch.manual_seed(recipe.seed)
         self.load_data()
         self.model = self.make_model()
+        self.begin()
         self.optimizer = adamw(self.model, recipe.lr, recipe.weight_decay)
         self.compiled = torch.compile(self.loss) if recipe.compile else self.loss
         self.average = WeightAverage(self.model.parameters(), recipe.ema)
@@ -41,6 +42,9 @@ class Fit:
 
     def make_model(self) -> nn.Module:
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """Bring the new model to where training begins."""
 
     def loss(self, *batch: Any) -> Tensor:
         """Mean loss of a batch."""

@@ -14,8 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.files import write_whole
+from bozzetto.models.native import has_matrix_unit
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def compute_dtype() -> torch.dtype:
+    """What training computes in: the faster of bfloat16 and float32 on this processor."""
+    return torch.bfloat16 if has_matrix_unit() else torch.float32
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in `compute_dtype`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16)
 
 
 class RunFolder:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.train.drafter import Trainer
+from bozzetto.train.loop import autocast
 from bozzetto.train.recipes import ParallelRecipe
 
 _EVERY = 11  # pairs between held-out anchors
@@ -58,12 +59,12 @@ class ParallelTrainer(Trainer):
         distance of the predicted features, [R, A, K]. anchors int64 [B, A]."""
         copies, (batch, count) = len(features) // len(scale), anchors.shape
         every = anchors.repeat(copies, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             guessed = self.net.after(fed[:, :-1], self.rows[tokens[:, :-1]], every)  # [R, A, K, d]
         place = every[..., None] + torch.arange(1, self.recipe.places + 1)
         inside = place.clamp_max(features.shape[1] - 1).flatten(1)  # [R, A K]
         wanted = features.gather(1, inside[..., None].expand(-1, -1, features.shape[-1]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             more = self.net.bias(tokens.gather(1, inside - 1))
         log_p = self.laws(wanted, scale)
         log_q = self.laws(guessed.flatten(1, 2), scale, more)

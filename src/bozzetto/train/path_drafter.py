@@ -25,6 +25,7 @@ from bozzetto.models.sketch_store import SKETCH, save_sketch
 from bozzetto.models.store import CONFIG, config_from, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.continuous import LatentFit
+from bozzetto.train.loop import autocast
 from bozzetto.train.recipes import SketchRecipe
 
 _ROWS = 16
@@ -79,7 +80,7 @@ class SketchFit(LatentFit):
     ) -> list[Tensor]:
         """An unbiased draw of V for every token but the first few, for each of `steps` roll-out steps: [B, n]."""
         both = torch.cat([labels, torch.full_like(labels, self.target.config.classes)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 features = self.target.features(both, tokens[:, :-1].repeat(2, 1, 1))  # [2B, N, d]
                 embedded = self.target.token_embedding(tokens[:, :-1].repeat(2, 1, 1))
@@ -87,7 +88,7 @@ class SketchFit(LatentFit):
             rolled = self.model.body.roll_out(features[:, :-1], embedded, steps)
         found = []
         for k, predicted in enumerate(rolled):
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 guess = self._draft_tokens(predicted, scale, at[:, 1:], state[:, 1:])
             apart = (guess - wanted[:, 1:]).square().sum(-1) * self.weights[at[:, 1:]] * len(self.times)
             found.append(apart[:, k:])  # the first pairs of step k have too short a past

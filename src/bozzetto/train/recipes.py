@@ -78,7 +78,7 @@ class TargetRecipe:
     views: augmented token views held per image; one is drawn anew every `refresh_every` steps (0: never); jitter:
     largest relative change of brightness and contrast; ema: decay of the averaged weights; patience: evaluations
     without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write matrices as int8
-    (models/store.py).
+    (models/store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
     """
 
     out: str
@@ -87,6 +87,7 @@ class TargetRecipe:
     test: DataSource
     name: str
     compact: bool = False
+    init: str = ""
     dim: Count = 512
     layers: Count = 6
     heads: Count = 8

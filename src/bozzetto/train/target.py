@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.data import augment, evaluation_view, read_captions
+from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig
 from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.models.store import load_tokenizer, save_llamagen
+from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
 from bozzetto.prompts import ENCODER
 from bozzetto.train.conditions import prompt_features
 from bozzetto.train.fit import Fit
-from bozzetto.train.loop import channels_last
+from bozzetto.train.loop import autocast, channels_last
 from bozzetto.train.recipes import CaptionRecipe, FlowRecipe, MARRecipe, TargetRecipe
 
 _CHUNK = 64
@@ -39,7 +40,7 @@ def tokenise(tokenizer: VQTokenizer, images: np.ndarray, view: Callable[[np.ndar
     parts = []
     for i in range(0, len(images), _CHUNK):
         x = view(images[i : i + _CHUNK]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             parts.append(tokenizer.encode(x).short())
     return torch.cat(parts)
 
@@ -49,6 +50,15 @@ class CodeFit(Fit):
 
     recipe: TargetRecipe
     model: LlamaGen
+
+    def begin(self) -> None:
+        """Take over the weights of a trained target, if the recipe names one."""
+        if not self.recipe.init:
+            return
+        trained = load_llamagen(Path(self.recipe.init))
+        if trained.config != self.model.config:
+            raise UsageError(f"{self.recipe.init}: {trained.config} is not the recipe's {self.model.config}")
+        self.model.load_state_dict(trained.state_dict())
 
     def load_data(self) -> None:
         recipe = self.recipe
@@ -104,7 +114,7 @@ class CodeFit(Fit):
 
     def loss(self, labels: Tensor, tokens: Tensor) -> Tensor:  # type: ignore[override]
         """Mean cross entropy in nats per token."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = self.model(labels, tokens[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
@@ -175,7 +185,7 @@ class CaptionFit(CodeFit):
 
     def loss(self, features: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:  # type: ignore[override]
         """Mean cross entropy in nats per token."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = self.model(features, tokens[:, :-1], mask)
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 

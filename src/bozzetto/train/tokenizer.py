@@ -21,7 +21,7 @@ from bozzetto.data import ImageSet, augment, evaluation_view
 from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import save_tokenizer
-from bozzetto.train.loop import RunFolder, channels_last, cosine, psnr, set_lr
+from bozzetto.train.loop import RunFolder, autocast, channels_last, cosine, psnr, set_lr
 from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 
 _CHUNK = 64
@@ -65,7 +65,7 @@ class _Data:
 @torch.no_grad()
 def encode_latents(encoder: nn.Module, x: Tensor) -> Tensor:
     """Images [B, 3, S, S] -> float32 latents [B, 32, S/8, S/8], computed in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         return encoder(x.contiguous(memory_format=torch.channels_last)).float()
 
 
@@ -106,7 +106,7 @@ class _Trainer:
         """Total loss, its parts, and for pixel stages the decoded and true windows."""
         m, r = self.model, self.recipe
         pictures, latent = self.data.batch(stage.batch, self.generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.set_grad_enabled(stage.kind != "decoder"):
                 unit = m.features(latent.contiguous(memory_format=torch.channels_last))
             index = m.nearest(unit.detach())
@@ -137,7 +137,7 @@ class _Trainer:
 
     def critic_step(self, y: Tensor, x: Tensor) -> float:
         """Hinge loss step of the critic."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             real, fake = self.critic(x), self.critic(y.detach())
         loss = F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
         self.critic_optimizer.zero_grad()
@@ -149,7 +149,7 @@ class _Trainer:
         loss, parts, y, x = self.losses(stage)
         if stage.adversarial_weight and y is not None and x is not None:
             self.critic.requires_grad_(False)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 loss = loss - stage.adversarial_weight * self.critic(y).float().mean()
             self.critic.requires_grad_(True)
         optimizer.zero_grad()
@@ -166,7 +166,7 @@ class _Trainer:
         x = self.data.held_out[:count]
         used, out = [], []
         for part in x.split(_CHUNK):
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 tokens = self.model.encode(part.contiguous(memory_format=torch.channels_last))
                 out.append(self.model.decode(tokens).float())
             used.append(tokens.flatten())

@@ -15,14 +15,14 @@ from torch import Tensor
 from bozzetto.errors import UsageError
 from bozzetto.models import native
 from bozzetto.models.graphs import cache_folder
-from bozzetto.models.native import HEAD_UNIT, in_pairs, load_attend
+from bozzetto.models.native import HEAD_UNIT, in_pairs, load_kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module")
 def attend() -> Callable[..., Tensor]:
-    load_attend(cache_folder())
+    load_kernels(cache_folder())
     return torch.ops.bozzetto.attend
 
 
@@ -219,7 +219,7 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.ops, "bozzetto", object())  # not loaded
     with pytest.raises(UsageError, match=r"needs a C\+\+ compiler.*compile = 'off'"):
-        load_attend(tmp_path)
+        load_kernels(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,12 +227,12 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     compiler = tmp_path / "a-compiler"
     compiler.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
     compiler.chmod(0o755)
-    with pytest.raises(UsageError, match=r"a-compiler could not build attend\.cpp: no such header"):
+    with pytest.raises(UsageError, match=r"a-compiler could not build the kernels: no such header"):
         native._build(str(compiler), str(tmp_path / "out.so"))
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(torch.ops, "bozzetto", object())
     with pytest.raises(UsageError, match="a-compiler could not build"):
-        load_attend(tmp_path / "kept")
+        load_kernels(tmp_path / "kept")
     assert list((tmp_path / "kept").iterdir()) == []
 
 

@@ -133,7 +133,7 @@ def test_a_name_changes_with_all_that_a_graph_depends_on(names: Names, monkeypat
         assert len(names(**change)) == 2 + number, change
     monkeypatch.setattr(torch, "get_num_threads", lambda: 57)
     assert len(names()) == 2 + len(changes)
-    monkeypatch.setattr(graphs, "processor", lambda: "another one")
+    monkeypatch.setattr(graphs, "instructions", lambda: "another one")
     assert len(names()) == 3 + len(changes)
 
 

@@ -123,10 +123,13 @@ def test_bad_models_are_named(tiny_model: Path, tmp_path: Path) -> None:
         bozzetto.load(folder)
 
 
-def test_the_automatic_window_narrows_with_the_batch() -> None:
+@pytest.mark.parametrize(("cheap", "least"), [(True, 2), (False, 1)])
+def test_the_automatic_window_narrows_with_the_batch(cheap: bool, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bozzetto.settings.rows_are_cheap", lambda: cheap)
     for dtype in ("float32", "bfloat16"):
-        windows = [default_window(n, dtype) for n in (1, 2, 4, 8, 16, 64)]
-        assert windows == sorted(windows, reverse=True)
-        assert min(windows) >= 2
+        for compiled in (False, True):
+            windows = [default_window(n, dtype, compiled=compiled) for n in (1, 2, 4, 8, 16, 64)]
+            assert windows == sorted(windows, reverse=True)
+            assert min(windows) == least and windows[0] >= 8
     assert GenerateSettings(drafter="none").window_for(1, 256, "float32") == 1
     assert GenerateSettings(window=64).window_for(1, 16, "float32") == 16

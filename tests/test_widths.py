@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bozzetto.engine import widths
 from bozzetto.engine.widths import MeasuredWidth, PassTimes, candidates, committed, share_kept
 
 
@@ -18,6 +19,11 @@ def paced(cost: dict[int, float], share: float, passes: int = 400, images: int =
         pace.note(width, [committed(share, width)] * images, [True] * images)
         chosen.append(width)
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widths, "rows_are_cheap", lambda: True)
 
 
 FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.05, 16: 1.1}
@@ -59,6 +65,12 @@ def test_share_kept_is_the_inverse_of_tokens_committed(share: float) -> None:
 )
 def test_few_widths_get_graphs_and_none_of_more_rows_than_pay(sequences: int, widest: int, wanted: list[int]) -> None:
     assert candidates(sequences, widest) == wanted
+
+
+@pytest.mark.parametrize(("sequences", "wanted"), [(1, [1, 4, 8]), (2, [1, 2, 4]), (4, [1, 2]), (8, [1]), (256, [1])])
+def test_where_rows_cost_widths_are_narrow(sequences: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widths, "rows_are_cheap", lambda: False)
+    assert candidates(sequences, 16) == wanted
 
 
 @pytest.mark.parametrize(("cost", "wanted"), [(FLAT, 16), (STEEP, 1)])

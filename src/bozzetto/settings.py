@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.graphs import check_mode
+from bozzetto.models.native import rows_are_cheap
 from bozzetto.path_registry import (
     ALONE,
     PATH_DRAFTERS,
@@ -34,9 +35,9 @@ class GenerateSettings:
     batch); guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded together; tv_budget:
     most bias per image that a relaxed rule may spend (None: no limit).
 
-    For continuous tokens: steps, denoising steps per token; passes, autoregressive steps of a masked model;
-    guidance_schedule: `linear` (guidance grows from 1 with the share of known tokens) or `constant`, for a masked
-    model. 0 and "": as the model says.
+    For continuous tokens: steps, denoising steps per token; last_steps, those of the last token, to which they fall
+    (without drafts only); passes, autoregressive steps of a masked model; guidance_schedule: `linear` (guidance grows
+    from 1 with the share of known tokens) or `constant`, for a masked model. 0 and "": as the model says.
 
     negative_prompt: what stands for no prompt under guidance ("": what the model has for that), where the model draws
     prompts of its own.
@@ -55,6 +56,7 @@ class GenerateSettings:
     batch: int = 1
     tv_budget: float | None = None
     steps: int = 0
+    last_steps: int = 0
     passes: int = 0
     guidance_schedule: str = ""
     negative_prompt: str = ""
@@ -68,7 +70,7 @@ class GenerateSettings:
             raise UsageError(f"window = {self.window} is not allowed: a whole number >= 1, or 0 to choose it")
         if self.batch < 1:
             raise UsageError(f"batch = {self.batch} is not allowed: a whole number >= 1")
-        for name in ("steps", "passes"):
+        for name in ("steps", "last_steps", "passes"):
             if getattr(self, name) < 0:
                 raise UsageError(
                     f"{name} = {getattr(self, name)} is not allowed: a whole number >= 1, or 0: the model's"
@@ -138,9 +140,10 @@ def default_window(sequences: int, dtype: str, widest: int = 16, compiled: bool 
     """A window that pays on a two-core CPU: wide for few images, narrow for many (docs/log.md has the measurements).
 
     sequences: rows in a pass, images times two under guidance; compiled: a sequential pass costs so much less that rows
-    have to be fewer.
+    have to be fewer. Without a matrix unit for bfloat16 every row costs, and large batches draw one place at a time.
     """
-    rows = 128 if dtype == "bfloat16" else 64
-    if compiled:
-        rows = 32
-    return max(2, min(widest, rows // sequences))
+    if rows_are_cheap():
+        rows = 32 if compiled else 128 if dtype == "bfloat16" else 64
+        return max(2, min(widest, rows // sequences))
+    rows = 8 if compiled else 16 if dtype == "bfloat16" else 32
+    return max(1, min(widest, rows // sequences))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from bozzetto.laws.noise import gumbel_rows
 from bozzetto.models.entropy import attention_entropy
 from bozzetto.models.graphs import Compiler, Graph, cache_folder
+from bozzetto.models.linear import fixed_map
 from bozzetto.models.llamagen import Block, LlamaGenConfig
-from bozzetto.models.native import HEAD_UNIT, load_attend
+from bozzetto.models.native import HEAD_UNIT, load_kernels
 
 Caches = Sequence[Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -41,9 +42,9 @@ class _Layer(nn.Module):
         a, f = layer.attention, layer.feed_forward
         pairs = a.wqkv.weight.view(3, config.heads, config.head_dim // 2, 2, config.dim)
         halves = torch.cat([pairs[:2].transpose(2, 3).flatten(0, 3), pairs[2].flatten(0, 2)])
-        self.wqkv = fixed_linear(halves, dtype)
-        self.wo, self.w2 = (fixed_linear(part.weight, dtype) for part in (a.wo, f.w2))
-        self.w13 = fixed_linear(torch.cat([f.w1.weight, f.w3.weight]), dtype)
+        self.wqkv = fixed_map(halves, dtype)
+        self.wo, self.w2 = (fixed_map(part.weight, dtype) for part in (a.wo, f.w2))
+        self.w13 = fixed_map(torch.cat([f.w1.weight, f.w3.weight]), dtype, gated=True)
         self.gain_1, self.gain_2 = (_fixed(norm.weight, dtype) for norm in (layer.attention_norm, layer.ffn_norm))
 
 
@@ -69,7 +70,7 @@ class CausalStep(nn.Module):
         self.config, self.dtype, self.embed = config, dtype, embed
         self.layers = nn.ModuleList(_Layer(block, config, dtype) for block in blocks)
         self.gain = _fixed(gain, dtype)
-        self.head = None if head is None else fixed_linear(head, dtype)
+        self.head = None if head is None else fixed_map(head, dtype)
         self.register_buffer("rope", rope.float().transpose(1, 2).contiguous())
         self.own_attention = self.steady = False
 
@@ -133,9 +134,8 @@ class CausalStep(nn.Module):
         rows, width = x.shape[:2]
         qkv = w.wqkv(F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)).view(rows, width, 3, c.heads, c.head_dim)
         q, k = _rotate(qkv[:, :, :2], rotation).unbind(2)
-        x = x + w.wo(attend(q, k, qkv[:, :, 2], keys, values).reshape(rows, width, c.dim))
-        gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
-        return x + w.w2(F.silu(gate) * up), q
+        x = w.wo(attend(q, k, qkv[:, :, 2], keys, values).reshape(rows, width, c.dim), x)
+        return w.w2(w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)), x), q
 
 
 class ChainStep(nn.Module):
@@ -200,7 +200,7 @@ class VectorEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, positions: Tensor, dtype: torch.dtype):
         super().__init__()
-        self.map = fixed_linear(weight, dtype, bias)
+        self.map = fixed_map(weight, dtype, bias)
         self.positions = _fixed(positions, dtype)
 
     def forward(self, inputs: Tensor, position: Tensor) -> Tensor:
@@ -213,9 +213,9 @@ class CompiledStep:
 
     def __init__(self, step: CausalStep, lead: int, compiler: Compiler):
         self.step, self.compiler = step.eval().requires_grad_(False), compiler
-        if step.rope.device.type == "cpu" and step.config.head_dim % HEAD_UNIT == 0:
-            load_attend(compiler.folder or cache_folder())
-            step.own_attention = True
+        if step.rope.device.type == "cpu":
+            load_kernels(compiler.folder or cache_folder())
+            step.own_attention = step.config.head_dim % HEAD_UNIT == 0
         self.chain_step, self.dtype = ChainStep(self.step, lead), step.dtype
         self.graphs: dict[Key, Graph] = {}
         self.draws: Graph | None = None
@@ -277,16 +277,6 @@ def _copies(arguments: Sequence[Tensor]) -> list[Tensor]:
 
 def _fixed(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=False)
-
-
-def fixed_linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer that is not trained, with copies of these in `dtype`."""
-    with torch.device("meta"):
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.weight = _fixed(weight, dtype)
-    if bias is not None:
-        made.bias = _fixed(bias, dtype)
-    return made
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.models.compiled import fixed_linear
 from bozzetto.models.denoiser import Denoiser
-from bozzetto.models.graphs import Compiler, Graph
+from bozzetto.models.graphs import Compiler, Graph, cache_folder
 from bozzetto.models.heads import LN_EPS
+from bozzetto.models.linear import fixed_map
+from bozzetto.models.native import load_kernels
 
 
 class NarrowStep(nn.Module):
@@ -26,13 +27,13 @@ class NarrowStep(nn.Module):
         super().__init__()
         self.width, self.dtype = net.config.width, dtype
         self.input, self.output = (
-            fixed_linear(part.weight, torch.float32, part.bias) for part in (net.input_proj, net.final_layer.linear)
+            fixed_map(part.weight, torch.float32, part.bias) for part in (net.input_proj, net.final_layer.linear)
         )
         self.blocks = nn.ModuleList()
         for block in net.blocks:
             made = nn.Module()
             up, down = block.linears
-            made.up, made.down = (fixed_linear(part.weight, dtype, part.bias) for part in (up, down))
+            made.up, made.down = (fixed_map(part.weight, dtype, part.bias) for part in (up, down))
             for name in ("weight", "bias"):
                 value = getattr(block.in_ln, name).detach().to(dtype)
                 made.register_buffer(name, value.clone())
@@ -55,6 +56,8 @@ class CompiledNarrow:
 
     def __init__(self, net: Denoiser, dtype: torch.dtype, compiler: Compiler):
         self.step, self.compiler = NarrowStep(net, dtype).eval().requires_grad_(False), compiler
+        if net.input_proj.weight.device.type == "cpu":
+            load_kernels(compiler.folder or cache_folder())
         self.graphs: dict[tuple[int, ...], Graph] = {}
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:

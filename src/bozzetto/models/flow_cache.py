@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.laws.schedules import FlowSchedule, flow_schedule
+from bozzetto.models.annealed import Annealed
 from bozzetto.models.base import Scores
 from bozzetto.models.denoiser import Denoiser
 from bozzetto.models.dense import Dense
@@ -19,15 +20,20 @@ from bozzetto.models.llamagen_cache import CausalSession, CausalTarget
 
 @dataclass(frozen=True)
 class FlowSampler:
-    """How the head is sampled: see `flow_schedule`."""
+    """How the head is sampled: see `flow_schedule`. last_steps: steps of the last token (0: as of all the others), see
+    models/annealed.py."""
 
     steps: int = 16
     last_std: float = 0.05
     shift: float = 1.0
+    last_steps: int = 0
 
     @property
     def schedule(self) -> FlowSchedule:
-        return flow_schedule(self.steps, self.last_std, self.shift)
+        return self.with_steps(self.steps)
+
+    def with_steps(self, steps: int) -> FlowSchedule:
+        return flow_schedule(steps, self.last_std, self.shift)
 
 
 class FlowTarget(CausalTarget):
@@ -35,6 +41,7 @@ class FlowTarget(CausalTarget):
     layers of the head, where there are."""
 
     narrow: Any = None
+    stages: Annealed[FlowSchedule] | None = None
 
     @torch.no_grad()
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
@@ -53,8 +60,12 @@ class FlowTarget(CausalTarget):
     def sample_with(self, model: FlowModel, sampler: FlowSampler) -> None:
         """Sample the head of `model`, which this target was made from, in another way."""
         self.sampler, self.schedule = sampler, sampler.schedule
-        self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, self.dtype)
+        kernels = self.narrow is not None
+        self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, self.dtype, kernels)
         self.head.compiled = self.narrow
+        if sampler.last_steps:
+            at = (sampler.with_steps, lambda schedule: schedule.time * TIME_SCALE)
+            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
@@ -72,8 +83,10 @@ class FlowTarget(CausalTarget):
     def read_out(self, x: Tensor) -> Scores:
         return Scores(None, x)
 
-    def law(self, features: Tensor, guidance: float, temperature: float) -> FlowLaw:
-        """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1."""
+    def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
+        """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1; done:
+        tokens that are known."""
         rows, width = features.shape[:2]
         batch = rows if guidance == 1 else rows // 2
-        return FlowLaw(self.schedule, self.head, features.flatten(0, 1), (batch, width), guidance, temperature)
+        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
+        return FlowLaw(schedule, head, features.flatten(0, 1), (batch, width), guidance, temperature)

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
 from bozzetto.files import write_whole
-from bozzetto.models.native import NO_COMPILER, processor
+from bozzetto.models.native import NO_COMPILER, instructions
 
 MODES = ("off", "default", "max")
 MOST_BYTES = 8 << 30  # of packages on disk; the ones not used for longest go first
@@ -123,8 +122,7 @@ class Compiler:
 
 def _machine() -> tuple[object, ...]:
     """What a graph fits, and the time of a pass belongs to."""
-    built = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability())
-    return (*built, processor(), torch.get_num_threads())
+    return (torch.__version__, torch.backends.cpu.get_cpu_capability(), instructions(), torch.get_num_threads())
 
 
 def digest_of(*parts: object) -> str:

@@ -7,6 +7,7 @@ with the narrow layers only. With a few rows and a small head these run in float
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.models.denoiser import Denoiser
 from bozzetto.models.dense import Dense
+from bozzetto.models.linear import KernelDense, own_linear_pays
 
 LN_EPS = 1e-6
 _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be read off
@@ -65,21 +67,30 @@ class PackedDenoiser:
     compiled: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @torch.no_grad()
-    def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype):
-        """times: [T], what the network is told at each step of the sampler (0 to 1000)."""
+    def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype, kernels: bool = False):
+        """times: [T], what the network is told at each step of the sampler (0 to 1000); kernels: ours are loaded."""
         self.width, self.depth, self.dtype = net.config.width, net.config.depth, dtype
         self.steps, self.token_dim, self.out_dim = len(times), net.config.token_dim, net.config.out_dim
         device = net.input_proj.weight.device
+        self.embed_times = net.time_embed
         self.times = net.time_embed(times.to(device)).to(dtype)  # [T, width]
         self.condition = Dense.of(net.cond_embed, dtype)
         parts = [block.modulation for block in [*net.blocks, net.final_layer]]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
         for start in self._scales():  # "1 + scale" becomes part of the bias
             bias[start : start + self.width] += 1
-        self.modulation = Dense(weight, bias, dtype)  # [(3 depth + 2) width, width]
+        own = kernels and own_linear_pays(weight)
+        self.modulation = (KernelDense if own else Dense)(weight, bias, dtype)  # [(3 depth + 2) width, width]
         self.narrow = self.few = _Narrow(net, dtype)
         if dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
             self.few = _Narrow(net, torch.float32)
+
+    @torch.no_grad()
+    def retimed(self, times: Tensor) -> PackedDenoiser:
+        """The same head at other times [T]; weights are shared."""
+        other = copy.copy(self)
+        other.steps, other.times = len(times), self.embed_times(times.to(self.times.device)).to(self.dtype)
+        return other
 
     def _scales(self) -> list[int]:
         """Where the scales begin among the modulations: each block has shift, scale, gate, the last shift, scale."""

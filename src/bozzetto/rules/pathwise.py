@@ -5,6 +5,9 @@ kept while each of its D numbers is within epsilon of the target's own; at the f
 is taken and the drafts after it are dropped. So every committed token is within epsilon of what the target itself would
 have drawn from the same noise and the same committed context; epsilon = 0 is the sequential image of the seed. (The
 coupling is by common random numbers; the test with its bound is this project's own.)
+
+A token that is within epsilon goes on as context, so that small distances of a run of kept tokens act together. The
+stricter `over=run` bounds them together: the Euclidean length of all differences of a run is at most epsilon.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from bozzetto.rules.paths import PathNoise, PathRule
 
 @dataclass(frozen=True)
 class Pathwise(PathRule):
-    """epsilon: largest distance, in units of the tokens' deviation, in any of the D numbers of a token."""
+    """epsilon: largest distance, in units of the tokens' deviation. over: `token`, in any of the D numbers of a token;
+    `run`, of all tokens kept in a pass together, the root of the sum of squares."""
 
     name: ClassVar[str] = "pathwise"
     needs_path: ClassVar[bool] = False
@@ -33,16 +37,21 @@ class Pathwise(PathRule):
     bias: ClassVar[str] = "every number of a token is within epsilon of the target's own sample from the same noise"
 
     epsilon: float = 0.1
+    over: str = "token"
 
     def __post_init__(self) -> None:
+        if self.over not in ("token", "run"):
+            raise UsageError(f"over = {self.over!r} is not allowed: token, run")
         if not 0 <= self.epsilon < float("inf"):
             raise UsageError(f"epsilon = {self.epsilon} is not allowed: a number >= 0")
 
     def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
         batch, length = draft.tokens.shape[:2]
         own = sample_path(law, None, noise.fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
-        apart = (own[:, :length] - draft.tokens).abs().amax(-1)  # [B, M]
-        accepted = leading(apart <= self.epsilon)
+        gap = own[:, :length] - draft.tokens
+        apart = gap.abs().amax(-1)  # [B, M]
+        tested = apart if self.over == "token" else gap.square().sum(-1).cumsum(1).sqrt()
+        accepted = leading(tested <= self.epsilon)
         kept = torch.arange(length, device=own.device) < accepted[:, None]
         tokens = torch.cat([torch.where(kept[..., None], draft.tokens, own[:, :length]), own[:, length:]], 1)
         distance = torch.nn.functional.pad(apart.masked_fill(~kept, 0.0), (0, 1))

@@ -120,6 +120,7 @@ def test_speculation_inside_the_head_saves_serial_calls(flow: Pipeline, masked: 
         ({"rule": "plain", "drafter": "jacobi"}, "needs no drafter"),
         ({"rule": "joint", "drafter": "jacobi"}, "does not carry a window on"),
         ({"rule": "pathwise:epsilon=-1"}, "epsilon = -1"),
+        ({"rule": "pathwise:over=image"}, "over = 'image' is not allowed: token, run"),
         ({"rule": "reflection:depth=0"}, "depth = 0"),
         ({"top_k": 5}, "top-k"),
         ({"temperature": 0.0}, "temperature"),

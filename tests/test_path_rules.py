@@ -405,6 +405,17 @@ def test_pathwise_keeps_what_is_within_epsilon_and_nothing_else() -> None:
     assert bool((before == 3).all())
 
 
+def test_pathwise_over_a_run_bounds_all_that_is_kept_together() -> None:
+    draft, law, noise = scene("unequal", 0.2)
+    apart = (own_tokens(law, noise)[:, :3] - draft.tokens).abs()
+    for epsilon in (0.0, 0.3, 1.0, 50.0):
+        verdict = Pathwise(epsilon, over="run").verify(draft, law, noise)
+        together = [[float(apart[b, : n + 1].sum()) for n in range(3)] for b in range(200)]
+        assert verdict.accepted[:200].tolist() == [sum(t <= epsilon for t in sums) for sums in together]
+        assert bool((verdict.accepted <= Pathwise(epsilon).verify(draft, law, noise).accepted).all())
+    assert bool((verdict.accepted == 3).all())
+
+
 def test_pathwise_bounds_every_committed_token() -> None:
     out = decode(Pathwise(0.2), TARGETS["equal"], TARGETS["equal"].draft(0.15), range(2000), length=4, drafts=3)
     assert 0.15 < out.moved <= 0.2 and 0 < out.accepted < out.offered

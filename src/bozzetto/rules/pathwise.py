@@ -7,7 +7,7 @@ have drawn from the same noise and the same committed context; epsilon = 0 is th
 coupling is by common random numbers; the test with its bound is this project's own.)
 
 A token that is within epsilon goes on as context, so that small distances of a run of kept tokens act together. The
-stricter `over=run` bounds them together: the Euclidean length of all differences of a run is at most epsilon.
+stricter `over=run` bounds them together: all distances of the numbers of a run add up to at most epsilon.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bozzetto.rules.paths import PathNoise, PathRule
 @dataclass(frozen=True)
 class Pathwise(PathRule):
     """epsilon: largest distance, in units of the tokens' deviation. over: `token`, in any of the D numbers of a token;
-    `run`, of all tokens kept in a pass together, the root of the sum of squares."""
+    `run`, of all numbers of all tokens kept in a pass together, the sum of their distances."""
 
     name: ClassVar[str] = "pathwise"
     needs_path: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class Pathwise(PathRule):
         own = sample_path(law, None, noise.fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
         gap = own[:, :length] - draft.tokens
         apart = gap.abs().amax(-1)  # [B, M]
-        tested = apart if self.over == "token" else gap.square().sum(-1).cumsum(1).sqrt()
+        tested = apart if self.over == "token" else gap.abs().sum(-1).cumsum(1)
         accepted = leading(tested <= self.epsilon)
         kept = torch.arange(length, device=own.device) < accepted[:, None]
         tokens = torch.cat([torch.where(kept[..., None], draft.tokens, own[:, :length]), own[:, length:]], 1)

@@ -124,6 +124,22 @@ def test_painting_leaves_the_number_of_threads_as_it_was(pipe: Pipeline) -> None
     assert torch.get_num_threads() == before
 
 
+def test_painters_have_one_core_each_whatever_everybody_else_has(pipe: Pipeline) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    worker = Worker(lambda: {"tiny": pipe}, warm=False)
+    worker.start()
+    try:
+        assert worker.ready.wait(20)
+        torch.set_num_threads(2)
+        asked = [worker.painters.submit(torch.get_num_threads) for _ in range(8)]
+        assert [answer.result() for answer in asked] == [1] * 8
+    finally:
+        worker.stop()
+        worker.join(20)
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["flowers-flow", "flowers-mar"])
 def test_continuous_models_are_served_too(name: str) -> None:
     pipe = load(name)

@@ -320,7 +320,7 @@ class Pipeline(ABC):
         if self.target.device.type != "cpu":
             return [self.decode_here(row) for row in tokens]
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(min(threads, len(tokens)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(min(threads, len(tokens)), initializer=one_core) as pool:
             made = list(pool.map(self.decode_here, tokens))
         torch.set_num_threads(threads)  # the workers' setting would be that of threads made later
         return made
@@ -328,7 +328,7 @@ class Pipeline(ABC):
     @torch.no_grad()
     def decode_here(self, tokens: Tensor) -> Image.Image:
         """Tokens int64 [N] -> RGB picture, in the calling thread. The bytes are those of `decode` where that thread has
-        one core (torch.set_num_threads)."""
+        one core (`one_core`)."""
         return _picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
 
     @torch.no_grad()
@@ -347,6 +347,13 @@ class Pipeline(ABC):
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)
+
+
+def one_core() -> None:
+    """Let the calling thread compute on one core. (A thread takes over the setting of the process when it first asks
+    for it: unless that is done now, somebody who sets it elsewhere in the meantime would undo this.)"""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _advance(bar: Any, before: float, done: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from bozzetto.admission import Admission, Ticket
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline import Pipeline, one_core
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
 from bozzetto.settings import GenerateSettings
@@ -190,7 +190,7 @@ class Worker(threading.Thread):
         """Load, warm up, and decode until told to stop."""
         threads = torch.get_num_threads()
         try:
-            self.painters = ThreadPoolExecutor(_PAINTERS, "bozzetto-painter", torch.set_num_threads, (1,))
+            self.painters = ThreadPoolExecutor(_PAINTERS, "bozzetto-painter", one_core)
             list(self.painters.map(lambda _: time.sleep(0.05), range(_PAINTERS)))  # so that they are there
             torch.set_num_threads(threads)  # theirs is taken over by threads that are made later
             self.pipes = self.load()

@@ -105,7 +105,8 @@ def send(url: str, asked: Asked) -> dict[str, Any]:
         return {"status": -1, "seconds": time.monotonic() - began}
     told = {"status": answer.status_code, "seconds": time.monotonic() - began}
     if answer.status_code == 200:
-        told["sha256"] = answer.json()["data"][0]["bozzetto"]["sha256"]
+        image = answer.json()["data"][0]["bozzetto"]
+        told |= {"sha256": image["sha256"], "passes": image["target_passes"]}
     return told
 
 
@@ -135,6 +136,8 @@ def judged(options: argparse.Namespace, asked: list[Asked], told: list[dict[str,
         else:  # a rule that is not seed-exact measures no margin
             close = image.margin is not None and image.margin < ROUNDING[pipe.dtype]
             counts["near_tie" if close else "wrong"] += 1
+            if not close:
+                tqdm.write(f"not the image drawn alone: {item}, {answer['passes']} passes, alone {image.target_passes}")
     return counts
 
 

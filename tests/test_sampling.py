@@ -16,6 +16,7 @@ from bozzetto import cli, sampling
 from bozzetto.errors import UsageError
 from bozzetto.pipeline import GenerateSettings
 from bozzetto.sampling import ADM, RUN, SampleRun, method_settings, read_run, read_samples, sample, world_of, write_adm
+from bozzetto.settings import default_window
 
 METHODS = ["none", "jacobi/seed-exact", "jacobi/exact"]
 
@@ -114,7 +115,7 @@ def test_a_retrained_model_does_not_mix_with_old_samples(pipe, tmp_path, monkeyp
 
 def test_an_automatic_window_of_a_coin_flipping_rule_is_fixed_for_the_whole_run(pipe, tmp_path):
     run = run_in(tmp_path / "run", pipe, "jacobi/exact", batch=64)
-    assert read_run(run.folder)["settings"]["window"] == run.settings.window == 2
+    assert read_run(run.folder)["settings"]["window"] == run.settings.window == default_window(128, "float32")
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "broken", "foreign"])

@@ -1,11 +1,26 @@
-"""Pictures for people: contact sheets."""
+"""Pictures for people: from numbers, and on contact sheets."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 _GAP = 4
+
+
+def one_core() -> None:
+    """Let the calling thread compute on one core. (A thread takes over the setting of the process when it first asks
+    for it: unless that is done now, somebody who sets it elsewhere in the meantime would undo this.)"""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """float [3, H, W] in [0, 1] -> PIL RGB."""
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def contact_sheet(images: np.ndarray, columns: int, captions: list[str] | None = None, scale: int = 1) -> Image.Image:

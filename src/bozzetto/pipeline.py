@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,6 +24,7 @@ from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.images import one_core, to_picture
 from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config
 from bozzetto.settings import GenerateSettings
 
@@ -329,7 +329,7 @@ class Pipeline(ABC):
     def decode_here(self, tokens: Tensor) -> Image.Image:
         """Tokens int64 [N] -> RGB picture, in the calling thread. The bytes are those of `decode` where that thread has
         one core (`one_core`)."""
-        return _picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
+        return to_picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
 
     @torch.no_grad()
     def preview(self, tokens: Tensor, count: int, known: Tensor | None = None) -> Image.Image:
@@ -339,7 +339,7 @@ class Pipeline(ABC):
         first = torch.arange(grid * grid, device=pixels.device) < self.codes_drawn(count)
         drawn = (first if known is None else known.to(pixels.device)).view(1, grid, grid).float()
         drawn = drawn.repeat_interleave(pixels.shape[1] // grid, 1).repeat_interleave(pixels.shape[2] // grid, 2)
-        return _picture(pixels * drawn + _GREY * (1 - drawn))
+        return to_picture(pixels * drawn + _GREY * (1 - drawn))
 
     def codes_drawn(self, count: int) -> int:
         """How many cells of the grid the first `count` tokens fill."""
@@ -349,21 +349,8 @@ class Pipeline(ABC):
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)
 
 
-def one_core() -> None:
-    """Let the calling thread compute on one core. (A thread takes over the setting of the process when it first asks
-    for it: unless that is done now, somebody who sets it elsewhere in the meantime would undo this.)"""
-    torch.get_num_threads()
-    torch.set_num_threads(1)
-
-
 def _advance(bar: Any, before: float, done: int) -> None:
     bar.update(before + done - bar.n)
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    """float [3, H, W] in [0, 1] -> PIL RGB."""
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:

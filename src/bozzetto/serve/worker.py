@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from bozzetto.admission import Admission, Ticket
-from bozzetto.pipeline import Pipeline, one_core
+from bozzetto.images import one_core
+from bozzetto.pipeline import Pipeline
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
 from bozzetto.settings import GenerateSettings

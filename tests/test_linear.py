@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bozzetto.models import linear
+from bozzetto.models import linear, native
 from bozzetto.models.graphs import cache_folder
 from bozzetto.models.linear import OwnMap, TorchMap, fixed_map, laid_out, own_linear_pays
 from bozzetto.models.native import load_kernels
+from bozzetto.train import loop
+from bozzetto.train.loop import autocast, compute_dtype
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -83,3 +85,22 @@ def test_the_faster_map_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         made = fixed_map(torch.ones(4, 8), torch.bfloat16, torch.ones(4))
         assert isinstance(made, kind) and made(torch.ones(1, 8).bfloat16()).tolist() == [[9.0] * 4]
     assert not own_linear_pays(torch.ones(4, 7))  # numbers come in pairs
+
+
+def test_training_computes_in_the_faster_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.products_prefer_bfloat16() is native.products_prefer_bfloat16()  # measured once
+    for prefers, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(loop, "products_prefer_bfloat16", lambda prefers=prefers: prefers)
+        assert compute_dtype() == dtype
+        with autocast():
+            assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(("unit", "prefers", "rows"), [(True, False, 32), (False, True, 16), (False, False, 8)])
+def test_rows_that_are_cheap_follow_the_machine(
+    unit: bool, prefers: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "has_matrix_unit", lambda: unit)
+    monkeypatch.setattr(native, "products_prefer_bfloat16", lambda: prefers)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert native.cheap_rows() == rows

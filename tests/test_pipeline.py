@@ -123,9 +123,9 @@ def test_bad_models_are_named(tiny_model: Path, tmp_path: Path) -> None:
         bozzetto.load(folder)
 
 
-@pytest.mark.parametrize(("cheap", "least"), [(True, 2), (False, 1)])
-def test_the_automatic_window_narrows_with_the_batch(cheap: bool, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bozzetto.settings.rows_are_cheap", lambda: cheap)
+@pytest.mark.parametrize(("cheap", "least"), [(32, 2), (16, 1), (8, 1)])
+def test_the_automatic_window_narrows_with_the_batch(cheap: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bozzetto.settings.cheap_rows", lambda: cheap)
     for dtype in ("float32", "bfloat16"):
         for compiled in (False, True):
             windows = [default_window(n, dtype, compiled=compiled) for n in (1, 2, 4, 8, 16, 64)]

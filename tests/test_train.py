@@ -235,6 +235,21 @@ def test_augmentation_is_a_function_of_its_generator(pictures: Path) -> None:
     assert 0 <= float(a.min()) <= float(a.max()) <= 1
 
 
+def test_without_flips_nothing_is_mirrored() -> None:
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    image[:, :, 16:] = 255
+    for seed in range(8):
+        assert augment(image, 32, torch.Generator().manual_seed(seed), flips=False)[0, :, :, 20:].min() == 1.0
+
+
+def test_a_share_of_every_batch_is_taken_whole(tmp_path: Path, pictures: Path, trained_tokenizer: Path) -> None:
+    fit = target_module.CodeFit(replace(target_recipe(tmp_path / "run", pictures, trained_tokenizer), whole=1.0))
+    images = read_images(pictures, None).images
+    whole = target_module.tokenise(fit.tokenizer, images, lambda x: evaluation_view(x, 32)).long()
+    _, tokens = fit.batch()
+    assert all(any(torch.equal(row, one) for one in whole) for row in tokens)
+
+
 def test_the_weight_average_lags_and_swaps_back() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     average = WeightAverage([parameter], decay=0.5)

@@ -22,8 +22,8 @@ def paced(cost: dict[int, float], share: float, passes: int = 400, images: int =
 
 
 @pytest.fixture(autouse=True)
-def cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widths, "rows_are_cheap", lambda: True)
+def many_cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widths, "cheap_rows", lambda: 32)
 
 
 FLAT = {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.05, 16: 1.1}
@@ -67,9 +67,22 @@ def test_few_widths_get_graphs_and_none_of_more_rows_than_pay(sequences: int, wi
     assert candidates(sequences, widest) == wanted
 
 
-@pytest.mark.parametrize(("sequences", "wanted"), [(1, [1, 4, 8]), (2, [1, 2, 4]), (4, [1, 2]), (8, [1]), (256, [1])])
-def test_where_rows_cost_widths_are_narrow(sequences: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widths, "rows_are_cheap", lambda: False)
+@pytest.mark.parametrize(
+    ("cheap", "sequences", "wanted"),
+    [
+        (8, 1, [1, 4, 8]),
+        (8, 2, [1, 2, 4]),
+        (8, 4, [1, 2]),
+        (8, 8, [1]),
+        (16, 1, [1, 8, 16]),
+        (16, 8, [1, 2]),
+        (16, 16, [1]),
+    ],
+)
+def test_where_rows_cost_widths_are_narrow(
+    cheap: int, sequences: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widths, "cheap_rows", lambda: cheap)
     assert candidates(sequences, 16) == wanted
 
 

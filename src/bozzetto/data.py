@@ -132,17 +132,19 @@ def to_float(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255.0
 
 
-def augment(images: np.ndarray, crop: int, generator: torch.Generator, jitter: float = 0.0) -> Tensor:
+def augment(
+    images: np.ndarray, crop: int, generator: torch.Generator, jitter: float = 0.0, flips: bool = True
+) -> Tensor:
     """One random crop size per call, an offset and flip per image. uint8 [B, S, S, 3] -> float32 [B, 3, crop, crop].
 
-    jitter: largest relative change of brightness and of contrast, drawn per image.
+    jitter: largest relative change of brightness and of contrast, drawn per image; flips: mirror every other image.
     """
     batch, size = images.shape[:2]
     side = int(torch.randint(min(crop, size), size + 1, (), generator=generator))
     offsets = torch.randint(0, size - side + 1, (batch, 2), generator=generator).tolist()
-    flips = (torch.rand(batch, generator=generator) < 0.5).tolist()
+    mirrored = (torch.rand(batch, generator=generator) < (0.5 if flips else 0.0)).tolist()
     parts = []
-    for image, (top, left), flip in zip(images, offsets, flips, strict=True):
+    for image, (top, left), flip in zip(images, offsets, mirrored, strict=True):
         part = image[top : top + side, left : left + side]
         parts.append(part[:, ::-1] if flip else part)
     x = to_float(np.stack(parts))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from bozzetto import __version__
 from bozzetto.models.graphs import cache_folder
-from bozzetto.models.native import has_matrix_unit
+from bozzetto.models.native import has_matrix_unit, products_prefer_bfloat16
 from bozzetto.pipeline import ASSETS, shipped_models
 
 Verdict = Literal["ok", "note", "fail"]
@@ -95,6 +95,8 @@ def _matrix_unit() -> Iterator[Finding]:
         return
     if has_matrix_unit():
         yield Finding("matrix unit", "ok", "AMX, for bfloat16")
+    elif products_prefer_bfloat16():
+        yield Finding("matrix unit", "ok", "none, but products in bfloat16 are faster than in float32")
     else:
         how = "none: in bfloat16, passes of many places take longer than in float32"
         yield Finding("matrix unit", "note", how, "use --dtype float32, or windows of 4 to 8 places in bfloat16")

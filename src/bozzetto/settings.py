@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.graphs import check_mode
-from bozzetto.models.native import rows_are_cheap
+from bozzetto.models.native import cheap_rows
 from bozzetto.path_registry import (
     ALONE,
     PATH_DRAFTERS,
@@ -142,8 +142,10 @@ def default_window(sequences: int, dtype: str, widest: int = 16, compiled: bool 
     sequences: rows in a pass, images times two under guidance; compiled: a sequential pass costs so much less that rows
     have to be fewer. Without a matrix unit for bfloat16 every row costs, and large batches draw one place at a time.
     """
-    if rows_are_cheap():
-        rows = 32 if compiled else 128 if dtype == "bfloat16" else 64
+    cheap, short = cheap_rows(), dtype == "bfloat16"
+    if cheap == 32:
+        rows = cheap if compiled else 128 if short else 64
         return max(2, min(widest, rows // sequences))
-    rows = 8 if compiled else 16 if dtype == "bfloat16" else 32
-    return max(1, min(widest, rows // sequences))
+    if compiled:
+        return max(1, min(widest, 8, cheap // sequences))
+    return max(1, min(widest, (cheap * (4 if cheap == 16 else 2) if short else 32) // sequences))

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bozzetto.files import write_text
-from bozzetto.models.native import rows_are_cheap
+from bozzetto.models.native import cheap_rows
 
 _PERIOD = 24  # passes between decisions
 _MEMORY = 400.0  # passes (times images) that an estimate remembers
 _MARGIN = 1.02  # a change has to promise this factor
 _FIRST_GUESS = 0.7  # share of drafts kept, before anything is known
-_MOST_ROWS, _FEW_ROWS = 64, 8  # rows of a pass beyond which none has paid, with and without a matrix unit
+_MOST_ROWS = {32: 64}  # of a pass, beyond which none has paid, by the rows that are cheap; else as many as are cheap
 
 
 class PassTimes:
@@ -54,8 +54,8 @@ class PassTimes:
 
 def candidates(sequences: int, widest: int) -> list[int]:
     """Widths worth a graph for this many sequences in a pass: 1, the widest that may pay, and half of it."""
-    rows = _MOST_ROWS if rows_are_cheap() else _FEW_ROWS
-    most = min(widest, max(1, rows // sequences))
+    cheap = cheap_rows()
+    most = min(widest, max(1, _MOST_ROWS.get(cheap, cheap) // sequences))
     return sorted({1, (most + 1) // 2, most})
 
 

@@ -1,5 +1,6 @@
 // y = x W^T for few rows x, on processors without a matrix unit: as fast as the weights can be read while rows are few,
-// near the peak of float32 multiply-adds from about eight rows on. Sums run over the input numbers in order, whatever
+// near the peak of multiply-adds from about eight rows on: of pairs of bfloat16 where the processor has such
+// instructions, else of float32. Sums run over the input numbers in order, whatever
 // the number of rows, so that a row has the same bits in a call of any size.
 //
 // Weights lie in groups of 32 columns, [group][input number or pair of them][2][16]: one stream of memory. In bfloat16 a
@@ -14,11 +15,15 @@
 #include <optional>
 #include <type_traits>
 #include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int64_t kLanes = 16, kPanels = 2, kGroup = kLanes * kPanels;
-constexpr int64_t kAhead = 1024;  // weights that are fetched before they are needed
+constexpr int64_t kStep = 128;  // bytes of a group that belong to a 32-bit word of a row
+constexpr int64_t kAhead = 128 * kStep;  // bytes that are fetched before they are needed
 #if defined(__AVX512F__)
 constexpr int kMostRows = 8;  // of a block: 2 kMostRows sums are held in registers
 #else
@@ -78,19 +83,65 @@ Floats exponential(Floats x) {  // relative error about 1e-7
   return (Floats)((Words)p + ((Words)shifted << 23));
 }
 
-// Sums of R rows and the panels of a group. x: [K][R].
-template <typename T, int R>
-void multiply(const float* x, const T* weight, int64_t inputs, Floats (&sum)[R][kPanels]) {
-  constexpr int P = kPanels;
+#if defined(__AVX512BF16__)
+constexpr bool kDots = true;
+#else
+constexpr bool kDots = false;
+#endif
+// Whether two numbers of bfloat16 are multiplied at a time. Then rows are read as they lie; else they are handed over in
+// float32, [K][rows of the block].
+template <typename T>
+constexpr bool in_pairs = kDots && std::is_same_v<T, at::BFloat16>;
+template <typename T>
+using Taken = std::conditional_t<in_pairs<T>, T, float>;
+
+// Weights to fetch beside a sum: those a little ahead in G groups, or others, `stride` bytes further at every step.
+template <int G>
+struct Near {
+  int64_t apart;  // bytes from group to group
+
+  void operator()(const void* weight, int64_t) const {
+    const char* from = static_cast<const char*>(weight) + kAhead;
+    for (int g = 0; g < G; ++g) {
+      __builtin_prefetch(from + g * apart);
+      __builtin_prefetch(from + g * apart + kStep / 2);
+    }
+  }
+};
+struct Far {
+  const char* from;
+  int64_t stride;
+
+  void operator()(const void*, int64_t step) const { __builtin_prefetch(from + step * stride); }
+};
+
+// Sums of R rows and P panels: those of a group, or of the groups that follow one another.
+template <typename T, int R, int P, typename Fetch>
+void multiply(const Taken<T>* x, const T* weight, int64_t inputs, Fetch fetch, Floats (&sum)[R][P]) {
+  const int64_t apart = inputs * kGroup;  // from group to group
+  const auto panel = [apart](const T* step, int p) {
+    return step + p / kPanels * apart + p % kPanels * (kStep / kPanels / static_cast<int64_t>(sizeof(T)));
+  };
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) sum[r][p] = Floats{};
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
+  if constexpr (in_pairs<T>) {
+#if defined(__AVX512BF16__)
+    for (int64_t k = 0; k < inputs; k += 2, weight += 2 * kGroup) {
+      fetch(weight, k / 2);
+      __m512bh both[P];
+      for (int p = 0; p < P; ++p) both[p] = (__m512bh)_mm512_loadu_si512(panel(weight, p));
+      for (int r = 0; r < R; ++r) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(loaded<int>(x + r * inputs + k));
+        for (int p = 0; p < P; ++p) sum[r][p] = (Floats)_mm512_dpbf16_ps((__m512)sum[r][p], both[p], pair);
+      }
+    }
+#endif
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
     for (int64_t k = 0; k < inputs; k += 2, weight += 2 * kGroup, x += 2 * R) {
-      __builtin_prefetch(weight + kAhead);
-      __builtin_prefetch(weight + kAhead + kGroup);
+      fetch(weight, k / 2);
       Floats even[P], odd[P];
       for (int p = 0; p < P; ++p) {
-        const Words both = loaded<Words>(weight + 2 * p * kLanes);
+        const Words both = loaded<Words>(panel(weight, p));
         even[p] = (Floats)(both << 16);
         odd[p] = (Floats)(both & 0xffff0000u);
       }
@@ -101,21 +152,24 @@ void multiply(const float* x, const T* weight, int64_t inputs, Floats (&sum)[R][
     }
   } else {
     for (int64_t k = 0; k < inputs; ++k, weight += kGroup, x += R) {
-      __builtin_prefetch(weight + kAhead);
-      __builtin_prefetch(weight + kAhead + kLanes);
+      fetch(weight, k);
       Floats one[P];
-      for (int p = 0; p < P; ++p) one[p] = loaded<Floats>(weight + p * kLanes);
+      for (int p = 0; p < P; ++p) one[p] = loaded<Floats>(panel(weight, p));
       for (int r = 0; r < R; ++r)
         for (int p = 0; p < P; ++p) sum[r][p] += one[p] * x[r];
     }
   }
 }
 
+// Blocks of about as many rows each.
+int64_t blocks_of(int64_t rows) { return (rows + kMostRows - 1) / kMostRows; }
+int64_t first_row(int64_t rows, int64_t block) { return rows * block / blocks_of(rows); }
+
 // The rows in float32, block by block, [block][K][rows of the block].
 template <typename T>
 void turned(const T* x, int64_t rows, int64_t inputs, float* out) {
-  for (int64_t first = 0; first < rows; first += kMostRows) {
-    const int64_t count = std::min<int64_t>(kMostRows, rows - first);
+  for (int64_t b = 0; b < blocks_of(rows); ++b) {
+    const int64_t first = first_row(rows, b), count = first_row(rows, b + 1) - first;
     for (int64_t k = 0; k < inputs; ++k)
       for (int64_t r = 0; r < count; ++r) out[k * count + r] = static_cast<float>(x[(first + r) * inputs + k]);
     out += count * inputs;
@@ -133,17 +187,28 @@ struct Product {
   const T *weight, *bias, *more;
   T* out;
 
-  template <int R>
-  void block(const float* x, int64_t group, int64_t row) const {
-    Floats sum[R][kPanels];
-    multiply<T, R>(x, weight + group * s.inputs * kGroup, s.inputs, sum);
-    for (int r = 0; r < R; ++r) {
-      if (s.gated) {
-        finish(sum[r][0], &sum[r][1], row + r, group * kLanes);
-      } else {
-        for (int p = 0; p < kPanels; ++p) finish(sum[r][p], nullptr, row + r, group * kGroup + p * kLanes);
-      }
+  // Few rows have too few sums to keep the multipliers busy, and take two groups at a time. With many rows each block
+  // fetches its share of the next group, so that memory is read all the time.
+  template <int R, int G = 1>
+  void block(const Taken<T>* x, int64_t group, int64_t row, int64_t turn) const {
+    constexpr int P = G * kPanels;
+    Floats sum[R][P];
+    const T* own = weight + group * s.inputs * kGroup;
+    const int64_t bytes = s.inputs * kGroup * sizeof(T), blocks = blocks_of(s.rows);
+    if (blocks == 1) {
+      multiply<T, R, P>(x, own, s.inputs, Near<G>{bytes}, sum);
+    } else {
+      const char* next = reinterpret_cast<const char*>(own) + bytes + bytes * turn / blocks;
+      multiply<T, R, P>(x, own, s.inputs, Far{next, kStep / blocks}, sum);
     }
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) {
+        const int64_t panel = group * kPanels + p;
+        if (!s.gated)
+          finish(sum[r][p], nullptr, row + r, panel * kLanes);
+        else if (p % kPanels == 0)
+          finish(sum[r][p], &sum[r][p + 1], row + r, panel / kPanels * kLanes);
+      }
   }
 
   void finish(Floats y, const Floats* up, int64_t row, int64_t column) const {
@@ -158,24 +223,38 @@ struct Product {
     put(y, out + row * s.columns + column, count);
   }
 
-  void all_rows(const float* x, int64_t group) const {
-    for (int64_t row = 0; row < s.rows; row += kMostRows) {
-      const int64_t count = std::min<int64_t>(kMostRows, s.rows - row);
+  void all_rows(const Taken<T>* x, int64_t group) const {
+    for (int64_t b = 0; b < blocks_of(s.rows); ++b) {
+      const int64_t row = first_row(s.rows, b), count = first_row(s.rows, b + 1) - row;
       switch (count) {
-        case 1: block<1>(x, group, row); break;
-        case 2: block<2>(x, group, row); break;
-        case 3: block<3>(x, group, row); break;
-        case 4: block<4>(x, group, row); break;
+        case 1: block<1>(x, group, row, b); break;
+        case 2: block<2>(x, group, row, b); break;
+        case 3: block<3>(x, group, row, b); break;
+        case 4: block<4>(x, group, row, b); break;
 #if defined(__AVX512F__)
-        case 5: block<5>(x, group, row); break;
-        case 6: block<6>(x, group, row); break;
-        case 7: block<7>(x, group, row); break;
-        default: block<8>(x, group, row); break;
+        case 5: block<5>(x, group, row, b); break;
+        case 6: block<6>(x, group, row, b); break;
+        case 7: block<7>(x, group, row, b); break;
+        default: block<8>(x, group, row, b); break;
 #else
         default: break;
 #endif
       }
       x += count * s.inputs;
+    }
+  }
+
+  void two_groups(const Taken<T>* x, int64_t group, int64_t end) const {
+    if (group + 1 == end || s.rows > 4) {
+      for (int64_t last = std::min(group + 2, end); group < last; ++group) all_rows(x, group);
+      return;
+    }
+    switch (s.rows) {
+      case 1: return block<1, 2>(x, group, 0, 0);
+      case 2: return block<2, 2>(x, group, 0, 0);
+      case 3: return block<3, 2>(x, group, 0, 0);
+      case 4: return block<4, 2>(x, group, 0, 0);
+      default: return;
     }
   }
 };
@@ -187,10 +266,16 @@ void multiply_all(const at::Tensor& x, const at::Tensor& weight, const std::opti
                            more ? more->const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>()};
   const T* from = x.const_data_ptr<T>();
   at::parallel_for(0, weight.size(0), 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<float> rows;
-    rows.resize(s.rows * s.inputs);
-    turned(from, s.rows, s.inputs, rows.data());
-    for (int64_t group = begin; group < end; ++group) product.all_rows(rows.data(), group);
+    static thread_local std::vector<float> held;
+    const Taken<T>* rows;
+    if constexpr (in_pairs<T>) {
+      rows = from;
+    } else {
+      held.resize(s.rows * s.inputs);
+      turned(from, s.rows, s.inputs, held.data());
+      rows = held.data();
+    }
+    for (int64_t group = begin; group < end; group += 2) product.two_groups(rows, group, end);
   });
 }
 

@@ -9,10 +9,13 @@ first asked for, and kept where compiled graphs are kept.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
 import subprocess
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -99,14 +102,31 @@ def instructions() -> str:
 
 
 def has_matrix_unit() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 in a unit made for it (AMX). Without one, products of many
-    rows take about twice as long in bfloat16 as in float32."""
+    """Whether the processor multiplies matrices of bfloat16 in a unit made for it (AMX)."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def rows_are_cheap() -> bool:
-    """Whether passes of tens of rows cost little more than those of one on this machine: a GPU, or a matrix unit."""
-    return torch.cuda.is_available() or has_matrix_unit()
+@cache
+def products_prefer_bfloat16() -> bool:
+    """Whether torch's products of many rows are faster in bfloat16 than in float32 here, measured once (some tens of
+    milliseconds): four times on one processor without a matrix unit, half as fast on another."""
+    seconds = {torch.bfloat16: math.inf, torch.float32: math.inf}
+    with torch.no_grad():
+        for _ in range(4):  # the first one lays out, the best one counts
+            for dtype in seconds:
+                x = torch.ones(768, 768, dtype=dtype)
+                begun = time.perf_counter()
+                x @ x
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def cheap_rows() -> int:
+    """Rows of a compiled pass in bfloat16 that cost little more than one on this machine: many on a GPU or with a
+    matrix unit, some where pairs of bfloat16 are multiplied fast, few elsewhere."""
+    if torch.cuda.is_available() or has_matrix_unit():
+        return 32
+    return 16 if products_prefer_bfloat16() else 8
 
 
 def processor() -> str:

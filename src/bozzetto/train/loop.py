@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.files import write_whole
-from bozzetto.models.native import has_matrix_unit
+from bozzetto.models.native import products_prefer_bfloat16
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def compute_dtype() -> torch.dtype:
     """What training computes in: the faster of bfloat16 and float32 on this processor."""
-    return torch.bfloat16 if has_matrix_unit() else torch.float32
+    return torch.bfloat16 if products_prefer_bfloat16() else torch.float32
 
 
 def autocast() -> torch.autocast:

@@ -76,9 +76,10 @@ class TargetRecipe:
     """How to train a LlamaGen-architecture target on images tokenised on the fly.
 
     views: augmented token views held per image; one is drawn anew every `refresh_every` steps (0: never); jitter:
-    largest relative change of brightness and contrast; ema: decay of the averaged weights; patience: evaluations
-    without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write matrices as int8
-    (models/store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
+    largest relative change of brightness and contrast; flips: mirror every other picture; whole: share of a batch that
+    is taken whole, as held-out pictures are, in place of a view; ema: decay of the averaged weights; patience:
+    evaluations without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write
+    matrices as int8 (models/store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
     """
 
     out: str
@@ -94,6 +95,8 @@ class TargetRecipe:
     views: Count = 4
     refresh_every: Annotated[int, Field(ge=0)] = 100
     jitter: Share = 0.0
+    flips: bool = True
+    whole: Share = 0.0
     steps: Count = 8000
     batch: Count = 32
     lr: Rate = 6e-4

@@ -82,13 +82,17 @@ class CodeFit(Fit):
         return LlamaGen(config, recipe.dropout)
 
     def _view(self) -> Tensor:
-        size, jitter = self.tokenizer.config.image_size, self.recipe.jitter
-        return tokenise(self.tokenizer, self.data.images, lambda x: augment(x, size, self.generator, jitter))
+        size, r = self.tokenizer.config.image_size, self.recipe
+        return tokenise(self.tokenizer, self.data.images, lambda x: augment(x, size, self.generator, r.jitter, r.flips))
 
     def views(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
             bar = tqdm(range(self.recipe.views), desc="tokenising views")
-            self.tokens = torch.stack([self._view() for _ in bar], 1)  # int16 [N, views, h*w]
+            views = [self._view() for _ in bar]
+            if self.recipe.whole:
+                size = self.tokenizer.config.image_size
+                views.append(tokenise(self.tokenizer, self.data.images, lambda x: evaluation_view(x, size)))
+            self.tokens = torch.stack(views, 1)  # int16 [N, views, h*w]; the last one may be of whole pictures
         else:
             self.tokens = saved["tokens"]
 
@@ -101,16 +105,24 @@ class CodeFit(Fit):
         if r.refresh_every and self.step and self.step % r.refresh_every == 0:
             self.tokens[:, (self.step // r.refresh_every) % r.views] = self._view()
 
+    def _views(self, rows: Tensor) -> Tensor:
+        """One view of each of `rows` [B]: tokens [B, N]."""
+        r, g = self.recipe, self.generator
+        views = torch.randint(r.views, rows.shape, generator=g)
+        if r.whole:
+            views = torch.where(torch.rand(rows.shape, generator=g) < r.whole, r.views, views)
+        return self.tokens[rows, views].long()
+
     def batch(self) -> tuple[Tensor, ...]:
         """Labels [B] (some replaced by the unconditional one) and tokens [B, N]."""
         r, g = self.recipe, self.generator
         self.refresh()
         rows = torch.randint(len(self.tokens), (r.batch,), generator=g)
-        views = torch.randint(r.views, (r.batch,), generator=g)
+        tokens = self._views(rows)
         labels = torch.from_numpy(self.data.labels)[rows]
         dropped = torch.rand(r.batch, generator=g) < r.class_dropout
         labels = torch.where(dropped, torch.tensor(self.model.config.classes), labels)
-        return labels, self.tokens[rows, views].long()
+        return labels, tokens
 
     def loss(self, labels: Tensor, tokens: Tensor) -> Tensor:  # type: ignore[override]
         """Mean cross entropy in nats per token."""
@@ -170,12 +182,12 @@ class CaptionFit(CodeFit):
         r, g = self.recipe, self.generator
         self.refresh()
         rows = torch.randint(len(self.tokens), (r.batch,), generator=g)
-        views = torch.randint(r.views, (r.batch,), generator=g)
+        tokens = self._views(rows)
         prompts = torch.randint(self.features.shape[1], (r.batch,), generator=g)
         features, mask = self.features[rows, prompts].float(), self.mask[rows, prompts]
         dropped = torch.rand(r.batch, generator=g) < r.class_dropout
         features = torch.where(dropped[:, None, None], self._nothing(), features)
-        return features, mask, self.tokens[rows, views].long()
+        return features, mask, tokens
 
     def _nothing(self) -> Tensor:
         """Features of no caption, [T, C]."""

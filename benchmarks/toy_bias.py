@@ -4,19 +4,22 @@
 
 A decision is a node with C drafted children. For every ordered choice of children (its probability is that of drawing
 without replacement from q) the probability of keeping each child, once the earlier ones were refused, is found by
-bisection on its uniform, and the law after all were refused by bisection on the boundaries of the redraw. Only the
-rules' public `verify` is used. Laws: softmax of 1.5 times normal noise over 8 tokens, q a noisy copy.
+bisection on its uniform, and the law after all were refused by bisection on the boundaries of the redraw, which walks
+along the cumulative distribution here. Else only the rules' public `verify` is used. Laws: softmax of 1.5 times normal
+noise over 8 tokens, q a noisy copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.registry import make_rule
+from bozzetto.rules import exact, traversal, walk
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
@@ -82,6 +86,21 @@ def distance(law: Tensor, p: Tensor) -> Tensor:
     return (law - p.double()).abs().sum(-1) / 2
 
 
+@contextlib.contextmanager
+def monotone_redraws() -> Iterator[None]:
+    """Rules redraw so that a larger uniform gives a later token; their own redraw hashes its uniform."""
+    with contextlib.ExitStack() as stack:
+        for module in (exact, traversal, walk):
+            stack.enter_context(mock.patch.object(module, "weighted_draw", _along_the_sum))
+        yield
+
+
+def _along_the_sum(weights: Tensor, u: Tensor) -> Tensor:
+    total = weights.double().cumsum(-1)
+    found = torch.searchsorted(total, (u * total[..., -1])[..., None], right=True).squeeze(-1)
+    return found.clamp_max(weights.shape[-1] - 1)
+
+
 class _Node:
     """One decision for every law and every ordered choice of children at once. tokens: int64 [T, C]; which: int64 [T],
     the law; chance: float64 [T]."""
@@ -117,7 +136,8 @@ class _Node:
         draft = Draft(tokens, log_q, self.tree, self.certain, hidden)
         log_p = self.log_p.repeat(cases, 1)[:, None].expand(-1, self.children + 1, -1)
         slack = None if self.slack is None else torch.full((len(tokens),), self.slack)
-        return self.rule.verify(draft, log_p, RuleNoise(torch.zeros_like(log_p), uniforms, slack))
+        with monotone_redraws():
+            return self.rule.verify(draft, log_p, RuleNoise(torch.zeros_like(log_p), uniforms, slack))
 
     def bisected(self) -> tuple[Tensor, Tensor]:
         """Probability of keeping each child once the earlier ones were refused, float64 [T, C], and the law of the

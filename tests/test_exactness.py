@@ -12,7 +12,7 @@ from torch import Tensor
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import LawSettings, gumbel_argmax, inverse_cdf
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, weighted_draw
 from bozzetto.models.tabular import TabularTarget
 from bozzetto.rules.base import RuleNoise, leading
 from bozzetto.rules.exact import Exact, residual
@@ -123,17 +123,30 @@ class RedrawFromTheTarget(Exact):
         right = super().verify(draft, log_p, noise)
         if draft.length == 0:
             return right
-        redrawn = inverse_cdf(log_p[:, :-1].exp(), noise.uniforms[:, :-1, 1])
+        redrawn = weighted_draw(log_p[:, :-1].exp(), noise.uniforms[:, :-1, 1])
         tokens = right.tokens.clone()
         tokens[:, :-1] = torch.where(tokens[:, :-1] == draft.tokens, draft.tokens, redrawn)
         return Verdict(tokens, leading(tokens[:, :-1] == draft.tokens))
 
 
 @dataclass(frozen=True)
-class OneUniformForTestAndRedraw(Exact):
+class RedrawWithTheNoiseOfTheDraft(Exact):
+    """On a reject the fixed noise decides that drew the draft as it entered the window."""
+
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        shared = noise.uniforms[..., :1].expand_as(noise.uniforms)
-        return super().verify(draft, log_p, RuleNoise(noise.gumbel, shared))
+        right = super().verify(draft, log_p, noise)
+        if draft.length == 0:
+            return right
+        redrawn = gumbel_argmax(residual(log_p[:, :-1], draft.log_q).log(), noise.gumbel[:, :-1])
+        tokens = right.tokens.clone()
+        kept = (
+            noise.uniforms[:, :-1, 0]
+            < (log_p[:, :-1].gather(-1, draft.tokens[..., None]) - draft.log_q.gather(-1, draft.tokens[..., None]))
+            .squeeze(-1)
+            .exp()
+        )
+        tokens[:, :-1] = torch.where(kept, draft.tokens, redrawn)
+        return Verdict(tokens, right.accepted)
 
 
 class KeepStaleLaw(Jacobi):
@@ -153,7 +166,7 @@ class KeepStaleLaw(Jacobi):
 
 
 @pytest.mark.parametrize(
-    "wrong", [AcceptEverything(), CommitPastTheFirstReject(), RedrawFromTheTarget(), OneUniformForTestAndRedraw()]
+    "wrong", [AcceptEverything(), CommitPastTheFirstReject(), RedrawFromTheTarget(), RedrawWithTheNoiseOfTheDraft()]
 )
 def test_the_battery_rejects_a_wrong_rule(wrong: Exact) -> None:
     result = decode(TARGET, wrong, window=4, index=range(IMAGES))

@@ -157,7 +157,8 @@ def after_refusals(rule: Rule, p: Tensor, tokens: list[int], log_q: Tensor | Non
     tree = static_tree(((children,),), torch.device("cpu"))
     law = None if log_q is None else log_q.expand(count, 1, -1)
     draft = Draft(torch.tensor([tokens]).expand(count, -1), law, tree, certain=law is None)
-    found = rule.verify(draft, p.log().expand(count, children + 1, -1), RuleNoise(None, uniforms))
+    with toy_bias.monotone_redraws():
+        found = rule.verify(draft, p.log().expand(count, children + 1, -1), RuleNoise(None, uniforms))
     assert int(found.accepted.sum()) == 0
     return torch.bincount(found.tokens[:, 0], minlength=len(p)) / count
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import gumbel_argmax, inverse_cdf
+from bozzetto.laws.categorical import gumbel_argmax, weighted_draw
 from bozzetto.rules.base import Rule, RuleNoise, leading
 
 
@@ -50,7 +50,7 @@ def couple(drafted: Tensor, log_p: Tensor, log_q: Tensor, uniforms: Tensor) -> t
     x = drafted[..., None]
     log_ratio = log_p.gather(-1, x) - log_q.gather(-1, x)
     keep = u_test < log_ratio.squeeze(-1).double().exp()
-    redrawn = inverse_cdf(residual(log_p, log_q), u_draw)
+    redrawn = weighted_draw(residual(log_p, log_q), u_draw)
     return torch.where(keep, drafted, redrawn), keep
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import inverse_cdf
+from bozzetto.laws.categorical import weighted_draw
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.walk import normalised
 
@@ -40,14 +40,14 @@ class Traversal(Rule):
         batch, device = len(log_p), log_p.device
         rows = torch.arange(batch, device=device)
         if draft.length == 0:
-            own = inverse_cdf(log_p[:, 0].exp(), noise.uniforms[:, 0, 1])
+            own = weighted_draw(log_p[:, 0].exp(), noise.uniforms[:, 0, 1])
             return Verdict(own[:, None], torch.zeros_like(own))
         tree = draft.shape()
         weight, rest = _weights(draft, log_p)
         accepted = noise.uniforms[..., 0] < weight
         accepted[:, 0] = True  # the root
         node = torch.where(accepted, tree.order, torch.iinfo(torch.int64).max).argmin(1)
-        own = inverse_cdf(rest[rows, node], noise.uniforms[rows, node, 1])
+        own = weighted_draw(rest[rows, node], noise.uniforms[rows, node, 1])
         path = tree.path.expand(batch, -1, -1)[rows, node]
         depth = tree.depth.expand(batch, -1)[rows, node]
         tokens = torch.nn.functional.pad(draft.tokens, (1, 0)).gather(1, path)

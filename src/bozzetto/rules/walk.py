@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import inverse_cdf
+from bozzetto.laws.categorical import weighted_draw
 from bozzetto.rules.base import RuleNoise
 from bozzetto.rules.exact import couple
 
@@ -92,7 +92,7 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
         accepted = depths[rows, node]
     else:
         accepted, tokens = node, torch.zeros_like(node)[:, None]
-    own = rest.argmax(-1) if noise.greedy else inverse_cdf(rest, noise.uniforms[rows, node, 1])
+    own = rest.argmax(-1) if noise.greedy else weighted_draw(rest, noise.uniforms[rows, node, 1])
     way = torch.stack(path, 1)
     drafted = torch.nn.functional.pad(tokens.gather(1, way)[:, 1:], (0, 1))
     out = drafted.scatter(1, accepted[:, None], own[:, None])
@@ -110,7 +110,7 @@ def _behind(draft: Draft, log_p: Tensor, noise: RuleNoise) -> Tensor:
         raise ValueError("a window needs the draft's laws and fresh uniforms")
     # Of the walk's uniforms: those of later nodes, and the root's, for which there is no test.
     tokens, _ = couple(draft.tokens, log_p[:, :-1], draft.log_q, noise.uniforms[:, 1:])
-    after = inverse_cdf(log_p[:, -1].exp(), noise.uniforms[:, 0, 0])
+    after = weighted_draw(log_p[:, -1].exp(), noise.uniforms[:, 0, 0])
     return torch.cat([tokens, after[:, None]], 1)
 
 

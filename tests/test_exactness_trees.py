@@ -24,7 +24,7 @@ TARGET = TabularTarget(V, N)
 SKETCH = TabularTarget(V, N, seed=1)  # another law, not even close
 NEAR = TabularTarget(V, N)
 NEAR.tables = TARGET.tables + 0.7 * torch.randn(TARGET.tables.shape, generator=torch.Generator().manual_seed(5))
-SHAPES = ["chain-3", "2x2", "3x1x2", "dynamic-6-3-2"]
+SHAPES = ["chain-3", "2x2", "3x1x2", "dynamic-6-3-2", "chain-4 stop=0.35", "2x2x1 stop=0.3"]
 GUIDED = LawSettings(guidance=2.0, top_k=3)
 SETTINGS = [
     PLAIN,
@@ -35,7 +35,7 @@ SETTINGS = [
 
 
 def fitting(rule: str, tree: str) -> bool:
-    return RULES[rule].trees or tree.startswith("chain")
+    return RULES[rule].trees or (tree.startswith("chain") and ("stop" not in tree or rule == "block"))
 
 
 CASES = [(rule, tree) for rule in EXACT_RULES for tree in SHAPES if fitting(rule, tree)]

@@ -30,8 +30,9 @@ def start_of(noise: GumbelField, with_laws: bool = True, settings: LawSettings =
 
 
 def sketched(target: Target, tree: str) -> TreeDrafter:
-    """A tree drafter that sketches with `target`."""
-    return TreeDrafter("model", TargetSketcher(target), read_shape(tree))
+    """A tree drafter that sketches with `target`; `TREE stop=S`: it stops where drafts are not likely to be reached."""
+    shape, _, stop = tree.partition(" stop=")
+    return TreeDrafter("model", TargetSketcher(target), read_shape(shape), float(stop or 0))
 
 
 def decode(

@@ -66,24 +66,27 @@ class Window:
 
 @dataclass(frozen=True)
 class Trained:
-    """tree: shape (see `read_shape`); folder: of the trained drafter, empty for the model's own."""
+    """tree: shape (see `read_shape`); folder: of the trained drafter, empty for the model's own; stop: nothing is
+    drafted below a node that is reached with less than this chance (drafters/outlook.py; 0: the whole tree)."""
 
     tree: str = "chain-5"
     folder: str = ""
+    stop: float = 0.0
 
     def __post_init__(self) -> None:
-        read_shape(self.tree)
+        _check_stop(self.stop, read_shape(self.tree))
 
 
 @dataclass(frozen=True)
 class Smaller:
-    """folder: a model folder of a smaller target with the same tokenizer; tree: shape (see `read_shape`)."""
+    """folder: a model folder of a smaller target with the same tokenizer; tree, stop: as of a trained one."""
 
     folder: str = field()
     tree: str = "chain-4"
+    stop: float = 0.0
 
     def __post_init__(self) -> None:
-        read_shape(self.tree)
+        _check_stop(self.stop, read_shape(self.tree))
 
 
 TREES = (*TRAINED, "model")
@@ -185,7 +188,7 @@ def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, worksho
     if name == "jacobi":
         return FilledJacobi(window, workshop.trained(options.fill, options.folder), widen)
     sketcher = workshop.smaller(options.folder) if name == "model" else workshop.trained(name, options.folder)
-    return TreeDrafter(name, sketcher, read_shape(options.tree))
+    return TreeDrafter(name, sketcher, read_shape(options.tree), options.stop)
 
 
 def read_shape(text: str) -> Shape | Dynamic:
@@ -225,6 +228,13 @@ def _check_shape(text: str, shape: Shape | Dynamic) -> None:
     _check_nodes(text, nodes)
 
 
+def _check_stop(stop: float, shape: Shape | Dynamic) -> None:
+    if not 0 <= stop < 1:
+        raise UsageError(f"stop = {stop:g} is not allowed: a number >= 0 (the whole tree) and < 1")
+    if stop and isinstance(shape, Dynamic):
+        raise UsageError(f"stop = {stop:g} is not allowed: a dynamic tree chooses its nodes itself (stop = 0)")
+
+
 def _check_nodes(text: str, nodes: int) -> None:
     if nodes > MOST_NODES:
         raise UsageError(f"tree = {text!r} is not allowed: {nodes} nodes, the cache holds {MOST_NODES} at most")
@@ -254,6 +264,8 @@ def check_method(drafter: str, rule: str) -> None:
     chain = not isinstance(shape, Dynamic) and max(map(sum, shape)) == 1
     if not made.trees and not chain:
         raise UsageError(f"rule {rule!r} verifies chains only, tree = {options.tree!r} is not one (allowed: chain-5)")
+    if options.stop and not made.trees and made.name != Block.name:
+        raise UsageError(f"rule {rule!r} verifies chains of one length: stop = {options.stop:g} is not allowed (0 is)")
     if made.needs_hidden and isinstance(shape, Dynamic):
         raise UsageError(f"rule {rule!r} needs a fixed tree, tree = {options.tree!r} is dynamic")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
+from bozzetto.drafters.outlook import Outlook
 from bozzetto.drafts import Draft, Layout, Tree
 from bozzetto.drafts.tree import make_tree, static_tree
 from bozzetto.errors import UsageError
@@ -58,10 +59,11 @@ def soft(settings: LawSettings) -> LawSettings:
 
 
 class TreeDrafter:
-    """Drafts trees of one static shape, or dynamic ones, from a sketcher."""
+    """Drafts trees of one static shape, or dynamic ones, from a sketcher. stop: see drafters/outlook.py; a static tree
+    goes on below a node only where that is likely enough to be reached."""
 
-    def __init__(self, name: str, sketcher: Sketcher, shape: Shape | Dynamic):
-        self.name, self.sketcher, self.shape = name, sketcher, shape
+    def __init__(self, name: str, sketcher: Sketcher, shape: Shape | Dynamic, stop: float = 0.0):
+        self.name, self.sketcher, self.shape, self.stop = name, sketcher, shape, stop
         self.wants_features = sketcher.wants_features
 
     @property
@@ -81,13 +83,18 @@ class TreeDrafter:
             room = self.shape.depth * self.shape.beam
         else:
             room = self.max_nodes
+        self.outlook = Outlook(len(start.keys), self.stop, start.keys.device) if self.stop else None
         self.sketcher.begin(start.labels, start.settings.guided, room)
 
     def observe(self, seen: Observation) -> None:
+        if self.outlook is not None:
+            self.outlook.observe(seen)
         self.seen = seen
 
     def keep(self, rows: Tensor) -> None:
         self.sketcher.keep(rows)
+        if self.outlook is not None:
+            self.outlook.keep(rows)
         self.keys = self.keys[rows]
         if self.seen is not None:
             self.seen = self.seen.keep(rows)
@@ -95,6 +102,8 @@ class TreeDrafter:
     def propose(self, batch: int, limit: int) -> Draft:
         self.passes += 1
         if self.seen is None or limit < 1:  # nothing is known before the first pass
+            if self.outlook is not None:
+                self.outlook.begin(0)
             return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.keys.device))
         logits, hidden = self.sketcher.extend(self.seen)
         self.next = self.seen.start + self.seen.committed  # the position that the root's children stand at
@@ -125,6 +134,8 @@ class TreeDrafter:
         grown = torch.zeros(1, dtype=torch.int64, device=device)  # scored indices in the order of growing, root first
         level, laws, states, row = grown, [], [self._cond(hidden)], 0
         noise = None if greedy else self._noise(tree, logits.shape[-1])
+        if self.outlook is not None:
+            self.outlook.begin(tree.nodes)
         for depth, width in enumerate(tree.widths):
             mothers = tree.families[depth][0]
             log_q = self._law(logits)
@@ -136,7 +147,8 @@ class TreeDrafter:
             kids = tree.child[0, mothers, :width].flatten()
             tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
             row += len(mothers)
-            if depth + 1 == tree.max_depth and not all_grow:
+            more = self.outlook is None or self.outlook.go_on(mothers, kids.view(len(mothers), width), log_q)
+            if (depth + 1 == tree.max_depth or not more) and not all_grow:
                 break
             level = kids[kids > 0] if all_grow else tree.families[depth + 1][0]
             first = len(grown) - 1
@@ -148,10 +160,17 @@ class TreeDrafter:
                 tokens[:, level], parent, first, Layout(at, torch.full_like(at, depth), sees)
             )
             states.append(self._cond(hidden))
+            if not more:
+                break
+        if len(laws) < tree.max_depth:
+            tree = static_tree(self.shape[: len(laws)], device)  # type: ignore[index]
+        chain = max(tree.widths) == 1
+        if self.outlook is not None and not (chain and len(self.keys) == 1):  # a lone chain is whole
+            tree, chain = tree.pruned(self.outlook.present[:, : tree.nodes + 1]), False
         return Draft(
-            tokens[:, 1:],
+            tokens[:, 1 : tree.nodes + 1],
             None if greedy else torch.cat(laws, 1),
-            None if max(map(sum, self.shape)) == 1 else tree,  # type: ignore[arg-type]
+            None if chain else tree,
             certain=greedy,
             hidden=torch.cat(states, 1) if all_grow else None,
         )

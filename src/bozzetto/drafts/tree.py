@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ class Tree:
         """The tree as inputs of one pass, the root first."""
         slot = torch.arange(self.nodes + 1, device=self.depth.device)[None]
         return Layout(slot, self.depth, self.sees)
+
+    def pruned(self, present: Tensor) -> Tree:
+        """The same nodes, of which only some may be kept: bool [B, M + 1], a child never without its parent."""
+        child = self.child.expand(len(present), -1, -1)
+        there = present.gather(1, child.flatten(1)).view_as(child)
+        return replace(self, child=torch.where(there, child, 0))
 
 
 def make_tree(parent: Tensor, rank: Tensor, row: Tensor, families: Sequence[Tensor], widths: Sequence[int]) -> Tree:

@@ -63,7 +63,7 @@ class Block(Traversal):
     trees: ClassVar[bool] = False
 
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        if draft.tree is not None:
+        if draft.tree is not None and max(draft.tree.widths) > 1:
             raise ValueError("rule 'block' needs a chain")
         return super().verify(draft, log_p, noise)
 
@@ -76,7 +76,8 @@ def _weights(draft: Draft, log_p: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.nn.functional.pad(draft.tokens, (1, 0))
     child, row = (part.expand(batch, *part.shape[1:]) for part in (tree.child, tree.row))
     # One row more than nodes: families that do not exist work there.
-    weight = torch.ones(batch, tree.nodes + 2, dtype=torch.float64, device=log_p.device)
+    weight = torch.zeros(batch, tree.nodes + 2, dtype=torch.float64, device=log_p.device)
+    weight[:, 0] = 1  # nodes that an image's tree lacks keep their zero
     rest = torch.nn.functional.pad(log_p.exp(), (0, 0, 0, 1))
     for mothers, width in zip(tree.families, tree.widths, strict=True):
         mothers = mothers.expand(batch, -1)

@@ -55,7 +55,7 @@ class Outlook:
         return bool(self.open[:, number].any())
 
     def observe(self, seen: Observation) -> None:
-        """Learn from a verdict: what was drafted below the nodes of the accepted path was kept, but for the last one."""
+        """Learn from a verdict: what was drafted below the nodes of the accepted path was kept, except the last."""
         accepted = seen.verdict.accepted[:, None]
         depth = torch.arange(self.bin.shape[1], device=accepted.device)
         node = depth.expand(len(self.tried), -1) if seen.verdict.along is None else seen.verdict.along

@@ -47,6 +47,12 @@ def test_speculation_and_batch_size_do_not_change_a_byte(pipe: Pipeline, guidanc
     assert different <= 0.05 * compared
 
 
+def test_images_of_the_exact_rule_do_not_depend_on_the_batch(pipe: Pipeline) -> None:
+    alone, together = (pipe.generate(seed=4, count=10, rule="exact", window=8, batch=batch).images for batch in (1, 5))
+    assert [i.sha256 for i in alone] == [i.sha256 for i in together]
+    assert [i.target_passes for i in alone] == [i.target_passes for i in together]
+
+
 @torch.no_grad()
 def test_the_near_tie_tolerance_covers_the_rounding_between_pass_shapes(pipe: Pipeline) -> None:
     settings = LawSettings(guidance=2.0)

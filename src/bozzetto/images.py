@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -15,6 +18,17 @@ def one_core() -> None:
     for it: unless that is done now, somebody who sets it elsewhere in the meantime would undo this.)"""
     torch.get_num_threads()
     torch.set_num_threads(1)
+    _mkl_on_one_core()
+
+
+def _mkl_on_one_core() -> None:
+    """The same for MKL, whose number of threads torch sets for the whole process: what one thread sets, others get."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not torch.backends.mkl.is_available() or not library.is_file():
+        return
+    set_here = getattr(ctypes.CDLL(str(library)), "MKL_Set_Num_Threads_Local", None)
+    if set_here is not None:
+        set_here(1)
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -158,8 +158,10 @@ class SiblingsWithReplacement(TreeRejection):
 
 @dataclass(frozen=True)
 class OneUniform(TreeRejection):
+    """For all nodes."""
+
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        shared = noise.uniforms[..., :1].expand_as(noise.uniforms)
+        shared = noise.uniforms[:, :1].expand_as(noise.uniforms)
         return super().verify(draft, log_p, RuleNoise(noise.gumbel, shared))
 
 

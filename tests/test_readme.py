@@ -114,7 +114,7 @@ def test_commands_run(command, small_model, tiny_flow, photographs, tmp_path, mo
     if " --model flowers-flow" in command:
         command, small_model = command.replace(" --model flowers-flow", "").replace(" tulip", " rose"), tiny_flow
     arguments = shlex.split(command.replace(" --model flowers", "").replace(":k=1000", ":k=9"))[1:]
-    if arguments[0] not in ("models", "report"):
+    if arguments[0] not in ("models", "report") and "--model" not in arguments:
         arguments += ["--model", str(small_model)]
     if arguments[0] == "evaluate":
         arguments += ["--count", "8", "--batch", "4", "--bootstrap", "4", "--data", str(photographs)]

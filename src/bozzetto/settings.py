@@ -136,16 +136,19 @@ class GenerateSettings:
         return min(self.window or default_window(sequences, dtype, widest, self.compile != "off"), length)
 
 
+# Rows of a pass that pay, by those that are cheap on the machine: compiled, eager in bfloat16, eager in float32.
+_ROWS = {32: (32, 128, 64), 16: (16, 64, 32), 8: (8, 16, 32)}
+
+
 def default_window(sequences: int, dtype: str, widest: int = 16, compiled: bool = False) -> int:
     """A window that pays on a two-core CPU: wide for few images, narrow for many (docs/log.md has the measurements).
 
     sequences: rows in a pass, images times two under guidance; compiled: a sequential pass costs so much less that rows
     have to be fewer. Without a matrix unit for bfloat16 every row costs, and large batches draw one place at a time.
     """
-    cheap, short = cheap_rows(), dtype == "bfloat16"
-    if cheap == 32:
-        rows = cheap if compiled else 128 if short else 64
+    cheap = cheap_rows()
+    fused, short, full = _ROWS[cheap]
+    rows = fused if compiled else short if dtype == "bfloat16" else full
+    if cheap == max(_ROWS):
         return max(2, min(widest, rows // sequences))
-    if compiled:
-        return max(1, min(widest, 8, cheap // sequences))
-    return max(1, min(widest, (cheap * (4 if cheap == 16 else 2) if short else 32) // sequences))
+    return max(1, min(8 if compiled else widest, widest, rows // sequences))

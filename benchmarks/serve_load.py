@@ -11,7 +11,9 @@ told to stop while requests are under way.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import io
 import json
 import random
 import re
@@ -27,11 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from bozzetto import load
 from bozzetto.files import write_text
-from bozzetto.pipeline import ROUNDING
+from bozzetto.pipeline import ROUNDING, GeneratedImage
 from bozzetto.provenance import provenance
 from bozzetto.settings import GenerateSettings
 
@@ -105,8 +109,9 @@ def send(url: str, asked: Asked) -> dict[str, Any]:
         return {"status": -1, "seconds": time.monotonic() - began}
     told = {"status": answer.status_code, "seconds": time.monotonic() - began}
     if answer.status_code == 200:
-        image = answer.json()["data"][0]["bozzetto"]
-        told |= {"sha256": image["sha256"], "passes": image["target_passes"]}
+        image = answer.json()["data"][0]
+        about = image["bozzetto"]
+        told |= {"sha256": about["sha256"], "passes": about["target_passes"], "png": image["b64_json"]}
     return told
 
 
@@ -137,8 +142,17 @@ def judged(options: argparse.Namespace, asked: list[Asked], told: list[dict[str,
             close = image.margin is not None and image.margin < ROUNDING[pipe.dtype]
             counts["near_tie" if close else "wrong"] += 1
             if not close:
+                again = pipe.generate([item.prompt], seed=item.seed, settings=settings).images[0]
                 tqdm.write(f"not the image drawn alone: {item}, {answer['passes']} passes, alone {image.target_passes}")
+                tqdm.write(f"{difference(answer['png'], image)}; alone twice: {again.sha256 == image.sha256}")
     return counts
+
+
+def difference(png: str, image: GeneratedImage) -> str:
+    """How far a served picture is from the one drawn here: a rounded pixel, or another drawing?"""
+    served = np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))).astype(int)
+    apart = np.abs(served - np.asarray(image.image).astype(int)).max(2)
+    return f"{(apart > 0).sum()} pixels differ, by at most {apart.max()} of 255"
 
 
 def stopped(options: argparse.Namespace, asked: list[Asked]) -> dict[str, int]:

@@ -190,7 +190,7 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
         raise UsageError("a suite is one cell: give one value each for batch, guidance, window and top_k")
     law = (settings.guidances[0], options.temperature, settings.top_ks[0], options.top_p)
     base = GenerateSettings("none", "seed-exact", 0, *law, options.quality_batch)
-    quality = EvaluateSettings(count=options.images, seed=options.seed, base=base, data=options.data)
+    quality = EvaluateSettings(count=options.images, seed=options.seed, base=base, data=options.data, recitation=False)
     assert options.suite is not None
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)

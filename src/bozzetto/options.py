@@ -105,8 +105,9 @@ class Bench:
     methods: str = "auto"
     """none, or DRAFTER/RULE, separated by commas; @steps=, @passes= or @window= gives one a setting of its own
     (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
-    suite: Literal["lantern", "continuous"] | None = None
-    """A set of methods in place of --methods, measured in speed and in picture quality and bias too."""
+    suite: Literal["lantern", "continuous", "followers"] | None = None
+    """A set of methods in place of --methods, measured in speed and in picture quality and bias too. followers: every
+    drafter and rule, on all shipped models but the masked one."""
     images: int = 200
     """With --suite: images per method behind the figures of quality."""
     quality_batch: int = 8

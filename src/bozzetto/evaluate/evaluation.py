@@ -21,7 +21,14 @@ from bozzetto.errors import UsageError
 from bozzetto.evaluate.bias import bias_figures
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
-from bozzetto.evaluate.photographs import SPLITS, Photographs, data_path, photographs, reconstructions
+from bozzetto.evaluate.photographs import (
+    SPLITS,
+    Photographs,
+    data_path,
+    photographs,
+    prompts_for,
+    reconstructions,
+)
 from bozzetto.evaluate.quality import ClassProbe, memorisation, nearest
 from bozzetto.files import write_text, write_whole
 from bozzetto.images import contact_sheet
@@ -40,7 +47,7 @@ _LEAST = 8
 class EvaluateSettings:
     """methods: none, or DRAFTER/RULE (none always takes part); references: splits to compare with; count: images per
     method; bootstrap: resamples behind every interval; seed: of the images; base: law, batch and window of all methods;
-    data: photographs (None: those named by the model)."""
+    data: photographs (None: those named by the model); recitation: also look for training images in the samples."""
 
     methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/exact", "jacobi/seed-exact")
     references: tuple[str, ...] = ("test",)
@@ -49,6 +56,7 @@ class EvaluateSettings:
     seed: int = 0
     base: GenerateSettings = GenerateSettings(batch=8)  # noqa: RUF009  (frozen)
     data: Path | None = None
+    recitation: bool = True
 
     def __post_init__(self) -> None:
         if self.count < _LEAST:
@@ -94,8 +102,9 @@ def evaluate(
     """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
     path = data_path(pipe, settings.data)
     real = {split: photographs(pipe, path, split) for split in SPLITS}
+    asked = {"seed": settings.seed, "classes": prompts_for(pipe, path)[: settings.count]}
     runs = [
-        SampleRun(out / "samples" / slug(m), pipe, method_settings(m, settings.base), seed=settings.seed, method=m)
+        SampleRun(out / "samples" / slug(m), pipe, method_settings(m, settings.base), method=m, **asked)
         for m in settings.all_methods()
     ]
     sample_rounds(runs, settings.count, progress=progress)
@@ -106,7 +115,7 @@ def evaluate(
     bias = bias_figures(pipe, samples, settings.base.law, SEQUENTIAL, counts, progress)
     figures = {method: {**speed[method], **bias[method]} for method in samples}
     results = [row for reference in settings.references for row in study.rows(reference, figures)]
-    recited = study.recited(out / NEAREST)
+    recited = study.recited(out / NEAREST) if settings.recitation else []
     report: dict[str, Any] = {
         "kind": "evaluation",
         "settings": {
@@ -151,10 +160,13 @@ class _Study:
         self.extractor, self.real = extractor, real
         self.features = {split: self._features(split, photos.images) for split, photos in real.items()}
         self.drawn = {method: self._features(method, s.pixels) for method, s in samples.items()}
-        known = torch.from_numpy(real["train"].labels)
-        self.probe = ClassProbe(self.features["train"][known >= 0], known[known >= 0], len(pipe.classes))
-        labels = torch.from_numpy(real["test"].labels)
-        self.probe_accuracy = float((self.probe.predict(self.features["test"]) == labels)[labels >= 0].double().mean())
+        self.probe, self.probe_accuracy = None, None
+        if real["train"].classed:
+            known = torch.from_numpy(real["train"].labels)
+            self.probe = ClassProbe(self.features["train"][known >= 0], known[known >= 0], len(pipe.classes))
+            labels = torch.from_numpy(real["test"].labels)
+            right = (self.probe.predict(self.features["test"]) == labels)[labels >= 0]
+            self.probe_accuracy = float(right.double().mean())
 
     def _features(self, name: str, images: np.ndarray) -> Tensor:
         found = features_of(self.extractor, images, progress=self.progress, desc=f"features of {name}")
@@ -180,7 +192,9 @@ class _Study:
             # The same draws for every method: differences between methods are then differences of paired images.
             w = resamples(len(features), self.settings.bootstrap, seed=1)
             row, replicates = self._row(Comparison(features, target), w, v)
-            row["consistency"] = mean_interval((self.probe.predict(features) == asked).double(), w)
+            row["consistency"] = None
+            if self.probe is not None:
+                row["consistency"] = mean_interval((self.probe.predict(features) == asked).double(), w)
             if method == SEQUENTIAL:
                 sequential = (row["frechet"].value, replicates)
             elif method in self.samples and sequential is not None:
@@ -306,9 +320,10 @@ def evaluation_table(report: dict[str, Any]) -> str:
         for r in report["memorisation"]
     ]
     resampled, accuracy = report["settings"]["bootstrap"], report["settings"]["class_probe_accuracy"]
+    right = "nothing, without classes" if accuracy is None else f"right on {100 * accuracy:.1f}% of test photographs"
     notes = [
         f"95% intervals from {resampled} resamples. class: share in which a probe on these features agrees",
-        f"(it is right on {100 * accuracy:.1f}% of test photographs). same: share of images equal to those of none.",
+        f"(it is {right}). same: share of images equal to those of none.",
         "bias: change of the tokens' surprisal under the target's law, nats per token (0 if exact, up to noise).",
     ]
     notes += [
@@ -316,14 +331,14 @@ def evaluation_table(report: dict[str, Any]) -> str:
         "({flagged} flagged).".format(**same)
         for same in report["identity"]
     ]
-    return "\n".join([*blocks, table(head, rows), *notes])
+    return "\n".join([*blocks, *([table(head, rows)] if rows else []), *notes])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     change = "" if row["frechet_change"] is None else _shown(row["frechet_change"], 1, sign="+")
     kernel = {k: 1000 * v for k, v in row["kernel"].items()}
     quality = [_shown(row["frechet"], 1), change, _shown(kernel, 2)]
-    shares = [_shown(row[k]) for k in ("precision", "recall", "consistency")]
+    shares = [_shown(row[k]) if row[k] else "" for k in ("precision", "recall", "consistency")]
     rate = f"{row['tokens_per_pass']['value']:.2f}" if row.get("tokens_per_pass") else ""
     same = "" if row["identical"] is None else f"{100 * row['identical']:.1f}%"
     bias = "" if row.get("surprisal_change") is None else _shown(row["surprisal_change"], 3, sign="+")

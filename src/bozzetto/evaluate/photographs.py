@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bozzetto.data import evaluation_view, read_folder, read_parquet
+from bozzetto.data import evaluation_view, read_captions, read_folder, read_parquet
 from bozzetto.errors import UsageError
 from bozzetto.models.store import read_config
 from bozzetto.pipeline import Pipeline
@@ -26,8 +26,16 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def classed(self) -> bool:
+        """Whether the classes of some are known to the model."""
+        return bool((self.labels >= 0).any())
+
     def balanced(self, classes: int, count: int) -> np.ndarray:
-        """Rows of at most `count` images, all classes in turn, as samples are drawn; stops when a class runs out."""
+        """Rows of at most `count` images, all classes in turn, as samples are drawn; stops when a class runs out.
+        Without classes: any rows, always the same."""
+        if not self.classed:
+            return _shuffled(len(self))[:count]
         rows = [np.flatnonzero(self.labels == label) for label in range(classes)]
         turns = min(min(map(len, rows)), -(-count // classes))
         return np.stack([r[:turns] for r in rows], 1).flatten()[:count]
@@ -61,6 +69,20 @@ def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
     names = [name.lower() for name in found.classes]
     label = np.array([pipe.classes.index(name) if name in pipe.classes else -1 for name in names], np.int64)
     return Photographs(np.concatenate(parts), label[found.labels])
+
+
+def prompts_for(pipe: Pipeline, path: Path) -> list[str]:
+    """What a model that takes prompts is asked for, so that its samples can be held against the photographs: captions
+    and styles of the test split, shuffled, always in the same order. Empty for models with classes."""
+    if not pipe.takes_prompts:
+        return []
+    named = read_captions(path, "test")
+    texts = [f"{caption}, {style}" if style else caption for caption, style in named]
+    return [texts[i] for i in _shuffled(len(texts))]
+
+
+def _shuffled(count: int) -> np.ndarray:
+    return np.random.default_rng(0).permutation(count)
 
 
 def as_bytes(pixels: torch.Tensor) -> np.ndarray:

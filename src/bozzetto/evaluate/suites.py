@@ -18,6 +18,7 @@ from bozzetto.pipeline import Pipeline, model_folder
 from bozzetto.registry import make_rule, split_method
 
 Methods = Mapping[str, str]
+_WHOLE = ("followers",)
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,29 @@ class Part:
     methods: Methods
 
 
+_CODES = {
+    "none": "sequential",
+    "jacobi/seed-exact": "coupled Jacobi, seed-exact",
+    "jacobi/exact": "coupled Jacobi, exact",
+    "jacobi:fill=eagle/exact": "windows filled by a drafter, exact",
+    "eagle:tree=chain-12/block": "block on a chain, exact",
+    "eagle:tree=chain-24/block": "block on a chain of 24, exact",
+    "eagle:tree=chain-24:stop=0.1/block": "the same, stopped by entropy and acceptance",
+    "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
+    "eagle:tree=mc-sim-25/traversal": "traversal, exact",
+    "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
+    "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
+    "eagle:tree=mc-sim-25/grouped:group=8": "GSD",
+    "eagle:tree=mc-sim-25/annealed": "COOL-SD",
+    "eagle:tree=mc-sim-25/cascade": "CASCADE",
+}
+
+
 def _part(family: str, model: str, methods: dict[str, str]) -> Part:
     return Part(family, model, MappingProxyType(methods))
 
 
-# The papers' methods, what they compare with, and the better alternatives.
+# The papers' methods, what they compare with, and the better alternatives; `followers` has all of the project.
 SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
     {
         "lantern": (
@@ -86,17 +105,41 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
                 },
             ),
         ),
+        "followers": (
+            _part("llamagen", "flowers", _CODES),
+            _part("llamagen", "emoji", _CODES),
+            _part(
+                "flow",
+                "flowers-flow",
+                {
+                    "none": "sequential",
+                    "none@steps=8": "half the steps of the head",
+                    "none@last_steps=4": "DiSA, annealed steps of the head",
+                    "none/reflection": "head-level speculation, exact",
+                    "jacobi/chains": "coupled chains, exact",
+                    "sketch/joint": "joint, exact",
+                    "sketch/block": "block, exact",
+                    "sketch/chains": "coupled chains of a drafter, exact",
+                    "sketch/cspd:variant=paper": "CSpD as published",
+                    "sketch:length=4/cspd:variant=released": "CSpD as released",
+                    "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
+                    "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
+                },
+            ),
+        ),
     }
 )
 
 
 def suite_models(name: str, asked: str) -> list[tuple[str, Part]]:
     """(model, part) of what is to be run: the part for the family of the model asked for, on that model; if the suite
-    has none for it, every part on its own shipped model."""
-    family = read_config(model_folder(asked)).get("family")
+    has none for it, every part on its own shipped model. `followers` is run whole for any shipped model."""
     parts = SUITES[name]
-    mine = [(asked, part) for part in parts if part.family == family]
-    return mine or [(part.model, part) for part in parts]
+    if name in _WHOLE and asked in {part.model for part in parts}:
+        return [(part.model, part) for part in parts]
+    family = read_config(model_folder(asked)).get("family")
+    mine = {part.family: (asked, part) for part in reversed(parts) if part.family == family}
+    return list(mine.values()) or [(part.model, part) for part in parts]
 
 
 def run_suite(

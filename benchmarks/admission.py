@@ -95,9 +95,7 @@ def main() -> None:
     pipe = load(options.model, dtype=options.dtype)
     engine = Admission(pipe, slots=options.slots, queue=32)
     if options.compile != "off":  # graphs are made before the clock runs
-        draw_together(
-            Admission(pipe, slots=options.slots, queue=32), options.count, random.Random(1), options.compile
-        )
+        draw_together(Admission(pipe, slots=options.slots, queue=32), options.count, random.Random(1), options.compile)
     began = time.perf_counter()
     asked, memory = draw_together(engine, options.count, random.Random(0), options.compile)
     together = time.perf_counter() - began

@@ -204,3 +204,32 @@ def test_a_loaded_server_draws_every_image_right_and_loses_none(tiny_model: Path
     assert found["failed"] == found["wrong"] == 0 and found["equal"] > 16
     assert found["sigterm"]["answered"] >= found["sigterm"]["accepted"] and found["sigterm"]["exit_status"] == 0
     assert 0 < found["p50"] <= found["p95"] and "images per second" in text
+
+
+def test_the_headline_puts_a_row_and_a_bar_for_each_method(tmp_path: Path) -> None:
+    spread = {"value": 120.0, "low": 110.0, "high": 130.0}
+    row = {"model": "flowers", "tokens_per_pass": 1.0, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+    rows = [
+        {**row, "method": "none", "title": "sequential", "exact": True, "frechet": spread, "frechet_change": None},
+        {**row, "method": "a/b", "title": "A & B", "exact": False, "frechet": spread, "frechet_change": spread}
+        | {"tokens_per_pass": 3.5, "speedup": 2.25},
+    ]
+    (tmp_path / "suite.json").write_text(json.dumps({"kind": "suite", "results": rows}))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- followers -->\nold\n<!-- followers, end -->\nafter\n")
+    script("headline.py", tmp_path / "suite.json", "--readme", readme, "--plot", tmp_path / "plot.svg")
+    lines = readme.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert lines[4].startswith("| `flowers` | `a/b` | A & B | no | 3.50 | 2.25x") and "`none`" in lines[5]
+    svg = ElementTree.fromstring((tmp_path / "plot.svg").read_text())
+    texts = [element.text for element in svg.iter() if element.tag.endswith("text")]
+    assert {"A & B", "sequential", "2.25x, 3.50 tokens per pass"} <= set(texts)
+    again = readme.read_text()
+    script("headline.py", tmp_path / "suite.json", "--readme", readme)
+    assert readme.read_text() == again
+    assert markdown_of(tmp_path / "suite.json") in again
+
+
+def markdown_of(report: Path) -> str:
+    """As printed."""
+    return script("headline.py", report).rstrip("\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from bozzetto import load
+from bozzetto.drafters.base import Observation
+from bozzetto.drafts import Layout, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
 from bozzetto.models.compiled_cache import compile_target
@@ -18,10 +21,13 @@ from bozzetto.models.continuous_store import write_continuous
 from bozzetto.models.drift import DriftConfig, DriftModel, DriftTarget, OneStep, guided_features
 from bozzetto.models.drift_store import load_drift, save_drift
 from bozzetto.models.entropy import attention_entropy
+from bozzetto.models.path_sketch import sketch_config
+from bozzetto.models.sketch_store import save_sketch
 from bozzetto.models.store import CONFIG, WEIGHTS
 from bozzetto.train.drift import anti_symmetric_force, drift_force, energy_distance, teacher_tokens
 from test_flow_model import CONFIG as FLOW
 from test_flow_model import INDEX, LABELS, TOKENS, N, inputs_at, random_flow
+from test_path_sketch import random_sketch
 
 SETTINGS = DriftConfig(width=16, depth=2, tuned=1)
 
@@ -244,3 +250,75 @@ def test_the_schedule_is_one_step_that_says_nothing_before() -> None:
     ancestry = OneStep().ancestry(torch.device("cpu"))
     assert OneStep().steps == 1 and float(ancestry.signal[0]) == 0 and float(ancestry.of_token[0]) == 1
     assert NormalField(0, INDEX, N, 1, 3) is not None
+
+
+# The draft model.
+
+
+@pytest.fixture(scope="module")
+def drafted(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A variant whose base model has a random drafter; its body is the base's own."""
+    base = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("base") / "flow"))
+    pipe = load(base)
+    save_sketch(base / "sketch", random_sketch(sketch_config(pipe.network.config)), base, {"target_name": "tiny"})
+    at = tmp_path_factory.mktemp("drafted") / "model"
+    at.mkdir()
+    model = DriftModel(pipe.network, DriftConfig(width=16, depth=1))
+    torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.3)
+    save_drift(at, model, str(base), base, {"name": "tiny-drift"})
+    return at
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("drafter", ["sketch:length=4", "sketch:length=4:stop=0.3"])
+def test_drafts_that_are_checked_closely_give_the_sequential_picture(
+    drafted: Path, drafter: str, guidance: float
+) -> None:
+    pipe = load(drafted)
+    slow = pipe.generate(count=3, seed=3, drafter="none", guidance=guidance)
+    fast = pipe.generate(count=3, seed=3, drafter=drafter, rule="pathwise:epsilon=1e-5", guidance=guidance, batch=3)
+    for one, two in zip(slow.images, fast.images, strict=True):
+        torch.testing.assert_close(one.tokens, two.tokens, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.3])
+def test_a_drafted_picture_is_the_same_in_any_batch_and_drafts_are_kept(drafted: Path, stop: float) -> None:
+    pipe = load(drafted)
+    options = {"seed": 5, "drafter": f"sketch:length=4:stop={stop}", "rule": "pathwise:epsilon=8", "guidance": 2.0}
+    whole = pipe.generate(count=4, batch=4, **options).images
+    assert sum(image.accepted for image in whole) > 0
+    for image in pipe.generate(indices=[3, 1], batch=1, **options).images:
+        torch.testing.assert_close(image.tokens, whole[image.index].tokens, atol=2e-3, rtol=0)
+        assert image.target_passes == whole[image.index].target_passes
+
+
+def test_a_stop_drafts_less_and_numbers_left_over_are_never_kept(drafted: Path) -> None:
+    pipe = load(drafted)
+    options = {"seed": 5, "count": 4, "batch": 4, "rule": "pathwise:epsilon=0.2"}
+    whole = pipe.generate(drafter="sketch:length=6", **options)
+    short = pipe.generate(drafter="sketch:length=6:stop=0.5", **options)
+    assert short.head_rows < whole.head_rows
+    assert max(float(image.tokens.abs().max()) for image in short.images) < 100
+
+
+@torch.no_grad()
+def test_the_draft_model_measures_its_own_attention_and_takes_over_the_targets_entropy(drafted: Path) -> None:
+    pipe = load(drafted)
+    sketcher = pipe._sketch("")
+    sketcher.begin(torch.tensor([0, 1]), True, 4)
+    features = torch.randn(4, 3, pipe.network.config.dim + 1)
+    count = torch.tensor([3, 2])
+    tokens = torch.randn(2, 3, pipe.target.token_dim)
+    sketcher.take_in(Observation(None, PathVerdict(tokens, count - 1), count, 3, count * 0, features))
+    torch.testing.assert_close(sketcher.measured[:, 0], features[[0, 1, 2, 3], [2, 1, 2, 1], -1])
+    assert sketcher.own.shape == (4, 1) and bool(((sketcher.own >= 0) & (sketcher.own <= 1)).all())
+    at = torch.zeros(1, 1, dtype=torch.int64)
+    sketcher.put_out(tokens[:, :1], at, Layout(at, at, torch.ones(1, 1, 1, dtype=torch.bool)))
+    assert sketcher.own.shape == (4, 1)
+
+
+def test_a_stop_is_refused_where_drafts_have_to_be_whole(drafted: Path, tiny_flow: Path) -> None:
+    with pytest.raises(UsageError, match=r"verifies drafts of one length: stop = 0.2 is not allowed"):
+        load(tiny_flow).generate(count=1, drafter="sketch:stop=0.2", rule="joint")
+    with pytest.raises(UsageError, match="stop = 1 is not allowed"):
+        load(drafted).generate(count=1, drafter="sketch:stop=1", rule="pathwise")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bozzetto.drafters.base import Observation
-from bozzetto.drafters.outlook import Outlook
+from bozzetto.drafters.outlook import Outlook, flatness_of
 from bozzetto.drafts import Verdict
 from bozzetto.errors import UsageError
 from bozzetto.models.tabular import TabularTarget
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def level(outlook: Outlook, mother: int, *laws: torch.Tensor) -> bool:
     """One more link of a chain, drawn from a law per image."""
-    return outlook.go_on(torch.tensor([mother]), torch.tensor([[mother + 1]]), torch.stack(laws)[:, None])
+    return outlook.go_on(torch.tensor([mother]), torch.tensor([[mother + 1]]), flatness_of(torch.stack(laws)[:, None]))
 
 
 def verdict(*accepted: int, places: int = 4) -> Observation:

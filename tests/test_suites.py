@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from bozzetto.cli import main
-from bozzetto.evaluate.suites import SUITES
+from bozzetto.evaluate.suites import SUITES, suite_models
 from bozzetto.models.eagle import EagleNet, eagle_config
 from bozzetto.models.eagle_store import save_drafter
 from bozzetto.models.store import load_llamagen
-from bozzetto.registry import make_rule
+from bozzetto.path_registry import PATH_RULES
+from bozzetto.registry import RULES, make_rule, split_method
 from bozzetto.sampling import method_settings
 from bozzetto.settings import GenerateSettings
 
@@ -38,6 +39,23 @@ def test_every_method_of_a_suite_is_one_that_can_be_typed(name: str) -> None:
     for part in SUITES[name]:
         for method in part.methods:
             assert method_settings(method, GenerateSettings("none", "seed-exact")).batch == 1
+
+
+def test_followers_hold_every_rule_and_are_run_whole_for_a_shipped_model(model: Path) -> None:
+    parts = SUITES["followers"]
+    used = [{make_name(method) for method in part.methods} for part in parts]
+    assert all(set(RULES) <= names for part, names in zip(parts, used, strict=True) if part.family == "llamagen")
+    assert set(PATH_RULES) - {"plain", "coupled"} <= set.union(*used)  # plain: none; coupled: for masked models
+    names = [part.model for part in parts]
+    for shipped in names:
+        assert [name for name, _ in suite_models("followers", shipped)] == names
+    (own,) = suite_models("followers", str(model))
+    assert own == (str(model), parts[0])
+
+
+def make_name(method: str) -> str:
+    """The rule of a method."""
+    return split_method(method.partition("@")[0])[1].partition(":")[0]
 
 
 def test_generate_with_a_relaxed_rule_writes_what_it_spent(model: Path, tmp_path: Path) -> None:

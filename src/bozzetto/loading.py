@@ -124,7 +124,7 @@ def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str)
         masked = config_from(MARSampler, sampler, folder / CONFIG)
         return MaskedPipeline(name, network, masked, tokenizer, classes, dtype, folder)
     if drift is not None:
-        return DriftPipeline(name, drift, tokenizer, classes, dtype, own)
+        return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
     made = config_from(FlowSampler, sampler, folder / CONFIG)
     return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
 

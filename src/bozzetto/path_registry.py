@@ -8,13 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 from bozzetto.drafters.base import Drafter
+from bozzetto.drafters.drift_chain import DriftChain
 from bozzetto.drafters.jacobi_paths import JacobiPaths
 from bozzetto.drafters.none import NoPaths
 from bozzetto.drafters.path_chain import SketchChain
 from bozzetto.engine.masked import DraftWindow
 from bozzetto.errors import UsageError
+from bozzetto.models.drift import DriftTarget
 from bozzetto.models.flow_cache import FlowTarget
-from bozzetto.models.path_sketch import PathSketcher
 from bozzetto.registry import DRAFTERS, RULES, filled, split_spec
 from bozzetto.registry import Plain as NoOptions
 from bozzetto.rules.chains import Chains
@@ -54,14 +55,17 @@ class SmallerMasked:
 @dataclass(frozen=True)
 class Sketch:
     """For a causal model. folder: of the trained drafter ("": the one that comes with the model); length: tokens
-    drafted per pass."""
+    drafted per pass; stop: an image's draft ends where it is reached with less than this chance (0: nowhere)."""
 
     folder: str = ""
     length: int = 2
+    stop: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= 64:
             raise UsageError(f"length = {self.length} is not allowed: a whole number from 1 to 64")
+        if not 0 <= self.stop < 1:
+            raise UsageError(f"stop = {self.stop:g} is not allowed: a number >= 0 (all of length) and < 1")
 
 
 PATH_DRAFTERS: Mapping[str, type] = MappingProxyType(
@@ -90,7 +94,7 @@ def path_drafter_options(spec: str) -> tuple[str, Any]:
 
 
 def make_path_drafter(
-    spec: str, window: int, target: FlowTarget, sketcher: Callable[[str], PathSketcher] | None = None
+    spec: str, window: int, target: FlowTarget, sketcher: Callable[[str], Any] | None = None
 ) -> Drafter:
     """window: scored places per pass of a window drafter, >= 1; sketcher: loads the trained drafter of a folder ("":
     the target's own). Raises UsageError for an unknown name, and for a trained drafter where there is none."""
@@ -103,7 +107,9 @@ def make_path_drafter(
     if name == "sketch":
         if sketcher is None:
             raise UsageError("drafter 'sketch' is not allowed here: no folder to load it from")
-        return SketchChain(sketcher(options.folder), options.length, ancestry, std, target.token_dim)
+        if isinstance(target, DriftTarget):
+            return DriftChain(sketcher(options.folder), options.length, target, options.stop)
+        return SketchChain(sketcher(options.folder), options.length, ancestry, std, target.token_dim, options.stop)
     if name != "jacobi":
         raise UsageError(f"drafter {spec!r} is for masked models (allowed here: none, jacobi, sketch)")
     return JacobiPaths(window, target.config.grid, target.token_dim, ancestry, std, options.spread)
@@ -118,12 +124,17 @@ def is_path_method(drafter: str, rule: str) -> bool:
 
 def check_path_method(drafter: str, rule: str) -> None:
     """Raises UsageError where a drafter and a rule for continuous tokens, as written, do not go together."""
-    name, _ = path_drafter_options(drafter)
+    name, options = path_drafter_options(drafter)
     made = make_path_rule(rule)
     if name == "none" and made.name not in ALONE:
         raise UsageError(f"rule {rule!r} verifies drafts, drafter 'none' makes none (allowed: {', '.join(ALONE)})")
     if name != "none" and made.name in ALONE:
         raise UsageError(f"rule {rule!r} needs no drafter: drafter {drafter!r} is not allowed, 'none' is")
+    if name == "sketch" and options.stop and not (made.fixed_noise and not made.needs_path):
+        fit = ", ".join(r for r, kind in PATH_RULES.items() if kind.fixed_noise and not kind.needs_path)
+        raise UsageError(
+            f"rule {rule!r} verifies drafts of one length: stop = {options.stop:g} is not allowed (0 is; or {fit})"
+        )
     if name == "jacobi" and not made.window:
         fit = ", ".join(r for r, kind in PATH_RULES.items() if kind.window)
         raise UsageError(f"rule {rule!r} does not carry a window on, which drafter 'jacobi' needs (allowed: {fit})")

@@ -24,6 +24,7 @@ from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.drift import DriftModel, DriftTarget
+from bozzetto.models.drift_sketch import DriftSketcher
 from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
@@ -202,14 +203,28 @@ class DriftPipeline(FlowPipeline):
     """A drift variant of a causal target: one call of a decoder per token (models/drift.py)."""
 
     default_methods = ("none", "jacobi/pathwise:epsilon=0.1")
-    default_rules: ClassVar = {"none": "plain", "jacobi": "pathwise"}
+    default_rules: ClassVar = {"none": "plain", "jacobi": "pathwise", "sketch": "pathwise"}
 
-    def __init__(self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path):
-        self.drift = model
+    def __init__(
+        self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path, base: Path
+    ):
+        self.drift, self.base = model, base
         super().__init__(name, model.flow, FlowSampler(steps=1), tokenizer, classes, dtype, folder)
 
     def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
         return DriftTarget(self.drift, dtype)
+
+    def _sketch_folder(self, folder: str) -> Path:
+        """The base model's own drafter unless another one is named."""
+        if not folder and (self.base / SKETCH).is_dir():
+            return self.base / SKETCH
+        return super()._sketch_folder(folder)
+
+    def _load_sketcher(self, folder: Path) -> PathSketcher:
+        if self.drift.config.tuned:
+            raise UsageError(f"drafter 'sketch' is not allowed here: {self.name} changed the body it was trained for")
+        net = load_sketch(folder, self.network.config, target_digest(self.base)).to(self.target.device)
+        return DriftSketcher(net, self.target.embedding)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         for option in ("steps", "last_steps"):

@@ -67,7 +67,10 @@ class Samples:
         return made / max(1, sum(len(t.committed) for t in self.traces))
 
 
-_SUFFIXES: dict[str, type] = {"window": int, "steps": int, "passes": int, "guidance_schedule": str, "compile": str}
+_SUFFIXES: dict[str, type] = {
+    **dict.fromkeys(("window", "steps", "last_steps", "passes"), int),
+    **dict.fromkeys(("guidance_schedule", "compile"), str),
+}
 
 
 _PLAIN = (("compile", "off"), ("deterministic", False), ("negative_prompt", ""))  # what needs no mention

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafters.outlook import Outlook
+from bozzetto.drafters.outlook import Outlook, flatness_of
 from bozzetto.drafts import Draft, Layout, Tree
 from bozzetto.drafts.tree import make_tree, static_tree
 from bozzetto.errors import UsageError
@@ -147,7 +147,8 @@ class TreeDrafter:
             kids = tree.child[0, mothers, :width].flatten()
             tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
             row += len(mothers)
-            more = self.outlook is None or self.outlook.go_on(mothers, kids.view(len(mothers), width), log_q)
+            family = kids.view(len(mothers), width)
+            more = self.outlook is None or self.outlook.go_on(mothers, family, flatness_of(log_q))
             if (depth + 1 == tree.max_depth or not more) and not all_grow:
                 break
             level = kids[kids > 0] if all_grow else tree.families[depth + 1][0]

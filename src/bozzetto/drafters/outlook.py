@@ -20,6 +20,11 @@ _PRIOR = 4.0  # drafts that the first guess counts for
 _MEMORY = 0.98  # per pass
 
 
+def flatness_of(log_q: Tensor) -> Tensor:
+    """Entropy over that of a uniform law: log-laws [..., V] -> [...] in [0, 1]."""
+    return -(log_q.exp() * log_q.clamp_min(-1e4)).sum(-1) / math.log(log_q.shape[-1])
+
+
 class Outlook:
     """One image per row. stop: the least chance of a node to be reached with which something is drafted below it."""
 
@@ -39,11 +44,10 @@ class Outlook:
         self.chance = torch.ones(batch, nodes + 1, device=device)
         self.bin = torch.zeros(batch, nodes + 1, dtype=torch.int64, device=device)  # of the law below each node
 
-    def go_on(self, mothers: Tensor, kids: Tensor, log_q: Tensor) -> bool:
+    def go_on(self, mothers: Tensor, kids: Tensor, flatness: Tensor) -> bool:
         """Whether any image drafts on after a level. mothers: int64 [I], nodes; kids: int64 [I, C], their children (0:
-        none); log_q: [B, I, V], what these were drawn from."""
-        entropy = -(log_q.exp() * log_q.clamp_min(-1e4)).sum(-1)  # [B, I]
-        flat = (entropy / math.log(log_q.shape[-1]) * _BINS).long().clamp(0, _BINS - 1)
+        none); flatness: [B, I], from 0 to 1, of what these were drawn from."""
+        flat = (flatness * _BINS).long().clamp(0, _BINS - 1)
         self.bin[:, mothers], self.mother[:, mothers] = flat, self.open[:, mothers]
         share = (self.kept / self.tried).gather(1, flat)
         real = kids > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ def evaluate(
     """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
     path = data_path(pipe, settings.data)
     real = {split: photographs(pipe, path, split) for split in SPLITS}
-    asked = {"seed": settings.seed, "classes": prompts_for(pipe, path)[: settings.count]}
+    run_of = partial(SampleRun, pipe=pipe, seed=settings.seed, classes=prompts_for(pipe, path)[: settings.count])
     runs = [
-        SampleRun(out / "samples" / slug(m), pipe, method_settings(m, settings.base), method=m, **asked)
+        run_of(out / "samples" / slug(m), settings=method_settings(m, settings.base), method=m)
         for m in settings.all_methods()
     ]
     sample_rounds(runs, settings.count, progress=progress)

@@ -11,6 +11,7 @@ from typing import Any
 from bozzetto.evaluate.bench import BenchSettings, bench
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
 from bozzetto.evaluate.features import FeatureExtractor
+from bozzetto.evaluate.variants import compare_with_base
 from bozzetto.models.store import read_config
 from bozzetto.output import table
 from bozzetto.path_registry import is_path_method, make_path_rule
@@ -24,11 +25,12 @@ _WHOLE = ("followers",)
 @dataclass(frozen=True)
 class Part:
     """What a suite does with one model. family: the models it can be run on; model: the shipped one ("": the one asked
-    for); methods: by method, what the literature calls it."""
+    for); methods: by method, what the literature calls it; base: the model that it is a variant of, measured too."""
 
     family: str
     model: str
     methods: Methods
+    base: str = ""
 
 
 _CODES = {
@@ -49,8 +51,8 @@ _CODES = {
 }
 
 
-def _part(family: str, model: str, methods: dict[str, str]) -> Part:
-    return Part(family, model, MappingProxyType(methods))
+def _part(family: str, model: str, methods: dict[str, str], base: str = "") -> Part:
+    return Part(family, model, MappingProxyType(methods), base)
 
 
 # The papers' methods, what they compare with, and the better alternatives; `followers` has all of the project.
@@ -126,6 +128,16 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
                     "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
                 },
             ),
+            _part(
+                "drift",
+                "flowers-drift",
+                {
+                    "none": "Drift-AR, one step",
+                    "jacobi/pathwise:epsilon=0.1": "Drift-AR, pathwise, epsilon 0.1",
+                    "jacobi/pathwise:epsilon=0.5": "Drift-AR, pathwise, epsilon 0.5",
+                },
+                base="flowers-flow",
+            ),
         ),
     }
 )
@@ -162,6 +174,10 @@ def run_suite(
         judged = evaluate(pipe, replace(quality, methods=tuple(methods)), extractor, folder, progress=progress)
         report["evaluation"].append(judged)
         report["results"] += _joined(pipe, methods, measured, judged)
+    for pipe, _ in parts:
+        base = next((part.base for part in SUITES[name] if part.model == pipe.name), "")
+        if base:
+            compare_with_base(report, pipe, base, extractor, out, quality.bootstrap)
     return report
 
 
@@ -215,8 +231,14 @@ def _model_table(results: list[dict[str, Any]], s: dict[str, Any], e: dict[str, 
         quality = [_shown(r[k], d, t) for k, d, t in (("frechet", 1, ""), ("frechet_change", 1, "+"))]
         quality += _distance(r) if vectors else _bias(r)
         rows.append([r["method"], r["title"], "yes" if r["exact"] else "no", *speed, *quality])
-    first = results[0]
     notes = [
+        f"{r['method']} against sequential {r['base']}: {r['over_base']:.2f}x as fast (same run, one after the other), "
+        f"Fréchet {_shown(r['frechet_over_base'], 1, '+')}."
+        for r in results
+        if "base" in r
+    ]
+    first = results[0]
+    notes += [
         f"{s['model']}, speed: batch {first['batch']}, guidance {first['guidance']:g}, {s['dtype']}, {s['threads']} "
         f"threads, {first['rounds']} images per method in turn; speed-up over none of the same round (median, range).",
         f"quality: {e['count']} images per method, {e['extractor']}, 95% intervals; change: against none.",

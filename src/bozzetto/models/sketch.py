@@ -143,10 +143,13 @@ class EagleLayerCache:
         cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
         cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
         keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask[:, None])
-        h = h + w.wo(mixed.transpose(1, 2).flatten(2))
+        h = h + w.wo(self._attend(q.transpose(1, 2), keys, values, mask[:, None]).transpose(1, 2).flatten(2))
         gate, up = w.w13(F.rms_norm(h, (c.dim,), w.gain, c.norm_eps)).chunk(2, -1)
         return h + w.w2(F.silu(gate) * up)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """q [R, H, n, hd]; keys, values [R, H, S, hd]; mask [R, 1, n, S] -> [R, H, n, hd]."""
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies

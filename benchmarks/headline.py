@@ -1,0 +1,117 @@
+"""The README's headline: its table and its plot, from the report of the suite of followers.
+
+    bozzetto bench --suite followers --dtype bfloat16 --count 6 --images 64 --json suite-followers.json
+    python benchmarks/headline.py suite-followers.json --readme README.md --plot docs/followers.svg
+
+The table stands between two comments of the README and is put in place of what is there. The plot has a bar for each
+method: wall clock against sequential decoding, and what a target pass keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bozzetto.errors import UsageError
+from bozzetto.files import write_text
+
+BEGIN, END = "<!-- followers -->", "<!-- followers, end -->"
+LEFT, BAR, RIGHT, ROW, HEAD = 250, 250, 200, 19, 42
+EXACT, RELAXED = "#1b6ca8", "#c2571a"
+Row = dict[str, Any]
+
+
+def models(report: Row) -> dict[str, list[Row]]:
+    """Rows of each model, the best in wall clock first."""
+    found: dict[str, list[Row]] = {}
+    for row in report["results"]:
+        found.setdefault(row["model"], []).append(row)
+    return {name: sorted(rows, key=lambda r: -r["speedup"]) for name, rows in found.items()}
+
+
+def interval(figure: dict[str, float] | None, sign: str = "") -> str:
+    """value (low to high), or nothing."""
+    if figure is None:
+        return ""
+    return f"{figure['value']:{sign}.1f} ({figure['low']:{sign}.1f} to {figure['high']:{sign}.1f})"
+
+
+def markdown(report: Row) -> str:
+    """The table."""
+    lines = [
+        "| model | method | known as | exact | tokens/pass | speed-up | Fréchet | change |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in models(report).items():
+        for row in rows:
+            cells = [f"`{name}`", f"`{row['method']}`", row["title"], "yes" if row["exact"] else "no"]
+            cells += [f"{row['tokens_per_pass']:.2f}"]
+            cells += [f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"]
+            cells += [interval(row["frechet"]), interval(row["frechet_change"], "+")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put(text: str, table: str) -> str:
+    """The README with the table between its comments. Raises UsageError where these are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UsageError(f"no place for the table: the lines {BEGIN} and {END} are wanted")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def plot(report: Row) -> str:
+    """The whole SVG: a block of bars per model."""
+    blocks, y, parts = models(report), 8, list[str]()
+    longest = max(row["speedup"] for rows in blocks.values() for row in rows)
+    for name, rows in blocks.items():
+        parts.append(f'<text x="8" y="{y + 20}" font-weight="bold">{escape(name)}</text>')
+        one = LEFT + BAR / longest
+        bottom = y + HEAD - 8 + ROW * len(rows)
+        parts.append(f'<line x1="{one:.1f}" x2="{one:.1f}" y1="{y + HEAD - 12}" y2="{bottom}" stroke="#999"/>')
+        for i, row in enumerate(rows):
+            parts += bar(row, y + HEAD - 8 + ROW * i, longest)
+        y = bottom + 12
+    for x, colour, text in ((LEFT, EXACT, "exact"), (LEFT + 90, RELAXED, "another law, or relaxed")):
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 17}" y="{y + 10}">{text}</text>')
+    size = f'width="{LEFT + BAR + RIGHT}" height="{y + 24}" viewBox="0 0 {LEFT + BAR + RIGHT} {y + 24}"'
+    style = 'font-family="sans-serif" font-size="12" fill="#222"'
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{background}{"".join(parts)}</svg>\n'
+
+
+def bar(row: Row, y: int, longest: float) -> list[str]:
+    """One method."""
+    width, colour = BAR * row["speedup"] / longest, EXACT if row["exact"] else RELAXED
+    note = f"{row['speedup']:.2f}x, {row['tokens_per_pass']:.2f} tokens per pass"
+    return [
+        f'<text x="{LEFT - 8}" y="{y + 11}" text-anchor="end">{escape(row["title"])}</text>',
+        f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="14" fill="{colour}"/>',
+        f'<text x="{LEFT + width + 6:.1f}" y="{y + 11}">{note}</text>',
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--readme", type=Path, help="put the table there; else it is printed")
+    parser.add_argument("--plot", type=Path, help="an SVG file")
+    options = parser.parse_args()
+    report = json.loads(options.report.read_text(encoding="utf-8"))
+    if report.get("kind") != "suite":
+        raise SystemExit(f"{options.report} is not a report of `bozzetto bench --suite`")
+    if options.readme is None:
+        print(markdown(report))
+    else:
+        write_text(options.readme, put(options.readme.read_text(encoding="utf-8"), markdown(report)))
+    if options.plot is not None:
+        write_text(options.plot, plot(report))
+
+
+if __name__ == "__main__":
+    main()

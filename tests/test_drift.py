@@ -264,7 +264,8 @@ def drafted(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("drafted") / "model"
     at.mkdir()
     model = DriftModel(pipe.network, DriftConfig(width=16, depth=1))
-    torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.3)
+    torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.02)
+    torch.nn.init.normal_(model.centre.weight, std=0.02)  # noise says most, so that drafts are right now and then
     save_drift(at, model, str(base), base, {"name": "tiny-drift"})
     return at
 
@@ -284,7 +285,7 @@ def test_drafts_that_are_checked_closely_give_the_sequential_picture(
 @pytest.mark.parametrize("stop", [0.0, 0.3])
 def test_a_drafted_picture_is_the_same_in_any_batch_and_drafts_are_kept(drafted: Path, stop: float) -> None:
     pipe = load(drafted)
-    options = {"seed": 5, "drafter": f"sketch:length=4:stop={stop}", "rule": "pathwise:epsilon=8", "guidance": 2.0}
+    options = {"seed": 5, "drafter": f"sketch:length=4:stop={stop}", "rule": "pathwise:epsilon=1.5", "guidance": 2.0}
     whole = pipe.generate(count=4, batch=4, **options).images
     assert sum(image.accepted for image in whole) > 0
     for image in pipe.generate(indices=[3, 1], batch=1, **options).images:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import bozzetto
 from bozzetto import UsageError
@@ -288,6 +289,20 @@ def test_training_brings_the_draft_closer_to_the_target(
     assert lines[-1]["best"] < 0.8 * lines[0]["held_out"]
 
 
+def test_features_alone_can_be_learnt_from_a_drafter_that_is_there(
+    flow: Path, tmp_path: Path, pictures: Path, tiny_weights: Path
+) -> None:
+    begun = {"init": str(flow / "sketch"), "divergence_weight": 0.0, "feature_weight": 10.0}
+    made = train_drafter(
+        recipe(tmp_path / "run", flow, pictures, tiny_weights, steps=40, evaluate_every=20, lr=3e-3, **begun)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["best"] < 0.8 * lines[0]["held_out"]
+    one, other = (load_file(folder / WEIGHTS) for folder in (made, flow / "sketch"))
+    torch.testing.assert_close(one["readout.bias"], other["readout.bias"], atol=1e-2, rtol=0)  # but for its decay
+    assert not torch.equal(one["body.fc.weight"], other["body.fc.weight"])
+
+
 def test_the_loss_is_the_divergence_of_the_two_paths(
     flow: Path, tmp_path: Path, pictures: Path, tiny_weights: Path
 ) -> None:
@@ -303,10 +318,10 @@ def test_the_loss_is_the_divergence_of_the_two_paths(
         total = torch.zeros(2, tokens.shape[1] - 1)
         for k in range(steps):
             at = torch.full(tokens.shape[:2], k)
-            (part,) = fit.divergences(1, labels, tokens, scale, at, noise)
+            (part,) = fit.errors(1, labels, tokens, scale, at, noise)
             assert part.shape == total.shape and (part >= 0).all()
             total += part / steps
-        guess = fit.divergences(1, labels, tokens, scale, torch.zeros_like(at), noise)[0]
+        guess = fit.errors(1, labels, tokens, scale, torch.zeros_like(at), noise)[0]
     assert torch.isfinite(total).all() and not torch.allclose(guess, total)
 
 

@@ -215,8 +215,9 @@ class DriftPipeline(FlowPipeline):
         return DriftTarget(self.drift, dtype)
 
     def _sketch_folder(self, folder: str) -> Path:
-        """The base model's own drafter unless another one is named."""
-        if not folder and (self.base / SKETCH).is_dir():
+        """The variant's own drafter, else the base model's, unless another one is named."""
+        own = self.folder is not None and (self.folder / SKETCH).is_dir()
+        if not (folder or own) and (self.base / SKETCH).is_dir():
             return self.base / SKETCH
         return super()._sketch_folder(folder)
 

@@ -4,7 +4,8 @@ target, resumably.
 The loss is V = sum over denoising steps of (of_token / std)^2 |x^_p - x^_q|^2, with x^ the tokens that target and draft
 predict from the same state: twice the Kullback-Leibler divergence of the target's path from the draft's. The chance
 that a draft is kept is 1 - TV >= 1 - sqrt(V) / 2 at best (Pinsker). Both sides are guided as in drafting, and taken
-over several steps of the drafter's own roll-out.
+over several steps of the drafter's own roll-out. A recipe may add, or take alone, the error of the predicted features:
+a drift variant's decoder is given these (Drift-AR, arXiv 2603.28049, eq. 3).
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.latents import LatentDecoder
 from bozzetto.errors import UsageError
 from bozzetto.models.continuous_store import load_continuous, load_latents
+from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.path_sketch import PathSketch, sketch_config
-from bozzetto.models.sketch_store import SKETCH, save_sketch
+from bozzetto.models.sketch_store import SKETCH, load_sketch, save_sketch
 from bozzetto.models.store import CONFIG, config_from, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.continuous import LatentFit
@@ -59,6 +62,8 @@ class SketchFit(LatentFit):
 
     def make_model(self) -> nn.Module:
         net = PathSketch(sketch_config(self.target.config))
+        if self.recipe.init:
+            net = load_sketch(self.recipe.init, self.target.config, target_digest(self.folder)).requires_grad_(True)
         self.turn = nn.utils.parametrizations.orthogonal(net, "basis")
         return net
 
@@ -70,15 +75,17 @@ class SketchFit(LatentFit):
         return scale, steps, torch.randn(tokens.shape, generator=generator)
 
     def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
-        """Mean over roll-out steps (step k weighs decay^(k-1)) of V per token."""
-        parts = self.divergences(self.recipe.rollout, labels, tokens, *drawn)
+        """Mean over roll-out steps (step k weighs decay^(k-1)) of the errors per token."""
+        parts = self.errors(self.recipe.rollout, labels, tokens, *drawn)
         share = [self.recipe.decay**k for k in range(len(parts))]
         return sum((w * part.mean() for w, part in zip(share, parts, strict=True)), torch.zeros(())) / sum(share)
 
-    def divergences(
+    def errors(
         self, steps: int, labels: Tensor, tokens: Tensor, scale: Tensor, at: Tensor, noise: Tensor
     ) -> list[Tensor]:
-        """An unbiased draw of V for every token but the first few, for each of `steps` roll-out steps: [B, n]."""
+        """An unbiased draw of V for every token but the first few, and the error of its features, as the recipe weighs
+        them, for each of `steps` roll-out steps: [B, n]."""
+        r = self.recipe
         both = torch.cat([labels, torch.full_like(labels, self.target.config.classes)])
         with autocast():
             with torch.no_grad():
@@ -91,6 +98,9 @@ class SketchFit(LatentFit):
             with autocast():
                 guess = self._draft_tokens(predicted, scale, at[:, 1:], state[:, 1:])
             apart = (guess - wanted[:, 1:]).square().sum(-1) * self.weights[at[:, 1:]] * len(self.times)
+            if r.feature_weight:
+                missed = F.smooth_l1_loss(predicted.float(), features[:, 1:].float(), reduction="none").mean(-1)
+                apart = r.divergence_weight * apart + r.feature_weight * torch.stack(missed.chunk(2)).mean(0)
             found.append(apart[:, k:])  # the first pairs of step k have too short a past
         return found
 
@@ -118,10 +128,10 @@ class SketchFit(LatentFit):
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """V of the first drafts, mean over held-out pictures; `by_depth` keeps that of deeper ones too."""
+        """Errors of the first drafts, mean over held-out pictures; `by_depth` keeps those of deeper ones too."""
         totals, generator = torch.zeros(_DEPTHS), torch.Generator().manual_seed(0)
         for labels, tokens in zip(self.test_labels.split(_ROWS), self.test.split(_ROWS), strict=True):
-            parts = self.divergences(_DEPTHS, labels, tokens, *self.draw(tokens, generator))
+            parts = self.errors(_DEPTHS, labels, tokens, *self.draw(tokens, generator))
             totals += torch.stack([part.mean() for part in parts]) * len(labels)
         self.by_depth = (totals / len(self.test_labels)).tolist()
         return self.by_depth[0]

@@ -249,7 +249,9 @@ class SketchRecipe:
 
     model: the target, a shipped name or a model folder; tiny, train, test, views, jitter: as for the target; guidance:
     scales are drawn from this range; rollout: steps of the drafter's own roll-out in training, step k weighs
-    decay^(k-1); test_images: held-out pictures used.
+    decay^(k-1); divergence_weight, feature_weight: of the divergence of the paths and of the error of the predicted
+    features (a drift variant drafts with these alone); init: a drafter to go on from; test_images: held-out pictures
+    used.
     """
 
     family: Literal["sketch"]
@@ -264,6 +266,9 @@ class SketchRecipe:
     guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
     rollout: Annotated[int, Field(gt=0, le=8)] = 2
     decay: Rate = 0.8
+    divergence_weight: Annotated[float, Field(ge=0)] = 1.0
+    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    init: str = ""
     test_images: Count = 64
     steps: Count = 1200
     batch: Count = 8

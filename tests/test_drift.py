@@ -201,6 +201,10 @@ def test_a_vanishing_epsilon_gives_the_sequential_picture(folder: Path) -> None:
     assert loose.tokens_per_pass > 1
 
 
+def test_samples_are_told_apart_by_the_weights_of_the_variant_and_of_its_base(folder: Path, tiny_flow: Path) -> None:
+    assert load(folder).fingerprint() not in ("unknown", load(tiny_flow).fingerprint())
+
+
 def test_one_call_of_the_decoder_draws_a_token(folder: Path) -> None:
     result = load(folder).generate(count=2, seed=0, drafter="none", batch=2)
     assert result.head_calls == result.images[0].target_passes

@@ -204,8 +204,7 @@ class Pipeline(ABC):
 
     def fingerprint(self) -> str:
         """A digest of the model's files, so that samples of two states of one model are not mixed up."""
-        names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
-        return "unknown" if self.folder is None else digest(*(self.folder / name for name in names))
+        return "unknown" if self.folder is None else digest(*model_files(self.folder))
 
     def drafter_weights(self, drafter: str) -> str | None:
         """Digest of a trained drafter's weights, None for drafters without."""
@@ -369,6 +368,12 @@ def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -
 def shipped_models() -> list[str]:
     """Names of the models inside the package."""
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that say what a model draws; some models have their tokenizer from another folder."""
+    names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
+    return [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
 
 
 def model_folder(name_or_folder: str | Path) -> Path:

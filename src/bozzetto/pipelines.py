@@ -37,7 +37,7 @@ from bozzetto.models.path_sketch import PathSketcher
 from bozzetto.models.sketch_store import SKETCH, load_sketch
 from bozzetto.models.store import WEIGHTS, Tokenizer
 from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
-from bozzetto.pipeline import ASSETS, DTYPES, Pipeline
+from bozzetto.pipeline import ASSETS, DTYPES, Pipeline, model_files
 from bozzetto.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
 from bozzetto.rules.reflection import Plain
 from bozzetto.settings import GenerateSettings
@@ -213,6 +213,9 @@ class DriftPipeline(FlowPipeline):
 
     def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
         return DriftTarget(self.drift, dtype)
+
+    def fingerprint(self) -> str:
+        return "unknown" if self.folder is None else digest(*model_files(self.folder), *model_files(self.base))
 
     def _sketch_folder(self, folder: str) -> Path:
         """The variant's own drafter, else the base model's, unless another one is named."""

@@ -79,8 +79,9 @@ def load_continuous(folder: Path) -> FlowModel | MAR:
 
 
 def load_latents(folder: Path) -> LatentDecoder:
-    """Read the decoder of a folder; float32, in evaluation mode. Raises UsageError as load_continuous does, and for a
-    missing extra package."""
+    """Read the decoder of a folder; float32, in evaluation mode. Where tokenizer.json says `same_as`, its weights are
+    those of the folder of that name beside it. Raises UsageError as load_continuous does, and for a missing extra
+    package."""
     content, source = read_config(folder, TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG
     kind = content.get("kind")
     if kind not in _DECODERS:
@@ -89,7 +90,8 @@ def load_latents(folder: Path) -> LatentDecoder:
     config = config_from(config_kind, content.get("config"), source)
     with torch.device("meta"):  # drawing 66 million random numbers only to overwrite them takes seconds
         decoder = make(config)
-    load_strict(decoder, read_weights(folder / TOKENIZER_WEIGHTS), folder / TOKENIZER_WEIGHTS, assign=True)
+    weights = (folder.parent / str(content["same_as"]) if "same_as" in content else folder) / TOKENIZER_WEIGHTS
+    load_strict(decoder, read_weights(weights), weights, assign=True)
     return decoder.eval().requires_grad_(False)
 
 

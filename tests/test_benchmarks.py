@@ -213,20 +213,28 @@ def test_the_headline_puts_a_row_and_a_bar_for_each_method(tmp_path: Path) -> No
         {**row, "method": "none", "title": "sequential", "exact": True, "frechet": spread, "frechet_change": None},
         {**row, "method": "a/b", "title": "A & B", "exact": False, "frechet": spread, "frechet_change": spread}
         | {"tokens_per_pass": 3.5, "speedup": 2.25},
+        {**row, "model": "variant", "method": "none", "title": "one step", "exact": True, "frechet": spread}
+        | {"frechet_change": None, "base": "flowers", "over_base": 4.0, "frechet_over_base": spread},
+        {**row, "method": "c/d", "title": "slow", "exact": False, "frechet": spread, "frechet_change": spread},
     ]
     (tmp_path / "suite.json").write_text(json.dumps({"kind": "suite", "results": rows}))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- followers -->\nold\n<!-- followers, end -->\nafter\n")
-    script("headline.py", tmp_path / "suite.json", "--readme", readme, "--plot", tmp_path / "plot.svg")
+    full = tmp_path / "all.md"
+    full.write_text(readme.read_text())
+    flags = ("--readme", readme, "--full", full, "--plot", tmp_path / "plot.svg")
+    script("headline.py", tmp_path / "suite.json", *flags)
     lines = readme.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
     assert lines[4].startswith("| `flowers` | `a/b` | A & B | no | 3.50 | 2.25x") and "`none`" in lines[5]
     svg = ElementTree.fromstring((tmp_path / "plot.svg").read_text())
     texts = [element.text for element in svg.iter() if element.tag.endswith("text")]
-    assert {"A & B", "sequential", "2.25x, 3.50 tokens per pass"} <= set(texts)
-    again = readme.read_text()
-    script("headline.py", tmp_path / "suite.json", "--readme", readme)
-    assert readme.read_text() == again
+    assert {"A & B", "sequential", "slow", "2.25x, 3.50 tokens per pass"} <= set(texts)
+    assert "4.00x, 1.00 tokens per pass" in texts and "4.00x over sequential `flowers`" in readme.read_text()
+    assert "slow" not in readme.read_text()
+    again = full.read_text()
+    script("headline.py", tmp_path / "suite.json", *flags)
+    assert full.read_text() == again
     assert markdown_of(tmp_path / "suite.json") in again
 
 

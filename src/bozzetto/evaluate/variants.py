@@ -36,8 +36,9 @@ def frechet_over(
 def compare_with_base(
     report: dict[str, Any], pipe: Pipeline, base: str, extractor: FeatureExtractor, out: Path, bootstrap: int
 ) -> None:
-    """Add to the rows of a suite's variant `over_base` (images per second over those of the base model's sequential
-    sampler, both timed in this run) and `frechet_over_base`. out: the folder of the suite's samples."""
+    """Mark the rows of a suite's variant as not exact and add `over_base` (images per second over those of the base
+    model's sequential sampler, both timed in this run) and `frechet_over_base`. out: the folder of the suite's
+    samples."""
     timed = {(r["model"], r["method"]): r["images_per_second"] for r in report["results"]}
     if (base, SEQUENTIAL) not in timed:
         return
@@ -47,6 +48,6 @@ def compare_with_base(
     for row in report["results"]:
         if row["model"] == pipe.name:
             drawn = read_samples(out / pipe.name / "samples" / slug(row["method"]))
-            row["base"] = base
+            row["base"], row["exact"] = base, False  # its law is another one than its base model's
             row["over_base"] = timed[pipe.name, row["method"]] / timed[base, SEQUENTIAL]
             row["frechet_over_base"] = frechet_over(begun, drawn, reference, extractor, bootstrap)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
+from bozzetto.models.attention import attend
 from bozzetto.models.base import Scores, visible
 from bozzetto.models.dense import Dense
 from bozzetto.models.entropy import attention_entropy
@@ -220,9 +221,7 @@ class CausalSession:
         if self.probing:
             seen = (mask == 0).flatten(0, 1)  # [R, W, reach]
             self.entropy = attention_entropy(q.transpose(1, 2), keys[:, :, :reach], seen)[..., None]
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask
-        )
+        mixed = attend(q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], mask)
         x = x + w.wo(mixed.transpose(1, 2).flatten(2))
         gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
         return x + w.w2(F.silu(gate) * up)

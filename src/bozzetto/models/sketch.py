@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bozzetto.drafters.base import Observation
 from bozzetto.drafts import Layout
+from bozzetto.models.attention import attend
 from bozzetto.models.base import Session, Target, visible
 from bozzetto.models.dense import Dense
 from bozzetto.models.eagle import EagleLayer, EagleNet
@@ -149,7 +150,7 @@ class EagleLayerCache:
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """q [R, H, n, hd]; keys, values [R, H, S, hd]; mask [R, 1, n, S] -> [R, H, n, hd]."""
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return attend(q, keys, values, mask)
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies

@@ -41,7 +41,7 @@ _CODES = {
     "jacobi:fill=eagle/exact": "windows filled by a drafter, exact",
     "eagle:tree=chain-12/block": "block on a chain, exact",
     "eagle:tree=chain-32/block": "block on a chain of 32, exact",
-    "eagle:tree=chain-32:stop=0.1/block": "block on a chain of 32, stopped by entropy, exact",
+    "eagle:tree=chain-32:stop=0.1/block": "chain of 32, stopped by entropy, exact",
     "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
     "eagle:tree=mc-sim-25/traversal": "traversal, exact",
     "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",

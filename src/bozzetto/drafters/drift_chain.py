@@ -1,10 +1,11 @@
 """The draft model of Drift-AR (arXiv 2603.28049): a small network predicts the features of the target's next places,
 and the target's own one-step decoder takes them and the noise of the sequential sampler to tokens.
 
-Features are predicted by the drafter that was trained for the base model, whose body the variant shares. It drafts
-before the target runs (the released code compares afterwards and saves no serial work). The decoder's entropy input is
-that of the last committed place. Drafting stops early by the entropy of the drafter's own attention: the paper compares
-its mean with a threshold, here the share of drafts that were kept at such an entropy is learnt (drafters/outlook.py).
+Features are predicted by a drafter of the base model, whose body the variant shares; it has to be taught features
+(`feature_weight` in its recipe), not only the law that the base model's drafts are drawn from. It drafts before the
+target runs (the released code compares afterwards and saves no serial work). The decoder's entropy input is that of the
+last committed place. Drafting stops early by the entropy of the drafter's own attention: the paper compares its mean
+with a threshold, here the share of drafts that were kept at such an entropy is learnt (drafters/outlook.py).
 """
 
 from __future__ import annotations

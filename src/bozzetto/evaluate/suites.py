@@ -51,6 +51,19 @@ _CODES = {
     "eagle:tree=mc-sim-25/cascade": "CASCADE",
 }
 
+_FLOW = {
+    "none": "sequential",
+    "none/reflection": "head-level speculation, exact",
+    "jacobi/chains": "coupled chains, exact",
+    "sketch/joint": "joint, exact",
+    "sketch/block": "block, exact",
+    "sketch/chains": "coupled chains of a drafter, exact",
+    "sketch/cspd:variant=paper": "CSpD as published",
+    "sketch:length=4/cspd:variant=released": "CSpD as released",
+    "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
+    "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
+}
+
 
 def _part(family: str, model: str, methods: dict[str, str], base: str = "") -> Part:
     return Part(family, model, MappingProxyType(methods), base)
@@ -82,19 +95,7 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
             _part(
                 "flow",
                 "flowers-flow",
-                {
-                    "none": "sequential",
-                    "none/reflection": "head-level speculation, exact",
-                    "jacobi/chains": "coupled chains, exact",
-                    "sketch/joint": "joint, exact",
-                    "sketch/block": "block, exact",
-                    "sketch/chains": "coupled chains of a drafter, exact",
-                    "sketch/cspd:variant=paper": "CSpD as published",
-                    "sketch:length=4/cspd:variant=released": "CSpD as released",
-                    "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
-                    "jacobi/pathwise:epsilon=0.3": "pathwise, epsilon 0.3",
-                    "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
-                },
+                {**_FLOW, "jacobi/pathwise:epsilon=0.3": "pathwise, epsilon 0.3"},
             ),
             _part(
                 "mar",
@@ -115,18 +116,9 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
                 "flow",
                 "flowers-flow",
                 {
-                    "none": "sequential",
+                    **_FLOW,
                     "none@steps=8": "half the steps of the head",
                     "none@last_steps=4": "DiSA, annealed steps of the head",
-                    "none/reflection": "head-level speculation, exact",
-                    "jacobi/chains": "coupled chains, exact",
-                    "sketch/joint": "joint, exact",
-                    "sketch/block": "block, exact",
-                    "sketch/chains": "coupled chains of a drafter, exact",
-                    "sketch/cspd:variant=paper": "CSpD as published",
-                    "sketch:length=4/cspd:variant=released": "CSpD as released",
-                    "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
-                    "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
                 },
             ),
             _part(

@@ -10,9 +10,8 @@ from torch import Tensor
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention: q [R, H, n, hd]; keys, values [R, H, S, hd]; additive mask [R or 1, 1, n, S] -> [R, H, n, hd].
 
-    One query in bfloat16 on a CPU is asked for twice: torch's products of a single row take four times as long as those
-    of two (0.26 against 0.07 ms for 2 x 8 heads and 304 columns on two cores of an EPYC), which would be more than a
-    third of a sequential pass.
+    One query in bfloat16 on a CPU is asked for twice: torch's products of a single row take a slow path (on processors
+    without a matrix unit several times the time of two rows), which would be a good part of a sequential pass.
     """
     if q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
         twice = q.expand(-1, -1, 2, -1)

@@ -98,9 +98,10 @@ class SketchFit(LatentFit):
             with autocast():
                 guess = self._draft_tokens(predicted, scale, at[:, 1:], state[:, 1:])
             apart = (guess - wanted[:, 1:]).square().sum(-1) * self.weights[at[:, 1:]] * len(self.times)
+            apart = r.divergence_weight * apart
             if r.feature_weight:
                 missed = F.smooth_l1_loss(predicted.float(), features[:, 1:].float(), reduction="none").mean(-1)
-                apart = r.divergence_weight * apart + r.feature_weight * torch.stack(missed.chunk(2)).mean(0)
+                apart = apart + r.feature_weight * torch.stack(missed.chunk(2)).mean(0)
             found.append(apart[:, k:])  # the first pairs of step k have too short a past
         return found
 

@@ -107,7 +107,7 @@ class Bench:
     (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
     suite: Literal["lantern", "continuous", "followers"] | None = None
     """A set of methods in place of --methods, measured in speed and in picture quality and bias too. followers: every
-    drafter and rule, on all shipped models but the masked one."""
+    rule, with the drafters that are shipped, on all models but the masked one."""
     images: int = 200
     """With --suite: images per method behind the figures of quality."""
     quality_batch: int = 8

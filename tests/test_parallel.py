@@ -18,8 +18,9 @@ from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.eagle_store import load_drafter, save_drafter
+from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
-from bozzetto.models.parallel_sketch import BlockSketcher, ParallelSketcher, PlaneSketcher
+from bozzetto.models.parallel_sketch import BlockSketcher, GlanceSketcher, ParallelSketcher, PlaneSketcher
 from bozzetto.models.store import load_llamagen
 from bozzetto.registry import make_rule, read_shape
 from bozzetto.train.drafter import train_drafter
@@ -29,7 +30,8 @@ from test_eagle import sketcher as eagle_sketcher
 from toys import PLAIN, decode
 
 PLACES = 4
-KINDS = ("plane", "block")
+KINDS = ("plane", "block", "glance")
+SKETCHERS: dict[str, Any] = {"plane": PlaneSketcher, "block": BlockSketcher, "glance": GlanceSketcher}
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -37,6 +39,8 @@ def tiny(kind: str, seed: int = 0) -> Any:
     """Weights large enough for every part to matter."""
     if kind == "plane":
         net: Any = PlaneNet(PlaneConfig(C.dim, C.vocab, C.grid, PLACES, ffn=24))
+    elif kind == "glance":
+        net = GlanceNet(GlanceConfig(C.dim, C.vocab, C.grid, PLACES, narrow=10, ffn=24, rank=6))
     else:
         net = BlockNet(BlockConfig(C.dim, C.heads, C.ffn, C.vocab, C.grid, PLACES, layers=2, rank=6))
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +52,7 @@ def tiny(kind: str, seed: int = 0) -> Any:
 
 def sketcher(kind: str, net: Any = None) -> ParallelSketcher:
     net = tiny(kind) if net is None else net
-    return (PlaneSketcher if kind == "plane" else BlockSketcher)(net, TARGET.embedding, TARGET.head)
+    return SKETCHERS[kind](net, TARGET.embedding, TARGET.head)
 
 
 def drafter(kind: str, tree: str) -> TreeDrafter:
@@ -124,6 +128,10 @@ def test_a_row_of_places_is_the_most_that_the_row_above_can_tell_of() -> None:
         PlaneConfig(8, 8, 4, places=5)
     with pytest.raises(UsageError, match="rank = 0 is not allowed"):
         BlockConfig(8, 1, 8, 8, 4, rank=0)
+    with pytest.raises(UsageError, match="places = 5 is not allowed: at most a row of the grid, 4"):
+        GlanceConfig(8, 8, 4, places=5)
+    with pytest.raises(UsageError, match="narrow = 0 is not allowed"):
+        GlanceConfig(8, 8, 4, places=4, narrow=0)
 
 
 # Every rule.
@@ -236,9 +244,9 @@ def test_a_trained_drafter_is_written_read_and_drafts(
     assert window.images[0].sha256 == slow.sha256
     with pytest.raises(UsageError, match="comes without a trained drafter"):
         pipe.generate(["rose"], drafter=kind)
-    with pytest.raises(UsageError, match="fill = 'model' is not allowed: eagle, plane, block"):
+    with pytest.raises(UsageError, match="fill = 'model' is not allowed: eagle, plane, block, glance"):
         pipe.generate(["rose"], drafter="jacobi:fill=model")
-    other = {"plane": "block", "block": "plane"}[kind]
+    other = {"plane": "block", "block": "glance", "glance": "plane"}[kind]
     with pytest.raises(UsageError, match=f"family is '{kind}' .allowed for a drafter: '{other}'"):
         pipe.generate(["rose"], drafter=f"{other}:folder={folder}")
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.engine.loop import BatchResult, Decoder
 from bozzetto.engine.slots import ImageRequest, SlotImage, SlotLane
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.compiled_cache import compile_target
+from bozzetto.models.glance import GlanceConfig, GlanceNet
+from bozzetto.models.glance_fill import GlanceFill
 from bozzetto.models.llamagen_cache import CausalSession, LlamaGenTarget
+from bozzetto.models.parallel_sketch import GlanceSketcher
 from bozzetto.registry import make_drafter, make_rule
 from toys import PLAIN, tiny_llamagen
 
@@ -33,8 +37,25 @@ def lane_of(
     width: Callable[[int], int] | None = None,
     guided: bool = True,
     filtered: bool = True,
+    filler: GlanceFill | None = None,
 ) -> SlotLane:
-    return SlotLane(target, make_rule(rule), slots, width or (lambda images: window), window, guided, filtered)
+    width = width or (lambda images: window)
+    return SlotLane(target, make_rule(rule), slots, width, window, guided, filtered, filler)
+
+
+def glance_of(target: LlamaGenTarget, places: int = 3) -> GlanceNet:
+    """A glance with weights large enough for every part to matter."""
+    c = target.config
+    net = GlanceNet(GlanceConfig(c.dim, c.vocab, c.grid, places, narrow=10, ffn=24, rank=6))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in net.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.data = 1 + 0.2 * noise if "norm" in name else 0.2 * noise
+    return net.eval().requires_grad_(False)
+
+
+def fill_of(target: LlamaGenTarget) -> GlanceFill:
+    return GlanceFill(glance_of(target), target.embedding, target.head, own_maps=False)
 
 
 def mixed(count: int, seed: int = 0, guided: bool = True, filtered: bool = True) -> list[ImageRequest]:
@@ -67,9 +88,13 @@ def decode_all(lane: SlotLane, requests: list[ImageRequest], seed: int = 0, shri
     return sorted(done, key=lambda image: requests.index(image.request))
 
 
-def alone(target: LlamaGenTarget, r: ImageRequest, rule: str = "seed-exact", window: int = 4) -> BatchResult:
+def alone(
+    target: LlamaGenTarget, r: ImageRequest, rule: str = "seed-exact", window: int = 4, filled: bool = False
+) -> BatchResult:
     """The image by the readable twin."""
     drafter = make_drafter("jacobi", window) if window > 1 else make_drafter("none")
+    if filled:
+        drafter = FilledJacobi(window, GlanceSketcher(glance_of(target), target.embedding, target.head))
     decoder = Decoder(target, drafter, make_rule(rule), r.law)
     return decoder.run(torch.tensor([r.label]), r.seed, torch.tensor([r.index]))
 
@@ -79,8 +104,10 @@ def tokens_of(image: SlotImage) -> Tensor:
     return image.tokens
 
 
-def agree(target: LlamaGenTarget, image: SlotImage, rule: str = "seed-exact", window: int = 4) -> None:
-    wanted = alone(target, image.request, rule, window)
+def agree(
+    target: LlamaGenTarget, image: SlotImage, rule: str = "seed-exact", window: int = 4, filled: bool = False
+) -> None:
+    wanted = alone(target, image.request, rule, window, filled)
     assert torch.equal(tokens_of(image), wanted.tokens[0]), image.request
     for name in ("passes", "accepted", "drafted"):
         assert getattr(image, name) == int(getattr(wanted, name)[0]), (name, image.request)
@@ -99,6 +126,18 @@ def test_an_image_does_not_depend_on_who_shares_the_batch(
     assert len(done) == 12
     for image in done:
         agree(target, image, rule, window)
+
+
+@pytest.mark.parametrize("window", [2, 4, 6])
+@pytest.mark.parametrize("rule", ["seed-exact", "exact"])
+def test_windows_that_a_glance_fills_are_those_of_the_readable_twin(
+    target: LlamaGenTarget, rule: str, window: int
+) -> None:
+    """Windows of 6 have more drafts than the glance has places."""
+    done = decode_all(lane_of(target, rule, window, filler=fill_of(target)), mixed(10, window), window)
+    assert len(done) == 10
+    for image in done:
+        agree(target, image, rule, window, filled=True)
 
 
 @pytest.mark.parametrize(("guided", "filtered"), [(False, False), (True, False), (False, True)])

@@ -10,25 +10,31 @@ from typing import Any
 from bozzetto.engine.slots import SlotLane
 from bozzetto.engine.widths import MeasuredWidth, PassTimes
 from bozzetto.models.graphs import cache_folder, digest_of
-from bozzetto.registry import make_rule
+from bozzetto.registry import drafter_options, make_rule
 from bozzetto.settings import GenerateSettings
 
-_METHODS = (("jacobi", "seed-exact"), ("jacobi", "exact"))
+_RULES = ("seed-exact", "exact")
+_FILLERS = ("", "glance")
 
 
 def in_slots(settings: GenerateSettings) -> bool:
     """Whether engine/slots.py can do what resolved settings ask for."""
-    windows = settings.drafter == "none" or (settings.drafter, settings.rule) in _METHODS
-    return windows and settings.tv_budget is None
+    return settings.tv_budget is None and (settings.drafter == "none" or _in_windows(settings))
+
+
+def _in_windows(settings: GenerateSettings) -> bool:
+    name, options = drafter_options(settings.drafter)
+    return name == "jacobi" and settings.rule in _RULES and options.fill in _FILLERS and not options.second
 
 
 @dataclass(frozen=True)
 class LaneKind:
-    """What images that share slots have in common. window: places at most; measured: whether they are chosen from pass
-    to pass; guided, filtered: see SlotLane."""
+    """What images that share slots have in common. drafter: as written; window: places at most; measured: whether they
+    are chosen from pass to pass; guided, filtered: see SlotLane."""
 
     compile: str
     deterministic: bool
+    drafter: str
     rule: str
     window: int
     measured: bool
@@ -37,10 +43,11 @@ class LaneKind:
 
 
 class Lanes:
-    """target_in: a pipeline's targets by (mode of compilation, whether deterministic); dtype: of their passes."""
+    """target_in: a pipeline's targets by (mode of compilation, whether deterministic); dtype: of their passes; filler:
+    of a drafter as written, for such a target (None: it has none)."""
 
-    def __init__(self, target_in: Callable[[str, bool], Any], dtype: str):
-        self.target_in, self.dtype = target_in, dtype
+    def __init__(self, target_in: Callable[[str, bool], Any], dtype: str, filler: Callable[[str, Any], Any]):
+        self.target_in, self.dtype, self.filler = target_in, dtype, filler
         self.made: dict[tuple[LaneKind, int], SlotLane] = {}
 
     def kind(self, settings: GenerateSettings) -> LaneKind:
@@ -51,7 +58,8 @@ class Lanes:
         measured = settings.drafter != "none" and settings.window == 0 and rule == "seed-exact"
         length = self.target_in("off", False).length
         window = settings.window_for(1 if measured else settings.batch, length, self.dtype)
-        return LaneKind(settings.compile, settings.deterministic, rule, window, measured, law.guided, filtered)
+        drafter = settings.drafter
+        return LaneKind(settings.compile, settings.deterministic, drafter, rule, window, measured, law.guided, filtered)
 
     def make(self, settings: GenerateSettings) -> SlotLane:
         """A lane of `settings.batch` slots."""
@@ -61,7 +69,8 @@ class Lanes:
         pace = MeasuredWidth(times, kind.window, 2 if kind.guided else 1, settings.batch)
         width = pace if kind.measured else (lambda images: kind.window)
         rule = make_rule(kind.rule)
-        lane = SlotLane(target, rule, settings.batch, width, kind.window, kind.guided, kind.filtered)
+        filler = self.filler(kind.drafter, target)
+        lane = SlotLane(target, rule, settings.batch, width, kind.window, kind.guided, kind.filtered, filler)
         times.measure = lane.time_pass
         return lane
 

@@ -88,8 +88,8 @@ class CodePipeline(_CausalPipeline):
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
-        self.lanes = Lanes(self.target_in, dtype)
         writable = folder is not None and ASSETS not in folder.parents
+        self.lanes = Lanes(self.target_in, dtype, self._filler)
         self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -104,7 +104,12 @@ class CodePipeline(_CausalPipeline):
 
     def drafter_weights(self, drafter: str) -> str | None:
         name, options = drafter_options(drafter)
-        return self.workshop.drafter_digest(getattr(options, "fill", "") or name, getattr(options, "folder", ""))
+        return self.workshop.drafter_digest(getattr(options, "trained", "") or name, getattr(options, "folder", ""))
+
+    def _filler(self, drafter: str, target: Any) -> Any:
+        """What draws the places that enter a window of slots, for a target of this model."""
+        _, options = drafter_options(drafter)
+        return self.workshop.filler(options.fill, options.folder, target) if getattr(options, "fill", "") else None
 
     def refills(self, settings: GenerateSettings) -> bool:
         return settings.compile != "off" and in_slots(settings)

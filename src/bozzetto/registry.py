@@ -18,6 +18,7 @@ from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.grow import Dynamic, Shape, Sketcher, TreeDrafter
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.none import NoDrafter
+from bozzetto.drafters.second import SecondGuess
 from bozzetto.drafts.tree import SHAPES
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule
@@ -31,7 +32,7 @@ from bozzetto.rules.tree import TreeRejection
 
 Widen = Callable[[int], int]
 MOST_NODES = 128
-TRAINED = ("eagle", "plane", "block")  # drafters that are trained for a target
+TRAINED = ("eagle", "plane", "block", "glance")  # drafters that are trained for a target
 
 
 class Workshop(Protocol):
@@ -53,15 +54,28 @@ class Plain:
 
 @dataclass(frozen=True)
 class Window:
-    """fill: the trained drafter (eagle, plane, block) that fills the slots which enter the window, empty for a copy of
-    the window's last law; folder: where that drafter lies, empty for the model's own."""
+    """fill: the trained drafter (one of TRAINED) that fills the slots which enter the window, empty for a copy of
+    the window's last law; second: the trained drafter that guesses a second token beside the window's at its first
+    `places` places, empty for none; folder: where that drafter lies, empty for the model's own."""
 
     fill: str = ""
+    second: str = ""
+    places: int = 8
     folder: str = ""
 
     def __post_init__(self) -> None:
-        if self.fill and self.fill not in TRAINED:
-            raise UsageError(f"fill = {self.fill!r} is not allowed: {', '.join(TRAINED)}")
+        for name in ("fill", "second"):
+            if (value := getattr(self, name)) and value not in TRAINED:
+                raise UsageError(f"{name} = {value!r} is not allowed: {', '.join(TRAINED)}")
+        if self.fill and self.second:
+            raise UsageError(f"second = {self.second!r} is not allowed with fill = {self.fill!r}: one of them")
+        if not 1 <= self.places <= MOST_NODES:
+            raise UsageError(f"places = {self.places} is not allowed: a whole number from 1 to {MOST_NODES}")
+
+    @property
+    def trained(self) -> str:
+        """The trained drafter that is used, if any."""
+        return self.fill or self.second
 
 
 @dataclass(frozen=True)
@@ -181,12 +195,15 @@ def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, worksho
     name, options = drafter_options(spec)
     if name == "none":
         return NoDrafter()
-    if name == "jacobi" and not options.fill:
+    if name == "jacobi" and not options.trained:
         return Jacobi(window, widen)
     if workshop is None:
         raise ValueError(f"drafter {name!r} needs a workshop")
     if name == "jacobi":
-        return FilledJacobi(window, workshop.trained(options.fill, options.folder), widen)
+        sketcher = workshop.trained(options.trained, options.folder)
+        if options.second:
+            return SecondGuess(window, sketcher, options.places, widen)
+        return FilledJacobi(window, sketcher, widen)
     sketcher = workshop.smaller(options.folder) if name == "model" else workshop.trained(name, options.folder)
     return TreeDrafter(name, sketcher, read_shape(options.tree), options.stop)
 
@@ -259,6 +276,9 @@ def check_method(drafter: str, rule: str) -> None:
         if not made.window:
             fit = ", ".join(r for r, kind in RULES.items() if kind.window)
             raise UsageError(f"rule {rule!r} does not carry a window on, which drafter 'jacobi' needs (allowed: {fit})")
+        if options.second and not made.beside:
+            fit = ", ".join(r for r, kind in RULES.items() if kind.beside)
+            raise UsageError(f"rule {rule!r} does not judge second guesses (allowed with {drafter!r}: {fit})")
         return
     shape = read_shape(options.tree)
     chain = not isinstance(shape, Dynamic) and max(map(sum, shape)) == 1

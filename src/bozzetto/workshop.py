@@ -14,14 +14,20 @@ from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, write_whole
 from bozzetto.models.eagle_store import load_drafter, target_digest
+from bozzetto.models.glance_fill import GlanceFill
 from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.parallel_sketch import BlockSketcher, PlaneSketcher
+from bozzetto.models.parallel_sketch import BlockSketcher, GlanceSketcher, PlaneSketcher
 from bozzetto.models.sketch import EagleSketcher, TargetSketcher
 from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
 from bozzetto.rules.neighbours import MOST, nearest_codes
 
 NEIGHBOURS = "neighbours.safetensors"
-TRAINED: dict[str, Any] = {"eagle": EagleSketcher, "plane": PlaneSketcher, "block": BlockSketcher}
+TRAINED: dict[str, Any] = {
+    "eagle": EagleSketcher,
+    "plane": PlaneSketcher,
+    "block": BlockSketcher,
+    "glance": GlanceSketcher,
+}
 
 
 class TargetWorkshop:
@@ -48,10 +54,19 @@ class TargetWorkshop:
             raise UsageError(f"{where} comes without a trained drafter (write {name}:folder=DIR, or train one)")
         return self.folder / name
 
-    def _load_trained(self, name: str, folder: str) -> Any:
+    def _net(self, name: str, folder: str) -> Any:
         weights = "" if self.folder is None else target_digest(self.folder)
-        net = load_drafter(folder, name, self.target.config, weights).to(self.target.device)
-        return TRAINED[name](net, self.target.embedding, self.target.head)
+        return load_drafter(folder, name, self.target.config, weights).to(self.target.device)
+
+    def _load_trained(self, name: str, folder: str) -> Any:
+        return TRAINED[name](self._net(name, folder), self.target.embedding, self.target.head)
+
+    def filler(self, name: str, folder: str, target: Any) -> GlanceFill:
+        """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""
+        net = self._net(name, str(self.trained_folder(name, folder)))
+        return GlanceFill(
+            net, self.target.embedding, self.target.head, own_maps=getattr(target, "step", None) is not None
+        )
 
     def smaller(self, folder: str) -> Sketcher:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""

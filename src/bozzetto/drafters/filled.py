@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafters.grow import Sketcher, soft
+from bozzetto.drafters.grow import Sketcher
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Layout
 from bozzetto.laws.categorical import gumbel_argmax, law_of
@@ -18,11 +18,9 @@ from bozzetto.laws.categorical import gumbel_argmax, law_of
 class FilledJacobi(Jacobi):
     """sketcher: fills the slots that enter the window, each after the tokens drafted before it."""
 
-    wants_features = True
-
     def __init__(self, window: int, sketcher: Sketcher, widen: Callable[[int], int] | None = None):
         super().__init__(window, widen)
-        self.sketcher = sketcher
+        self.sketcher, self.wants_features = sketcher, sketcher.wants_features
 
     def begin(self, start: Start) -> None:
         super().begin(start)
@@ -41,7 +39,7 @@ class FilledJacobi(Jacobi):
         logits, _ = self.sketcher.extend(seen)
         tokens, laws = [], []
         for slot in range(length):
-            law = law_of(logits, soft(self.settings))  # [B, 1, V]
+            law = law_of(logits, self.settings)  # [B, 1, V]
             drawn = gumbel_argmax(law, noise[:, slot : slot + 1])
             tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
             laws.append(law)

@@ -20,6 +20,8 @@ class Draft:
     certain: the tokens are a function of what is committed and of the model, so that their draft law is a point mass.
     hidden: [B, M + 1, d], the drafter's own hidden state at every node, where the rule asks for it.
     window: what the places behind the first refused token would have been is the next draft, so that it is wanted.
+    beside: of a window, how many of its first places have a second guess. These are the last nodes (tree: a comb), and
+    log_q has a row for every node.
     """
 
     tokens: Tensor
@@ -28,6 +30,7 @@ class Draft:
     certain: bool = False
     hidden: Tensor | None = None
     window: bool = False
+    beside: int = 0
 
     @property
     def length(self) -> int:
@@ -47,8 +50,8 @@ class Draft:
 @dataclass
 class Verdict:
     """tokens: int64 [B, D + 1], along the accepted path: the first `accepted` are drafts, the next one is the rule's
-    own; on a chain what follows is a suggestion for later drafts, on a tree it means nothing. accepted: int64 [B].
-    path: int64 [B, D + 1], scored index of each place on the path (0: root; repeats its last node), None on a chain.
+    own; on a chain or comb what follows is a suggestion for later drafts, on a tree it means nothing. accepted: int64
+    [B]. path: int64 [B, D + 1], scored index of each place on the path (0: root; repeats its last node), None on a chain.
     spent: float32 [B], bound of the bias of this pass, from rules that are not exact."""
 
     tokens: Tensor

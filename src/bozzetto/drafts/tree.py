@@ -134,6 +134,24 @@ def chain_tree(length: int, device: torch.device) -> Tree:
     return static_tree(((1,),) * length, device)
 
 
+@functools.cache
+def comb_tree(chain: int, beside: int, device: torch.device) -> Tree:
+    """A chain of `chain` nodes with a leaf beside each of its first `beside` ones, behind it in order. Post-order and
+    families are those of no walk: rules read combs place by place."""
+    leaf = torch.arange(beside, device=device)
+    depth = torch.cat([torch.arange(chain + 1, device=device), leaf + 1])
+    level = torch.arange(chain + 1, device=device)
+    own = torch.arange(chain + beside + 1, device=device)[:, None]
+    # A leaf stands at the depth of the chain's node that it is beside; its ancestors are the chain's.
+    path = torch.where(level < depth[:, None], level, own)
+    sees = torch.zeros(len(own), len(own), dtype=torch.bool, device=device).scatter_(1, path, True)
+    child = torch.zeros(len(own) + 1, 2, dtype=torch.int64, device=device)
+    child[:chain, 0], child[:beside, 1] = level[1:], chain + 1 + leaf
+    parent, none = torch.cat([level[:-1], leaf]), torch.zeros_like(depth)[None]
+    widths = (2,) * beside + (1,) * (chain - beside)
+    return Tree(parent[None], depth[None], sees[None], child[None], path[None], none, none, (), widths)
+
+
 # Published shapes as children per node and level. mc-sim-25 and medusa-63: EAGLE (arXiv 2401.15077) after Medusa
 # (arXiv 2401.10774); extend-57, balanced-25 and reverse-25: the LANTERN project (arXiv 2410.03355).
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class SlotState:
     int64 [B], how many of the drafts are real (0: none yet, the rest fills up); guidance, temperature, top_p: float32
     [B]; top_k: int64 [B] (-1: greedy); keys: int64 [B] of the verifier's noise; passes: int64 [B]; noise: float32 [B,
     P, V], the Gumbel noise of P positions in a ring; tokens: int64 [B, N + W], what is committed and whatever beyond;
-    laws: float32 [B, W - 1, V], of the drafts (anything, where the rule needs none).
+    laws: float32 [B, W - 1, V], of the drafts (anything, where the rule needs none); kept: [B, copies, N + W, narrow],
+    what a filler keeps of the target's features (anything without one).
     """
 
     inputs: Tensor
@@ -42,6 +44,7 @@ class SlotState:
     noise: Tensor
     tokens: Tensor
     laws: Tensor
+    kept: Tensor
 
     def tensors(self) -> list[Tensor]:
         """In the order of the fields."""
@@ -57,18 +60,21 @@ class SlotState:
 
 class Advance(nn.Module):
     """rule: a rule that carries windows on; length: tokens of an image; widest: places of the next inputs; filtered:
-    whether any law has a top-k or a top-p (or is greedy: top-k 1)."""
+    whether any law has a top-k or a top-p (or is greedy: top-k 1); filler: draws the places that enter the window
+    (models/glance_fill.py; None: a copy of the window's last law)."""
 
-    def __init__(self, rule: Rule, length: int, widest: int, filtered: bool):
+    def __init__(self, rule: Rule, length: int, widest: int, filtered: bool, filler: nn.Module | None = None):
         super().__init__()
         self.rule, self.length, self.widest, self.filtered = rule, length, widest, filtered
+        self.filler: Any = filler
 
     def extra_repr(self) -> str:
         return f"{self.rule}, {self.length}, {self.widest}, {self.filtered}"
 
-    def forward(self, logits: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """logits [R, W, V] of the pass over the first W inputs, [cond; uncond] rows under guidance; state: the tensors
-        of SlotState, of which `tokens` is changed in place.
+    def forward(self, logits: Tensor, hidden: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
+        """logits [R, W, V] of the pass over the first W inputs, [cond; uncond] rows under guidance; hidden [R, W, d]:
+        what they are read from, if there is a filler; state: the tensors of SlotState, of which `tokens` and `kept` are
+        changed in place.
 
         Returns the next inputs, count, passes and drafted; a report float32 [3, B]: committed tokens, accepted drafts
         and the smallest Gumbel margin of what was committed; and the next laws, where the rule needs them.
@@ -76,7 +82,7 @@ class Advance(nn.Module):
         s = SlotState(*state)
         batch, width = len(s.count), logits.shape[1]
         row, place = torch.arange(batch, device=logits.device)[:, None], torch.arange(width, device=logits.device)
-        log_p = row_laws(logits, s.guidance, s.temperature, *([s.top_k, s.top_p] if self.filtered else [None, None]))
+        log_p = self._laws(s, logits)
         position = s.count[:, None] + place
         gumbel = s.noise[row, position % s.noise.shape[1]]
         inside = (place < s.drafted[:, None])[:, : width - 1]
@@ -85,7 +91,7 @@ class Advance(nn.Module):
         committed = torch.minimum(accepted + 1, left)
         s.tokens[row, position] = tokens
         gaps = gumbel_margin(log_p, gumbel).masked_fill(place >= committed[:, None], float("inf"))
-        inputs, laws = self._next(s, log_p, tokens, committed)
+        inputs, laws = self._next(s, log_p, hidden, tokens, committed)
         report = torch.stack([committed.float(), torch.minimum(accepted, left).float(), gaps.amin(1)])
         drafted = torch.full_like(s.drafted, self.widest - 1)
         found = (inputs, s.count + committed, s.passes + 1, drafted, report)
@@ -107,9 +113,14 @@ class Advance(nn.Module):
         tokens = torch.cat([first[:, None], verdict.tokens[:, 1:]], 1)
         return tokens, torch.minimum(verdict.accepted, s.drafted)
 
-    def _next(self, s: SlotState, log_p: Tensor, tokens: Tensor, committed: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _laws(self, s: SlotState, logits: Tensor) -> Tensor:
+        return row_laws(logits, s.guidance, s.temperature, *([s.top_k, s.top_p] if self.filtered else [None, None]))
+
+    def _next(
+        self, s: SlotState, log_p: Tensor, hidden: Tensor | None, tokens: Tensor, committed: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Column j of this pass stands `committed` places further to the left in the next; columns past the real ones
-        are drawn from a copy of their last law."""
+        are drawn by the filler, or from a copy of their last law."""
         batch, width = tokens.shape
         row = torch.arange(batch, device=tokens.device)[:, None]
         last = torch.minimum(s.drafted, torch.full_like(s.drafted, width - 1))[:, None]  # [B, 1], the last real column
@@ -119,6 +130,23 @@ class Advance(nn.Module):
         if self.widest == 1:
             return known, None
         noise = s.noise[row, (s.count[:, None] + column) % s.noise.shape[1]]
+        if self.filler is not None and hidden is not None:
+            base = self.filler(hidden, s.kept, s.tokens, s.count, committed, self.widest - 1)
+            inputs, filled = self._fill(s, base, known, column <= last, noise)
+            kept = log_p[row, torch.minimum(column, last)[:, 1:]]
+            return inputs, torch.where((column <= last)[:, 1:, None], kept, filled) if self.rule.needs_law else None
         entering = gumbel_argmax(log_p.gather(1, last[..., None].expand(-1, -1, log_p.shape[-1])), noise)
         laws = log_p[row, torch.minimum(column, last)[:, 1:]] if self.rule.needs_law else None
         return torch.where(column <= last, known, entering), laws
+
+    def _fill(self, s: SlotState, base: Tensor, known: Tensor, old: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The next inputs int64 [B, W], `known` where old, and the filler's laws [B, W - 1, V] of all drafts. base: its
+        logits [R, K, V]; noise: of the inputs' positions, [B, W, V]."""
+        copies, line, laws = len(base) // len(known), [known[:, :1]], []
+        for place in range(1, self.widest):
+            at = min(place, base.shape[1]) - 1  # behind the last place its law serves again
+            logits = base[:, at : at + 1] + self.filler.bias(line[-1]).repeat(copies, 1, 1)
+            laws.append(self._laws(s, logits))
+            drawn = gumbel_argmax(laws[-1], noise[:, place : place + 1])
+            line.append(torch.where(old[:, place : place + 1], known[:, place : place + 1], drawn))
+        return torch.cat(line, 1), torch.cat(laws, 1)

@@ -64,12 +64,23 @@ class SlotLane:
 
     width: places per pass for a number of images, at most `widest`; with a rule that is not seed-exact it has to be
     constant, because its noise depends on it. If it has a method `note`, it is told what each pass committed. guided:
-    whether images may have guidance; filtered: whether they may have a top-k, a top-p or no temperature.
+    whether images may have guidance; filtered: whether they may have a top-k, a top-p or no temperature; filler: see
+    `Advance`.
     """
 
-    def __init__(self, target: Target, rule: Rule, slots: int, width: Width, widest: int, guided: bool, filtered: bool):
+    def __init__(
+        self,
+        target: Target,
+        rule: Rule,
+        slots: int,
+        width: Width,
+        widest: int,
+        guided: bool,
+        filtered: bool,
+        filler: Any = None,
+    ):
         self.target, self.rule, self.slots, self.width = target, rule, slots, width
-        self.widest, self.guided, self.filtered = widest, guided, filtered
+        self.widest, self.guided, self.filtered, self.filler = widest, guided, filtered, filler
         self.images: list[SlotImage | None] = []
         self.state: SlotState | None = None
         self.numbers = torch.arange(target.vocab, device=target.device)
@@ -130,6 +141,10 @@ class SlotLane:
         whole = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         ones = torch.ones(size, device=device)
         laws = (size, places - 1, vocab) if self.rule.needs_law and places > 1 else (size, 1, 1)
+        kept, kind = (size, 1, 1, 1), torch.float32
+        if self.filler is not None:
+            copies, room = 2 if self.guided else 1, self.target.length + self.widest
+            kept, kind = (size, copies, room, self.filler.narrow), self.filler.of_token.dtype
         return SlotState(
             inputs=whole(size, places),
             count=whole(size),
@@ -143,6 +158,7 @@ class SlotLane:
             noise=torch.zeros(size, self.ring, vocab, device=device),
             tokens=whole(size, self.target.length + self.widest),
             laws=torch.zeros(laws, device=device),
+            kept=torch.zeros(kept, dtype=kind, device=device),
         )
 
     @torch.no_grad()
@@ -208,7 +224,7 @@ class SlotLane:
     def _run(self, width: int) -> Run:
         """What runs passes of `width` places and what follows them."""
         if width not in self.runs:
-            advance = Advance(self.rule, self.target.length, width, self.filtered)
+            advance = Advance(self.rule, self.target.length, width, self.filtered, self.filler)
             made = functools.partial(_eager, advance) if self.step_of is None else self.step_of.slots(advance)
             self.runs[width] = made
         return self.runs[width]
@@ -314,4 +330,4 @@ def _eager(advance: Advance, session: Any, width: int, furthest: int, held: list
     """A pass and what follows it, of a target that is not compiled."""
     scores = session.score(held[0].contiguous(), held[1], furthest)
     assert scores.logits is not None
-    return advance(scores.logits, *held)
+    return advance(scores.logits, scores.features, *held)

@@ -173,8 +173,8 @@ class SlotStep(nn.Module):
     def forward(self, sight: Tensor, condition: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """rest: the tensors of the slots, the first two their inputs and counts, then the caches."""
         state, caches = rest[: self.held], rest[self.held :]
-        _, logits = self.step(state[0][:, : self.width], state[1], sight, condition, *caches)
-        return self.advance(logits, *state)
+        hidden, logits = self.step(state[0][:, : self.width], state[1], sight, condition, *caches)
+        return self.advance(logits, hidden, *state)
 
 
 class NoiseRows(nn.Module):

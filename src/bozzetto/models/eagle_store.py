@@ -1,5 +1,5 @@
-"""Folders that hold a drafter of codes: config.json (family eagle, plane or block), model.safetensors. A drafter names
-the target it was trained for."""
+"""Folders that hold a drafter of codes: config.json (family eagle, plane, block, glance), model.safetensors. A drafter
+names the target it was trained for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bozzetto.errors import UsageError
 from bozzetto.files import digest, write_text
 from bozzetto.models.convert import check_out, read_state, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, eagle_config
+from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.models.store import (
@@ -30,11 +31,12 @@ from bozzetto.models.store import (
 )
 
 FAMILY = "eagle"
-Drafting = EagleNet | PlaneNet | BlockNet
+Drafting = EagleNet | PlaneNet | BlockNet | GlanceNet
 FAMILIES: dict[str, tuple[type, Any]] = {
     FAMILY: (EagleConfig, EagleNet),
     "plane": (PlaneConfig, PlaneNet),
     "block": (BlockConfig, BlockNet),
+    "glance": (GlanceConfig, GlanceNet),
 }
 EMBEDDING = "embed_tokens.weight"
 

@@ -15,6 +15,7 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafts import Layout
 from bozzetto.models.base import visible
 from bozzetto.models.dense import Dense
+from bozzetto.models.glance import GlanceNet, surroundings
 from bozzetto.models.llamagen_cache import copied
 from bozzetto.models.parallel import BlockNet, PlaneNet
 
@@ -47,7 +48,8 @@ class ParallelSketcher:
 
     def after(self, tokens: Tensor) -> Tensor | float:
         """What the tokens before, int64 [B, n], add to logits [R, n, V]."""
-        return 0.0
+        bias = self.net.bias(tokens)
+        return 0.0 if bias is None else copied(bias.float(), self.copies)
 
     @torch.no_grad()
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
@@ -132,9 +134,6 @@ class BlockSketcher(ParallelSketcher):
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.columns = torch.arange(length, device=self.device)
 
-    def after(self, tokens: Tensor) -> Tensor | float:
-        return copied(self.net.bias(tokens).float(), self.copies)  # type: ignore[union-attr]
-
     def places(self, seen: Observation, at: Tensor) -> Tensor:
         assert seen.features is not None
         c, net, count = self.config, self.net, seen.longest
@@ -158,3 +157,37 @@ class BlockSketcher(ParallelSketcher):
 
     def kept(self, rows: Tensor) -> None:
         self.cache = self.cache[:, :, rows]
+
+
+class GlanceSketcher(ParallelSketcher):
+    """What is kept of tokens and features, narrow, one row for each committed pair."""
+
+    net: GlanceNet
+
+    @torch.no_grad()
+    def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor):
+        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
+        self.narrow = self.net.of_token(embedding)  # [V, narrow]
+
+    def open(self, length: int) -> None:
+        shape = (2, self.rows, length, self.config.narrow)  # of tokens, of features
+        self.kept_of = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def places(self, seen: Observation, at: Tensor) -> Tensor:
+        assert seen.features is not None
+        count, c = seen.longest, self.config
+        features = seen.features[:, :count].to(self.dtype)
+        start = copied(seen.start[:, None], self.copies)
+        row = torch.arange(self.rows, device=self.device)[:, None]
+        # What lies beyond an image's committed pairs is written again before it is read.
+        new = start + torch.arange(count, device=self.device)
+        self.kept_of[0, row, new] = copied(self.narrow[seen.verdict.tokens[:, :count]], self.copies)
+        self.kept_of[1, row, new] = self.net.of_feature(features)
+        last = start + at
+        number = last + 1 + torch.arange(c.places, device=self.device)
+        looked = [surroundings(k, number, far, last) for k, far in zip(self.kept_of, c.around, strict=True)]
+        feature, end = features.gather(1, _like(at, features)), self.kept_of[0, row, last]
+        return self.net.places(feature, end, torch.cat(looked, -1), number)
+
+    def kept(self, rows: Tensor) -> None:
+        self.kept_of = self.kept_of[:, rows]

@@ -15,7 +15,8 @@ class RuleNoise:
     """All that a verification may use besides draft and law.
 
     gumbel: float32 [B, M + 1, V], the fixed noise of each scored place (same in every pass), for rules that ask for it;
-    uniforms: float64 [B, M + 1, 2] in (0, 1), fresh in every pass: one for the test, one for the redraw;
+    uniforms: float64 [B, M + 1, U] in (0, 1), fresh in every pass: one for the test, one for the redraw, and with
+    second guesses (U = 4) one for the test of that and one for the token behind it;
     slack: float32 [B], what is left of each image's budget of bias (None: no limit);
     greedy: decoding is greedy and the laws given are the plain ones, from which a relaxed rule makes its choice.
     """
@@ -32,7 +33,8 @@ class Rule:
     exact: the output has exactly the target's law; seed_exact: it equals sequential decoding of the same seed;
     needs_law: drafts must carry their laws (or be certain); needs_gumbel, needs_uniforms: noise that is wanted;
     needs_hidden: drafts must carry the drafter's hidden states; window: every place of a chain gets a token of the
-    target's law given its context, so that a window can be carried on; trees: trees are welcome, not just chains;
+    target's law given its context, so that a window can be carried on; beside: windows may have second guesses;
+    trees: trees are welcome, not just chains;
     bias: for rules that are not exact, what bounds the bias, in words.
     """
 
@@ -44,6 +46,7 @@ class Rule:
     needs_uniforms: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = False
     window: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
     trees: ClassVar[bool] = True
     bias: ClassVar[str] = ""
 

@@ -1,4 +1,4 @@
-"""`bozzetto train drafter RECIPE.yaml` with `family: plane` or `family: block`: fit a parallel drafter.
+"""`bozzetto train drafter RECIPE.yaml` with `family: plane`, `block` or `glance`: fit a parallel drafter.
 
 As for an EAGLE-style drafter, losses are taken on the guided laws; a step looks at the places after some anchors of
 each picture, held-out acceptance at those after evenly spaced ones. Laws of later places are taken given the true
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.train.drafter import Trainer
 from bozzetto.train.loop import autocast
@@ -22,7 +23,7 @@ _EVERY = 11  # pairs between held-out anchors
 
 
 class ParallelTrainer(Trainer):
-    """Fits a PlaneNet or a BlockNet."""
+    """Fits a PlaneNet, a BlockNet or a GlanceNet."""
 
     recipe: ParallelRecipe
 
@@ -34,6 +35,8 @@ class ParallelTrainer(Trainer):
         r, t = self.recipe, self.target.config
         if r.family == "plane":
             return PlaneNet(PlaneConfig(t.dim, t.vocab, t.grid, r.places))
+        if r.family == "glance":
+            return GlanceNet(GlanceConfig(t.dim, t.vocab, t.grid, r.places, r.narrow, rank=r.rank))
         shape = (t.dim, t.heads, t.ffn, t.vocab, t.grid)
         return BlockNet(BlockConfig(*shape, r.places, r.layers, r.rank, rope_base=t.rope_base))
 

@@ -169,15 +169,17 @@ class DrafterRecipe:
 
 @checked(frozen=True, config=_STRICT, kw_only=True)
 class ParallelRecipe(DrafterRecipe):
-    """How to train a drafter that predicts several tokens in one pass (models/parallel.py): family plane, heads for
-    the right neighbours and the one below; family block, marked places and a table of the token before.
+    """How to train a drafter that predicts several tokens in one pass: family plane, heads for the right neighbours and
+    the one below; family block, marked places and a table of the token before (models/parallel.py); family glance, the
+    row above and such a table (models/glance.py).
 
-    places: tokens predicted, K; anchors: pairs per picture and step from which they are; rank: of the table. Place k
-    weighs decay^(k-1); rollout means nothing here.
+    places: tokens predicted, K; anchors: pairs per picture and step from which they are; rank: of the table; narrow:
+    numbers that a glance keeps of a token. Place k weighs decay^(k-1); rollout means nothing here.
     """
 
-    family: Literal["plane", "block"]
+    family: Literal["plane", "block", "glance"]
     places: Count = 12
+    narrow: Count = 128
     anchors: Count = 48
     rank: Count = 128
 
@@ -336,7 +338,7 @@ RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": Draf
 # Kinds that name their family, by what is trained; without a family it is for codes.
 FAMILIES: dict[type, dict[str, type]] = {
     TargetRecipe: {"caption": CaptionRecipe, "flow": FlowRecipe, "mar": MARRecipe},
-    DrafterRecipe: {"sketch": SketchRecipe, "plane": ParallelRecipe, "block": ParallelRecipe},
+    DrafterRecipe: {"sketch": SketchRecipe, "plane": ParallelRecipe, "block": ParallelRecipe, "glance": ParallelRecipe},
 }
 R = TypeVar("R")
 

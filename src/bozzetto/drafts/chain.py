@@ -51,8 +51,8 @@ class Draft:
 class Verdict:
     """tokens: int64 [B, D + 1], along the accepted path: the first `accepted` are drafts, the next one is the rule's
     own; on a chain or comb what follows is a suggestion for later drafts, on a tree it means nothing. accepted: int64
-    [B]. path: int64 [B, D + 1], scored index of each place on the path (0: root; repeats its last node), None on a chain.
-    spent: float32 [B], bound of the bias of this pass, from rules that are not exact."""
+    [B]. path: int64 [B, D + 1], scored index of each place on the path (0: root; repeats its last node), None on a
+    chain. spent: float32 [B], bound of the bias of this pass, from rules that are not exact."""
 
     tokens: Tensor
     accepted: Tensor

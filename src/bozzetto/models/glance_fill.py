@@ -53,8 +53,8 @@ class GlanceFill(nn.Module):
         self, hidden: Tensor, kept: Tensor, tokens: Tensor, count: Tensor, committed: Tensor, most: int
     ) -> Tensor:
         """hidden [R, W, d] of a pass from token `count` int64 [B] on, R = copies B; kept [B, copies, S, narrow] is
-        changed in place; tokens: int64 [B, S], what is committed, `committed` int64 [B] by this pass; most: drafts wanted ->
-        logits float32 [R, min(most, K), V] of the tokens behind, without what the table adds."""
+        changed in place; tokens: int64 [B, S], what is committed, `committed` int64 [B] by this pass; most: drafts
+        wanted -> logits float32 [R, min(most, K), V] of the tokens behind, without what the table adds."""
         c, (batch, copies, *_), width = self.config, kept.shape, hidden.shape[1]
         row, copy = (torch.arange(n, device=hidden.device) for n in (batch, copies))
         new = count[:, None] + torch.arange(width, device=hidden.device)

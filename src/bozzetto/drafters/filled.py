@@ -4,6 +4,7 @@ the drafter's law replaces the copy of the window's last law where nothing is kn
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from bozzetto.laws.categorical import gumbel_argmax, law_of
 
 
 class FilledJacobi(Jacobi):
-    """sketcher: fills the slots that enter the window, each after the tokens drafted before it."""
+    """sketcher: fills the slots that enter the window, each after the token drafted before it."""
 
     def __init__(self, window: int, sketcher: Sketcher, widen: Callable[[int], int] | None = None):
         super().__init__(window, widen)
@@ -32,22 +33,40 @@ class FilledJacobi(Jacobi):
         self.sketcher.keep(rows)
 
     def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None]:
-        width, (batch, length), device = seen.laws.shape[1], column.shape, column.device
-        rows, known = torch.arange(batch, device=device)[:, None], column < width
+        width = seen.laws.shape[1]
+        rows, known = torch.arange(len(column), device=column.device)[:, None], column < width
         old = seen.verdict.tokens.gather(1, column.clamp_max(width - 1))
         noise = self.noise.rows(seen.start[:, None] + column)
-        logits, _ = self.sketcher.extend(seen)
-        tokens, laws = [], []
-        for slot in range(length):
-            law = law_of(logits, self.settings)  # [B, 1, V]
-            drawn = gumbel_argmax(law, noise[:, slot : slot + 1])
-            tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
-            laws.append(law)
-            if slot + 1 < length:
-                at = torch.full((1, 1), slot, device=device)
-                sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=device)
-                logits, _ = self.sketcher.grow(tokens[-1], at, slot, Layout(at, at, sees))
+        fill = self._at_once if hasattr(self.sketcher, "bases") else self._one_by_one
+        tokens, laws = fill(seen, old, known, noise)
         if not self.with_laws:
-            return torch.cat(tokens, 1), None
+            return tokens, None
         kept = seen.laws[rows, column.clamp_max(width - 1)]
-        return torch.cat(tokens, 1), torch.where(known[..., None], kept, torch.cat(laws, 1))
+        return tokens, torch.where(known[..., None], kept, laws)
+
+    def _one_by_one(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, L], `old` where known bool [B, L], and the sketcher's laws [B, L, V], each drawn after the
+        token before it. noise: [B, L, V]."""
+        tokens, laws, length = [], [], old.shape[1]
+        logits, _ = self.sketcher.extend(seen)
+        for slot in range(length):
+            laws.append(law_of(logits, self.settings))  # [B, 1, V]
+            drawn = gumbel_argmax(laws[-1], noise[:, slot : slot + 1])
+            tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
+            if slot + 1 < length:
+                at = torch.full((1, 1), slot, device=old.device)
+                sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=old.device)
+                logits, _ = self.sketcher.grow(tokens[-1], at, slot, Layout(at, at, sees))
+        return torch.cat(tokens, 1), torch.cat(laws, 1)
+
+    def _at_once(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of a sketcher that knows all places at once: what it learns from the token before, it learns from a
+        first guess at it, drawn with the same noise and so mostly the same."""
+        sketcher: Any = self.sketcher
+        base = sketcher.bases(seen)
+        place = torch.arange(old.shape[1], device=old.device).clamp_max(base.shape[1] - 1)  # behind the last: its law
+        base = base[:, place]
+        guess = torch.where(known, old, gumbel_argmax(law_of(base, self.settings), noise))
+        last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
+        laws = law_of(base + sketcher.after(torch.cat([last, guess[:, :-1]], 1)), self.settings)
+        return torch.where(known, old, gumbel_argmax(laws, noise)), laws

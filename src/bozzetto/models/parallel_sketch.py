@@ -52,11 +52,16 @@ class ParallelSketcher:
         return 0.0 if bias is None else copied(bias.float(), self.copies)
 
     @torch.no_grad()
-    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
-        last = seen.committed[:, None] - 1
-        self.hidden = self.places(seen, last.repeat(self.copies, 1))
+    def bases(self, seen: Observation) -> Tensor:
+        """Take in what a pass committed -> logits float32 [R, K, V] of the next places, without what `after` adds."""
+        self.hidden = self.places(seen, (seen.committed[:, None] - 1).repeat(self.copies, 1))
         self.base = self.output(self.hidden).float()
-        return self.base[:, :1] + self.after(seen.verdict.tokens.gather(1, last)), self.hidden[:, :1]
+        return self.base
+
+    @torch.no_grad()
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
+        return self.bases(seen)[:, :1] + self.after(last), self.hidden[:, :1]
 
     @torch.no_grad()
     def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bozzetto
+from bozzetto.drafters.base import Observation
 from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.second import SecondGuess
@@ -33,9 +34,37 @@ NEAR.tables = TARGET.tables + 0.7 * torch.randn(TARGET.tables.shape, generator=t
 FAR = TabularTarget(V, N, seed=1)  # another law, not even close
 SETTINGS = [PLAIN, LawSettings(guidance=2.0), LawSettings(top_k=2), LawSettings(guidance=2.0, temperature=0.8, top_k=3)]
 Make = Callable[[TabularTarget], Jacobi]
+K = 3
+
+
+class AtOnce:
+    """A parallel sketcher of any law: what it says of K places, and what it adds behind a token, is random."""
+
+    wants_features = False
+
+    def __init__(self, sketch: TabularTarget):
+        self.table = sketch.tables[0, -(V**3) :].view(V, V, V, V)  # any random numbers, of the sketch
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        self.copies = 2 if guided else 1
+
+    def bases(self, seen: Observation) -> Tensor:
+        last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)[:, 0]
+        return self.table[last, seen.committed % V][:, :K].repeat(self.copies, 1, 1)
+
+    def after(self, tokens: Tensor) -> Tensor:
+        return self.table[0, 0][tokens].repeat(self.copies, 1, 1)
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+
 HELPED: dict[str, Make] = {
     "filled-3": lambda sketch: FilledJacobi(3, TargetSketcher(sketch)),
-    "filled-5": lambda sketch: FilledJacobi(5, TargetSketcher(sketch)),
+    "filled-5-1": lambda sketch: FilledJacobi(5, TargetSketcher(sketch), fresh=1),
+    "filled-4-3": lambda sketch: FilledJacobi(4, TargetSketcher(sketch), fresh=3),
+    "at-once-3": lambda sketch: FilledJacobi(3, AtOnce(sketch)),  # type: ignore[arg-type]
+    "at-once-5-2": lambda sketch: FilledJacobi(5, AtOnce(sketch), fresh=2),  # type: ignore[arg-type]
     "second-2-1": lambda sketch: SecondGuess(2, TargetSketcher(sketch), 1),
     "second-4-2": lambda sketch: SecondGuess(4, TargetSketcher(sketch), 2),
     "second-5-4": lambda sketch: SecondGuess(5, TargetSketcher(sketch), 4),
@@ -77,7 +106,7 @@ def test_batches_of_one_and_three_give_the_big_batchs_tokens(rule: str, kind: st
             assert torch.equal(alone.tokens, whole[index])
 
 
-@every_case
+@pytest.mark.parametrize(("rule", "kind"), [case for case in CASES if not case[1].startswith("at-once")])
 def test_drafts_of_the_targets_own_law_are_never_rejected(rule: str, kind: str) -> None:
     target = constant_target(V, N)
     result = decode(target, rule, HELPED[kind](target), index=range(IMAGES))
@@ -92,7 +121,7 @@ def test_the_law_holds_when_every_draft_is_rejected(rule: str, kind: str) -> Non
     wrong.tables = wrong.tables[..., [1, 0, 3, 2]]
     result = decode(target, rule, HELPED[kind](wrong), settings=LawSettings(top_k=2), index=range(IMAGES))
     assert p_value(result.tokens, target.joint(1, LawSettings(top_k=2))) > ACCEPTABLE
-    assert int(result.accepted.sum()) == 0
+    assert int(result.accepted.sum()) == 0 or kind.startswith("at-once")
 
 
 @every_case
@@ -218,6 +247,8 @@ def test_the_battery_rejects_planted_biases(rule: type[Exact]) -> None:
     [
         ("jacobi:second=model", "exact", "second = 'model' is not allowed: eagle, plane, block, glance"),
         ("jacobi:second=eagle:fill=eagle", "exact", "second = 'eagle' is not allowed with fill = 'eagle'"),
+        ("jacobi:fill=eagle:fresh=-1", "exact", "fresh = -1 is not allowed: a whole number from 0 to 128"),
+        ("jacobi:fresh=1", "exact", "fresh = 1 is not allowed: 0 without fill"),
         ("jacobi:second=eagle:places=0", "exact", "places = 0 is not allowed: a whole number from 1 to 128"),
         ("jacobi:second=eagle", "grouped", "does not judge second guesses .allowed.*: seed-exact, exact"),
     ],

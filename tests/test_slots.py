@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ def glance_of(target: LlamaGenTarget, places: int = 3) -> GlanceNet:
     return net.eval().requires_grad_(False)
 
 
-def fill_of(target: LlamaGenTarget) -> GlanceFill:
-    return GlanceFill(glance_of(target), target.embedding, target.head, own_maps=False)
+def fill_of(target: LlamaGenTarget, fresh: int = 0) -> GlanceFill:
+    return GlanceFill(glance_of(target), target.embedding, target.head, fresh)
 
 
 def mixed(count: int, seed: int = 0, guided: bool = True, filtered: bool = True) -> list[ImageRequest]:
@@ -89,12 +90,12 @@ def decode_all(lane: SlotLane, requests: list[ImageRequest], seed: int = 0, shri
 
 
 def alone(
-    target: LlamaGenTarget, r: ImageRequest, rule: str = "seed-exact", window: int = 4, filled: bool = False
+    target: LlamaGenTarget, r: ImageRequest, rule: str = "seed-exact", window: int = 4, fresh: int | None = None
 ) -> BatchResult:
-    """The image by the readable twin."""
+    """The image by the readable twin. fresh: with windows that a glance fills."""
     drafter = make_drafter("jacobi", window) if window > 1 else make_drafter("none")
-    if filled:
-        drafter = FilledJacobi(window, GlanceSketcher(glance_of(target), target.embedding, target.head))
+    if fresh is not None:
+        drafter = FilledJacobi(window, GlanceSketcher(glance_of(target), target.embedding, target.head), fresh)
     decoder = Decoder(target, drafter, make_rule(rule), r.law)
     return decoder.run(torch.tensor([r.label]), r.seed, torch.tensor([r.index]))
 
@@ -105,9 +106,9 @@ def tokens_of(image: SlotImage) -> Tensor:
 
 
 def agree(
-    target: LlamaGenTarget, image: SlotImage, rule: str = "seed-exact", window: int = 4, filled: bool = False
+    target: LlamaGenTarget, image: SlotImage, rule: str = "seed-exact", window: int = 4, fresh: int | None = None
 ) -> None:
-    wanted = alone(target, image.request, rule, window, filled)
+    wanted = alone(target, image.request, rule, window, fresh)
     assert torch.equal(tokens_of(image), wanted.tokens[0]), image.request
     for name in ("passes", "accepted", "drafted"):
         assert getattr(image, name) == int(getattr(wanted, name)[0]), (name, image.request)
@@ -128,16 +129,16 @@ def test_an_image_does_not_depend_on_who_shares_the_batch(
         agree(target, image, rule, window)
 
 
-@pytest.mark.parametrize("window", [2, 4, 6])
+@pytest.mark.parametrize(("window", "fresh"), [(2, 0), (2, 1), (4, 0), (4, 2), (6, 1)])
 @pytest.mark.parametrize("rule", ["seed-exact", "exact"])
 def test_windows_that_a_glance_fills_are_those_of_the_readable_twin(
-    target: LlamaGenTarget, rule: str, window: int
+    target: LlamaGenTarget, rule: str, window: int, fresh: int
 ) -> None:
     """Windows of 6 have more drafts than the glance has places."""
-    done = decode_all(lane_of(target, rule, window, filler=fill_of(target)), mixed(10, window), window)
+    done = decode_all(lane_of(target, rule, window, filler=fill_of(target, fresh)), mixed(10, window), window)
     assert len(done) == 10
     for image in done:
-        agree(target, image, rule, window, filled=True)
+        agree(target, image, rule, window, fresh)
 
 
 @pytest.mark.parametrize(("guided", "filtered"), [(False, False), (True, False), (False, True)])
@@ -158,6 +159,24 @@ def test_images_of_compiled_steps_are_the_same(target: LlamaGenTarget, rule: str
     compile_target(compiled, network, "default")
     for image in decode_all(lane_of(compiled, rule, window), mixed(8, 3)):
         agree(target, image, rule, window)
+
+
+def test_a_compiled_step_with_a_glance_draws_the_images_of_the_readable_twin(
+    target: LlamaGenTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really compiled: the glance changes what it keeps in place, inside the graph."""
+    monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path))
+    network = tiny_llamagen()
+    compiled = LlamaGenTarget(network)
+    compile_target(compiled, network, "default")
+    filler = GlanceFill(glance_of(target), target.embedding, target.head, fresh=1, own_maps=True)
+    lane = lane_of(compiled, "exact", slots=2, filler=filler)
+    done = []
+    lane.admit(mixed(2, 6))
+    while lane.active:
+        done += lane.step()
+    for image in done:
+        agree(target, image, "exact", fresh=1)
 
 
 @pytest.mark.usefixtures("uncompiled")

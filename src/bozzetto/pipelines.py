@@ -109,7 +109,9 @@ class CodePipeline(_CausalPipeline):
     def _filler(self, drafter: str, target: Any) -> Any:
         """What draws the places that enter a window of slots, for a target of this model."""
         _, options = drafter_options(drafter)
-        return self.workshop.filler(options.fill, options.folder, target) if getattr(options, "fill", "") else None
+        if not getattr(options, "fill", ""):
+            return None
+        return self.workshop.filler(options.fill, options.folder, options.fresh, target)
 
     def refills(self, settings: GenerateSettings) -> bool:
         return settings.compile != "off" and in_slots(settings)

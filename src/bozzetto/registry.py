@@ -54,11 +54,13 @@ class Plain:
 
 @dataclass(frozen=True)
 class Window:
-    """fill: the trained drafter (one of TRAINED) that fills the slots which enter the window, empty for a copy of
-    the window's last law; second: the trained drafter that guesses a second token beside the window's at its first
-    `places` places, empty for none; folder: where that drafter lies, empty for the model's own."""
+    """fill: the trained drafter (one of TRAINED) that fills the slots which enter the window, empty for a copy of the
+    window's last law; fresh: drafts at the head of the window that it fills in every pass; second: the trained drafter
+    that guesses a second token beside the window's at its first `places` places, empty for none; folder: where that
+    drafter lies, empty for the model's own."""
 
     fill: str = ""
+    fresh: int = 0
     second: str = ""
     places: int = 8
     folder: str = ""
@@ -69,6 +71,9 @@ class Window:
                 raise UsageError(f"{name} = {value!r} is not allowed: {', '.join(TRAINED)}")
         if self.fill and self.second:
             raise UsageError(f"second = {self.second!r} is not allowed with fill = {self.fill!r}: one of them")
+        if not 0 <= self.fresh <= (MOST_NODES if self.fill else 0):
+            most = f"a whole number from 0 to {MOST_NODES}" if self.fill else "0 without fill"
+            raise UsageError(f"fresh = {self.fresh} is not allowed: {most}")
         if not 1 <= self.places <= MOST_NODES:
             raise UsageError(f"places = {self.places} is not allowed: a whole number from 1 to {MOST_NODES}")
 
@@ -203,7 +208,7 @@ def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, worksho
         sketcher = workshop.trained(options.trained, options.folder)
         if options.second:
             return SecondGuess(window, sketcher, options.places, widen)
-        return FilledJacobi(window, sketcher, widen)
+        return FilledJacobi(window, sketcher, options.fresh, widen)
     sketcher = workshop.smaller(options.folder) if name == "model" else workshop.trained(name, options.folder)
     return TreeDrafter(name, sketcher, read_shape(options.tree), options.stop)
 

@@ -61,12 +61,11 @@ class TargetWorkshop:
     def _load_trained(self, name: str, folder: str) -> Any:
         return TRAINED[name](self._net(name, folder), self.target.embedding, self.target.head)
 
-    def filler(self, name: str, folder: str, target: Any) -> GlanceFill:
+    def filler(self, name: str, folder: str, fresh: int, target: Any) -> GlanceFill:
         """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""
         net = self._net(name, str(self.trained_folder(name, folder)))
-        return GlanceFill(
-            net, self.target.embedding, self.target.head, own_maps=getattr(target, "step", None) is not None
-        )
+        compiled = getattr(target, "step", None) is not None
+        return GlanceFill(net, self.target.embedding, self.target.head, fresh, own_maps=compiled)
 
     def smaller(self, folder: str) -> Sketcher:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""

@@ -17,11 +17,12 @@ from bozzetto.laws.categorical import gumbel_argmax, law_of
 
 
 class FilledJacobi(Jacobi):
-    """sketcher: fills the slots that enter the window, each after the token drafted before it."""
+    """sketcher: fills the slots that enter the window, each after the token drafted before it; fresh: drafts at the
+    head of the window that it fills in every pass: right behind a reject the target's own are the most out of date."""
 
-    def __init__(self, window: int, sketcher: Sketcher, widen: Callable[[int], int] | None = None):
+    def __init__(self, window: int, sketcher: Sketcher, fresh: int = 0, widen: Callable[[int], int] | None = None):
         super().__init__(window, widen)
-        self.sketcher, self.wants_features = sketcher, sketcher.wants_features
+        self.sketcher, self.fresh, self.wants_features = sketcher, fresh, sketcher.wants_features
 
     def begin(self, start: Start) -> None:
         super().begin(start)
@@ -34,7 +35,8 @@ class FilledJacobi(Jacobi):
 
     def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None]:
         width = seen.laws.shape[1]
-        rows, known = torch.arange(len(column), device=column.device)[:, None], column < width
+        rows = torch.arange(len(column), device=column.device)[:, None]
+        known = (column < width) & (torch.arange(column.shape[1], device=column.device) >= self.fresh)
         old = seen.verdict.tokens.gather(1, column.clamp_max(width - 1))
         noise = self.noise.rows(seen.start[:, None] + column)
         fill = self._at_once if hasattr(self.sketcher, "bases") else self._one_by_one

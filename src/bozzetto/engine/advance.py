@@ -132,17 +132,18 @@ class Advance(nn.Module):
         noise = s.noise[row, (s.count[:, None] + column) % s.noise.shape[1]]
         if self.filler is not None and hidden is not None:
             base = self.filler(hidden, s.kept, s.tokens, s.count, committed, self.widest - 1)
-            inputs, filled = self._fill(s, base, known, column <= last, noise)
+            old = (column <= last) & (torch.arange(self.widest, device=row.device) > self.filler.fresh)
+            inputs, filled = self._fill(s, base, known, old, noise)
             kept = log_p[row, torch.minimum(column, last)[:, 1:]]
-            return inputs, torch.where((column <= last)[:, 1:, None], kept, filled) if self.rule.needs_law else None
+            return inputs, torch.where(old[:, 1:, None], kept, filled) if self.rule.needs_law else None
         entering = gumbel_argmax(log_p.gather(1, last[..., None].expand(-1, -1, log_p.shape[-1])), noise)
         laws = log_p[row, torch.minimum(column, last)[:, 1:]] if self.rule.needs_law else None
         return torch.where(column <= last, known, entering), laws
 
     def _fill(self, s: SlotState, base: Tensor, known: Tensor, old: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The next inputs int64 [B, W], `known` where old, and the filler's laws [B, W - 1, V] of all drafts. base: its
-        logits [R, K, V]; noise: of the inputs' positions, [B, W, V]. What a law learns from the token before is of a
-        first guess at it, drawn with the same noise: one by one they would take longer than the pass."""
+        """The next inputs int64 [B, W], `known` where old or first, and the filler's laws [B, W - 1, V] of all drafts.
+        base: its logits [R, K, V]; noise: of the inputs' positions, [B, W, V]. What a law learns from the token before
+        is of a first guess at it, drawn with the same noise: one by one they would take longer than the pass."""
         copies, known, first = len(base) // len(known), known[:, 1:], known[:, :1]
         old, noise = old[:, 1:], noise[:, 1:]
         base = base[:, torch.arange(self.widest - 1, device=base.device).clamp_max(base.shape[1] - 1)]

@@ -39,6 +39,7 @@ _CODES = {
     "jacobi/exact": "coupled Jacobi, exact",
     "jacobi/exact@window=64": "coupled Jacobi, windows of 64, exact",
     "jacobi:fill=eagle/exact": "windows filled by a drafter, exact",
+    "jacobi:fill=glance/exact": "windows filled by a glance, exact",
     "jacobi:second=eagle/exact": "windows with second guesses, exact",
     "jacobi:second=eagle:places=16/exact@window=64": "windows of 64 with second guesses, exact",
     "eagle:tree=chain-12/block": "block on a chain, exact",

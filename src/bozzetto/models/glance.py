@@ -32,8 +32,8 @@ class GlanceConfig:
     grid: int
     places: int = 12
     narrow: int = 128
-    ffn: int = 512
-    rank: int = 64
+    ffn: int = 384
+    rank: int = 96
 
     def __post_init__(self) -> None:
         for name in ("dim", "grid", "places", "narrow", "ffn", "rank"):

@@ -17,13 +17,13 @@ from bozzetto.models.linear import TorchMap, fixed_map
 
 
 class GlanceFill(nn.Module):
-    """embedding, head: the target's rows [V, d], in the dtype to compute in; own_maps: models/linear.py may choose our
-    kernel, which has to be loaded then."""
+    """embedding, head: the target's rows [V, d], in the dtype to compute in; fresh: drafts at the head of the window
+    that are drawn anew in every pass; own_maps: models/linear.py may choose our kernel, which is loaded then."""
 
     @torch.no_grad()
-    def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor, own_maps: bool):
+    def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor, fresh: int = 0, own_maps: bool = False):
         super().__init__()
-        self.config, dtype = net.config, head.dtype
+        self.config, self.fresh, dtype = net.config, fresh, head.dtype
 
         def linear(weight: Tensor, gated: bool = False) -> Any:
             weight = weight.detach().to(dtype).contiguous()
@@ -42,7 +42,7 @@ class GlanceFill(nn.Module):
         self.before = fixed(net.before.weight)
 
     def extra_repr(self) -> str:
-        return f"{self.config}"
+        return f"{self.config}, fresh={self.fresh}"
 
     @property
     def narrow(self) -> int:

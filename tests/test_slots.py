@@ -169,10 +169,9 @@ def test_a_compiled_step_with_a_glance_draws_the_images_of_the_readable_twin(
     network = tiny_llamagen()
     compiled = LlamaGenTarget(network)
     compile_target(compiled, network, "default")
-    filler = GlanceFill(glance_of(target), target.embedding, target.head, fresh=1, own_maps=True)
-    lane = lane_of(compiled, "exact", slots=2, filler=filler)
-    done = []
-    lane.admit(mixed(2, 6))
+    filler = GlanceFill(glance_of(target), target.embedding, target.head, 1, compiled.step.step.head)
+    lane, done = lane_of(compiled, "exact", slots=2, filtered=False, filler=filler), []
+    lane.admit(mixed(2, 6, filtered=False))
     while lane.active:
         done += lane.step()
     for image in done:

@@ -64,8 +64,9 @@ class TargetWorkshop:
     def filler(self, name: str, folder: str, fresh: int, target: Any) -> GlanceFill:
         """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""
         net = self._net(name, str(self.trained_folder(name, folder)))
-        compiled = getattr(target, "step", None) is not None
-        return GlanceFill(net, self.target.embedding, self.target.head, fresh, own_maps=compiled)
+        step = getattr(target, "step", None)
+        output = None if step is None else step.step.head
+        return GlanceFill(net, self.target.embedding, self.target.head, fresh, output)
 
     def smaller(self, folder: str) -> Sketcher:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""

@@ -13,7 +13,7 @@ from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Layout
-from bozzetto.laws.categorical import gumbel_argmax, law_of
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, law_of
 
 
 class FilledJacobi(Jacobi):
@@ -63,12 +63,13 @@ class FilledJacobi(Jacobi):
 
     def _at_once(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The same of a sketcher that knows all places at once: what it learns from the token before, it learns from a
-        first guess at it, drawn with the same noise and so mostly the same."""
+        first guess at it, drawn with the same noise, unfiltered, and so mostly the same."""
         sketcher: Any = self.sketcher
         base = sketcher.bases(seen)
         place = torch.arange(old.shape[1], device=old.device).clamp_max(base.shape[1] - 1)  # behind the last: its law
         base = base[:, place]
-        guess = torch.where(known, old, gumbel_argmax(law_of(base, self.settings), noise))
+        unfiltered = LawSettings(self.settings.guidance, self.settings.temperature or 1.0)
+        guess = torch.where(known, old, gumbel_argmax(law_of(base, unfiltered), noise))
         last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
         laws = law_of(base + sketcher.after(torch.cat([last, guess[:, :-1]], 1)), self.settings)
         return torch.where(known, old, gumbel_argmax(laws, noise)), laws

@@ -18,16 +18,19 @@ from bozzetto.models.linear import TorchMap, fixed_map
 
 class GlanceFill(nn.Module):
     """embedding, head: the target's rows [V, d], in the dtype to compute in; fresh: drafts at the head of the window
-    that are drawn anew in every pass; own_maps: models/linear.py may choose our kernel, which is loaded then."""
+    that are drawn anew in every pass; output: a compiled target's map of `head`, whose weights are at hand then. With
+    it, models/linear.py may choose our kernel for the others too."""
 
     @torch.no_grad()
-    def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor, fresh: int = 0, own_maps: bool = False):
+    def __init__(
+        self, net: GlanceNet, embedding: Tensor, head: Tensor, fresh: int = 0, output: nn.Module | None = None
+    ):
         super().__init__()
         self.config, self.fresh, dtype = net.config, fresh, head.dtype
 
         def linear(weight: Tensor, gated: bool = False) -> Any:
             weight = weight.detach().to(dtype).contiguous()
-            return fixed_map(weight, dtype, gated=gated) if own_maps else TorchMap(weight, None, gated)
+            return TorchMap(weight, None, gated) if output is None else fixed_map(weight, dtype, gated=gated)
 
         def fixed(weight: Tensor) -> nn.Parameter:
             return nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=False)
@@ -37,7 +40,7 @@ class GlanceFill(nn.Module):
             linear, (w.weight for w in (net.of_feature, net.last, net.around))
         )
         self.gate_up, self.down = linear(net.gate_up.weight, gated=True), linear(net.down.weight)
-        self.output, self.to_logits = linear(head), linear(net.to_logits.weight)
+        self.output, self.to_logits = output or linear(head), linear(net.to_logits.weight)
         self.gain, self.shift, self.column, self.norm = map(fixed, (net.gain, net.shift, net.column, net.norm.weight))
         self.before = fixed(net.before.weight)
 

@@ -49,7 +49,11 @@ def test_shapes_are_read_by_name_or_rule() -> None:
         ("nonsense", "tree", ["unknown drafter 'nonsense'", "eagle"]),
         ("eagle", "nonsense", ["unknown rule 'nonsense'", *RULES]),
         ("eagle:odd=1", "tree", ["unknown option 'odd'", "tree, folder, stop"]),
-        ("jacobi:tree=dynamic", "exact", ["unknown option 'tree'", "allowed: fill, fresh, second, places, folder"]),
+        (
+            "jacobi:tree=dynamic",
+            "exact",
+            ["unknown option 'tree'", "allowed: fill, fresh, second, places, reach, folder"],
+        ),
         ("eagle", "lantern:neighbours=3", ["unknown option 'neighbours'", "k, delta, residual"]),
         ("eagle", "lantern++:delta=3", ["unknown option 'delta'", "k, residual, lambda"]),
         ("eagle:tree", "tree", ["'tree' is not allowed", "key=value"]),

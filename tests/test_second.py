@@ -68,8 +68,11 @@ HELPED: dict[str, Make] = {
     "second-2-1": lambda sketch: SecondGuess(2, TargetSketcher(sketch), 1),
     "second-4-2": lambda sketch: SecondGuess(4, TargetSketcher(sketch), 2),
     "second-5-4": lambda sketch: SecondGuess(5, TargetSketcher(sketch), 4),
+    "second-3-2-2": lambda sketch: SecondGuess(3, TargetSketcher(sketch), 2, reach=2),
+    "second-2-1-3": lambda sketch: SecondGuess(2, TargetSketcher(sketch), 1, reach=3),
 }
 CASES = [(rule, kind) for rule in WINDOW_RULES for kind in HELPED]
+UNLIKE = ("at-once-3", "at-once-5-2", "second-3-2-2", "second-2-1-3")  # of a law of their own, or deeper than a window
 every_case = pytest.mark.parametrize(("rule", "kind"), CASES)
 
 
@@ -106,7 +109,7 @@ def test_batches_of_one_and_three_give_the_big_batchs_tokens(rule: str, kind: st
             assert torch.equal(alone.tokens, whole[index])
 
 
-@pytest.mark.parametrize(("rule", "kind"), [case for case in CASES if not case[1].startswith("at-once")])
+@pytest.mark.parametrize(("rule", "kind"), [case for case in CASES if case[1] not in UNLIKE])
 def test_drafts_of_the_targets_own_law_are_never_rejected(rule: str, kind: str) -> None:
     target = constant_target(V, N)
     result = decode(target, rule, HELPED[kind](target), index=range(IMAGES))
@@ -153,18 +156,22 @@ def test_second_guesses_gain_tokens_where_the_window_is_wrong(rule: str) -> None
 # The comb.
 
 
-@pytest.mark.parametrize(("chain", "beside"), [(1, 1), (3, 2), (4, 4)])
-def test_a_comb_hangs_together_as_its_parents_say(chain: int, beside: int) -> None:
-    comb = comb_tree(chain, beside, torch.device("cpu"))
-    rank = torch.cat([torch.zeros(chain, dtype=torch.int64), torch.ones(beside, dtype=torch.int64)])[None]
+@pytest.mark.parametrize(
+    ("chain", "beside", "reach"), [(1, 1, 1), (3, 2, 1), (4, 4, 1), (4, 2, 3), (3, 3, 2), (1, 1, 4)]
+)
+def test_a_comb_hangs_together_as_its_parents_say(chain: int, beside: int, reach: int) -> None:
+    comb = comb_tree(chain, beside, reach, torch.device("cpu"))
+    parents = [*range(chain), *range(beside), *range(chain + 1, chain + 1 + beside * (reach - 1))]
+    assert comb.parent[0].tolist() == parents
+    rank = torch.tensor([[0] * chain + [1] * beside + [0] * beside * (reach - 1)])
     twin = make_tree(comb.parent, rank, comb.row, (), comb.widths)
     for name in ("parent", "depth", "sees", "child", "path"):
         assert torch.equal(getattr(comb, name), getattr(twin, name)), name
-    assert comb.max_depth == chain and comb.nodes == chain + beside
+    assert comb.max_depth == max(chain, beside + reach - 1) and comb.nodes == chain + beside * reach
 
 
 def test_a_comb_as_wide_as_the_widest_window_can_be_made() -> None:
-    assert comb_tree(127, 64, torch.device("cpu")).nodes == 191
+    assert comb_tree(127, 64, 2, torch.device("cpu")).nodes == 255
 
 
 # Deliberately wrong rules: the battery must reject each of them.
@@ -178,7 +185,7 @@ def judged(second: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> type[E
         def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
             if not draft.beside:
                 return super().verify(draft, log_p, noise)
-            chain, count = draft.length - draft.beside, draft.beside
+            chain, count = draft.chain, draft.beside
             p, q, s = (part.exp() for part in (log_p[:, :count], draft.log_q[:, :count], draft.log_q[:, chain:]))
             share = second(p, q, s, draft.tokens[:, chain:, None])[..., 0]
             # The honest rule keeps where u s(y) < r(y): give it the u that keeps as often as `share` says.
@@ -199,7 +206,7 @@ class BehindTheWindow(Exact):
 
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
         if draft.beside:
-            chain = draft.length - draft.beside
+            chain = draft.chain
             log_p = torch.cat([log_p[:, : chain + 1], log_p[:, 1 : draft.beside + 1]], 1)
         return super().verify(draft, log_p, noise)
 
@@ -212,7 +219,7 @@ class RedrawWithoutTheSecondGuess(Exact):
         right = super().verify(draft, log_p, noise)
         if not draft.beside:
             return right
-        chain, count = draft.length - draft.beside, draft.beside
+        chain, count = draft.chain, draft.beside
         tokens, x, y = right.tokens, draft.tokens[:, :count], draft.tokens[:, chain:]
         rest = (log_p[:, :count].exp() - draft.log_q[:, :count].exp()).clamp_min(1e-12)
         redrawn = weighted_draw(rest, noise.uniforms[:, :count, 1])
@@ -250,6 +257,8 @@ def test_the_battery_rejects_planted_biases(rule: type[Exact]) -> None:
         ("jacobi:fill=eagle:fresh=-1", "exact", "fresh = -1 is not allowed: a whole number from 0 to 128"),
         ("jacobi:fresh=1", "exact", "fresh = 1 is not allowed: 0 without fill"),
         ("jacobi:second=eagle:places=0", "exact", "places = 0 is not allowed: a whole number from 1 to 128"),
+        ("jacobi:second=eagle:places=16:reach=9", "exact", "places = 16 with reach = 9 is not allowed: 144 nodes"),
+        ("jacobi:second=eagle:reach=0", "exact", "reach = 0 is not allowed: a whole number from 1 to 128"),
         ("jacobi:second=eagle", "grouped", "does not judge second guesses .allowed.*: seed-exact, exact"),
     ],
 )

@@ -56,13 +56,14 @@ class Plain:
 class Window:
     """fill: the trained drafter (one of TRAINED) that fills the slots which enter the window, empty for a copy of the
     window's last law; fresh: drafts at the head of the window that it fills in every pass; second: the trained drafter
-    that guesses a second token beside the window's at its first `places` places, empty for none; folder: where that
-    drafter lies, empty for the model's own."""
+    that guesses a second token beside the window's at its first `places` places, empty for none, and goes on from it
+    for `reach` tokens in all; folder: where that drafter lies, empty for the model's own."""
 
     fill: str = ""
     fresh: int = 0
     second: str = ""
     places: int = 8
+    reach: int = 1
     folder: str = ""
 
     def __post_init__(self) -> None:
@@ -74,8 +75,14 @@ class Window:
         if not 0 <= self.fresh <= (MOST_NODES if self.fill else 0):
             most = f"a whole number from 0 to {MOST_NODES}" if self.fill else "0 without fill"
             raise UsageError(f"fresh = {self.fresh} is not allowed: {most}")
-        if not 1 <= self.places <= MOST_NODES:
-            raise UsageError(f"places = {self.places} is not allowed: a whole number from 1 to {MOST_NODES}")
+        for name in ("places", "reach"):
+            if not 1 <= (value := getattr(self, name)) <= MOST_NODES:
+                raise UsageError(f"{name} = {value} is not allowed: a whole number from 1 to {MOST_NODES}")
+        if (nodes := self.places * self.reach) > MOST_NODES:
+            raise UsageError(
+                f"places = {self.places} with reach = {self.reach} is not allowed: {nodes} nodes, the cache holds "
+                f"{MOST_NODES} at most"
+            )
 
     @property
     def trained(self) -> str:
@@ -207,7 +214,7 @@ def make_drafter(spec: str, window: int = 1, widen: Widen | None = None, worksho
     if name == "jacobi":
         sketcher = workshop.trained(options.trained, options.folder)
         if options.second:
-            return SecondGuess(window, sketcher, options.places, widen)
+            return SecondGuess(window, sketcher, options.places, options.reach, widen)
         return FilledJacobi(window, sketcher, options.fresh, widen)
     sketcher = workshop.smaller(options.folder) if name == "model" else workshop.trained(name, options.folder)
     return TreeDrafter(name, sketcher, read_shape(options.tree), options.stop)

@@ -20,8 +20,8 @@ class Draft:
     certain: the tokens are a function of what is committed and of the model, so that their draft law is a point mass.
     hidden: [B, M + 1, d], the drafter's own hidden state at every node, where the rule asks for it.
     window: what the places behind the first refused token would have been is the next draft, so that it is wanted.
-    beside: of a window, how many of its first places have a second guess. These are the last nodes (tree: a comb), and
-    log_q has a row for every node.
+    beside: of a window, how many of its first places have second guesses, branches of `reach` tokens. These are the
+    last nodes, level by level (tree: a comb), and log_q has a row for every node.
     """
 
     tokens: Tensor
@@ -31,11 +31,17 @@ class Draft:
     hidden: Tensor | None = None
     window: bool = False
     beside: int = 0
+    reach: int = 1
 
     @property
     def length(self) -> int:
         """Drafted nodes, M."""
         return self.tokens.shape[1]
+
+    @property
+    def chain(self) -> int:
+        """Nodes of a chain, or of a comb without its branches."""
+        return self.length - self.beside * self.reach
 
     @property
     def depth(self) -> int:

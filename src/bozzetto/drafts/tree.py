@@ -135,20 +135,26 @@ def chain_tree(length: int, device: torch.device) -> Tree:
 
 
 @functools.cache
-def comb_tree(chain: int, beside: int, device: torch.device) -> Tree:
-    """A chain of `chain` nodes with a leaf beside each of its first `beside` ones, behind it in order. Post-order and
-    families are those of no walk: rules read combs place by place."""
-    leaf = torch.arange(beside, device=device)
-    depth = torch.cat([torch.arange(chain + 1, device=device), leaf + 1])
-    level = torch.arange(chain + 1, device=device)
-    own = torch.arange(chain + beside + 1, device=device)[:, None]
-    # A leaf stands at the depth of the chain's node that it is beside; its ancestors are the chain's.
-    path = torch.where(level < depth[:, None], level, own)
-    sees = torch.zeros(len(own), len(own), dtype=torch.bool, device=device).scatter_(1, path, True)
-    child = torch.zeros(len(own) + 1, 2, dtype=torch.int64, device=device)
-    child[:chain, 0], child[:beside, 1] = level[1:], chain + 1 + leaf
-    parent, none = torch.cat([level[:-1], leaf]), torch.zeros_like(depth)[None]
-    widths = (2,) * beside + (1,) * (chain - beside)
+def comb_tree(chain: int, beside: int, reach: int, device: torch.device) -> Tree:
+    """A chain of `chain` nodes with a branch of `reach` nodes beside each of its first `beside` ones; the branches come
+    behind it, level by level. Post-order and families are those of no walk: rules read combs place by place."""
+    place, step = torch.arange(beside, device=device), torch.arange(reach, device=device)[:, None]
+    depth = torch.cat([torch.arange(chain + 1, device=device), (place + 1 + step).flatten()])
+    deepest = max(chain, beside + reach - 1)
+    level = torch.arange(deepest + 1, device=device)
+    own = torch.arange(len(depth), device=device)[:, None]
+    # A branch beside place j hangs on node j of the chain; further up it is the branch itself.
+    stem = torch.cat([level[: chain + 1], place.repeat(reach)])[:, None]
+    back = (depth[:, None] - level).clamp_min(0)  # levels up from the node
+    path = torch.where(level <= stem, level, own - back * beside)
+    path = torch.where(own <= chain, torch.minimum(level, own), path)
+    sees = torch.zeros(len(depth), len(depth), dtype=torch.bool, device=device).scatter_(1, path, True)
+    parent = path.gather(1, (depth[:, None] - 1).clamp_min(0))[1:, 0]
+    child = torch.zeros(len(depth) + 1, 2, dtype=torch.int64, device=device)
+    second = (parent < own[1:, 0] - 1) & (parent < beside) & (own[1:, 0] > chain)
+    child[parent, second.long()] = own[1:, 0]
+    none = torch.zeros_like(depth)[None]
+    widths = tuple(2 if d < beside else 1 for d in range(deepest))
     return Tree(parent[None], depth[None], sees[None], child[None], path[None], none, none, (), widths)
 
 

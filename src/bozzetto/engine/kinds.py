@@ -110,7 +110,9 @@ class Codes:
             gumbel = noise.rows(state.count[:, None] + (place if draft.tree is None else draft.tree.depth))
         if self.rule.needs_uniforms:
             keys = _place_keys(state, draft.length + 1)
-            uniforms = uniform(fold(keys[..., None], torch.arange(4 if draft.beside else 2, device=keys.device)))
+            uniforms = uniform(
+                fold(keys[..., None], torch.arange(2 + 2 * draft.reach if draft.beside else 2, device=keys.device))
+            )
         if self.budget is not None:
             slack = (self.budget - state.spent).clamp_min(0)
         return RuleNoise(gumbel, uniforms, slack, self.greedy)

@@ -16,7 +16,7 @@ class RuleNoise:
 
     gumbel: float32 [B, M + 1, V], the fixed noise of each scored place (same in every pass), for rules that ask for it;
     uniforms: float64 [B, M + 1, U] in (0, 1), fresh in every pass: one for the test, one for the redraw, and with
-    second guesses (U = 4) one for the test of that and one for the token behind it;
+    second guesses two for each of their tokens;
     slack: float32 [B], what is left of each image's budget of bias (None: no limit);
     greedy: decoding is greedy and the laws given are the plain ones, from which a relaxed rule makes its choice.
     """

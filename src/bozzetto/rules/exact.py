@@ -7,7 +7,8 @@ carries it on together with that law (SCD, arXiv 2510.24211; SJD-PAC, arXiv 2603
 
 A window may have second guesses y, drawn from laws s of their own: where x is refused, y is kept with probability
 min(1, r(y)/s(y)) for r = norm([p - q]+), else the draw is from norm([r - s]+) (as SpecInfer's siblings, arXiv
-2305.09781). Where the first refused x has such a y that is kept, the token behind y has been scored as well.
+2305.09781). Where the first refused x has such a y that is kept, what was drafted behind y is tested in turn, and the
+token behind that has been scored as well.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Exact(Rule):
     def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
         if noise.gumbel is None or (draft.tree is not None and not draft.beside):
             raise ValueError("rule 'exact' needs a chain and the positions' Gumbel noise")
-        chain = draft.length - draft.beside
+        chain = draft.chain
         # Behind the last draft: a plain draw of p.
         after = gumbel_argmax(log_p[:, chain : chain + 1], noise.gumbel[:, chain : chain + 1])
         if chain == 0:
@@ -54,33 +55,43 @@ class Exact(Rule):
 
 def _with_second(draft: Draft, log_p: Tensor, log_q: Tensor, uniforms: Tensor, tokens: Tensor, keep: Tensor) -> Verdict:
     """The verdict on a comb, from that on its chain of L: tokens int64 [B, L + 1], keep bool [B, L]."""
-    chain, count = keep.shape[1], draft.beside
-    y, log_s = draft.tokens[:, chain:], log_q[:, chain:]
-    rest = residual(log_p[:, :count], log_q[:, :count])
+    chain, count, reach = draft.chain, draft.beside, draft.reach
+    u, y = uniforms[:, :count], draft.tokens[:, chain:].unflatten(1, (reach, count))  # [B, R, n]
+    s, at_branch = (part[:, -reach * count :].unflatten(1, (reach, count)) for part in (log_q, log_p))
+    second, taken = _second(y[:, 0], log_p[:, :count], log_q[:, :count], s[:, 0].exp(), u)
+    tokens = torch.cat([torch.where(keep[:, :count], tokens[:, :count], second), tokens[:, count:]], 1)
+    before = leading(keep)
+    at = before.clamp_max(count - 1)
+    row = torch.arange(len(tokens), device=tokens.device)
+    onto = (before < count) & (taken & ~keep[:, :count])[row, at]  # the way goes on to the second guess
+    line, kept = [second[row, at]], []
+    for step in range(1, reach):
+        pair = u[..., 2 + 2 * step : 4 + 2 * step]
+        found, held = couple(y[:, step], at_branch[:, step - 1], s[:, step], pair)
+        line.append(found[row, at])
+        kept.append(held[row, at])
+    line.append(weighted_draw(at_branch[row, -1, at].exp(), u[row, at, 3]))
+    more = leading(torch.stack(kept, 1)) if kept else torch.zeros_like(at)
+    assert draft.tree is not None
+    node = torch.where(onto, chain + 1 + more * count + at, before)
+    tokens = torch.nn.functional.pad(tokens, (0, draft.depth + 1 + reach - chain))
+    place = before[:, None] + torch.arange(reach + 1, device=at.device)
+    told = onto[:, None] & (place <= (before + more + 1)[:, None])
+    spare = torch.where(told, place, tokens.shape[1] - 1)
+    tokens = tokens.scatter(1, spare, torch.stack(line, 1))[:, : draft.depth + 1]
+    return Verdict(tokens, before + onto * (1 + more), draft.tree.path[0, node])
+
+
+def _second(y: Tensor, log_p: Tensor, log_q: Tensor, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What a place becomes where the window's token was refused: int64 [B, n], and whether that is y, bool [B, n]. y:
+    int64 [B, n], drawn from s [B, n, V]; u: float64 [B, n, U]."""
+    rest = residual(log_p, log_q)
     rest = rest / rest.sum(-1, keepdim=True)
-    s, u = log_s.exp(), uniforms[:, :count]
     here = y[..., None]
     taken = u[..., 2] * s.gather(-1, here)[..., 0] < rest.gather(-1, here)[..., 0]
     left = (rest - s).clamp_min(0)
     left = torch.where(left.sum(-1, keepdim=True) > 0, left, rest)  # else a reject has probability zero
-    second = torch.where(taken, y, weighted_draw(left, u[..., 1]))
-    tokens = torch.cat([torch.where(keep[:, :count], tokens[:, :count], second), tokens[:, count:]], 1)
-    accepted = leading(keep)
-    at = accepted[:, None].clamp_max(count - 1)
-    onto = (accepted < count) & (taken & ~keep[:, :count]).gather(1, at)[:, 0]  # the way goes on to the second guess
-    row = torch.arange(len(tokens), device=tokens.device)
-    bonus = weighted_draw(log_p[row, chain + 1 + at[:, 0]].exp(), uniforms[row, at[:, 0], 3])
-    behind = torch.where(onto[:, None], at + 1, chain + 1)
-    tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, behind, bonus[:, None])[:, : chain + 1]
-    return Verdict(tokens, accepted + onto, way_through_comb(accepted, onto, chain))
-
-
-def way_through_comb(accepted: Tensor, onto: Tensor, chain: int) -> Tensor:
-    """int64 [B, L + 1], the scored index of every place of the accepted path. accepted: int64 [B], of the chain; onto:
-    bool [B], whether the second guess behind them is taken."""
-    level = torch.arange(chain + 1, device=accepted.device)
-    leaf = torch.where(onto, chain + 1 + accepted, accepted)[:, None]
-    return torch.where(level <= accepted[:, None], level, leaf)
+    return torch.where(taken, y, weighted_draw(left, u[..., 1])), taken
 
 
 def couple(drafted: Tensor, log_p: Tensor, log_q: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

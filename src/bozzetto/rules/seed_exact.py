@@ -17,7 +17,6 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Tree, Verdict
 from bozzetto.laws.categorical import gumbel_argmax
 from bozzetto.rules.base import Rule, RuleNoise, leading
-from bozzetto.rules.exact import way_through_comb
 
 
 @dataclass(frozen=True)
@@ -37,25 +36,18 @@ class SeedExact(Rule):
         if noise.gumbel is None:
             raise ValueError("rule 'seed-exact' needs the positions' Gumbel noise")
         tokens = gumbel_argmax(log_p, noise.gumbel)
-        if draft.beside:
-            return _comb(draft, tokens)
         if draft.tree is not None:
-            return _follow(draft.tree, draft.tokens, tokens)
+            found = _follow(draft.tree, draft.tokens, tokens)
+            return _carried(draft, tokens, found) if draft.beside else found
         return Verdict(tokens, leading(tokens[:, : draft.length] == draft.tokens))
 
 
-def _comb(draft: Draft, wanted: Tensor) -> Verdict:
-    """wanted: int64 [B, M + 1]. Where the window's first refused token has the right one beside it, the token behind
-    that is known too."""
-    chain, count = draft.length - draft.beside, draft.beside
-    accepted = leading(wanted[:, :chain] == draft.tokens[:, :chain])
-    at = accepted[:, None].clamp_max(count - 1)
-    right = (wanted[:, :count] == draft.tokens[:, chain:]).gather(1, at)[:, 0]
-    onto = (accepted < count) & right
-    bonus = wanted.gather(1, chain + 1 + at)
-    behind = torch.where(onto[:, None], at + 1, chain + 1)
-    padded = torch.nn.functional.pad(wanted[:, : chain + 1], (0, 1))
-    return Verdict(padded.scatter(1, behind, bonus)[:, :-1], accepted + onto, way_through_comb(accepted, onto, chain))
+def _carried(draft: Draft, wanted: Tensor, found: Verdict) -> Verdict:
+    """The verdict on a comb with the window's tokens behind what is accepted. wanted: int64 [B, M + 1]."""
+    level = torch.arange(found.tokens.shape[1], device=wanted.device)
+    window = torch.nn.functional.pad(wanted[:, : draft.chain + 1], (0, len(level) - draft.chain - 1))
+    tokens = torch.where(level <= found.accepted[:, None], found.tokens, window)
+    return Verdict(tokens, found.accepted, found.path)
 
 
 def _follow(tree: Tree, drafted: Tensor, wanted: Tensor) -> Verdict:

@@ -166,7 +166,7 @@ def test_large_files_are_few():
     models = (PACKAGE / "assets",)
     heavy = {p: p.stat().st_size for p in repository_files()}
     assets = sum(size for p, size in heavy.items() if set(models) & set(p.parents))
-    assert assets < 98e6, "the models have outgrown their limit"
+    assert assets < 100e6, "the models have outgrown their limit"
     others = {str(p.relative_to(ROOT)): s for p, s in heavy.items() if not set(models) & set(p.parents)}
     assert not [name for name, size in others.items() if size > 5e6]
 

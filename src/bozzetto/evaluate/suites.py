@@ -39,9 +39,8 @@ _CODES = {
     "jacobi/exact": "coupled Jacobi, exact",
     "jacobi/exact@window=64": "coupled Jacobi, windows of 64, exact",
     "jacobi:fill=eagle/exact": "windows filled by a drafter, exact",
-    "jacobi:fill=glance/exact": "windows filled by a glance, exact",
-    "jacobi:second=eagle/exact": "windows with second guesses, exact",
-    "jacobi:second=eagle:places=16/exact@window=64": "windows of 64 with second guesses, exact",
+    "jacobi:second=eagle:places=12/exact@window=32": "windows of 32 with second guesses, exact",
+    "jacobi:second=eagle:places=16:reach=4/exact@window=64": "windows of 64, second guesses of four tokens, exact",
     "eagle:tree=chain-12/block": "block on a chain, exact",
     "eagle:tree=chain-32/block": "block on a chain of 32, exact",
     "eagle:tree=chain-32:stop=0.1/block": "chain of 32, stopped by entropy, exact",
@@ -113,7 +112,11 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
             ),
         ),
         "followers": (
-            _part("llamagen", "flowers", _CODES),
+            _part(
+                "llamagen",
+                "flowers",
+                {**_CODES, "jacobi:fill=glance:fresh=1/exact": "windows that a glance fills, exact"},
+            ),
             _part("llamagen", "emoji", _CODES),
             _part(
                 "flow",

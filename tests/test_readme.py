@@ -18,6 +18,7 @@ from bozzetto import cli
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.models.eagle import EagleNet, eagle_config
 from bozzetto.models.eagle_store import save_drafter
+from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.store import save_llamagen
 from bozzetto.pipeline import shipped_models
@@ -51,6 +52,7 @@ def small_model(tmp_path_factory) -> Path:
     tokenizer = VQTokenizer(VQConfig(codes=24, code_dim=4, width=16, pre_blocks=1, post_blocks=1, image_size=32))
     save_llamagen(folder, network, tokenizer, {"name": "small", "class_names": ["daisy", "rose", "tulip"]})
     save_drafter(folder / "eagle", EagleNet(eagle_config(network.config)), folder, {"target_name": "small"})
+    save_drafter(folder / "glance", GlanceNet(GlanceConfig(32, 24, 4, places=4)), folder, {"target_name": "small"})
     return folder
 
 
@@ -156,7 +158,7 @@ def test_recipes_are_valid(path):
         "tokenizer": "tokenizer",
         "eagle": "drafter",
         "drift": "drift",
-        **dict.fromkeys(("sketch", "plane", "block"), "drafter"),
+        **dict.fromkeys(("sketch", "plane", "block", "glance"), "drafter"),
     }
     recipe = read_recipe(path, RECIPES[kinds.get(path.stem.rpartition("-")[2], "target")])
     assert recipe.out == f"runs/{path.stem}"

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from bozzetto import load
+from bozzetto.admission import Admission
 from bozzetto.engine.slot_decoder import SlotDecoder
 from bozzetto.engine.widths import MeasuredWidth
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
+from bozzetto.models.eagle_store import save_drafter
+from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
@@ -32,6 +35,25 @@ def test_images_are_those_of_the_eager_engine(pipe: Pipeline, rule: str, guidanc
         for name in ("target_passes", "accepted", "drafted"):
             assert [getattr(a, name) for a in eager.images] == [getattr(b, name) for b in slots.images]
         assert [a.trace for a in eager.images] == [b.trace for b in slots.images]
+
+
+@pytest.mark.parametrize("rule", ["seed-exact", "exact"])
+def test_windows_that_a_glance_fills_are_those_of_the_eager_engine(
+    pipe: Pipeline, tiny_model: Path, tmp_path: Path, rule: str
+) -> None:
+    torch.manual_seed(0)
+    net = GlanceNet(GlanceConfig(32, 16, 4, places=4, narrow=8, ffn=16, rank=4))
+    save_drafter(tmp_path / "glance", net, tiny_model, {})
+    drafter = f"jacobi:fill=glance:fresh=1:folder={tmp_path / 'glance'}"
+    law = {"drafter": drafter, "rule": rule, "guidance": 2.0, "window": 4, "batch": 3}
+    eager, slots = (pipe.generate(count=5, seed=3, compile=mode, **law) for mode in ("off", "max"))
+    assert [a.sha256 for a in eager.images] == [b.sha256 for b in slots.images]
+    assert [a.trace for a in eager.images] == [b.trace for b in slots.images]
+    admission = Admission(pipe, slots=2)
+    asked = [admission.submit(i % 3, seed=3, index=i, settings=GenerateSettings(drafter, rule, 4)) for i in range(5)]
+    while admission.active or admission.waiting:
+        admission.step()
+    assert [pipe.decode(t.tokens).tobytes() for t in asked] == [a.image.tobytes() for a in eager.images]
 
 
 def test_more_images_than_the_batch_holds_enter_as_others_finish(pipe: Pipeline) -> None:

@@ -74,8 +74,8 @@ class Generate(Law):
     """How many images in all. Not given: one for each class."""
     drafter: str = "auto"
     """auto: what suits the model, without bias; jacobi: guess several tokens ahead and check them in one pass; none:
-    plain sequential decoding; eagle: a trained drafter (eagle:tree=chain-5); model: a smaller target
-    (model:folder=DIR)."""
+    plain sequential decoding; eagle, glance, plane, block: a trained drafter (eagle:tree=chain-5), alone or beside
+    windows (jacobi:fill=glance, jacobi:second=eagle); model: a smaller target (model:folder=DIR)."""
     rule: str = "auto"
     """auto: as the model and the drafter suggest. Codes: seed-exact, the very tokens that sequential decoding of the
     seed gives; exact, the same law, other tokens. For eagle and model also tree, traversal, block (exact) and lantern,

@@ -155,7 +155,8 @@ class SlotLoop:
         def call() -> object:
             if run is not None:
                 return run(session, width, target.length, held)
-            return advance(session.score(held[0].contiguous(), held[1]).logits, *held)
+            scores = session.score(held[0].contiguous(), held[1])
+            return advance(scores.logits, scores.features, *held)
 
         return call
 

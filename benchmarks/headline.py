@@ -21,7 +21,7 @@ from bozzetto.files import write_text
 
 PAPERS = ("sequential", "LANTERN", "CASCADE", "CSpD as released", "Drift-AR, one step")
 BEGIN, END = "<!-- followers -->", "<!-- followers, end -->"
-LEFT, BAR, RIGHT, ROW, HEAD = 250, 250, 200, 19, 42
+LEFT, BAR, RIGHT, ROW, HEAD = 345, 250, 200, 19, 42
 EXACT, RELAXED = "#1b6ca8", "#c2571a"
 Row = dict[str, Any]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import RMSNorm
+from bozzetto.models.parallel import check_counts
 
 TOKENS_ABOVE = (-1, 0, 1, 2)  # columns of the row above, relative to a place's own
 FEATURES_ABOVE = (0, 1, 2)  # a feature knows the tokens before its own
@@ -36,9 +37,7 @@ class GlanceConfig:
     rank: int = 96
 
     def __post_init__(self) -> None:
-        for name in ("dim", "grid", "places", "narrow", "ffn", "rank"):
-            if (value := getattr(self, name)) < 1:
-                raise UsageError(f"{name} = {value} is not allowed: a whole number >= 1")
+        check_counts(self, "dim", "grid", "places", "narrow", "ffn", "rank")
         if self.places > self.grid:  # what is above the last place has to be known
             raise UsageError(f"places = {self.places} is not allowed: at most a row of the grid, {self.grid}")
 

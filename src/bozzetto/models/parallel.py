@@ -22,7 +22,8 @@ from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import LlamaGenConfig, RMSNorm, rope_table, rotate
 
 
-def _check_counts(config: object, *names: str) -> None:
+def check_counts(config: object, *names: str) -> None:
+    """Raise UsageError for a field that is less than 1."""
     for name in names:
         if (value := getattr(config, name)) < 1:
             raise UsageError(f"{name} = {value} is not allowed: a whole number >= 1")
@@ -39,7 +40,7 @@ class PlaneConfig:
     ffn: int = 512
 
     def __post_init__(self) -> None:
-        _check_counts(self, "dim", "grid", "places", "ffn")
+        check_counts(self, "dim", "grid", "places", "ffn")
         if self.places > self.grid:  # the guess from above has to come from a committed pair
             raise UsageError(f"places = {self.places} is not allowed: at most a row of the grid, {self.grid}")
 
@@ -61,7 +62,7 @@ class BlockConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_counts(self, "dim", "heads", "ffn", "grid", "places", "layers", "rank")
+        check_counts(self, "dim", "heads", "ffn", "grid", "places", "layers", "rank")
 
     @property
     def head_dim(self) -> int:

@@ -16,7 +16,7 @@ from bozzetto.laws.categorical import LawSettings, gumbel_argmax, weighted_draw
 from bozzetto.models.tabular import TabularTarget
 from bozzetto.rules.base import RuleNoise, leading
 from bozzetto.rules.exact import Exact, residual
-from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value
+from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 40_000, 1e-3, 1e-9
 V, N = 4, 5
@@ -30,13 +30,6 @@ SHAPED = LawSettings(guidance=2.0, temperature=0.8, top_k=3, top_p=0.9)
 @functools.cache
 def big_batch(rule: str, window: int, settings: LawSettings) -> Tensor:
     return decode(TARGET, rule, window=window, settings=settings, index=range(IMAGES)).tokens
-
-
-def p_value(tokens: Tensor, law: Tensor) -> float:
-    """Fit of decoded sequences to a joint law; a sequence of zero probability is an error at once."""
-    counts = torch.bincount(cells(tokens, V), minlength=V**N)
-    assert counts[law == 0].sum() == 0, "a sequence of zero probability was produced"
-    return fit_p_value(counts, law)
 
 
 def describe(settings: LawSettings) -> str:

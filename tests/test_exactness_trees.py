@@ -16,7 +16,7 @@ from bozzetto.registry import RULES
 from bozzetto.rules.base import RuleNoise
 from bozzetto.rules.traversal import Traversal
 from bozzetto.rules.tree import TreeRejection
-from toys import EXACT_RULES, PLAIN, alternating_target, cells, constant_target, decode, fit_p_value, sketched
+from toys import EXACT_RULES, PLAIN, alternating_target, cells, constant_target, decode, p_value, sketched
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9
 V, N = 4, 5
@@ -45,13 +45,6 @@ every_case = pytest.mark.parametrize(("rule", "tree"), CASES)
 @functools.cache
 def big_batch(rule: str, tree: str, settings: LawSettings) -> Tensor:
     return decode(TARGET, rule, sketched(NEAR, tree), settings=settings, index=range(IMAGES)).tokens
-
-
-def p_value(tokens: Tensor, law: Tensor) -> float:
-    """Fit of decoded sequences to a joint law; a sequence of zero probability is an error at once."""
-    counts = torch.bincount(cells(tokens, V), minlength=V**N)
-    assert counts[law == 0].sum() == 0, "a sequence of zero probability was produced"
-    return fit_p_value(counts, law)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"s{s.guidance:g}-k{s.top_k}-p{s.top_p:g}")

@@ -24,7 +24,7 @@ from bozzetto.models.tabular import TabularTarget
 from bozzetto.registry import check_method, make_drafter
 from bozzetto.rules.base import RuleNoise, leading
 from bozzetto.rules.exact import Exact
-from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value
+from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value, p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9
 V, N = 4, 5
@@ -79,12 +79,6 @@ every_case = pytest.mark.parametrize(("rule", "kind"), CASES)
 @functools.cache
 def big_batch(rule: str, kind: str, settings: LawSettings) -> Tensor:
     return decode(TARGET, rule, HELPED[kind](NEAR), settings=settings, index=range(IMAGES)).tokens
-
-
-def p_value(tokens: Tensor, law: Tensor) -> float:
-    counts = torch.bincount(cells(tokens, V), minlength=V**N)
-    assert counts[law == 0].sum() == 0, "a sequence of zero probability was produced"
-    return fit_p_value(counts, law)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"s{s.guidance:g}-T{s.temperature:g}-k{s.top_k}")

@@ -90,6 +90,13 @@ def fit_p_value(observed: Tensor, law: Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), chi2 / 2))
 
 
+def p_value(tokens: Tensor, law: Tensor, vocab: int = 4) -> float:
+    """Fit of decoded sequences to a joint law; a sequence of zero probability is an error at once."""
+    counts = torch.bincount(cells(tokens, vocab), minlength=len(law))
+    assert counts[law == 0].sum() == 0, "a sequence of zero probability was produced"
+    return fit_p_value(counts, law)
+
+
 def tiny_llamagen(seed: int = 0, **changes: int) -> LlamaGen:
     """A random network with weights large enough for every part to matter (the head is not zero)."""
     shape = {"dim": 32, "layers": 2, "heads": 2, "vocab": 11, "grid": 4, "classes": 3, "ffn_multiple": 16}

@@ -143,8 +143,8 @@ class Advance(nn.Module):
     def _fill(self, s: SlotState, base: Tensor, known: Tensor, old: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The next inputs int64 [B, W], `known` where old or first, and the filler's laws [B, W - 1, V] of all drafts.
         base: its logits [R, K, V]; noise: of the inputs' positions, [B, W, V]. What a law learns from the token before
-        is of a first guess at it, drawn with the same noise, unfiltered: one by one they would take longer than the
-        pass."""
+        is of a first guess at it, drawn with the same noise, unfiltered: one by one they would be a row of small
+        kernels for each place."""
         copies, known, first = len(base) // len(known), known[:, 1:], known[:, :1]
         old, noise = old[:, 1:], noise[:, 1:]
         base = base[:, torch.arange(self.widest - 1, device=base.device).clamp_max(base.shape[1] - 1)]

@@ -102,8 +102,14 @@ class GlanceNet(nn.Module):
 def surroundings(kept: Tensor, number: Tensor, distances: tuple[int, ...], last: Tensor) -> Tensor:
     """kept [R, n, narrow], by raster order; number: int64 [R, ...], places; last: int64, the last known one, of a
     shape that goes with number -> [R, ..., len(distances) narrow], zeros where nothing is known."""
+    where, known = known_around(number, distances, last)
+    row = torch.arange(len(kept), device=kept.device).view(-1, *[1] * (where.dim() - 1))
+    return torch.where(known, kept[row, where], 0).flatten(-2)
+
+
+def known_around(number: Tensor, distances: tuple[int, ...], last: Tensor) -> tuple[Tensor, Tensor]:
+    """Places int64 [..., n] at distances from number int64 [...] (0 for unknown ones), and which of them are known,
+    bool [..., n, 1]. last: int64, the last known place, of a shape that goes with number."""
     where = number[..., None] + torch.tensor(distances, device=number.device)
     known = (where >= 0) & (where <= last[..., None])
-    row = torch.arange(len(kept), device=kept.device).view(-1, *[1] * (where.dim() - 1))
-    found = kept[row, where.clamp(0, kept.shape[1] - 1)]
-    return torch.where(known[..., None], found, 0).flatten(-2)
+    return torch.where(known, where, 0), known[..., None]

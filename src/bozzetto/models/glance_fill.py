@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.models.glance import GlanceNet
+from bozzetto.models.glance import GlanceNet, known_around
 from bozzetto.models.linear import TorchMap, fixed_map
 
 
@@ -65,10 +65,10 @@ class GlanceFill(nn.Module):
         last = (count + committed - 1).clamp_min(0)[:, None]  # [B, 1]; a slot without an image commits nothing
         number = last + 1 + torch.arange(min(most, c.places), device=hidden.device)  # [B, K]
         far_tokens, far_features = c.around
-        where, known = _where(number, far_tokens, last)
+        where, known = known_around(number, far_tokens, last)
         around = torch.where(known, self.of_token[tokens[row[:, None, None], where]], 0).flatten(2)
         ends = self.of_token[tokens.gather(1, last)].expand(-1, number.shape[1], -1)
-        where, known = _where(number, far_features, last)
+        where, known = known_around(number, far_features, last)
         of_features = kept[row[:, None, None, None], copy[:, None, None], where[:, None]]
         of_features = torch.where(known[:, None], of_features, 0).flatten(3)  # [B, copies, K, .]
         ours = torch.cat([ends, around], -1).repeat(copies, 1, 1)
@@ -88,10 +88,3 @@ class GlanceFill(nn.Module):
 def _by_image(part: Tensor, copies: int) -> Tensor:
     """[copies B, ...] -> [B, copies, ...]."""
     return part.unflatten(0, (copies, -1)).transpose(0, 1)
-
-
-def _where(number: Tensor, distances: tuple[int, ...], last: Tensor) -> tuple[Tensor, Tensor]:
-    """Places int64 [B, K, n] at distances from number [B, K], and which are known, bool [B, K, n, 1]. last [B, 1]."""
-    where = number[..., None] + torch.tensor(distances, device=number.device)
-    known = (where >= 0) & (where <= last[..., None])
-    return torch.where(known, where, 0), known[..., None]

@@ -1,13 +1,87 @@
-"""Files that appear whole or not at all: write beside the target, flush, rename."""
+"""Files that appear whole or not at all: write beside the target, flush, rename. JSON files that may hold anything."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from bozzetto.errors import UsageError
+
+_MOST_JSON = 64 * 2**20  # bytes
+_DEEPEST = 64  # lists and mappings within each other
+
+
+def read_json(path: str | Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """What a JSON file of ours holds, a mapping unless `kind` says otherwise (`object`: anything); see `parse_json`.
+
+    Raises UsageError naming the file where it is missing, no file, larger than 64 MiB, or not what was asked for.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise UsageError(f"{path}: {'not a file' if path.exists() else 'does not exist'}")
+        if (size := path.stat().st_size) > _MOST_JSON:
+            raise UsageError(f"{path}: {size} bytes of JSON are too many (allowed: {_MOST_JSON})")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    return parse_json(data, path, kind)
+
+
+def parse_json(text: str | bytes, source: str | Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """Strict JSON of a file called `source`: UTF-8 with or without a byte-order mark, finite numbers, each key once,
+    at most 64 levels deep, text that can be written as UTF-8. Raises UsageError naming `source`."""
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        content = json.loads(text, object_pairs_hook=_each_once, parse_constant=_refuse, parse_float=_finite)
+        _check_plain(content)
+    except RecursionError:
+        raise UsageError(f"{source}: not valid JSON here: nested more than {_DEEPEST} deep") from None
+    except ValueError as error:  # broken, not UTF-8, or a whole number of more digits than Python reads
+        raise UsageError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(content, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join({"dict": "object", "list": "array"}.get(k.__name__, k.__name__) for k in kinds)
+        raise UsageError(f"{source}: expected a JSON {wanted}, found {type(content).__name__}")
+    return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
+    return content
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text[:40])
+
+
+def _check_plain(content: Any) -> None:
+    """Raise RecursionError for deep nesting and ValueError for text with half a surrogate pair."""
+    level = [content]
+    for _ in range(_DEEPEST + 1):
+        for value in level:
+            if isinstance(value, str):
+                value.encode("utf-8")
+        parts = [[*v, *v.values()] if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        if not parts:
+            return
+        level = [value for part in parts for value in part]
+    raise RecursionError
 
 
 def write_whole(path: str | Path, write: Callable[[str], object]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, from_published
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.errors import UsageError
-from bozzetto.files import write_text, write_whole
+from bozzetto.files import read_json, write_text, write_whole
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -35,13 +35,7 @@ def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
     path = Path(folder) / name
     if not path.is_file():
         raise UsageError(f"not a model folder: {path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or not UTF-8
-        raise UsageError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_json(path)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,6 +182,33 @@ def test_photographs_have_the_models_size_and_class_order(pipe, data):
     assert np.bincount(found.labels).tolist() == [9, 8, 7]
     renamed = type("P", (), {"classes": ["tulip", "daisy"], "tokenizer": pipe.tokenizer})()
     assert np.bincount(photographs(renamed, data, "test").labels + 1).tolist() == [8, 7, 9]  # roses are unknown
+
+
+def test_photographs_are_as_sharp_as_their_files(tmp_path):
+    """Columns of 255 and 0 reach the figures as they are, at every size that a model may have."""
+    for size in (32, 256, 512):
+        columns = np.zeros((size, size, 3), np.uint8)
+        columns[:, ::2] = 255
+        folder = tmp_path / str(size) / "test" / "rose"
+        folder.mkdir(parents=True)
+        Image.fromarray(columns).save(folder / "columns.png")
+        model = SimpleNamespace(classes=["rose"], tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=size)))
+        found = photographs(model, tmp_path / str(size), "test")
+        assert np.array_equal(found.images[0], columns) and found.enlarged == 0
+
+
+def test_the_report_says_at_which_size_photographs_were_read(run, pipe, tmp_path):
+    assert run[1]["settings"]["photographs"] == {"size": 32, "enlarged": {"test": 0, "train": 0}}
+    assert "read at the model's size, 32 x 32." in evaluation_table(run[1])
+    for split in ("train", "test"):
+        for i in range(4):
+            for name in CLASSES:
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 20 + i * 8), (i, 2, 3)).save(tmp_path / split / name / f"{i}.png")
+    assert photographs(pipe, tmp_path, "test").enlarged == 6
+    report = json.loads(json.dumps(run[1]))
+    report["settings"]["photographs"]["enlarged"]["test"] = 6
+    assert "32 x 32; enlarged from smaller files: 6 of test." in evaluation_table(report)
 
 
 def test_balanced_rows_take_classes_in_turn():

@@ -7,6 +7,7 @@ the whole square (what evaluation uses) are seen. Augmentation draws from an exp
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +28,13 @@ _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 @dataclass
 class ImageSet:
-    """Square images of one size. images: uint8 [N, S, S, 3]; labels: int64 [N]; classes: names by label."""
+    """Square images of one size. images: uint8 [N, S, S, 3]; labels: int64 [N]; classes: names by label; enlarged: how
+    many of the files held smaller squares."""
 
     images: np.ndarray
     labels: np.ndarray
     classes: list[str]
+    enlarged: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,17 +47,25 @@ class ImageSet:
             labels.append(s.labels + shift)
             classes += s.classes
             shift += len(s.classes)
-        return ImageSet(np.concatenate([s.images for s in sets]), np.concatenate(labels), classes)
+        images, enlarged = np.concatenate([s.images for s in sets]), sum(s.enlarged for s in sets)
+        return ImageSet(images, np.concatenate(labels), classes, enlarged)
 
 
-def _square(raw: bytes, size: int) -> np.ndarray:
+def _squares(files: Iterable[bytes], size: int) -> tuple[np.ndarray, int]:
+    """Centre squares uint8 [N, size, size, 3], and how many of the files held smaller ones."""
+    found = [_square(raw, size) for raw in files]
+    return np.stack([pixels for pixels, _ in found]), sum(side < size for _, side in found)
+
+
+def _square(raw: bytes, size: int) -> tuple[np.ndarray, int]:
+    """The centre square, resized once, and the side that it has in the file."""
     image = Image.open(io.BytesIO(raw)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     if side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return np.asarray(image), side
 
 
 def read_parquet(path: str | Path, split: str | None, size: int = 160) -> ImageSet:
@@ -77,8 +88,8 @@ def read_parquet(path: str | Path, split: str | None, size: int = 160) -> ImageS
     labels, classes = _classes(table)
     rows = [i for i, s in enumerate(splits) if split is None or s == split]
     column = table["image"]
-    images = np.stack([_square(column[i].as_py()["bytes"], size) for i in rows])
-    return ImageSet(images, np.array([labels[i] for i in rows]), classes)
+    images, enlarged = _squares((column[i].as_py()["bytes"] for i in rows), size)
+    return ImageSet(images, np.array([labels[i] for i in rows]), classes, enlarged)
 
 
 def _classes(table: Table) -> tuple[list[int], list[str]]:
@@ -119,7 +130,8 @@ def read_folder(path: str | Path, size: int = 160) -> ImageSet:
         raise UsageError(f"no images ({', '.join(sorted(_IMAGE_SUFFIXES))}) below {path}")
     classes = sorted({p.parent.name for p in files})
     labels = np.array([classes.index(p.parent.name) for p in files])
-    return ImageSet(np.stack([_square(p.read_bytes(), size) for p in files]), labels, classes)
+    images, enlarged = _squares((p.read_bytes() for p in files), size)
+    return ImageSet(images, labels, classes, enlarged)
 
 
 def read_images(path: str | Path, split: str | None, size: int = 160) -> ImageSet:

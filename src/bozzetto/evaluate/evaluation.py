@@ -128,6 +128,10 @@ def evaluate(
             "dtype": pipe.dtype,
             "extractor": extractor.name,
             "data": path.name,
+            "photographs": {
+                "size": real["test"].images.shape[1],
+                "enlarged": {split: found.enlarged for split, found in real.items()},
+            },
             "class_probe_accuracy": study.probe_accuracy,
             **provenance(),
         },
@@ -323,6 +327,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
     resampled, accuracy = report["settings"]["bootstrap"], report["settings"]["class_probe_accuracy"]
     right = "nothing, without classes" if accuracy is None else f"right on {100 * accuracy:.1f}% of test photographs"
     notes = [
+        _read_at(report["settings"]["photographs"], report["settings"]["references"]),
         f"95% intervals from {resampled} resamples. class: share in which a probe on these features agrees",
         f"(it is {right}). same: share of images equal to those of none.",
         "bias: change of the tokens' surprisal under the target's law, nats per token (0 if exact, up to noise).",
@@ -333,6 +338,14 @@ def evaluation_table(report: dict[str, Any]) -> str:
         for same in report["identity"]
     ]
     return "\n".join([*blocks, *([table(head, rows)] if rows else []), *notes])
+
+
+def _read_at(photographs: dict[str, Any], references: Sequence[str]) -> str:
+    """At which size the photographs were read, and whether some had to be enlarged."""
+    size, enlarged = photographs["size"], photographs["enlarged"]
+    smaller = [f"{enlarged[split]} of {split}" for split in references if enlarged[split]]
+    note = f"; enlarged from smaller files: {', '.join(smaller)}" if smaller else ""
+    return f"photographs are read at the model's size, {size} x {size}{note}."
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

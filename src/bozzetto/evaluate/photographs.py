@@ -18,10 +18,12 @@ SPLITS = ("test", "train")
 
 @dataclass(frozen=True)
 class Photographs:
-    """images: uint8 [N, S, S, 3] at the model's size; labels: int64 [N], -1 for a class unknown to the model."""
+    """images: uint8 [N, S, S, 3] at the model's size; labels: int64 [N], -1 for a class unknown to the model; enlarged:
+    how many of the files are smaller than that."""
 
     images: np.ndarray
     labels: np.ndarray
+    enlarged: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,18 +59,18 @@ def data_path(pipe: Pipeline, asked: str | Path | None) -> Path:
 
 
 def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
-    """One split of a parquet file, or of a folder with sub-folders train and test, each with one folder per class."""
+    """One split of a parquet file, or of a folder with sub-folders train and test, each with one folder per class.
+    Files are read straight at the model's size: samples are held against what the files show."""
+    size = pipe.tokenizer.config.image_size
     if path.is_dir():
         if not (path / split).is_dir():
             raise UsageError(f"{path} has no sub-folder {split!r} (wanted: {' and '.join(SPLITS)})")
-        found = read_folder(path / split)
+        found = read_folder(path / split, size)
     else:
-        found = read_parquet(path, split)
-    size = pipe.tokenizer.config.image_size
-    parts = [as_bytes(evaluation_view(found.images[i : i + 256], size)) for i in range(0, len(found), 256)]
+        found = read_parquet(path, split, size)
     names = [name.lower() for name in found.classes]
     label = np.array([pipe.classes.index(name) if name in pipe.classes else -1 for name in names], np.int64)
-    return Photographs(np.concatenate(parts), label[found.labels])
+    return Photographs(found.images, label[found.labels], found.enlarged)
 
 
 def prompts_for(pipe: Pipeline, path: Path) -> list[str]:

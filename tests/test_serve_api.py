@@ -302,6 +302,22 @@ def test_until_it_is_warm_a_server_says_503(pipe: Pipeline) -> None:
         assert get(server, "/health")[0] == 200
 
 
+def test_health_says_why_nothing_is_drawn(pipe: Pipeline) -> None:
+    with live({"tiny": pipe}) as server:
+        server.worker.trouble["tiny"] = "OSError (No space left on device), see the server's log"
+        status, body, headers = get(server, "/health")
+        error = json.loads(body)["error"]
+        assert (status, error["code"], headers["retry-after"]) == (503, "failing", "5")
+        assert error["message"] == "passes of tiny fail: OSError (No space left on device), see the server's log"
+        assert post(server, {"prompt": "rose"})[0] == 200  # it is tried all the same, and went well:
+        assert get(server, "/health")[0] == 200
+        server.worker.stop()
+        server.worker.join(20)
+        for path in ("/health", "/v1/models"):
+            status, body, _ = get(server, path)
+            assert status == 503 and "is stopping" in json.loads(body)["error"]["message"]
+
+
 def test_metrics_count_tokens_passes_and_answers(pipe: Pipeline) -> None:
     with live({"tiny": pipe}) as server:
         answer = server.client().images.generate(prompt="rose", n=2)

@@ -15,7 +15,8 @@ from bozzetto import load
 from bozzetto.errors import UsageError
 from bozzetto.pipeline import Pipeline
 from bozzetto.prompts import PromptBook
-from bozzetto.serve.worker import Busy, Failed, Finished, Order, Partial, Progress, Worker
+from bozzetto.serve.orders import Busy, Failed, Finished, Order, Partial, Progress
+from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
 from serving import slowed, until
 
@@ -107,11 +108,72 @@ def test_no_more_is_accepted_than_slots_and_queue_hold(pipe: Pipeline) -> None:
         idle.submit(order(), print)
 
 
-def test_a_model_that_cannot_be_loaded_is_said_and_not_served() -> None:
-    worker = Worker(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+def test_a_model_that_cannot_be_loaded_is_said_and_not_served(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[str] = []
+    worker = Worker(lambda: 1 / 0, failed=lambda: told.append("failed"))  # type: ignore[arg-type, return-value]
     worker.start()
     worker.join(20)
     assert isinstance(worker.failure, ZeroDivisionError) and not worker.ready.is_set()
+    assert told == ["failed"] and "ZeroDivisionError" in caplog.text
+    assert "could not be made ready: ZeroDivisionError" in (worker.complaint() or "")
+
+
+def test_a_warm_up_that_fails_is_logged_with_its_cause(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/secret/folder")
+
+    monkeypatch.setattr(pipe, "decode", full)
+    worker = Worker(lambda: {"tiny": pipe})
+    worker.start()
+    worker.join(20)
+    assert "/secret/folder" in caplog.text and "Traceback" in caplog.text  # the log is the operator's
+    assert worker.complaint() == (
+        "the models could not be made ready: OSError (No space left on device), see the server's log"
+    )
+
+
+def test_who_is_told_to_stop_does_not_finish_the_warm_up(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(lambda: {"tiny": pipe}, slots=4)
+    drawn: list[Any] = []
+    monkeypatch.setattr(pipe, "decode", lambda tokens: (drawn.append(tokens), worker.stop()))
+    worker.start()
+    worker.join(20)
+    assert len(drawn) == 1 and not worker.is_alive() and worker.failure is None
+
+
+def test_a_model_that_draws_nothing_any_more_is_told_from_one_request_that_failed(
+    worker: Worker, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bozzetto.serve.worker._AGAIN", 0.05)
+    monkeypatch.setattr(worker.loops["tiny"], "step", lambda: 1 / 0)
+    assert isinstance(collected(worker, order())[-1], Failed)
+    until(lambda: not worker.doubted)  # a pass of ours went well
+    assert worker.complaint() is None and "ZeroDivisionError" in caplog.text
+    with monkeypatch.context() as broken:
+        broken.setattr("bozzetto.admission.Admission.step", lambda self: 1 / 0)
+        assert isinstance(collected(worker, order())[-1], Failed)
+        until(lambda: worker.complaint() == "passes of tiny fail: ZeroDivisionError, see the server's log")
+    until(lambda: worker.complaint() is None)  # found out without a request
+    assert isinstance(collected(worker, order())[-1], Finished)
+
+
+def test_a_thread_that_ends_tells_everyone_who_waits_and_who_comes_later(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: queue.Queue[Any] = queue.Queue()
+    worker = Worker(lambda: {"tiny": pipe}, warm=False, failed=lambda: told.put("failed"))
+    monkeypatch.setattr(worker, "_finish", lambda *_: 1 / 0)
+    worker.start()
+    assert worker.ready.wait(20)
+    for seed in range(2):
+        worker.submit(order(seed=seed, count=2), told.put)
+    worker.join(20)
+    assert [type(told.get(timeout=1)) for _ in range(3)] == [Failed, Failed, str]
+    assert worker.complaint() == "drawing has ended: ZeroDivisionError, see the server's log"
+    worker.submit(order(), told.put)
+    assert isinstance(told.get(timeout=1), Failed) and "ZeroDivisionError" in caplog.text
 
 
 def test_painting_leaves_the_number_of_threads_as_it_was(pipe: Pipeline) -> None:

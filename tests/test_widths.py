@@ -112,11 +112,20 @@ def test_times_are_measured_once_and_kept(tmp_path: Path) -> None:
     assert asked == [(2, 4), (1, 1)]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"2x4": "fast"}', '{"2x4": -1}', '{"2": 1.0}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"2x4": "fast"}', '{"2x4": -1}', '{"2": 1.0}', "\xff", "[" * 99999, '{"2x4": ' + "9" * 999 + "}"],
+)
 def test_a_damaged_file_of_times_counts_for_nothing(tmp_path: Path, content: str) -> None:
     path = tmp_path / "times.json"
     path.write_text(content, encoding="latin-1")
     assert PassTimes(path, lambda n, w: 3.0).of(2, 4) == 3.0
+
+
+def test_times_that_cannot_be_kept_are_measured_and_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    times = PassTimes(tmp_path / "file" / "times.json", lambda n, w: 3.0)  # no folder can be there, whoever asks
+    assert times.of(2, 4) == times.of(2, 4) == 3.0
 
 
 def test_without_somebody_who_measures_there_are_no_times() -> None:

@@ -6,6 +6,7 @@ Only for rules whose tokens do not depend on the width (seed-exact).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ _MOST_ROWS = {32: 64}  # of a pass, beyond which none has paid, by the rows that
 
 
 class PassTimes:
-    """Seconds of a pass by (images, places), measured when they are first asked for and kept in a file.
+    """Seconds of a pass by (images, places), measured when they are first asked for and kept in a file where that can
+    be written: they save measuring again, no more.
 
     path: JSON, or None: nothing is kept; measure: (images, places) -> seconds.
     """
@@ -36,7 +38,7 @@ class PassTimes:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8")) if self.path is not None else {}
             pairs = {tuple(map(int, key.split("x"))): float(value) for key, value in content.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             return {}
         return {(k[0], k[1]): v for k, v in pairs.items() if len(k) == 2 and 0 < v < math.inf}
 
@@ -48,7 +50,8 @@ class PassTimes:
             self.known[images, width] = self.measure(images, width)
             if self.path is not None:
                 kept = {f"{n}x{w}": seconds for (n, w), seconds in sorted({**self._read(), **self.known}.items())}
-                write_text(self.path, json.dumps(kept, indent=1) + "\n")
+                with contextlib.suppress(OSError):
+                    write_text(self.path, json.dumps(kept, indent=1) + "\n")
         return self.known[images, width]
 
 

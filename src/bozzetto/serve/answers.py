@@ -15,9 +15,10 @@ from typing import Any
 from PIL import Image
 
 from bozzetto.errors import UsageError
+from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, TooLong
 from bozzetto.serve.problems import ApiError, error_body
 from bozzetto.serve.schema import ImageGeneration
-from bozzetto.serve.worker import Busy, Event, Failed, Finished, Job, Order, Partial, TooLong, Worker
+from bozzetto.serve.worker import Job, Worker
 
 _QUALITY = {"jpeg": {"quality": 90}, "webp": {"lossless": True}, "png": {}}
 _GONE = 499  # nobody reads this answer

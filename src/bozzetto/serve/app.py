@@ -21,10 +21,11 @@ from bozzetto.errors import UsageError
 from bozzetto.serve.answers import Events, streamed, while_connected, whole
 from bozzetto.serve.guard import Guard
 from bozzetto.serve.methods import lossy
+from bozzetto.serve.orders import Order
 from bozzetto.serve.problems import ApiError, error_body
 from bozzetto.serve.schema import Drawing, ImageGeneration
 from bozzetto.serve.show import shown
-from bozzetto.serve.worker import Order, Worker
+from bozzetto.serve.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "the body is too large",
         415: "the body is no JSON",
         429: "the queue is full: see Retry-After",
-        503: "not ready yet",
+        503: "not ready yet, or out of order",
     }.items()
 }
 
@@ -80,11 +81,11 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _ready(worker: Worker) -> None:
-    """Raises ApiError while models are loaded, or could not be."""
-    if worker.failure is not None:
-        raise ApiError(503, "the models could not be loaded: see the server's log", code="failed")
-    if not worker.ready.is_set() or not worker.is_alive():
+    """Raises ApiError before requests are taken, and after the end."""
+    if worker.failure is None and not worker.ready.is_set():
         raise ApiError(503, "not ready yet", code="starting", headers={"retry-after": "5"})
+    if worker.failure is not None or not worker.is_alive():
+        raise ApiError(503, worker.complaint() or "the server is stopping", code="failed")
 
 
 def order_of(worker: Worker, asked: Drawing, **more: Any) -> tuple[Order, str]:
@@ -144,8 +145,10 @@ def _add_api(app: FastAPI, worker: Worker) -> None:
 
     @app.get("/health", responses={503: _ERRORS[503]})
     async def health() -> dict[str, Any]:
-        """200 as soon as requests are answered without delay."""
+        """200 as long as requests are answered, from the end of the warm-up on."""
         _ready(worker)
+        if complaint := worker.complaint():
+            raise ApiError(503, complaint, code="failing", headers={"retry-after": "5"})
         return {"status": "ok", "models": list(worker.pipes), "images": worker.held}
 
     @app.get("/metrics")

@@ -6,8 +6,8 @@ import base64
 from collections.abc import AsyncIterator
 
 from bozzetto.serve.answers import Events, about, encoded, failed, sse
+from bozzetto.serve.orders import Finished, Order, Progress
 from bozzetto.serve.problems import ApiError
-from bozzetto.serve.worker import Finished, Order, Progress
 
 
 async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:

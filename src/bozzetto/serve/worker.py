@@ -6,6 +6,7 @@ one core, in float32: their bytes are those of an image drawn alone.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,88 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
 from bozzetto.admission import Admission, Ticket
+from bozzetto.errors import UsageError
 from bozzetto.images import one_core
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
+from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, Progress, TooLong
 from bozzetto.settings import GenerateSettings
 
 _PAINTERS = 2
 _PROMPTS = 1024  # prompts whose features are kept per model
 _WATCHED = 0.05  # seconds between pictures for somebody who watches
-
-
-@dataclass(frozen=True)
-class Order:
-    """The images that one request asks for: 0..count-1 of a seed. partials: pictures on the way; watched: whether every
-    pass is told."""
-
-    model: str
-    prompt: str
-    settings: GenerateSettings
-    seed: int
-    count: int = 1
-    partials: int = 0
-    watched: bool = False
-
-
-@dataclass(frozen=True)
-class Partial:
-    """A picture on the way: the `number`-th of image `index`, grey where nothing is drawn yet."""
-
-    index: int
-    number: int
-    picture: Image.Image
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What passes did since the last one told. seconds: since the image's first pass; done: tokens."""
-
-    index: int
-    seconds: float
-    done: int
-    passes: int
-    picture: Image.Image | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An image. seconds: from its first pass to its last; trace: tokens that each pass committed."""
-
-    index: int
-    picture: Image.Image
-    tokens: int
-    passes: int
-    accepted: int
-    drafted: int
-    seconds: float
-    trace: list[int]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The order comes to nothing."""
-
-    error: Exception
-
-
-class Busy(Exception):
-    """The queue is full. seconds: after which it is worth trying again."""
-
-    def __init__(self, seconds: int):
-        super().__init__(f"the server is busy: try again in {seconds} s")
-        self.seconds = seconds
-
-
-class TooLong(Exception):
-    """An order took longer than a request may."""
-
-
-Event = Partial | Progress | Finished | Failed
+_AGAIN = 5.0  # seconds between looks at a model whose passes fail
+_log = logging.getLogger("bozzetto.serve")
 
 
 @dataclass(eq=False)
@@ -127,8 +61,9 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """pipes: models by name; slots: images in passes at a time; queue: images that may wait; limit: seconds per order;
-    base: settings that every image shares (compile, deterministic); warm: draw a few images first."""
+    """load: gives models by name; slots: images in passes at a time; queue: images that may wait; limit: seconds per
+    order; base: settings that every image shares (compile, deterministic); warm: draw a few images first; failed: told,
+    from this thread, that it cannot go on (`failure` says why)."""
 
     def __init__(
         self,
@@ -140,6 +75,7 @@ class Worker(threading.Thread):
         base: GenerateSettings | None = None,
         warm: bool = True,
         metrics: Metrics | None = None,
+        failed: Callable[[], None] = lambda: None,
     ):
         super().__init__(name="bozzetto-worker", daemon=True)
         self.load, self.slots, self.queue, self.limit = load, slots, queue, limit
@@ -149,6 +85,10 @@ class Worker(threading.Thread):
         self.rules: dict[str, dict[str, list[str]]] = {}  # methods by model
         self.ready = threading.Event()
         self.failure: Exception | None = None
+        self.failed = failed
+        self.doubted: set[str] = set()  # models of which a pass has failed since the last that did not
+        self.trouble: dict[str, str] = {}  # models that draw nothing, and why
+        self.looked = 0.0  # when doubted models were looked at last
         self.wake = threading.Condition()
         self.inbox: deque[Job] = deque()
         self.unwanted: deque[Job] = deque()
@@ -165,6 +105,9 @@ class Worker(threading.Thread):
         """Take an order. Raises Busy where the queue is full."""
         job = Job(order, post, time.monotonic() + self.limit, order.count)
         with self.wake:
+            if self.failure is not None:
+                post(Failed(self.failure))
+                return job
             if self.held + order.count > self.slots + self.queue:
                 raise Busy(max(1, round(self.held * self.pace)))
             self.held += order.count
@@ -185,47 +128,91 @@ class Worker(threading.Thread):
             self.stopping = True
             self.wake.notify()
 
+    def complaint(self) -> str | None:
+        """Why nothing can be drawn, in words that hold nothing of a request or of this machine's files; None: all is
+        well, as far as is known."""
+        if self.failure is not None:
+            what = "drawing has ended" if self.ready.is_set() else "the models could not be made ready"
+            return f"{what}: {_named(self.failure)}"
+        if self.ready.is_set() and not self.is_alive():
+            return "the server is stopping"
+        failing = [f"passes of {name} fail: {why}" for name, why in sorted(self.trouble.items())]
+        return "; ".join(failing) or None
+
     # Called from this thread only.
 
     def run(self) -> None:
         """Load, warm up, and decode until told to stop."""
-        threads = torch.get_num_threads()
         try:
-            self.painters = ThreadPoolExecutor(_PAINTERS, "bozzetto-painter", one_core)
-            list(self.painters.map(lambda _: time.sleep(0.05), range(_PAINTERS)))  # so that they are there
-            torch.set_num_threads(threads)  # theirs is taken over by threads that are made later
-            self.pipes = self.load()
-            self.loops = {
-                name: Admission(pipe, self.slots, self.slots + self.queue) for name, pipe in self.pipes.items()
-            }
-            for name, pipe in self.pipes.items():
-                pipe.remember(_PROMPTS)
-                self.rules[name] = methods_of(pipe)
-            if self.warm:
-                self._warm_up()
+            self._prepare()
+            if not self.stopping:
+                self.ready.set()
+            while self._turn():
+                pass
+            self.painters.shutdown()
         except Exception as error:
+            self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        """There is no way on: say so to the log, to everyone who waits, and to whoever keeps this process."""
+        _log.error("drawing has ended: no image can be drawn any more", exc_info=error)
+        with self.wake:
             self.failure = error
-            return
-        self.ready.set()
-        while self._turn():
-            pass
-        self.painters.shutdown()
+            left = [*self.jobs, *self.inbox]
+        for job in left:
+            job.post(Failed(error))
+        self.failed()
+
+    def _prepare(self) -> None:
+        threads = torch.get_num_threads()
+        self.painters = ThreadPoolExecutor(_PAINTERS, "bozzetto-painter", one_core)
+        list(self.painters.map(lambda _: time.sleep(0.05), range(_PAINTERS)))  # so that they are there
+        torch.set_num_threads(threads)  # theirs is taken over by threads that are made later
+        self.pipes = self.load()
+        self.loops = {name: Admission(pipe, self.slots, self.slots + self.queue) for name, pipe in self.pipes.items()}
+        for name, pipe in self.pipes.items():
+            pipe.remember(_PROMPTS)
+            self.rules[name] = methods_of(pipe)
+        if self.warm:
+            self._warm_up()
 
     def _warm_up(self) -> None:
-        """One image alone and as many as there are slots, of every model, so that no request waits for graphs."""
+        """One image alone and as many as there are slots, of every model, so that no request waits for graphs. Left
+        early by who is told to stop: nothing is accepted before it is over."""
         for loop in self.loops.values():
             label = loop.pipe.labels((), self.base)[0]
             for count in sorted({1, self.slots}):
                 for index in range(count):
                     loop.submit(label, index=index, settings=self.base)
-                for ticket in loop.drain():
-                    loop.pipe.decode(ticket.tokens)
+                while (loop.waiting or loop.drawing) and not self.stopping:
+                    for ticket in loop.step():
+                        loop.pipe.decode(ticket.tokens)
+
+    def _look_again(self) -> None:
+        """A pass with an image of ours tells a model that draws nothing any more from one request that could not be
+        drawn."""
+        self.looked = time.monotonic()
+        for name in sorted(self.doubted):
+            pipe = self.pipes[name]
+            try:
+                alone = Admission(pipe, 1, 1)
+                alone.submit(pipe.labels((), self.base)[0], settings=self.base)
+                alone.step()
+            except Exception as error:
+                self.trouble[name] = _named(error)
+            else:
+                self._well(name)
+
+    def _well(self, name: str) -> None:
+        self.doubted.discard(name)
+        self.trouble.pop(name, None)
 
     def _turn(self) -> bool:
         """Take what came in and do one pass of each model; False at the end."""
         with self.wake:
             while not (self.inbox or self.unwanted or self.drawn or self.stopping):
-                self.wake.wait()
+                if not self.wake.wait(_AGAIN if self.doubted else None):
+                    break
             new, gone = list(self.inbox), list(self.unwanted)
             self.inbox.clear()
             self.unwanted.clear()
@@ -239,6 +226,8 @@ class Worker(threading.Thread):
         for name, loop in self.loops.items():
             if loop.waiting or loop.drawing:
                 self._pass(name, loop)
+        if self.doubted and now - self.looked >= _AGAIN:
+            self._look_again()
         with self.wake:
             return bool(self.drawn or self.inbox or not self.stopping)
 
@@ -255,6 +244,7 @@ class Worker(threading.Thread):
                 job.images.append(drawn)
                 self.drawn[id(ticket)] = drawn
         except Exception as error:  # whatever a model makes of a request must not end the thread
+            _say("an order could not be begun", error)
             self._drop(job, error, new=True)
 
     def _drop(self, job: Job, error: Exception | None, new: bool = False) -> None:
@@ -286,8 +276,11 @@ class Worker(threading.Thread):
         try:
             finished = loop.step()
         except Exception as error:  # a lane that fails takes its images with it, not the server
+            _say(f"a pass of {name} has failed", error)
+            self.doubted.add(name)
             self._collapse(name, error)
             return
+        self._well(name)
         now = time.monotonic()
         self.metrics.passed(name, loop.active + len(finished), now - began)
         for drawn in [d for d in self.drawn.values() if d.order.order.model == name]:
@@ -353,6 +346,19 @@ class Worker(threading.Thread):
             try:
                 work()
             except Exception as error:
+                _say("a picture could not be made", error)
                 drawn.order.post(Failed(error))
 
         drawn.painting = self.painters.submit(safely)
+
+
+def _say(what: str, error: Exception) -> None:
+    """To the log, with the cause; what a client did wrong is only said to the client."""
+    if not isinstance(error, UsageError):
+        _log.error(what, exc_info=error)
+
+
+def _named(error: Exception) -> str:
+    """What went wrong, without the names of files that messages have."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else ""
+    return f"{type(error).__name__}{f' ({reason})' if reason else ''}, see the server's log"

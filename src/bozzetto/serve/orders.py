@@ -1,0 +1,79 @@
+"""What is asked of the thread that decodes, and what it tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from bozzetto.settings import GenerateSettings
+
+
+@dataclass(frozen=True)
+class Order:
+    """The images that one request asks for: 0..count-1 of a seed. partials: pictures on the way; watched: whether every
+    pass is told."""
+
+    model: str
+    prompt: str
+    settings: GenerateSettings
+    seed: int
+    count: int = 1
+    partials: int = 0
+    watched: bool = False
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A picture on the way: the `number`-th of image `index`, grey where nothing is drawn yet."""
+
+    index: int
+    number: int
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What passes did since the last one told. seconds: since the image's first pass; done: tokens."""
+
+    index: int
+    seconds: float
+    done: int
+    passes: int
+    picture: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An image. seconds: from its first pass to its last; trace: tokens that each pass committed."""
+
+    index: int
+    picture: Image.Image
+    tokens: int
+    passes: int
+    accepted: int
+    drafted: int
+    seconds: float
+    trace: list[int]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The order comes to nothing."""
+
+    error: Exception
+
+
+class Busy(Exception):
+    """The queue is full. seconds: after which it is worth trying again."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"the server is busy: try again in {seconds} s")
+        self.seconds = seconds
+
+
+class TooLong(Exception):
+    """An order took longer than a request may."""
+
+
+Event = Partial | Progress | Finished | Failed

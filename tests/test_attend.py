@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.models import native
-from bozzetto.models.graphs import cache_folder
 from bozzetto.models.native import HEAD_UNIT, in_pairs, load_kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -22,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def attend() -> Callable[..., Tensor]:
-    load_kernels(cache_folder())
+    load_kernels()
     return torch.ops.bozzetto.attend
 
 
@@ -233,7 +232,7 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.ops, "bozzetto", object())
     with pytest.raises(UsageError, match="a-compiler could not build"):
         load_kernels(tmp_path / "kept")
-    assert list((tmp_path / "kept").iterdir()) == []
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

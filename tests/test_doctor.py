@@ -10,6 +10,7 @@ import pytest
 
 from bozzetto import doctor
 from bozzetto.cli import main
+from bozzetto.models.kept import keep
 
 
 def finding(name: str) -> doctor.Finding:
@@ -42,6 +43,27 @@ def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     found = finding("cache")
     assert found.verdict == "fail" and "BOZZETTO_CACHE" in found.fix
+
+
+def test_a_cache_that_is_a_file_or_nowhere_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("BOZZETTO_CACHE", str(folder))
+        found = finding("cache")
+        assert found.verdict == "fail" and "it is a file" in found.how and "BOZZETTO_CACHE" in found.fix
+    monkeypatch.setattr(doctor, "cache_folder", lambda: None)
+    assert finding("cache").how == "there is no home directory: nothing is kept"
+    assert main(["doctor"]) == 1
+
+
+def test_damaged_cached_files_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
+    paths = [keep(name, lambda at: Path(at).write_text("bytes"), tmp_path / "cache") for name in ("a.pt2", "b.so")]
+    assert not [found for found in doctor.examine() if found.what == "cached files"]
+    paths[1].write_text("byt")
+    found = finding("cached files")
+    assert found.verdict == "note" and found.how == f"1 damaged: {paths[1].name}"
+    assert main(["doctor"]) == 0
 
 
 def test_too_many_threads_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:

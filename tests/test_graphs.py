@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bozzetto.errors import UsageError
 from bozzetto.models import graphs
 from bozzetto.models.compiled import ChainStep, SlotStep
-from bozzetto.models.graphs import Compiler, Graph, cache_folder
+from bozzetto.models.graphs import Compiler, Graph
+from bozzetto.models.kept import cache_folder
 
 
 class Counted(nn.Module):

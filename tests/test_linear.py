@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from bozzetto.models import linear, native
-from bozzetto.models.graphs import cache_folder
 from bozzetto.models.linear import OwnMap, TorchMap, fixed_map, laid_out, own_linear_pays
 from bozzetto.models.native import load_kernels
 from bozzetto.train import loop
@@ -18,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    load_kernels(cache_folder())
+    load_kernels()
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

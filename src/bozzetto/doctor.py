@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import os
 import shutil
@@ -16,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bozzetto import __version__
-from bozzetto.models.graphs import cache_folder
+from bozzetto.models.kept import cache_folder, damaged
 from bozzetto.models.native import has_matrix_unit, products_prefer_bfloat16
 from bozzetto.pipeline import ASSETS, shipped_models
 
@@ -138,18 +140,41 @@ def _compiler() -> Iterator[Finding]:
 
 def _cache() -> Iterator[Finding]:
     folder = cache_folder()
-    near = next(path for path in (folder, *folder.parents) if path.exists())
+    fix = "set BOZZETTO_CACHE to a folder that can be written to"
+    if folder is None:
+        yield Finding("cache", "fail", "there is no home directory: nothing is kept", fix)
+        return
     try:
+        near = _nearest(folder)
         with tempfile.TemporaryFile(dir=near):
             pass
+        left = shutil.disk_usage(near).free
     except OSError as error:
-        fix = "set BOZZETTO_CACHE to a folder that can be written to"
-        yield Finding("cache", "fail", f"{folder}: {error.strerror}", fix)
+        yield Finding("cache", "fail", f"{folder}: {error.strerror}: nothing is kept", fix)
         return
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-    left = shutil.disk_usage(near).free
-    how = f"{folder}, {held / 2**20:.0f} MiB in it, {left / 2**30:.1f} GiB free"
+    how = f"{folder}, {_bytes_in(folder) / 2**20:.0f} MiB in it, {left / 2**30:.1f} GiB free"
     yield Finding("cache", "ok" if left > _ROOM else "note", how, "" if left > _ROOM else "make room on this disk")
+    if bad := damaged(folder):
+        more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
+        how = f"{len(bad)} damaged: {', '.join(path.name for path in bad[:3])}{more}"
+        yield Finding("cached files", "note", how, "nothing: they are not used, and made again when they are needed")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that is there. Raises OSError for one that is no folder."""
+    while not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        folder = folder.parent
+    return folder
+
+
+def _bytes_in(folder: Path) -> int:
+    held = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it went meanwhile, or cannot be looked at
+            held += path.stat().st_size if path.is_file() else 0
+    return held
 
 
 def _assets() -> Iterator[Finding]:

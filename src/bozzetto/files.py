@@ -89,7 +89,15 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
 
     Raises whatever `write` raises (OSError on a full disk, KeyboardInterrupt when cancelled).
     """
-    path = Path(path)
+    _write(Path(path), write, lambda name: Path(path))
+
+
+def write_digested(path: Path, write: Callable[[str], object]) -> Path:
+    """`write_whole` to NAME.DIGEST.SUFFIX in place of NAME.SUFFIX; returns where that is."""
+    return _write(path, write, lambda name: path.with_name(f"{path.stem}.{digest(name)}{path.suffix}"))
+
+
+def _write(path: Path, write: Callable[[str], object], place: Callable[[str], Path]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -98,11 +106,13 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
         with open(name, "rb+") as f:
             os.fsync(f.fileno())
         os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        final = place(name)
+        os.replace(name, final)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+    return final
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -18,7 +18,6 @@ from bozzetto.models.eagle_store import load_eagle
 from bozzetto.pipeline import DTYPES
 from bozzetto.pipelines import CodePipeline
 from bozzetto.prompts import PromptBook
-from bozzetto.rules.neighbours import MOST, nearest_codes
 from bozzetto.settings import GenerateSettings
 from bozzetto.workshop import TargetWorkshop
 
@@ -32,7 +31,7 @@ class HostedWorkshop(TargetWorkshop):
 
     def __init__(self, target: PromptedCodes, codebook: Tensor):
         whole: Any = target
-        super().__init__(whole, codebook, None, writable=False)
+        super().__init__(whole, codebook, None)
 
     def _load_trained(self, name: str, folder: str) -> Any:
         if name != "eagle":
@@ -43,16 +42,11 @@ class HostedWorkshop(TargetWorkshop):
     def smaller(self, folder: str) -> Sketcher:
         raise UsageError("drafter 'model' is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
 
-    def neighbours(self, columns: int) -> Tensor:
+    def _all_neighbours(self, most: int) -> Tensor:
         """A token that is no code (an end of line) has no neighbour but itself, and is nobody's."""
-        most = min(MOST, len(self.codebook) - 1)
-        if columns > most:
-            raise UsageError(f"k = {columns} is not allowed: at most {most} (there are {len(self.codebook)} codes)")
-        if self._table is None:
-            near = nearest_codes(self.codebook, most)
-            others = torch.arange(len(near), self.target.vocab, device=near.device, dtype=near.dtype)
-            self._table = torch.cat([near, others[:, None].expand(-1, most)]).to(self.target.device)
-        return self._table[:, :columns]
+        near = super()._all_neighbours(most)
+        others = torch.arange(len(near), self.target.vocab, device=near.device, dtype=near.dtype)
+        return torch.cat([near, others[:, None].expand(-1, most)])
 
 
 class HostedPipeline(CodePipeline):

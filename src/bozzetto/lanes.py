@@ -9,7 +9,8 @@ from typing import Any
 
 from bozzetto.engine.slots import SlotLane
 from bozzetto.engine.widths import MeasuredWidth, PassTimes
-from bozzetto.models.graphs import cache_folder, digest_of
+from bozzetto.models.graphs import digest_of
+from bozzetto.models.kept import cache_folder
 from bozzetto.registry import drafter_options, make_rule
 from bozzetto.settings import GenerateSettings
 
@@ -81,6 +82,8 @@ class Lanes:
             self.made[key] = self.make(settings)
         return self.made[key]
 
-    def _times_file(self, target: Any, kind: LaneKind) -> Path:
-        """Where the seconds of passes are kept; they depend on shapes, not on weights."""
-        return cache_folder() / f"times-{digest_of(target.config, self.dtype, str(target.device), kind)}.json"
+    def _times_file(self, target: Any, kind: LaneKind) -> Path | None:
+        """Where the seconds of passes are kept, if anywhere; they depend on shapes, not on weights."""
+        name = f"times-{digest_of(target.config, self.dtype, str(target.device), kind)}.json"
+        folder = cache_folder()
+        return None if folder is None else folder / name

@@ -37,7 +37,7 @@ from bozzetto.models.path_sketch import PathSketcher
 from bozzetto.models.sketch_store import SKETCH, load_sketch
 from bozzetto.models.store import WEIGHTS, Tokenizer
 from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
-from bozzetto.pipeline import ASSETS, DTYPES, Pipeline, model_files
+from bozzetto.pipeline import DTYPES, Pipeline, model_files
 from bozzetto.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
 from bozzetto.rules.reflection import Plain
 from bozzetto.settings import GenerateSettings
@@ -88,9 +88,8 @@ class CodePipeline(_CausalPipeline):
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
-        writable = folder is not None and ASSETS not in folder.parents
         self.lanes = Lanes(self.target_in, dtype, self._filler)
-        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder, writable)
+        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = settings.with_method("jacobi", self.default_rules)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
-from bozzetto.files import digest, write_whole
+from bozzetto.files import digest
 from bozzetto.models.eagle_store import load_drafter, target_digest
 from bozzetto.models.glance_fill import GlanceFill
+from bozzetto.models.graphs import digest_of
+from bozzetto.models.kept import cache_folder, find, keep
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.parallel_sketch import BlockSketcher, GlanceSketcher, PlaneSketcher
 from bozzetto.models.sketch import EagleSketcher, TargetSketcher
 from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
 from bozzetto.rules.neighbours import MOST, nearest_codes
 
-NEIGHBOURS = "neighbours.safetensors"
 TRAINED: dict[str, Any] = {
     "eagle": EagleSketcher,
     "plane": PlaneSketcher,
@@ -31,11 +35,10 @@ TRAINED: dict[str, Any] = {
 
 
 class TargetWorkshop:
-    """Makes drafters for one target. folder: the model's, if it has one; codebook: float [V, d]; writable: whether
-    tables may be kept in the folder."""
+    """Makes drafters for one target. folder: the model's, if it has one; codebook: float [V, d]."""
 
-    def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None, writable: bool = True):
-        self.target, self.codebook, self.folder, self.writable = target, codebook, folder, writable
+    def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None):
+        self.target, self.codebook, self.folder = target, codebook, folder
         self._trained = functools.cache(self._load_trained)
         self._smaller = functools.cache(self._load_smaller)
         self._table: Tensor | None = None
@@ -84,29 +87,36 @@ class TargetWorkshop:
         return LlamaGenTarget(small, self.target.dtype)
 
     def neighbours(self, columns: int) -> Tensor:
-        """The nearest codes, int [V, columns] on the target's device; the whole table is kept beside the model."""
+        """The nearest codes, int [V, columns] on the target's device. Raises UsageError for more columns than there
+        are other codes."""
         most = min(MOST, len(self.codebook) - 1)
         if columns > most:
             held = f"the codebook has {len(self.codebook)} codes"
             raise UsageError(f"k = {columns} is not allowed: at most {most} ({held})")
         if self._table is None:
-            self._table = self._whole_table(most).to(self.target.device)
+            self._table = self._all_neighbours(most).to(self.target.device)
         return self._table[:, :columns]
 
-    def _whole_table(self, most: int) -> Tensor:
-        path = None if self.folder is None else self.folder / NEIGHBOURS
-        if path is not None and path.is_file():
-            table = load_file(path).get(digest(path.parent / TOKENIZER_WEIGHTS))
-            if table is not None and table.shape == (len(self.codebook), most):
-                return table
-        table = nearest_codes(self.codebook, most)
-        if path is not None and self.writable:
-            name = digest(path.parent / TOKENIZER_WEIGHTS)  # a table of other codes is not mistaken for this one
-            write_whole(path, lambda at: save_file({name: table.cpu().contiguous()}, at))
-        return table
+    def _all_neighbours(self, most: int) -> Tensor:
+        return kept_neighbours(self.codebook, most)
 
     def drafter_digest(self, name: str, folder: str) -> str | None:
         """Digest of the weights of a tree drafter, None for the others."""
         if name == "model":
             return digest(Path(folder) / WEIGHTS)
         return digest(self.trained_folder(name, folder) / WEIGHTS) if name in TRAINED else None
+
+
+def kept_neighbours(codebook: Tensor, k: int) -> Tensor:
+    """`nearest_codes`, kept from one run to the next where there is a folder for that."""
+    content = hashlib.sha256(codebook.detach().float().cpu().contiguous().numpy().data).hexdigest()
+    name = f"neighbours-{digest_of(content, tuple(codebook.shape), str(codebook.device), k)}.safetensors"
+    folder = cache_folder()
+    if path := find(name, folder):
+        with contextlib.suppress(OSError, SafetensorError):  # another process threw it away
+            return load_file(path)["nearest"]
+    table = nearest_codes(codebook, k).cpu().contiguous()
+    # safetensors 0.8 reports a full disk as a SafetensorError, not as an OSError.
+    with contextlib.suppress(OSError, SafetensorError):
+        keep(name, lambda at: save_file({"nearest": table}, at), folder)
+    return table

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bozzetto.laws.noise import gumbel_rows
 from bozzetto.models.entropy import attention_entropy
-from bozzetto.models.graphs import Compiler, Graph, cache_folder
+from bozzetto.models.graphs import Compiler, Graph
 from bozzetto.models.linear import fixed_map
 from bozzetto.models.llamagen import Block, LlamaGenConfig
 from bozzetto.models.native import HEAD_UNIT, load_kernels
@@ -214,7 +214,7 @@ class CompiledStep:
     def __init__(self, step: CausalStep, lead: int, compiler: Compiler):
         self.step, self.compiler = step.eval().requires_grad_(False), compiler
         if step.rope.device.type == "cpu":
-            load_kernels(compiler.folder or cache_folder())
+            load_kernels(compiler.folder)
             step.own_attention = step.config.head_dim % HEAD_UNIT == 0
         self.chain_step, self.dtype = ChainStep(self.step, lead), step.dtype
         self.graphs: dict[Key, Graph] = {}

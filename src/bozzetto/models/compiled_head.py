@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.models.denoiser import Denoiser
-from bozzetto.models.graphs import Compiler, Graph, cache_folder
+from bozzetto.models.graphs import Compiler, Graph
 from bozzetto.models.heads import LN_EPS
 from bozzetto.models.linear import fixed_map
 from bozzetto.models.native import load_kernels
@@ -57,7 +57,7 @@ class CompiledNarrow:
     def __init__(self, net: Denoiser, dtype: torch.dtype, compiler: Compiler):
         self.step, self.compiler = NarrowStep(net, dtype).eval().requires_grad_(False), compiler
         if net.input_proj.weight.device.type == "cpu":
-            load_kernels(compiler.folder or cache_folder())
+            load_kernels(compiler.folder)
         self.graphs: dict[tuple[int, ...], Graph] = {}
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ On a CPU a module is exported and compiled ahead of time into a package (AOTIndu
 laid out for the matrix unit (freezing), and a call runs no Python. `max` also lets Inductor generate and time its own
 matrix products, which have the narrow layers around them fused in. On a GPU it is torch.compile with CUDA graphs.
 
-A package fits one machine, one number of threads and one set of weights: all of that is in its name. The folder is
-`$BOZZETTO_CACHE`, or `bozzetto` in `$XDG_CACHE_HOME` (`~/.cache`).
+A package fits one machine, one number of threads and one set of weights: all of that is in its name. Where it is kept:
+models/kept.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
-from bozzetto.files import write_whole
+from bozzetto.models.kept import cache_folder, find, made
 from bozzetto.models.native import NO_COMPILER, instructions
 
 MODES = ("off", "default", "max")
 MOST_BYTES = 8 << 30  # of packages on disk; the ones not used for longest go first
+_STALE = 24 * 3600  # seconds after which nobody still writes a file
 Graph = Callable[[list[Tensor]], list[Tensor]]
 Report = Callable[[str], None]
 Dynamic = dict[int, dict[int, tuple[str, int]]]  # argument -> dimension -> (name, largest size)
@@ -40,14 +42,6 @@ def check_mode(mode: str) -> str:
     if mode not in MODES:
         raise UsageError(f"compile = {mode!r} is not allowed: {', '.join(MODES)}")
     return mode
-
-
-def cache_folder() -> Path:
-    """Where packages are kept."""
-    if own := os.environ.get("BOZZETTO_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bozzetto"
 
 
 class Compiler:
@@ -68,14 +62,15 @@ class Compiler:
         began, device = time.perf_counter(), arguments[0].device
         if device.type != "cpu":
             return self._live(module, dynamic)
-        path = (self.folder or cache_folder()) / f"{self._name(module, arguments, dynamic)}.pt2"
-        if not path.exists():
+        name, folder = f"{self._name(module, arguments, dynamic)}.pt2", self.folder or cache_folder()
+        path = find(name, folder)
+        if path is None:
             self._say(f"compiling {what} ...")
-            write_whole(path, lambda name: self._package(module, arguments, dynamic, name))
-            _prune(path.parent, keep=path)
+            path = made(name, lambda at: self._package(module, arguments, dynamic, at), folder)
             self._say(f"compiled in {time.perf_counter() - began:.0f} s, kept in {path.parent}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # another process threw it away, or the folder is not ours
             os.utime(path)  # used just now
+            _prune(path.parent, keep=path)
         return torch._inductor.aoti_load_package(str(path)).loader.run
 
     def _say(self, line: str) -> None:
@@ -122,7 +117,8 @@ class Compiler:
 
 def _machine() -> tuple[object, ...]:
     """What a graph fits, and the time of a pass belongs to."""
-    return (torch.__version__, torch.backends.cpu.get_cpu_capability(), instructions(), torch.get_num_threads())
+    libraries = (torch.__version__, platform.libc_ver())
+    return (*libraries, torch.backends.cpu.get_cpu_capability(), instructions(), torch.get_num_threads())
 
 
 def digest_of(*parts: object) -> str:
@@ -152,8 +148,12 @@ class _Listed(nn.Module):
 
 
 def _prune(folder: Path, keep: Path) -> None:
-    """Delete the packages not used for longest until the rest fit."""
+    """Delete the packages not used for longest until the rest fit, and what killed processes left half copied."""
     found, total = [], 0
+    for path in folder.glob(".*.pt2"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _STALE:
+                path.unlink()
     for path in folder.glob("[!.]*.pt2"):
         with contextlib.suppress(FileNotFoundError):  # another process prunes too
             found.append((path.stat().st_mtime, path.stat().st_size, path))

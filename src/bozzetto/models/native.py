@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from bozzetto.errors import UsageError
-from bozzetto.files import write_whole
+from bozzetto.models.kept import cache_folder, made
 
 SOURCES = tuple(Path(__file__).parent / name for name in ("attend.cpp", "linear.cpp"))
 NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'"
 HEAD_UNIT = 32  # head dimensions are a multiple of this
 
 
-def load_kernels(folder: Path) -> None:
+def load_kernels(folder: Path | None = None) -> None:
     """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys [R, H, S, D], values, seen bool [B, W, C], steady)
     -> [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
 
@@ -42,7 +42,8 @@ def load_kernels(folder: Path) -> None:
 
     steady: a query's result has the same bits in a call of any width (with the matrix unit it has anyway).
 
-    It is loaded once in a process. Raises UsageError where it cannot be built.
+    folder: where they are kept, if not in the cache. They are loaded once in a process. Raises UsageError where they
+    cannot be built or loaded.
     """
     if hasattr(torch.ops.bozzetto, "attend"):
         return
@@ -50,11 +51,14 @@ def load_kernels(folder: Path) -> None:
     if compiler is None:
         raise UsageError(NO_COMPILER)
     code = b"".join(source.read_bytes() for source in SOURCES)
-    name = hashlib.sha256(code + f"{torch.__version__} {instructions()}".encode())
-    path = folder / f"kernels-{name.hexdigest()[:16]}.so"
-    if not path.exists():
-        write_whole(path, lambda name: _build(compiler, name))
-    torch.ops.load_library(str(path))
+    name = hashlib.sha256(code + f"{torch.__version__} {platform.libc_ver()} {instructions()}".encode())
+    path = made(f"kernels-{name.hexdigest()[:16]}.so", lambda at: _build(compiler, at), folder or cache_folder())
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise UsageError(
+            f"compile: the kernels in {path} cannot be loaded: {error} (or use compile = 'off')"
+        ) from error
 
     @torch.library.register_fake("bozzetto::attend")
     def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, steady: bool) -> Tensor:

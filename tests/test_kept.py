@@ -1,0 +1,228 @@
+"""Files kept from one run to the next: damaged ones are made again; a folder that cannot be written is never fatal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bozzetto.hosted import HostedWorkshop
+from bozzetto.models import graphs, kept, native
+from bozzetto.models.graphs import Compiler
+from bozzetto.models.kept import cache_folder, damaged, find, keep, made
+from bozzetto.rules.neighbours import nearest_codes
+from bozzetto.workshop import TargetWorkshop, kept_neighbours
+from test_graphs import Counted, arguments
+
+CODES = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+def written(text: str) -> Callable[[str], object]:
+    return lambda name: Path(name).write_text(text)
+
+
+def no_room(folder: Path, way: str) -> Path:
+    """A folder where nothing can be kept; file permissions would not stop the superuser."""
+    if way == "a file":
+        folder.write_text("not a folder")
+        return folder
+    if way == "below a file":
+        folder.write_text("not a folder")
+        return folder / "cache"
+    return Path("/proc/cache")  # nobody makes folders there
+
+
+NO_ROOM = pytest.mark.parametrize("way", ["a file", "below a file", "read-only"])
+
+
+@pytest.fixture(autouse=True)
+def own_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(kept.tempfile, "tempdir", str(tmp_path / "tmp"))
+    for cached in (kept._temporary, kept._say_once):
+        cached.cache_clear()
+
+
+def test_a_file_is_made_once(tmp_path: Path) -> None:
+    first = made("a.pt2", written("one"), tmp_path / "cache")
+    assert first.read_text() == "one" and first.parent == tmp_path / "cache"
+    assert made("a.pt2", written("two"), tmp_path / "cache") == first == find("a.pt2", tmp_path / "cache")
+    assert first.read_text() == "one"
+    assert find("b.pt2", tmp_path / "cache") is None
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "one bit": lambda data: data[:2] + bytes([data[2] ^ 1]) + data[3:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
+    path = made("a.so", written("kernels"), tmp_path)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    assert damaged(tmp_path) == [path]
+    assert find("a.so", tmp_path) is None and not path.exists()
+    assert made("a.so", written("kernels"), tmp_path).read_text() == "kernels"
+    assert damaged(tmp_path) == []
+
+
+@NO_ROOM
+def test_what_cannot_be_kept_lies_in_a_temporary_folder_and_that_is_said_once(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = no_room(tmp_path / "cache", way)
+    one, two = (made(name, written(name), folder) for name in ("a.pt2", "b.pt2"))
+    assert one.read_text() == "a.pt2" and tmp_path / "tmp" in one.parents
+    assert made("a.pt2", written("again"), folder) == one and two.exists()
+    (said,) = caplog.messages
+    assert str(folder) in said and "BOZZETTO_CACHE" in said
+
+
+def test_a_disk_that_fills_up_while_copying_is_not_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*names: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept.shutil, "copyfile", full)
+    assert made("a.pt2", written("one"), tmp_path / "cache").read_text() == "one"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_many_at_once_get_whole_files(tmp_path: Path) -> None:
+    """Each makes bytes of its own, as compilers do."""
+    gate, found = threading.Barrier(8), []
+
+    def work(number: int) -> None:
+        gate.wait()
+        found.append(made("a.pt2", written(f"{number}" * 50_000), tmp_path / "cache"))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and damaged(tmp_path / "cache") == []
+    assert all(len(path.read_text()) == 50_000 for path in found)
+
+
+def test_half_copied_graphs_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, age in ((".a.x.pt2", 10**6), (".b.x.pt2", 10)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (graphs.time.time() - age,) * 2)
+    graphs._prune(tmp_path, tmp_path / "c.pt2")
+    assert [path.name for path in tmp_path.glob(".*.pt2")] == [".b.x.pt2"]
+
+
+# Graphs and kernels.
+
+
+def test_a_damaged_graph_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages of torch 2.13 are zip files that are read without looking at their checksums."""
+    monkeypatch.setattr(Compiler, "_package", lambda self, *given: Path(given[-1]).write_text("a graph"))
+    read: list[str] = []
+
+    def load(path: str) -> SimpleNamespace:
+        read.append(Path(path).read_text())
+        return SimpleNamespace(loader=SimpleNamespace(run=list))
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    for _ in range(2):
+        Compiler("default", folder=tmp_path / "cache").graph(Counted(), arguments(), "a map")
+        (path,) = (tmp_path / "cache").glob("*.pt2")
+        path.write_text("a gra")
+    assert read == ["a graph"] * 2
+
+
+def build(compiler: str, path: str) -> None:
+    Path(path).write_text("kernels")
+
+
+def test_a_cut_kernel_library_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc 2.36 maps a library before it looks at its length: opening a cut one ends the process with SIGBUS."""
+    opened: list[str] = []
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr(torch.library, "register_fake", lambda name: lambda function: function)
+    for _ in range(2):
+        loader = SimpleNamespace(load_library=lambda path: opened.append(Path(path).read_text()))
+        monkeypatch.setattr(torch, "ops", SimpleNamespace(bozzetto=object(), load_library=loader.load_library))
+        native.load_kernels(tmp_path / "cache")
+        (path,) = (tmp_path / "cache").glob("*.so")
+        path.write_text("ker")
+    assert opened == ["kernels"] * 2
+    assert list((tmp_path / "cache").glob("*.so")) == [path]
+
+
+# Neighbours.
+
+
+def workshop(folder: Path | None, codes: torch.Tensor = CODES) -> TargetWorkshop:
+    return TargetWorkshop(SimpleNamespace(device=torch.device("cpu"), vocab=45), codes, folder)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("damage", ["cut", "permuted", "of another model"])
+def test_a_table_of_neighbours_that_does_not_fit_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
+    wanted = nearest_codes(CODES, 39)
+    assert torch.equal(workshop(tmp_path).neighbours(39), wanted)
+    (path,) = (tmp_path / "cache").glob("neighbours-*")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "permuted":
+        save_file({name: value.flip(0).contiguous() for name, value in load_file(path).items()}, path)
+    else:
+        other = kept_neighbours(CODES.flip(0), 39)
+        (theirs,) = set((tmp_path / "cache").glob("neighbours-*")) - {path}
+        assert not torch.equal(other, wanted)
+        shutil.copyfile(theirs, path)
+    assert torch.equal(workshop(tmp_path).neighbours(39), wanted)
+    assert damaged(tmp_path / "cache") == []
+
+
+def test_a_table_is_kept_for_the_next_run_and_not_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    first = workshop(tmp_path / "model").neighbours(5)
+    monkeypatch.setattr("bozzetto.workshop.nearest_codes", None)
+    assert torch.equal(workshop(tmp_path / "model").neighbours(5), first)
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+@NO_ROOM
+@pytest.mark.parametrize("kind", [TargetWorkshop, HostedWorkshop])
+def test_neighbours_need_no_folder_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, kind: type[TargetWorkshop]
+) -> None:
+    monkeypatch.setenv("BOZZETTO_CACHE", str(no_room(tmp_path / "cache", way)))
+    target = SimpleNamespace(device=torch.device("cpu"), vocab=40)
+    made_here = kind(target, CODES) if kind is HostedWorkshop else workshop(None)  # type: ignore[arg-type, call-arg]
+    assert torch.equal(made_here.neighbours(7), nearest_codes(CODES, 39)[:, :7])
+
+
+# No home directory.
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BOZZETTO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder() is None
+    assert made("a.pt2", written("one"), None).read_text() == "one"
+    with pytest.raises(OSError, match="no home"):
+        keep("a.pt2", written("one"), None)
+    assert torch.equal(workshop(None).neighbours(3), nearest_codes(CODES, 39)[:, :3])

@@ -230,3 +230,65 @@ def test_a_book_with_an_end_lets_the_oldest_prompt_go() -> None:
     assert [book.label(text, "") for text in ("a", "b", "c", "a", "d", "e", "a")] == [0, 1, 2, 0, 1, 2, 0]
     assert given[3:] == [("d", 1), ("e", 2)] and book.names == ["a", "d", "e"]
     assert book.label("b", "") == 1 and book.names == ["a", "b", "e"]
+
+
+def test_a_prompt_that_is_drawn_keeps_its_place_whoever_else_asks() -> None:
+    given: list[tuple[str, int | None]] = []
+
+    def add(text: str, negative: str, label: int | None) -> int:
+        given.append((text, label))
+        return len({t for t, was in given if was is None}) - 1 if label is None else label
+
+    book, busy = PromptBook([], add), {0}
+    book.remember(3, lambda: busy)
+    assert [book.label(text, "") for text in ("a", "b", "c", "d", "e", "f")] == [0, 1, 2, 1, 2, 1]
+    assert book.label("a", "") == 0 and book.names == ["a", "f", "e"]
+    busy |= {1, 2}
+    assert book.label("g", "") == 3 and book.names == ["a", "f", "e", "g"]  # rather more than another one's words
+
+
+def test_an_order_whose_pass_fails_fails_alone(worker: Worker, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = pipe.make_lane
+
+    def broken(settings: GenerateSettings) -> Any:
+        lane = make(settings)
+        monkeypatch.setattr(lane, "step", lambda: 1 / 0)
+        return lane
+
+    slowed(worker, 0.05)
+    told: queue.Queue[Any] = queue.Queue()
+    worker.submit(order(seed=9, count=2, settings=GenerateSettings("none")), told.put)
+    until(lambda: worker.loops["tiny"].active == 2)
+    monkeypatch.setattr(pipe, "make_lane", broken)
+    (event,) = collected(worker, order(seed=1, count=3, settings=GenerateSettings("jacobi", "exact", window=4)))
+    assert isinstance(event, Failed) and isinstance(event.error, ZeroDivisionError)
+    found = sorted((told.get(timeout=20) for _ in range(2)), key=lambda event: event.index)
+    alone = pipe.generate(["rose"], seed=9, count=2, batch=1, drafter="none").images
+    for event, image in zip(found, alone, strict=True):
+        assert np.array_equal(np.asarray(event.picture), np.asarray(image.image))
+    until(lambda: worker.held == 0 and not worker.drawn and not worker.jobs)
+
+
+def test_images_whose_lane_fails_once_are_drawn_again(
+    worker: Worker, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, passes = pipe.make_lane, [0]
+
+    def once(settings: GenerateSettings) -> Any:
+        lane = make(settings)
+        step = lane.step
+
+        def stepped() -> Any:
+            passes[0] += 1
+            return 1 / 0 if passes[0] == 4 else step()
+
+        monkeypatch.setattr(lane, "step", stepped)
+        return lane
+
+    monkeypatch.setattr(pipe, "make_lane", once)
+    asked = order(seed=2, count=3, partials=2, settings=GenerateSettings("none"))
+    events = collected(worker, asked)
+    finished = {event.index: event for event in events if isinstance(event, Finished)}
+    for index, image in enumerate(pipe.generate(["rose"], seed=2, count=3, batch=1, drafter="none").images):
+        assert np.array_equal(np.asarray(finished[index].picture), np.asarray(image.image))
+    assert len(events) == 3 * 3 and passes[0] >= 4 + 3 * 16

@@ -1,7 +1,8 @@
 """Admission: images are asked for at any time, enter between passes, and are done, or given up, one by one.
 
 Images of one method share passes, each with its own class, seed, guidance and filters; methods take turns. What an
-image becomes does not depend on who was there with it (float32).
+image becomes does not depend on who was there with it (float32), and whether it becomes something does neither: where a
+lane fails, its images are drawn again, each in a lane of its own, and only those that fail again come to nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from bozzetto.engine.slots import ImageRequest, SlotImage
 from bozzetto.errors import UsageError
 from bozzetto.settings import GenerateSettings
 
-WAITING, DRAWING, DONE, CANCELLED = "waiting", "drawing", "done", "cancelled"
+WAITING, DRAWING, DONE, CANCELLED, FAILED = "waiting", "drawing", "done", "cancelled", "failed"
+_OVER = (DONE, CANCELLED, FAILED)
 _IDLE_LANES = 4  # lanes without images that are kept for the next ones
 
 
@@ -42,17 +44,23 @@ class Lane(Protocol):
 
 @dataclass(eq=False)
 class Ticket:
-    """An image that was asked for. status: `waiting`, `drawing`, `done` or `cancelled`; image: its progress."""
+    """An image that was asked for. status: `waiting`, `drawing`, `done`, `cancelled` or `failed`; image: its progress;
+    alone: whether it is drawn in a lane of its own, after the one that it shared failed; error: why it failed."""
 
     request: ImageRequest
     settings: GenerateSettings
     key: Hashable
     status: str = WAITING
     image: SlotImage | None = field(default=None, repr=False)
+    alone: bool = False
+    error: Exception | None = None
 
     @property
     def tokens(self) -> Tensor:
-        """Of a finished image: int64 [N], or float32 [N, D]. Raises ValueError before."""
+        """Of a finished image: int64 [N], or float32 [N, D]. Raises ValueError before, and of a failed one why it
+        failed."""
+        if self.error is not None:
+            raise self.error
         if self.image is None or self.image.tokens is None:
             raise ValueError(f"an image that is {self.status} has no tokens yet")
         return self.image.tokens
@@ -72,6 +80,7 @@ class Admission:
         self.waiting: deque[Ticket] = deque()
         self.lanes: dict[Hashable, Lane] = {}
         self.drawing: dict[Hashable, list[Ticket]] = {}
+        self.broken: Exception | None = None  # why a lane failed in the last step
         self.lock = threading.RLock()
 
     @property
@@ -82,7 +91,8 @@ class Admission:
     def submit(self, label: int, *, seed: int = 0, index: int = 0, settings: GenerateSettings | None = None) -> Ticket:
         """Ask for image `index` of a seed; label: number of its class or caption. `settings.batch` says nothing here.
 
-        Raises QueueFull, and UsageError for what the model cannot do.
+        Raises QueueFull, and UsageError for what the model cannot do: the image's lane is made here, so that whatever
+        is needed for it (a trained drafter, a table) is known to be there before it joins the others.
         """
         for name, value in (("seed", seed), ("index", index)):
             if not 0 <= value < 2**63:
@@ -95,13 +105,14 @@ class Admission:
         with self.lock:
             if len(self.waiting) >= self.queue:
                 raise QueueFull(f"{self.queue} images are waiting already, more are not allowed: try again later")
+            self._lane(ticket)
             self.waiting.append(ticket)
         return ticket
 
     def cancel(self, ticket: Ticket) -> bool:
         """An image is not wanted any more; its slot is free from the next pass on. False if it was done already."""
         with self.lock:
-            if ticket.status in (DONE, CANCELLED):
+            if ticket.status in _OVER:
                 return False
             if ticket.status == WAITING:
                 self.waiting.remove(ticket)
@@ -109,17 +120,23 @@ class Admission:
         return True
 
     def step(self) -> list[Ticket]:
-        """One target pass of one lane; returns the images that it finished. Nothing to do: no pass."""
+        """One target pass of one lane; returns the images that are over: done by this pass, or failed. Nothing to do:
+        no pass."""
         with self.lock:
+            self.broken = None
             self._leave()
-            self._enter()
+            failed = self._enter()
             key = next(iter(self.drawing), None)
             if key is None:
-                return []
+                return failed
             tickets, lane = self.drawing.pop(key), self.lanes[key]
-            if all(ticket.key != key for ticket in self.waiting):
+            expected = any(ticket.key == key for ticket in self.waiting)
+        try:
+            if not expected:
                 lane.shrink()
-        finished = {id(image) for image in lane.step()}
+            finished = {id(image) for image in lane.step()}
+        except Exception as error:
+            return failed + self._give_up(key, tickets, error)
         with self.lock:
             done = [t for t in tickets if id(t.image) in finished]
             left = [t for t in tickets if id(t.image) not in finished]
@@ -127,7 +144,23 @@ class Admission:
                 self.drawing[key] = left  # behind the others: lanes take turns
             for ticket in done:
                 ticket.status = DONE if ticket.status == DRAWING else ticket.status
-        return [ticket for ticket in done if ticket.status == DONE]
+        return failed + [ticket for ticket in done if ticket.status == DONE]
+
+    def _give_up(self, key: Hashable, tickets: list[Ticket], error: Exception) -> list[Ticket]:
+        """A lane has failed: nobody knows whose fault it was, and what it holds means nothing any more. Its images
+        begin again, each alone; returns those which were."""
+        with self.lock:
+            self.broken = error
+            self.lanes.pop(key, None)
+            wanted = [ticket for ticket in tickets if ticket.status != CANCELLED]
+            for ticket in wanted:
+                if ticket.alone:
+                    ticket.status, ticket.error = FAILED, error
+                else:
+                    ticket.image, ticket.status, ticket.alone = None, WAITING, True
+                    ticket.key = (ticket.key, id(ticket))
+            self.waiting.extendleft(ticket for ticket in reversed(wanted) if ticket.status == WAITING)
+        return [ticket for ticket in wanted if ticket.status == FAILED]
 
     def _leave(self) -> None:
         """Take cancelled images out of their lanes."""
@@ -141,26 +174,38 @@ class Admission:
             else:
                 del self.drawing[key]
 
-    def _enter(self) -> None:
-        """Give places to those who wait, the first ones first; a lane that is full lets others pass."""
+    def _enter(self) -> list[Ticket]:
+        """Give places to those who wait, the first ones first; a lane that is full lets others pass. Returns those
+        whose lane failed over them."""
         chosen: dict[Hashable, list[Ticket]] = {}
-        room, still = self.slots - self.active, deque[Ticket]()
+        room, still, failed = self.slots - self.active, deque[Ticket](), list[Ticket]()
         for ticket in self.waiting:
             group = chosen.setdefault(ticket.key, [])
-            if room > 0 and len(group) < self._lane(ticket).free:
-                group.append(ticket)
-                room -= 1
-            else:
-                still.append(ticket)
+            try:
+                enters = room > 0 and len(group) < self._lane(ticket).free
+            except Exception as error:  # the lane had been given up for others, and cannot be made again
+                self.broken = ticket.error = error
+                ticket.status = FAILED
+                failed.append(ticket)
+                continue
+            (group if enters else still).append(ticket)
+            room -= enters
         self.waiting = still
         for key, tickets in ((key, group) for key, group in chosen.items() if group):
-            lane = self.lanes[key]
-            for ticket, image in zip(tickets, lane.admit([t.request for t in tickets]), strict=True):
+            there = [*self.drawing.get(key, []), *tickets]
+            try:
+                images = self.lanes[key].admit([t.request for t in tickets])
+            except Exception as error:
+                self.drawing.pop(key, None)
+                failed += self._give_up(key, there, error)
+                continue
+            for ticket, image in zip(tickets, images, strict=True):
                 ticket.image, ticket.status = image, DRAWING
-            self.drawing[key] = [*self.drawing.get(key, []), *tickets]
+            self.drawing[key] = there
         idle = [key for key in self.lanes if key not in self.drawing]
         for key in idle[: max(0, len(idle) - _IDLE_LANES)]:
             del self.lanes[key]
+        return failed
 
     def _lane(self, ticket: Ticket) -> Lane:
         if ticket.key not in self.lanes:
@@ -175,6 +220,6 @@ class Admission:
         return self.lanes[ticket.key].tokens_of(ticket.image), ticket.image.count, ticket.image.known
 
     def drain(self) -> Iterator[Ticket]:
-        """Images as they are finished, until nobody waits."""
+        """Images as they are over, until nobody waits."""
         while self.waiting or self.drawing:
             yield from self.step()

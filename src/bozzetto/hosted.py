@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ class HostedPipeline(CodePipeline):
     def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "" if settings is None else settings.negative_prompt)
 
-    def remember(self, prompts: int) -> None:
-        self.book.most = prompts
+    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
+        self.book.remember(prompts, busy)
 
     def refuse_negative(self, settings: GenerateSettings) -> None:
         """It is not refused."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -159,8 +159,8 @@ class Pipeline(ABC):
         if settings.negative_prompt:
             raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
 
-    def remember(self, prompts: int) -> None:  # noqa: B027  (models with classes have nothing to forget)
-        """Keep what belongs to this many prompts, those asked for last (a server would else grow without end)."""
+    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:  # noqa: B027  (of classes: nothing)
+        """Keep what belongs to so many prompts, asked for last, and to `busy` labels (a server would only grow)."""
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         """The target with its passes compiled as asked."""

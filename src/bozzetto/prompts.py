@@ -23,11 +23,12 @@ class PromptBook:
     """Prompts and their labels. names: what is listed as classes, grown here; add(text, negative, None): makes a label
     for a new prompt, which has to be the next number or that of an equal one; add(text, negative, label): puts it in
     the place of an old one. most: prompts that are remembered (None: all); beyond, the one that was asked for longest
-    ago gives way, so that there have to be more than images at a time."""
+    ago gives way, unless `busy` says that it is still drawn."""
 
     def __init__(self, names: list[str], add: Callable[[str, str, int | None], int]):
         self.names, self.add = names, add
         self.most: int | None = None
+        self.busy: Callable[[], set[int]] = set
         self.known: dict[tuple[str, str], int] = {}
         self.used: dict[int, None] = {}  # labels, the one used last at the end
 
@@ -37,21 +38,29 @@ class PromptBook:
         if not text:
             raise UsageError("prompt '' is not allowed: say what to draw")
         if (text, negative) not in self.known:
-            full = self.most is not None and len(self.names) >= self.most
-            label = self._replace(text, negative) if full else self.add(text, negative, None)
+            old = self._oldest()
+            label = self.add(text, negative, old)
             if label == len(self.names):
                 self.names.append(text)
+            elif old is not None:
+                self.known = {key: other for key, other in self.known.items() if other != label}
+                self.names[label] = text
             self.known[text, negative] = label
         label = self.known[text, negative]
         self.used.pop(label, None)
         self.used[label] = None
         return label
 
-    def _replace(self, text: str, negative: str) -> int:
-        label = self.add(text, negative, next(iter(self.used)))
-        self.known = {key: other for key, other in self.known.items() if other != label}
-        self.names[label] = text
-        return label
+    def _oldest(self) -> int | None:
+        """The label that gives way, if one has to."""
+        if self.most is None or len(self.names) < self.most:
+            return None
+        busy = self.busy()
+        return next((label for label in self.used if label not in busy), None)
+
+    def remember(self, most: int, busy: Callable[[], set[int]]) -> None:
+        """See Pipeline.remember."""
+        self.most, self.busy = most, busy
 
     def labels(self, asked: Sequence[str | int], negative: str) -> list[int]:
         """Labels of prompts, or of numbers of known ones; none given: all known ones in turn."""
@@ -89,8 +98,8 @@ class CaptionPipeline(CodePipeline):
     def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "")
 
-    def remember(self, prompts: int) -> None:
-        self.book.most = prompts
+    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
+        self.book.remember(prompts, busy)
 
     def _add(self, text: str, negative: str, label: int | None) -> int:
         """Features of one more caption, or of another one for a label, in the target and in its compiled twins."""

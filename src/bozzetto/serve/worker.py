@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ class _Drawn:
 
 @dataclass(eq=False)
 class Job:
-    """An order on its way. post: is told events, from any thread; left: images that are not finished."""
+    """An order on its way. post: is told events, from any thread; accept: called before them, once it is known that
+    the order can be drawn; left: images that are not finished."""
 
     order: Order
     post: Callable[[Event], None]
+    accept: Callable[[], None]
     due: float
     left: int
     images: list[_Drawn] = field(default_factory=list)
@@ -83,6 +86,7 @@ class Worker(threading.Thread):
         self.metrics = metrics or Metrics()
         self.pipes: dict[str, Pipeline] = {}
         self.rules: dict[str, dict[str, list[str]]] = {}  # methods by model
+        self.examples: dict[str, tuple[str, ...]] = {}  # classes or prompts that come with a model
         self.ready = threading.Event()
         self.failure: Exception | None = None
         self.failed = failed
@@ -101,9 +105,9 @@ class Worker(threading.Thread):
 
     # Called from any thread.
 
-    def submit(self, order: Order, post: Callable[[Event], None]) -> Job:
+    def submit(self, order: Order, post: Callable[[Event], None], accept: Callable[[], None] = lambda: None) -> Job:
         """Take an order. Raises Busy where the queue is full."""
-        job = Job(order, post, time.monotonic() + self.limit, order.count)
+        job = Job(order, post, accept, time.monotonic() + self.limit, order.count)
         with self.wake:
             if self.failure is not None:
                 post(Failed(self.failure))
@@ -171,7 +175,8 @@ class Worker(threading.Thread):
         self.pipes = self.load()
         self.loops = {name: Admission(pipe, self.slots, self.slots + self.queue) for name, pipe in self.pipes.items()}
         for name, pipe in self.pipes.items():
-            pipe.remember(_PROMPTS)
+            self.examples[name] = tuple(pipe.classes)  # before any client has a word in it
+            pipe.remember(max(_PROMPTS, 2 * (self.slots + self.queue)), partial(self._labels, name))
             self.rules[name] = methods_of(pipe)
         if self.warm:
             self._warm_up()
@@ -198,6 +203,8 @@ class Worker(threading.Thread):
                 alone = Admission(pipe, 1, 1)
                 alone.submit(pipe.labels((), self.base)[0], settings=self.base)
                 alone.step()
+                if alone.broken is not None:
+                    raise alone.broken
             except Exception as error:
                 self.trouble[name] = _named(error)
             else:
@@ -246,6 +253,12 @@ class Worker(threading.Thread):
         except Exception as error:  # whatever a model makes of a request must not end the thread
             _say("an order could not be begun", error)
             self._drop(job, error, new=True)
+        else:
+            job.accept()
+
+    def _labels(self, name: str) -> set[int]:
+        """Labels of a model's images that are asked for and not over."""
+        return {d.ticket.request.label for d in self.drawn.values() if d.order.order.model == name}
 
     def _drop(self, job: Job, error: Exception | None, new: bool = False) -> None:
         """Give up an order; error: what its client is told."""
@@ -274,20 +287,30 @@ class Worker(threading.Thread):
         """One target pass of a model."""
         began = time.monotonic()
         try:
-            finished = loop.step()
-        except Exception as error:  # a lane that fails takes its images with it, not the server
+            over = loop.step()
+        except Exception as error:  # what the loop itself cannot mend
             _say(f"a pass of {name} has failed", error)
             self.doubted.add(name)
             self._collapse(name, error)
             return
-        self._well(name)
+        if loop.broken is None:
+            self._well(name)
+        else:
+            _say(f"a pass of {name} has failed", loop.broken)
+            self.doubted.add(name)
         now = time.monotonic()
-        self.metrics.passed(name, loop.active + len(finished), now - began)
+        self.metrics.passed(name, loop.active + sum(ticket.error is None for ticket in over), now - began)
         for drawn in [d for d in self.drawn.values() if d.order.order.model == name]:
-            if drawn.began is None and drawn.ticket.image is not None:
+            if drawn.ticket.image is None:
+                drawn.began = None  # it waits, for the first time or again
+            elif drawn.began is None:
                 drawn.began = began
-        for ticket in finished:
-            self._finish(self.drawn.pop(id(ticket)), now)
+        for ticket in over:
+            found = self.drawn.pop(id(ticket), None)  # none: an image before it took its order along
+            if found is not None and ticket.error is not None:
+                self._drop(found.order, ticket.error)
+            elif found is not None:
+                self._finish(found, now)
         for drawn in list(self.drawn.values()):
             if drawn.order.order.model == name and drawn.began is not None:
                 self._show(drawn, loop, now)

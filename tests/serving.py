@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
-import uvicorn
 
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve.app import make_app
+from bozzetto.serve.server import Server
 from bozzetto.serve.worker import Worker
 
 
@@ -35,18 +35,27 @@ def live(pipes: dict[str, Pipeline], *, keys: tuple[str, ...] = (), **settings: 
     """Serve models until the block ends; settings: of Worker."""
     worker = Worker(lambda: pipes, **{"slots": 4, "queue": 8, **settings})
     app = make_app(worker, keys=keys, hosts=("127.0.0.1", "localhost"))
+    with listening_at(Server(app, worker.limit)) as port:
+        until(lambda: worker.ready.is_set() or worker.failure, 60)
+        yield Live(f"http://127.0.0.1:{port}", worker)
+
+
+@contextlib.contextmanager
+def listening_at(server: Server, unsent: int = 0) -> Iterator[int]:
+    """A port where the server answers until the block ends. unsent: bytes of answers that the system takes."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    if unsent:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unsent)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        assert worker.ready.wait(60) or worker.failure, "the worker does not get ready"
         until(lambda: server.started)
-        yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", worker)
+        yield listening.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(30)
         listening.close()
+        assert not thread.is_alive(), "the server does not end"
 
 
 def until(true: Any, seconds: float = 20) -> None:

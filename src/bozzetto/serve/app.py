@@ -28,6 +28,7 @@ from bozzetto.serve.show import shown
 from bozzetto.serve.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
+_END = 4.0  # seconds that the thread has for its end
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": about}
     for status, about in {
@@ -50,7 +51,7 @@ def make_app(worker: Worker, *, keys: Sequence[str] = (), hosts: Sequence[str] =
         worker.start()
         yield
         worker.stop()
-        await asyncio.to_thread(worker.join)
+        await asyncio.to_thread(worker.join, _END)  # it is idle, or warms up, or draws what nobody waits for any more
 
     app = FastAPI(title="bozzetto", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.worker = worker

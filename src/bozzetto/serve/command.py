@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+import sys
 from pathlib import Path
 
-import uvicorn
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
@@ -16,9 +16,11 @@ from bozzetto.options import Serve
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve.app import make_app
 from bozzetto.serve.guard import read_keys
+from bozzetto.serve.server import Server, leave
 from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
 
+_DAY = 86_400
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -39,11 +41,15 @@ def serve(options: Serve) -> None:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {', '.join(models_of(options))} at http://{shown}:{port}", flush=True)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
+        server = Server(app, options.limit)
+        worker.failed = lambda: setattr(server, "should_exit", True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has drained by then, and says again what stopped it
-            uvicorn.Server(config).run(sockets=[listening])
+            server.run(sockets=[listening])
         if worker.failure is not None:
             raise UsageError(f"the models could not be served: {worker.failure}") from worker.failure
+        if worker.is_alive():  # it warms up, and nobody waits for that
+            sys.stdout.flush()
+            leave("", 0)
 
 
 def check(options: Serve) -> None:
@@ -55,8 +61,8 @@ def check(options: Serve) -> None:
             raise UsageError(f"{name} = {value} is not allowed: a whole number >= {least}")
     if options.port > 65535:
         raise UsageError(f"port = {options.port} is not allowed: a whole number from 0 to 65535")
-    if not 0 < options.limit < float("inf"):
-        raise UsageError(f"limit = {options.limit} is not allowed: seconds, above 0")
+    if not 0 < options.limit <= _DAY:
+        raise UsageError(f"limit = {options.limit} is not allowed: seconds, above 0 and at most {_DAY}")
     if options.max_replicas and options.max_replicas < options.replicas:
         raise UsageError(f"max_replicas = {options.max_replicas} is not allowed: {options.replicas} or more, or 0")
     if not options.ray and (options.replicas > 1 or options.max_replicas):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -17,6 +18,9 @@ from bozzetto.serve.problems import ApiError
 
 KEYS_VARIABLE = "BOZZETTO_API_KEYS"
 MOST_BYTES = 64 * 1024
+MOST_HEAD = 32 * 1024
+BODY_SECONDS = 30.0  # for all of a body, from its head on
+_ONCE = (b"host", b"authorization", b"content-type", b"content-length")  # of two, others may believe the other one
 _OPEN = ("/", "/health", "/page.js", "/page.css", "/openapi.json")  # without a key
 _KNOWN = (*_OPEN, "/metrics", "/v1/models", "/v1/images/generations", "/v1/draw")
 _POLICY = (
@@ -90,7 +94,14 @@ class Guard:
 
     def _check(self, scope: Message) -> None:
         """Raises ApiError for what may not come in."""
-        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = [(name.lower(), value) for name, value in scope["headers"]]
+        if sum(map(len, (*(part for pair in given for part in pair), scope["query_string"]))) > MOST_HEAD:
+            raise ApiError(431, f"headers and query are too large: at most {MOST_HEAD} bytes are allowed")
+        headers, names = dict(given), [name for name, _ in given]
+        if double := [name.decode() for name in _ONCE if names.count(name) > 1]:
+            raise ApiError(400, f"more than one header {double[0]!r} is not allowed")
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise ApiError(400, "content-length beside transfer-encoding is not allowed")
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
         if self.hosts and name.lower() not in self.hosts:
@@ -121,13 +132,22 @@ def _too_large() -> ApiError:
     return ApiError(413, f"the body is too large: at most {MOST_BYTES} bytes are allowed", code="body_too_large")
 
 
+def _too_slow() -> ApiError:
+    message = f"the body did not come within {BODY_SECONDS:g} s"
+    return ApiError(408, message, code="body_too_slow", headers={"connection": "close"})
+
+
 def _capped(receive: Receive) -> Receive:
-    """A body of unknown length is counted as it comes."""
-    seen = 0
+    """A body is counted as it comes, and has to come in time."""
+    seen, whole, end = 0, False, time.monotonic() + BODY_SECONDS
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, whole
+        try:
+            message = await (receive() if whole else asyncio.wait_for(receive(), end - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise _too_slow() from None
+        whole = whole or not message.get("more_body", False)
         seen += len(message.get("body", b""))
         if seen > MOST_BYTES:
             raise _too_large()

@@ -30,6 +30,8 @@ from bozzetto.cli import main
 from bozzetto.errors import UsageError
 from hf_toys import GRID, IMAGE
 
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop
+
 SPECIAL = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
 TEXT = ["<pad>", "<s>", "<boi>", "<image>", "<unk>", "<eoi>", "<sep>", "<wrap>", "<eof>", "</s>"]
 TEXT += ["a", "red", "tulip", "small", "house", "by", "lake", "in", "3", "*", "dog", "white", "ugly", "old"]

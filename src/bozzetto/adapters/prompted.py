@@ -8,8 +8,9 @@ lead[r] is one less than the number of the prompt's tokens. Rows of different pr
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,6 +94,12 @@ class SlotCache(Cache):
         return other
 
 
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a decoder's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before (which 5.24
+    still takes, with a FutureWarning, and 5.40 shall not)."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 class PromptedTarget:
     """A target whose conditions are prompts. A family adds what is embedded and what is read out.
 
@@ -105,6 +112,7 @@ class PromptedTarget:
 
     def __init__(self, body: nn.Module, layers: int, length: int, context: int):
         self.body, self.layers, self.length, self.context = body, layers, length, context
+        self.cache_name = cache_argument(body.forward)
         some = next(body.parameters())
         self.device, self.dtype = some.device, some.dtype
         self.prompts = []
@@ -153,7 +161,10 @@ class PromptedTarget:
 
 
 class PromptedCodes(PromptedTarget):
-    """A prompted target that draws codes. embedding: rows [V, d] that stand for them."""
+    """A prompted target that draws codes. embedding: rows [V, d] that stand for them; numbers: their words in the
+    model's vocabulary, where they have some."""
+
+    numbers: list[int]
 
     def __init__(self, body: nn.Module, layers: int, embedding: Tensor, shape: Shape, context: int):
         super().__init__(body, layers, shape.length, context)
@@ -211,13 +222,8 @@ class PromptedSession:
         first = torch.arange(self.rows, device=x.device)[:, None] * self.cache.slots
         self.cache.flat, self.cache.reach = (first + slot).flatten(), reach
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
-        out = self.target.body(
-            inputs_embeds=x,
-            position_ids=position,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        cache = {self.target.cache_name: self.cache}
+        out = self.target.body(inputs_embeds=x, position_ids=position, attention_mask=mask, use_cache=True, **cache)
         return out.last_hidden_state
 
     @torch.no_grad()

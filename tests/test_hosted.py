@@ -112,6 +112,12 @@ def test_prompts_draw_the_same_pictures_with_and_without_drafts(checkpoints: dic
     assert pipe.preview(fast.images[0].tokens, 5).size == (side, side)
 
 
+def test_a_text_is_one_prompt_and_not_a_list_of_letters(checkpoints: dict[str, Path]) -> None:
+    pipe = load(checkpoints, "janus")
+    assert [image.class_name for image in pipe.generate("a dog").images] == ["a dog"]
+    assert next(pipe.stream("a dog")).class_names == ["a dog"]
+
+
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_rule_reads_a_hosted_model(checkpoints: dict[str, Path], family: str) -> None:
     pipe = load(checkpoints, family)

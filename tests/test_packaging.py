@@ -36,6 +36,7 @@ FLOORS = {
     "path_registry": 4.5,
     "workshop": 4,
     "settings": 5,
+    "results": 5.5,
     "pipeline": 6,
     "lanes": 6.5,
     "admission": 6.5,

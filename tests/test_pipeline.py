@@ -14,6 +14,8 @@ import bozzetto
 from bozzetto import GenerateSettings, Pipeline, UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.models.store import save_tokenizer
+from bozzetto.results import GeneratedImage, plan_batches
+from bozzetto.sampling import SampleRun
 from bozzetto.settings import default_window
 
 
@@ -27,6 +29,62 @@ def test_classes_go_by_name_or_number_and_take_turns(pipe: Pipeline) -> None:
     assert [i.class_name for i in images] == ["tulip", "daisy", "tulip"]
     assert [i.index for i in images] == [0, 1, 2]
     assert [i.class_name for i in pipe.generate(seed=1).images] == ["daisy", "rose", "tulip"]
+
+
+def test_a_text_is_one_class_and_not_a_list_of_letters(pipe: Pipeline, tmp_path: Path) -> None:
+    for asked in ("tulip", 2):
+        assert [i.class_name for i in pipe.generate(asked).images] == ["tulip"]
+        assert next(pipe.stream(asked)).class_names == ["tulip"]
+        assert pipe.labels(asked) == [2]
+    assert SampleRun(tmp_path / "run", pipe, GenerateSettings(), classes="tulip").classes == ["tulip"]
+    with pytest.raises(UsageError, match="unknown class 'tul'"):
+        pipe.generate("tul")
+
+
+def test_a_number_of_images_without_end_begins_at_once(pipe: Pipeline) -> None:
+    """What a plan takes does not depend on how many images it is for."""
+    plan = plan_batches([0, 1, 2], 10**12, 0, 2, 4)
+    assert plan.count == 10**12 and next(iter(plan)) == ([2, 3, 4, 5], [2, 0, 1, 2])
+
+    class Enough(Exception):
+        pass
+
+    def stop(image: GeneratedImage) -> None:
+        if image.index == 5:
+            raise Enough
+
+    with pytest.raises(Enough):
+        pipe.generate("tulip", count=10**12, batch=2, take=stop)
+
+
+def test_images_that_somebody_takes_are_not_kept(pipe: Pipeline) -> None:
+    kept, taken = pipe.generate(count=5, batch=2, seed=3), list[GeneratedImage]()
+    result = pipe.generate(count=5, batch=2, seed=3, take=taken.append)
+    assert result.images == [] and [i.sha256 for i in taken] == [i.sha256 for i in kept.images]
+    assert (
+        (result.count, result.tokens, result.passes) == (kept.count, kept.tokens, kept.passes) == (5, 80, kept.passes)
+    )
+    assert result.tokens_per_pass == kept.tokens_per_pass and result.windows == kept.windows
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("count", 0),
+        ("count", 2.5),
+        ("count", 10**5000),
+        ("count", "3"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", float("nan")),
+        ("first_index", -1),
+        ("first_index", 2**63 - 1),
+    ],
+    ids=lambda x: str(x) if x != 10**5000 else "digits",
+)
+def test_a_request_out_of_range_is_refused(pipe: Pipeline, name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"^{name} = .{{1,100}} is not allowed: a whole number"):
+        pipe.generate(["rose"], **{"count": 2, name: value})
 
 
 @pytest.mark.parametrize("rule", ["seed-exact", "exact"])

@@ -1,5 +1,31 @@
 """Errors that a user can act on."""
 
+from numbers import Real
+from typing import Any
+
+_LONGEST = 60  # characters of a value in a message
+
 
 class UsageError(ValueError):
     """Bad input: the message names the value and what is allowed. The command line exits with code 2."""
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: long ones are cut. (Python refuses to write whole numbers of more than 4,300
+    digits out.)"""
+    try:
+        text = repr(value) if isinstance(value, str) else str(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
+def check_number(
+    name: str, value: object, low: float, high: float, allowed: str, whole: bool = False, above: bool = False
+) -> None:
+    """Raise UsageError for anything but a number, finite or not, from low (above: not low itself) to high. whole: and a
+    whole one."""
+    number: Any = value if isinstance(value, Real) else float("nan")
+    fine = low < number <= high if above else low <= number <= high
+    if not fine or (whole and number % 1):
+        raise UsageError(f"{name} = {brief(value)} is not allowed: {allowed}")

@@ -66,7 +66,7 @@ class HostedPipeline(CodePipeline):
         for text in EXAMPLES:
             self.book.label(text, "")
 
-    def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "" if settings is None else settings.negative_prompt)
 
     def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:

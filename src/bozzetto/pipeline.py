@@ -7,9 +7,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.engine.batch_lane import BatchLane
-from bozzetto.engine.loop import PassEvent
 from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.images import one_core, to_picture
 from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config
+from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent / "assets"
@@ -33,59 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
 _GREY, _LISTED = 0.5, 20  # of what is not drawn yet; names of classes in an error
-
-
-@dataclass
-class GeneratedImage:
-    """One image and how it came about. tokens: int64 [N] or float32 [N, D]; sha256: of the RGB pixel bytes; margin:
-    smallest Gumbel margin of a token (None where the rule flips coins); near_tie: margin within float rounding; spent:
-    bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and largest distance of continuous
-    tokens from the target's own samples, in token units (0 where the rule measures none); trace: what each target pass
-    offered and kept."""
-
-    image: Image.Image
-    tokens: Tensor
-    class_name: str
-    label: int
-    seed: int
-    index: int
-    sha256: str
-    target_passes: int
-    accepted: int
-    drafted: int
-    margin: float | None
-    near_tie: bool
-    spent: float
-    trace: PassTrace
-    moved: float = 0.0
-    farthest: float = 0.0
-
-
-@dataclass
-class GenerateResult:
-    """images in index order; seconds: total, target (passes), draft (drafting and verifying), decode (pixels);
-    head_calls, head_rows: serial calls of a denoising head and rows in them, over all batches (0 for codes)."""
-
-    images: list[GeneratedImage]
-    settings: GenerateSettings
-    windows: list[int]
-    seconds: dict[str, float] = field(default_factory=dict)
-    head_calls: int = 0
-    head_rows: int = 0
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens per target pass, averaged over images."""
-        passes = sum(i.target_passes for i in self.images)
-        return sum(len(i.tokens) for i in self.images) / max(1, passes)
-
-
-@dataclass
-class StreamEvent(PassEvent):
-    """A PassEvent of one batch plus the images it is about: indices in the run and class names."""
-
-    indices: list[int] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
+_WAVES = 64  # of images that follow each other into slots, before pictures are made of them
 
 
 def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
@@ -101,32 +48,6 @@ def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
             some = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
             raise UsageError(f"unknown class {item!r} (allowed: {some} or 0-{len(names) - 1})")
     return labels or list(range(len(names)))
-
-
-def plan_batches(
-    labels: Sequence[int],
-    count: int | None,
-    seed: int,
-    first_index: int,
-    batch: int,
-    indices: Sequence[int] | None = None,
-) -> list[tuple[list[int], list[int]]]:
-    """(image indices, labels) of each batch of a request; `indices` in place of a first one and a count.
-
-    Raises UsageError for a value out of range.
-    """
-    if indices is not None:
-        count, first_index = len(indices), min(indices, default=0)
-    count = len(labels) if count is None else count
-    if count < 1:
-        raise UsageError(f"count = {count} is not allowed: a whole number >= 1")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed = {seed} is not allowed: a whole number from 0 to 2^63 - 1")
-    if first_index < 0:
-        raise UsageError(f"first_index = {first_index} is not allowed: a whole number >= 0")
-    indices = range(first_index, first_index + count) if indices is None else indices
-    chunks = [list(indices[i : i + batch]) for i in range(0, count, batch)]
-    return [(chunk, [labels[i % len(labels)] for i in chunk]) for chunk in chunks]
 
 
 class Pipeline(ABC):
@@ -150,9 +71,10 @@ class Pipeline(ABC):
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
 
-    def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
-        """Labels of class names or numbers; none given: all in turn. Raises UsageError for an unknown one."""
-        return labels_of(self.classes, asked)
+    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+        """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for an unknown
+        one."""
+        return labels_of(self.classes, listed(asked))
 
     def refuse_negative(self, settings: GenerateSettings) -> None:
         """Raise UsageError for a negative prompt, which models of other libraries have."""
@@ -212,7 +134,7 @@ class Pipeline(ABC):
 
     def stream(
         self,
-        classes: Sequence[str | int] = (),
+        classes: str | int | Sequence[str | int] = (),
         *,
         seed: int = 0,
         count: int | None = None,
@@ -233,7 +155,7 @@ class Pipeline(ABC):
 
     def generate(
         self,
-        classes: Sequence[str | int] = (),
+        classes: str | int | Sequence[str | int] = (),
         *,
         seed: int = 0,
         count: int | None = None,
@@ -241,73 +163,72 @@ class Pipeline(ABC):
         indices: Sequence[int] | None = None,
         settings: GenerateSettings | None = None,
         progress: bool = False,
+        take: Callable[[GeneratedImage], object] | None = None,
         **options: object,
     ) -> GenerateResult:
         """Generate `count` images (default: one per class given), cycling through `classes` (none given: all).
 
-        Image `index` of `seed` is the same in any batch. indices: these images, in place of `count` from `first_index`.
+        Image `index` of `seed` is the same in any batch. indices: these images, in place of `count` from `first_index`;
+        take: called with every image as soon as its batch is drawn, and the result then keeps none of them.
         `options` are fields of GenerateSettings.
         Raises UsageError for an unknown class or a setting out of range.
         """
         settings = self.resolve(settings_of(settings, options))
-        began = time.perf_counter()
-        seconds = {"total": 0.0, "draft": 0.0, "target": 0.0, "decode": 0.0}
-        images, windows, head = [], [], [0, 0]
-        batches = plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch, indices)
-        if len(batches) > 1 and self.refills(settings):
-            batches = [(list(chain(*(b[0] for b in batches))), list(chain(*(b[1] for b in batches))))]
-        total = sum(len(chunk) for chunk, _ in batches) * self.target.length
-        with tqdm(total=total, unit="token", disable=not progress) as bar:
-            for chunk, labels in batches:
-                decoder, window = self.decoder_for(settings, min(len(chunk), settings.batch))
-                tick = partial(_advance, bar, bar.n)
-                result, traces = traced(decoder, self._tensor(labels), seed, self._tensor(chunk), tick)
-                windows.append(window)
-                for part in ("draft", "target"):
-                    seconds[part] += result.seconds[part]
-                head = [head[0] + result.head_calls, head[1] + result.head_rows]
+        plan = plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch, indices)
+        if self.refills(settings):  # slots take more images than they hold
+            plan = replace(plan, batch=_WAVES * settings.batch)
+        result = GenerateResult([], settings, [], dict.fromkeys(("total", "draft", "target", "decode"), 0.0))
+        began, handed = time.perf_counter(), 0.0
+        with tqdm(total=plan.count * self.target.length, unit="token", disable=not progress) as bar:
+            for image in self._images(plan, seed, result, bar):
                 start = time.perf_counter()
-                images += self._finish(result, traces, chunk, labels, seed, settings)
-                seconds["decode"] += time.perf_counter() - start
-        seconds["total"] = time.perf_counter() - began
-        return GenerateResult(images, settings, windows, seconds, *head)
+                result.add(image)
+                (result.images.append if take is None else take)(image)
+                handed += time.perf_counter() - start
+        result.seconds["total"] = time.perf_counter() - began - handed
+        return result
 
-    def _finish(
-        self,
-        result: BatchResult,
-        traces: list[PassTrace],
-        indices: list[int],
-        labels: list[int],
-        seed: int,
-        settings: GenerateSettings,
-    ) -> list[GeneratedImage]:
-        tolerance = ROUNDING[self.dtype]
-        images = []
-        for row, picture in enumerate(self.pictures(result.tokens)):
-            index, label = indices[row], labels[row]
-            margin = float(result.margin[row])
-            measured = margin < float("inf")
-            images.append(
-                GeneratedImage(
-                    image=picture,
-                    tokens=result.tokens[row].cpu(),
-                    class_name=self.classes[label],
-                    label=label,
-                    seed=seed,
-                    index=index,
-                    sha256=hashlib.sha256(picture.tobytes()).hexdigest(),
-                    target_passes=int(result.passes[row]),
-                    accepted=int(result.accepted[row]),
-                    drafted=int(result.drafted[row]),
-                    margin=margin if measured else None,
-                    near_tie=measured and margin < tolerance,
-                    spent=float(result.spent[row]),
-                    trace=traces[row],
-                    moved=float(result.moved[row]) / self.target.length,
-                    farthest=float(result.farthest[row]),
-                )
-            )
-        return images
+    def _images(self, plan: BatchPlan, seed: int, result: GenerateResult, bar: Any) -> Iterator[GeneratedImage]:
+        """Draw the batches in turn and note in the result what they took."""
+        settings, together = result.settings, max(result.settings.batch, torch.get_num_threads())
+        for indices, labels in plan:
+            decoder, window = self.decoder_for(settings, min(len(indices), settings.batch))
+            tick = partial(_advance, bar, bar.n)
+            made, traces = traced(decoder, self._tensor(labels), seed, self._tensor(indices), tick)
+            result.windows.append(window)
+            for part in ("draft", "target"):
+                result.seconds[part] += made.seconds[part]
+            result.head_calls, result.head_rows = result.head_calls + made.head_calls, result.head_rows + made.head_rows
+            for first in range(0, len(indices), together):
+                start = time.perf_counter()
+                pictures = self.pictures(made.tokens[first : first + together])
+                result.seconds["decode"] += time.perf_counter() - start
+                for row, picture in enumerate(pictures, first):
+                    yield self._image(picture, made, row, traces[row], seed, indices[row], labels[row])
+
+    def _image(
+        self, picture: Image.Image, made: BatchResult, row: int, trace: PassTrace, seed: int, index: int, label: int
+    ) -> GeneratedImage:
+        margin = float(made.margin[row])
+        measured = margin < float("inf")
+        return GeneratedImage(
+            image=picture,
+            tokens=made.tokens[row].cpu(),
+            class_name=self.classes[label],
+            label=label,
+            seed=seed,
+            index=index,
+            sha256=hashlib.sha256(picture.tobytes()).hexdigest(),
+            target_passes=int(made.passes[row]),
+            accepted=int(made.accepted[row]),
+            drafted=int(made.drafted[row]),
+            margin=margin if measured else None,
+            near_tie=measured and margin < ROUNDING[self.dtype],
+            spent=float(made.spent[row]),
+            trace=trace,
+            moved=float(made.moved[row]) / self.target.length,
+            farthest=float(made.farthest[row]),
+        )
 
     def decode(self, tokens: Tensor) -> Image.Image:
         """Tokens int64 [N] -> RGB picture. Equal tokens, equal bytes: see `pictures`."""

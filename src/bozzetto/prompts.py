@@ -14,6 +14,7 @@ from bozzetto.models.llamagen import LlamaGen, left_pad
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.pipelines import CodePipeline
+from bozzetto.results import listed
 from bozzetto.settings import GenerateSettings
 
 ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through models/sentence.py
@@ -62,10 +63,10 @@ class PromptBook:
         """See Pipeline.remember."""
         self.most, self.busy = most, busy
 
-    def labels(self, asked: Sequence[str | int], negative: str) -> list[int]:
+    def labels(self, asked: str | int | Sequence[str | int], negative: str) -> list[int]:
         """Labels of prompts, or of numbers of known ones; none given: all known ones in turn."""
         found = []
-        for item in asked:
+        for item in listed(asked):
             if isinstance(item, int):
                 if not 0 <= item < len(self.names):
                     raise UsageError(f"prompt {item} is not allowed: a text, or a number up to {len(self.names) - 1}")
@@ -95,7 +96,7 @@ class CaptionPipeline(CodePipeline):
         self.book = PromptBook(self.classes, self._add)
         self.book.labels(prompts, "")
 
-    def labels(self, asked: Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "")
 
     def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:

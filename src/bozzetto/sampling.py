@@ -110,7 +110,7 @@ class SampleRun:
         settings: GenerateSettings,
         *,
         seed: int = 0,
-        classes: Sequence[str | int] = (),
+        classes: str | int | Sequence[str | int] = (),
         method: str | None = None,
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed

@@ -97,7 +97,7 @@ def test_a_converted_model_draws_pictures(tmp_path: Path, vq: Path) -> None:
     (tmp_path / "names.txt").write_text("Daisy\nrose\ntulip\n")
     convert_llamagen(gpt, vq, tmp_path / "out", class_names=tmp_path / "names.txt")
     pipe = load(tmp_path / "out")
-    assert pipe.classes == ["daisy", "rose", "tulip"]
+    assert pipe.classes == ["Daisy", "rose", "tulip"] and pipe.labels(["daisy"]) == [0]
     images = pipe.generate(["rose"], count=1).images
     assert images[0].image.size == (256, 256)
     assert images[0].tokens.shape == (256,)

@@ -18,7 +18,7 @@ from bozzetto.cli import main
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table
 from bozzetto.evaluate.photographs import prompts_for
 from bozzetto.pipeline import ASSETS, GenerateSettings, Pipeline, shipped_models
-from bozzetto.sampling import read_run
+from bozzetto.shards import read_run
 
 pytestmark = pytest.mark.skipif("emoji" not in shipped_models(), reason="not shipped yet")
 PROMPTS = ["a penguin, 3d", "red apple, noto", "smiling face, flat", "car"]

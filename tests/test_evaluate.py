@@ -29,7 +29,8 @@ from bozzetto.evaluate.evaluation import (
 )
 from bozzetto.evaluate.photographs import Photographs, data_path, photographs, reconstructions
 from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, read_samples, sample
+from bozzetto.sampling import SampleRun, method_settings, sample
+from bozzetto.shards import read_samples
 
 pytest.importorskip("torchmetrics")
 CLASSES = ("daisy", "rose", "tulip")

@@ -23,6 +23,7 @@ FLOORS = {
     "errors": 0,
     "files": 0.5,  # broken ones are an error of the user
     "images": 0,
+    "classes": 1,
     "laws": 1,
     "drafts": 1.5,  # drafts of continuous tokens carry laws
     "rules": 2,
@@ -48,6 +49,7 @@ FLOORS = {
     "__init__": 7,  # the public face: the pipeline's names and the version
     "provenance": 8,
     "output": 9,
+    "shards": 9,
     "sampling": 10,
     "sampling_ray": 10.5,
     "train": 11,

@@ -21,7 +21,8 @@ from bozzetto import cli
 from bozzetto.engine.trace import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, read_samples, sample
+from bozzetto.sampling import SampleRun, method_settings, sample
+from bozzetto.shards import read_samples
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

@@ -28,7 +28,7 @@ from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.pipeline import GenerateSettings
 from bozzetto.registry import make_drafter, make_rule
 from bozzetto.rules.exact import Exact
-from bozzetto.sampling import Samples
+from bozzetto.shards import Samples
 
 N = 500
 LAW = LawSettings(guidance=2.0, top_k=5)

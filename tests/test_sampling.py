@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto import cli, sampling
+from bozzetto import cli, shards
 from bozzetto.errors import UsageError
 from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import ADM, RUN, SampleRun, method_settings, read_run, read_samples, sample, world_of, write_adm
+from bozzetto.sampling import SampleRun, method_settings, sample, world_of
 from bozzetto.settings import default_window
+from bozzetto.shards import ADM, RUN, read_run, read_samples, write_adm
 
 METHODS = ["none", "jacobi/seed-exact", "jacobi/exact"]
 
@@ -219,4 +220,4 @@ def test_run_json_says_where_it_came_from(pipe, tmp_path):
     content = json.loads((run.folder / RUN).read_text(encoding="utf-8"))
     assert content["settings"]["weights"] == pipe.fingerprint() != "unknown"
     assert set(content["provenance"]) == {"command", "commit", "versions", "machine", "time"}
-    assert sampling.PARTS == ("total", "draft", "target", "decode")
+    assert shards.PARTS == ("total", "draft", "target", "decode")

@@ -137,8 +137,9 @@ def _generate(options: Generate) -> None:
 
 def _check_request(options: Generate, settings: Any) -> None:
     """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
+    from bozzetto.classes import distinct, labels_of
     from bozzetto.models.store import read_config
-    from bozzetto.pipeline import DTYPES, is_hosted, labels_of, model_folder, plan_batches
+    from bozzetto.pipeline import DTYPES, is_hosted, model_folder, plan_batches
 
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {options.dtype!r} (allowed: {', '.join(DTYPES)})")
@@ -147,7 +148,7 @@ def _check_request(options: Generate, settings: Any) -> None:
         return
     names = read_config(model_folder(options.model)).get("class_names")
     if isinstance(names, list) and names and options.captions is None:  # if not, loading explains what is wrong
-        known = [str(n).lower() for n in names]
+        known = distinct([str(n) for n in names])
         plan_batches(labels_of(known, options.classes), options.count, options.seed, 0, settings.batch)
 
 
@@ -241,7 +242,8 @@ def _base(options: Law) -> Any:
 
 def _sample(options: Sample) -> None:
     from bozzetto.loading import load
-    from bozzetto.sampling import SampleRun, gathered, method_settings, sample, world_of, write_adm
+    from bozzetto.sampling import SampleRun, gathered, method_settings, sample, world_of
+    from bozzetto.shards import write_adm
 
     settings = method_settings(options.method, _base(options))
     rank, world = world_of()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.load import Hosted, load_hosted
+from bozzetto.adapters.load import Hosted, checkpoint_digest, load_hosted
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.drafters.grow import Sketcher
@@ -50,14 +50,14 @@ class HostedWorkshop(TargetWorkshop):
 
 
 class HostedPipeline(CodePipeline):
-    """A model of another library, drawing what prompts say. ask: (prompt, negative prompt) -> label of the target."""
+    """A model of another library, drawing what prompts say. source: where it was loaded from."""
 
     takes_prompts = True
 
     target: PromptedCodes
 
-    def __init__(self, name: str, hosted: Hosted, dtype: str):
-        target = hosted.target
+    def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path):
+        target, self.source = hosted.target, source
         super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
         self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
         self.book = PromptBook(
@@ -65,6 +65,9 @@ class HostedPipeline(CodePipeline):
         )
         for text in EXAMPLES:
             self.book.label(text, "")
+
+    def _fingerprint(self) -> str:
+        return checkpoint_digest(self.source)
 
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         return self.book.labels(asked, "" if settings is None else settings.negative_prompt)
@@ -87,4 +90,4 @@ class HostedPipeline(CodePipeline):
 def load_prompted(model: str | Path, dtype: str, device: str, image_size: int = 0) -> HostedPipeline:
     """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does."""
     hosted = load_hosted(model, DTYPES[dtype], device, image_size)
-    return HostedPipeline(Path(str(model)).name, hosted, dtype)
+    return HostedPipeline(Path(str(model)).name, hosted, dtype, model)

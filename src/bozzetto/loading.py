@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
@@ -92,8 +93,10 @@ def _load_codes(
     else:
         names = _class_names(folder, config, network.config.classes)
     _check_codes(folder, tokenizer.config, network.config)
-    classes = [str(n).lower() for n in names]
-    return CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
+    classes = distinct([str(n) for n in names])
+    pipe = CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
+    pipe.captions = None if captions is None else Path(captions)
+    return pipe
 
 
 def _check_codes(folder: Path, have: Any, want: LlamaGenConfig) -> None:
@@ -112,7 +115,7 @@ def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str)
         config, drift = read_config(folder), load_drift(own, folder).to(device)
     network = load_continuous(folder).to(device) if drift is None else drift.flow
     tokenizer = load_latents(folder).to(device)
-    classes = [str(n).lower() for n in _class_names(folder, config, network.config.classes)]
+    classes = distinct([str(n) for n in _class_names(folder, config, network.config.classes)])
     have, want = tokenizer.config, network.config
     if (have.token_dim, have.grid) != (want.token_dim, want.grid):
         raise UsageError(

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.classes import labels_of
 from bozzetto.engine.batch_lane import BatchLane
 from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
@@ -31,23 +32,8 @@ ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
-_GREY, _LISTED = 0.5, 20  # of what is not drawn yet; names of classes in an error
+_GREY = 0.5  # of what is not drawn yet
 _WAVES = 64  # of images that follow each other into slots, before pictures are made of them
-
-
-def labels_of(names: Sequence[str], classes: Sequence[str | int]) -> list[int]:
-    """Class names or numbers -> labels; none given: all in turn. Raises UsageError naming the value and the classes."""
-    labels = []
-    for item in classes:
-        text = str(item).strip().lower()
-        if text in names:
-            labels.append(names.index(text))
-        elif text.isdecimal() and int(text) < len(names):
-            labels.append(int(text))
-        else:
-            some = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-            raise UsageError(f"unknown class {item!r} (allowed: {some} or 0-{len(names) - 1})")
-    return labels or list(range(len(names)))
 
 
 class Pipeline(ABC):
@@ -62,6 +48,8 @@ class Pipeline(ABC):
     def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
         self.name, self.target, self.tokenizer = name, target, tokenizer
         self.classes, self.dtype, self.folder = classes, dtype, folder
+        self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
+        self._known = ""
 
     @abstractmethod
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
@@ -72,8 +60,8 @@ class Pipeline(ABC):
         """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
 
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
-        """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for an unknown
-        one."""
+        """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for one that is
+        unknown, or that does not say which of several classes is meant."""
         return labels_of(self.classes, listed(asked))
 
     def refuse_negative(self, settings: GenerateSettings) -> None:
@@ -125,8 +113,14 @@ class Pipeline(ABC):
         return torch.zeros_like(labels)[:, None]
 
     def fingerprint(self) -> str:
-        """A digest of the model's files, so that samples of two states of one model are not mixed up."""
-        return "unknown" if self.folder is None else digest(*model_files(self.folder))
+        """A digest of the model's files, so that samples of two states of one model are not mixed up; taken once, for
+        large files take seconds. "unknown" for a model that has none."""
+        self._known = self._known or self._fingerprint()
+        return self._known
+
+    def _fingerprint(self) -> str:
+        more = () if self.captions is None else (self.captions,)
+        return "unknown" if self.folder is None else digest(*model_files(self.folder), *more)
 
     def drafter_weights(self, drafter: str) -> str | None:
         """Digest of a trained drafter's weights, None for drafters without."""
@@ -292,9 +286,11 @@ def shipped_models() -> list[str]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that say what a model draws; some models have their tokenizer from another folder."""
+    """The files that say what a model draws; some models have the weights of their tokenizer from a folder beside."""
     names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
-    return [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
+    own = [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
+    other = read_config(folder, TOKENIZER_CONFIG).get("same_as") if folder / TOKENIZER_CONFIG in own else None
+    return own if other is None else [*own, folder.parent / str(other) / TOKENIZER_WEIGHTS]
 
 
 def model_folder(name_or_folder: str | Path) -> Path:

@@ -220,7 +220,7 @@ class DriftPipeline(FlowPipeline):
     def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
         return DriftTarget(self.drift, dtype)
 
-    def fingerprint(self) -> str:
+    def _fingerprint(self) -> str:
         return "unknown" if self.folder is None else digest(*model_files(self.folder), *model_files(self.base))
 
     def _sketch_folder(self, folder: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import ray
 
 from bozzetto.errors import UsageError
 from bozzetto.loading import load
-from bozzetto.sampling import SampleRun, batched
+from bozzetto.sampling import SampleRun, batched, check_count
 from bozzetto.settings import GenerateSettings
+
+_AT_A_TIME = 2**16  # batches that are handed to Ray together; after them its workers load the model again
 
 
 class ShardWriter:
@@ -39,20 +42,25 @@ def sample_by_ray(run: SampleRun, count: int, model: str, workers: int) -> int:
     that were. model: what the workers load. Joins the cluster that RAY_ADDRESS names, or starts one of this machine."""
     if workers < 1:
         raise UsageError(f"ray = {workers} is not allowed: a whole number >= 1")
-    run.claim()
-    left, size = run.pending(count), run.settings.batch
-    if not left:
-        return 0
-    blocks = [[*part, *[-1] * (size - len(part))] for part in batched(left, size)]
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        _map(run, blocks, model, min(workers, len(blocks)))
-    finally:
+    check_count(count)
+    with run.alone():
+        run.claim()
+        have, size = run.done(), run.settings.batch
+        there = sum(i < count for i in have)
+        if there == count:
+            return 0
+        batches = batched((i for i in range(count) if i not in have), size)
+        blocks = ([*part, *[-1] * (size - len(part))] for part in batches)
+        ours = not ray.is_initialized()
         if ours:
-            ray.shutdown()
-    return len(left)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            while some := list(islice(blocks, _AT_A_TIME)):
+                _map(run, some, model, min(workers, len(some)))
+        finally:
+            if ours:
+                ray.shutdown()
+    return count - there
 
 
 def _map(run: SampleRun, blocks: list[list[int]], model: str, workers: int) -> None:

@@ -6,7 +6,9 @@ HF_HUB_OFFLINE and its cache. Prompts go through the model's own processor.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +24,11 @@ from bozzetto.adapters.pictures import HostedPictures, emu3_pictures, janus_pict
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.vqgan import chameleon_pictures
 from bozzetto.errors import UsageError
+from bozzetto.files import digest
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 _EMU3_FACTOR = 8  # pixels per token and side
+_COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 @dataclass
@@ -58,6 +62,27 @@ def load_hosted(model: str | Path, dtype: torch.dtype, device: str, image_size: 
     )
     _check_whole(model, network, notes)
     return build(network.to(device).eval().requires_grad_(False), processor, model, image_size)
+
+
+def checkpoint_digest(model: str | Path) -> str:
+    """What tells one checkpoint from another: a digest of the names and bytes of the files in its folder that loading
+    may read (weights, configurations, tokenizer), or of those in the hub's cache. Sub-folders, code and notes do not
+    count; files of the cache that are called by the sha256 of their bytes are taken at their word. "unknown" without
+    files."""
+    folder = Path(model)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        known = huggingface_hub.try_to_load_from_cache(str(model), "config.json")
+        if not isinstance(known, str):
+            return "unknown"
+        folder = Path(known).parent
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _COUNTED and not p.name.startswith(".")):
+        blob = path.resolve().name  # in the cache, a link to its bytes
+        named = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob)
+        total.update(f"{path.name} {blob if named else digest(path)}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _read(model: str | Path, what: str, read: Callable[..., Any], **options: Any) -> Any:

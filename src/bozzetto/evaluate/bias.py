@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bozzetto.evaluate.metrics import interval
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.pipeline import Pipeline
-from bozzetto.sampling import Samples
+from bozzetto.shards import Samples
 
 _IMPOSSIBLE = 30.0  # nats that a token outside the support of the law counts
 

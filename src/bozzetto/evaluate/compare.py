@@ -33,7 +33,8 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.output import table
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.sampling import RUN, SampleRun, Samples, method_settings, read_run, read_samples, sample, slug
+from bozzetto.sampling import SampleRun, method_settings, sample, slug
+from bozzetto.shards import RUN, Samples, read_run, read_samples
 
 COMPARISON = "comparison.json"
 _IDENTICAL = 64

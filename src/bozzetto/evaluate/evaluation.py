@@ -36,7 +36,8 @@ from bozzetto.images import contact_sheet
 from bozzetto.output import table
 from bozzetto.pipeline import ROUNDING, GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.sampling import SampleRun, Samples, batched, method_settings, read_samples, slug
+from bozzetto.sampling import SampleRun, batched, method_settings, slug
+from bozzetto.shards import Samples, read_samples
 
 EVALUATION, NEAREST = "evaluation.json", "nearest.png"
 SEQUENTIAL, PHOTOGRAPHS, RECONSTRUCTIONS = "none", "photographs", "reconstructions"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bozzetto.classes import class_named
 from bozzetto.data import evaluation_view, read_captions, read_folder, read_parquet
 from bozzetto.errors import UsageError
 from bozzetto.models.store import read_config
@@ -68,8 +69,8 @@ def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
         found = read_folder(path / split, size)
     else:
         found = read_parquet(path, split, size)
-    names = [name.lower() for name in found.classes]
-    label = np.array([pipe.classes.index(name) if name in pipe.classes else -1 for name in names], np.int64)
+    known = [class_named(pipe.classes, name) for name in found.classes]
+    label = np.array([-1 if number is None else number for number in known], np.int64)
     return Photographs(found.images, label[found.labels], found.enlarged)
 
 

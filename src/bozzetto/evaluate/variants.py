@@ -12,7 +12,8 @@ from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Comparison, interval, replicate, resamples
 from bozzetto.evaluate.photographs import data_path, photographs
 from bozzetto.pipeline import Pipeline
-from bozzetto.sampling import Samples, read_samples, slug
+from bozzetto.sampling import slug
+from bozzetto.shards import Samples, read_samples
 
 SEQUENTIAL = "none"
 

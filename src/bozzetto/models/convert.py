@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, infer_config
+from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.files import write_text
 from bozzetto.models.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
@@ -92,7 +93,7 @@ def convert_llamagen(
     kind = f"{condition}, {config.classes} classes" if names else f"{condition}, {config.condition_tokens} text tokens"
     return (
         f"LlamaGen-{size} ({kind}) with VQ-{tokenizer.downsample}, {image_size} x {image_size} pixels ({how}), "
-        f"{config.length} tokens: {out}"
+        f"{config.length} tokens: {out}{note_on_doubles(names)}"
     )
 
 
@@ -228,7 +229,11 @@ def read_class_names(path: Path | None, classes: int) -> list[str]:
         return [str(n) for n in range(classes)]
     if not path.is_file():
         raise UsageError(f"class names not found: {path}")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin it with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: class names are not UTF-8 text: {error}") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != classes:
         raise UsageError(f"{path}: {len(names)} class names, but the model has {classes} classes")
     return names

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bozzetto.autoencoders import kl16
 from bozzetto.autoencoders.kl16 import KL16Config
+from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.models import convert, mar
 from bozzetto.models.continuous_store import KL16, MASKED, write_continuous, write_latents
@@ -69,7 +70,7 @@ def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None
     averaged = {"model_ema": "averaged weights", "model": "weights without averaging"}.get(wrapper, "weights as given")
     return (
         f"MAR-{size} ({config.classes} classes, {averaged}) with KL-{latents.downsample}, "
-        f"{latents.image_size} x {latents.image_size} pixels, {config.length} tokens: {out}"
+        f"{latents.image_size} x {latents.image_size} pixels, {config.length} tokens: {out}{note_on_doubles(names)}"
     )
 
 

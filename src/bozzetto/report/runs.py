@@ -18,7 +18,8 @@ from PIL import Image
 from bozzetto.engine.trace import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.output import MANIFEST
-from bozzetto.sampling import RUN, read_run, read_samples, slug
+from bozzetto.sampling import slug
+from bozzetto.shards import RUN, read_run, read_samples
 
 EVALUATION = "evaluation.json"
 GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"

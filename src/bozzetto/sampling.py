@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bozzetto.classes import labels_of
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number
 from bozzetto.files import write_text
 from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 from bozzetto.provenance import provenance
@@ -221,8 +221,7 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 def check_count(count: int, most: int = _MOST) -> None:
     """Raise UsageError for a number of images out of range."""
-    if not 1 <= count <= most:
-        raise UsageError(f"count = {count} is not allowed: a whole number from 1 to {most}")
+    check_number("count", count, 1, most, f"a whole number from 1 to {most}", whole=True)
 
 
 def sample(run: SampleRun, count: int, *, rank: int = 0, world: int = 1, progress: bool = False) -> int:

@@ -36,7 +36,7 @@ def test_a_text_is_one_class_and_not_a_list_of_letters(pipe: Pipeline, tmp_path:
         assert [i.class_name for i in pipe.generate(asked).images] == ["tulip"]
         assert next(pipe.stream(asked)).class_names == ["tulip"]
         assert pipe.labels(asked) == [2]
-    assert SampleRun(tmp_path / "run", pipe, GenerateSettings(), classes="tulip").classes == ["tulip"]
+    assert SampleRun(tmp_path / "run", pipe, GenerateSettings(), classes="tulip").classes == [2]
     with pytest.raises(UsageError, match="unknown class 'tul'"):
         pipe.generate("tul")
 

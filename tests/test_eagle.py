@@ -239,7 +239,7 @@ def test_a_saved_drafter_is_read_again(tiny_model: Path, tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"target_weights": "0123"}, "another target"),
-        ({"family": "llamagen"}, "allowed for a drafter: 'eagle'"),
+        ({"family": "llamagen"}, "allowed: 'eagle'"),
         ({"config": {"dim": 64, "heads": 2, "ffn": 8, "vocab": 16, "grid": 4}}, "dim = 64, the target has 32"),
         ({"config": {"dim": 32, "heads": 2, "ffn": 8, "vocab": 16, "grid": 4}}, "checkpoint does not fit"),
         ({"config": {"dim": 32, "odd": 1}}, "unknown config key 'odd'"),

@@ -27,7 +27,7 @@ from bozzetto.autoencoders.kl16 import (
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
 from bozzetto.errors import UsageError
 from bozzetto.models.continuous_store import load_latents, write_latents
-from bozzetto.models.store import load_strict
+from bozzetto.models.store import fill, load_strict
 from test_llamagen_vq import Slow
 
 SMALL = KL16Config(image_size=16, token_dim=6, downsample=4, channels=32, multipliers=(1, 1, 2), blocks=2)
@@ -110,7 +110,7 @@ def small_latents(state: dict[str, Tensor], scale: float = 1.0) -> LatentDecoder
     """Made on the meta device, as the store does."""
     with torch.device("meta"):
         latents = kl16_latents(SMALL)
-    load_strict(latents, latents_state(state, SMALL, scale), "published", assign=True)
+    fill(latents, latents_state(state, SMALL, scale))
     return latents.eval().requires_grad_(False)
 
 

@@ -21,6 +21,7 @@ MAX_LINES = 400
 # A room imports from lower floors and from itself. Two rooms of one floor do not know each other.
 FLOORS = {
     "errors": 0,
+    "checks": 0.5,
     "files": 0.5,  # broken ones are an error of the user
     "images": 0,
     "classes": 1,

@@ -247,7 +247,7 @@ def test_a_trained_drafter_is_written_read_and_drafts(
     with pytest.raises(UsageError, match="fill = 'model' is not allowed: eagle, plane, block, glance"):
         pipe.generate(["rose"], drafter="jacobi:fill=model")
     other = {"plane": "block", "block": "glance", "glance": "plane"}[kind]
-    with pytest.raises(UsageError, match=f"family is '{kind}' .allowed for a drafter: '{other}'"):
+    with pytest.raises(UsageError, match=f"family is '{kind}' .allowed: '{other}'"):
         pipe.generate(["rose"], drafter=f"{other}:folder={folder}")
 
 
@@ -266,7 +266,7 @@ def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, pictures: Pa
 def test_compact_folders_hold_the_same_drafter(tmp_path: Path, tiny_model: Path) -> None:
     target = load_llamagen(tiny_model).config
     net = BlockNet(BlockConfig(target.dim, target.heads, target.ffn, target.vocab, target.grid, PLACES, rank=8))
-    from bozzetto.models.eagle_store import target_digest
+    from bozzetto.models.store import target_digest
 
     for compact in (False, True):
         save_drafter(tmp_path, net, tiny_model, {}, compact)

@@ -15,6 +15,7 @@ from typing import Any
 from bozzetto.errors import UsageError
 
 _MOST_JSON = 64 * 2**20  # bytes
+_POINTER = b"version https://git-lfs"  # how a pointer file begins, by its specification
 _DEEPEST = 64  # lists and mappings within each other
 
 
@@ -118,6 +119,13 @@ def _write(path: Path, write: Callable[[str], object], place: Callable[[str], Pa
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text whole or not at all."""
     write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def pointer_note(path: str | Path) -> str:
+    """What to say of a file that is a Git LFS pointer in place of what it stands for; "" for any other file."""
+    with open(path, "rb") as f:
+        pointer = f.read(len(_POINTER)) == _POINTER
+    return "a Git LFS pointer, not the file itself (`git lfs pull` fetches it)" if pointer else ""
 
 
 def digest(*paths: str | Path) -> str:

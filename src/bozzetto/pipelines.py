@@ -25,7 +25,6 @@ from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.drift import DriftModel, DriftTarget
 from bozzetto.models.drift_sketch import DriftSketcher
-from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.models.graphs import Compiler
@@ -35,7 +34,7 @@ from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler, MARTarget
 from bozzetto.models.path_sketch import PathSketcher
 from bozzetto.models.sketch_store import SKETCH, load_sketch
-from bozzetto.models.store import WEIGHTS, Tokenizer
+from bozzetto.models.store import WEIGHTS, Tokenizer, target_digest
 from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
 from bozzetto.pipeline import DTYPES, Pipeline, model_files
 from bozzetto.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
+from bozzetto.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
 _GROUPS = 32  # of every group norm
@@ -51,20 +52,21 @@ class KL16Config(LatentConfig):
     Raises UsageError for widths that 32 does not divide, or a `downsample` that is not that of the levels.
     """
 
-    image_size: int = 256
-    token_dim: int = 16
-    downsample: int = 16
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
+    image_size: Pixels = 256
+    token_dim: Size = 16
+    downsample: Size = 16
+    channels: Size = 128
+    multipliers: Levels = (1, 1, 2, 2, 4)
+    blocks: Layers = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # a list when it comes from JSON
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if not self.widths or any(width < 1 or width % _GROUPS for width in self.widths):
             raise UsageError(f"widths of the levels {self.widths} are not allowed: multiples of {_GROUPS}")
         if self.downsample != 2 ** (len(self.widths) - 1):
             levels = f"{len(self.widths)} levels give {2 ** (len(self.widths) - 1)}"
             raise UsageError(f"downsample = {self.downsample} is not allowed: {levels}")
+        super().__post_init__()
 
     @property
     def widths(self) -> tuple[int, ...]:

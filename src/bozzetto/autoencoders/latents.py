@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder
+from bozzetto.checks import Pixels, Size
+from bozzetto.errors import UsageError
 
 TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder
 
@@ -21,9 +23,13 @@ TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder
 class LatentConfig:
     """image_size: pixels a side; token_dim: D, channels of the latent; downsample: pixels per token and side."""
 
-    image_size: int = 128
-    token_dim: int = LATENT_CHANNELS
-    downsample: int = DOWNSAMPLE
+    image_size: Pixels = 128
+    token_dim: Size = LATENT_CHANNELS
+    downsample: Size = DOWNSAMPLE
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.downsample:
+            raise UsageError(f"image_size = {self.image_size} is not allowed: a multiple of {self.downsample}")
 
     @property
     def grid(self) -> int:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.
@@ -27,6 +28,7 @@ _NAMES = (
     (".mid.2.", ".mid.block_2."),
     ("quantize.embedding.weight", "codebook"),
 )
+_GROUPS = 32  # of every group norm
 USED = "quantize.codebook_used"  # the last 65536 codes of the tokenizer's own training; of no use here
 
 
@@ -36,16 +38,20 @@ class LlamaGenVQConfig:
     level, the levels' multiples of it, residual blocks per level; latent: channels between the networks and the codes;
     image_size: side of the pictures in pixels."""
 
-    codes: int = 16384
-    code_dim: int = 8
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
-    latent: int = 256
-    image_size: int = 256
+    codes: Size = 16384
+    code_dim: Size = 8
+    channels: Size = 128
+    multipliers: Levels = (1, 1, 2, 2, 4)
+    blocks: Layers = 2
+    latent: Size = 256
+    image_size: Pixels = 256
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # a list when it comes from JSON
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if self.channels % _GROUPS:
+            raise UsageError(f"channels = {self.channels} is not allowed: a multiple of {_GROUPS}")
+        if self.image_size % self.downsample:
+            raise UsageError(f"image_size = {self.image_size} is not allowed: a multiple of {self.downsample}")
 
     @property
     def downsample(self) -> int:

@@ -16,18 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder, tiny_encoder
+from bozzetto.checks import Layers, Pixels, Size
+from bozzetto.errors import UsageError
+
+_GROUPS = 8  # of every group norm
 
 
 @dataclass(frozen=True)
 class VQConfig:
     """codes: codebook size V; code_dim: length of a code vector; width, pre_blocks, post_blocks: the two conv nets."""
 
-    codes: int = 4096
-    code_dim: int = 8
-    width: int = 160
-    pre_blocks: int = 2
-    post_blocks: int = 4
-    image_size: int = 128
+    codes: Size = 4096
+    code_dim: Size = 8
+    width: Size = 160
+    pre_blocks: Layers = 2
+    post_blocks: Layers = 4
+    image_size: Pixels = 128
+
+    def __post_init__(self) -> None:
+        for name, factor in (("width", _GROUPS), ("image_size", DOWNSAMPLE)):
+            if (value := getattr(self, name)) < 1 or value % factor:
+                raise UsageError(f"{name} = {value} is not allowed: a multiple of {factor}")
 
     @property
     def grid(self) -> int:
@@ -40,10 +49,10 @@ class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(_GROUPS, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(_GROUPS, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
         )
@@ -56,7 +65,7 @@ def _stack(inner: int, width: int, blocks: int, outer: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inner, width, 3, padding=1),
         *[ResBlock(width) for _ in range(blocks)],
-        nn.GroupNorm(8, width),
+        nn.GroupNorm(_GROUPS, width),
         nn.SiLU(),
         nn.Conv2d(width, outer, 1),
     )

@@ -6,19 +6,17 @@ tokenizer.safetensors (the decoder of latents with the scale of the tokens).
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bozzetto.autoencoders.kl16 import KL16Config, kl16_latents
 from bozzetto.autoencoders.latents import KL16, TINY, LatentConfig, LatentDecoder, tiny_latents
+from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS
+from bozzetto.checks import clipped, config_from
 from bozzetto.errors import UsageError
-from bozzetto.files import write_text
 from bozzetto.models.flow import FlowConfig, FlowModel
 from bozzetto.models.mar import MAR, MARConfig
 from bozzetto.models.store import (
@@ -26,11 +24,11 @@ from bozzetto.models.store import (
     TOKENIZER_CONFIG,
     TOKENIZER_WEIGHTS,
     WEIGHTS,
-    config_from,
-    load_strict,
+    choose,
+    load_module,
     read_config,
-    read_weights,
     save_state,
+    write_config,
 )
 
 FLOW, MASKED = "flow", "mar"
@@ -46,15 +44,13 @@ def write_continuous(
 ) -> None:
     """config.json and model.safetensors. config: a FlowConfig or MARConfig; compact: see `save_state`."""
     save_state(folder / WEIGHTS, state, compact)
-    content = {"family": family, "config": dataclasses.asdict(config), **notes}  # type: ignore[call-overload]
-    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_config(folder, {"family": family}, config, notes)
 
 
 def write_latents(folder: Path, kind: str, config: LatentConfig, state: Mapping[str, Tensor], notes: dict) -> None:
     """tokenizer.json and tokenizer.safetensors. state: of the LatentDecoder (scale, shift, decoder.*)."""
     save_state(folder / TOKENIZER_WEIGHTS, state)
-    content = {"kind": kind, "config": dataclasses.asdict(config), **notes}
-    write_text(folder / TOKENIZER_CONFIG, json.dumps(content, indent=2) + "\n")
+    write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
 
 
 def load_continuous(folder: Path) -> FlowModel | MAR:
@@ -63,19 +59,10 @@ def load_continuous(folder: Path) -> FlowModel | MAR:
     Raises UsageError for another family, and for missing, misshapen or non-finite weights.
     """
     content, source = read_config(folder), folder / CONFIG
-    family = content.get("family")
-    if family not in _FAMILIES:
-        raise UsageError(f"{source}: family is {family!r} (allowed: {', '.join(map(repr, _FAMILIES))})")
-    config_kind, model_kind = _FAMILIES[family]
+    config_kind, kind = choose(content, "family", _FAMILIES, source)
     config = config_from(config_kind, content.get("config"), source)
-    with torch.device("meta"):
-        wanted = model_kind(config)
-    state = read_weights(folder / WEIGHTS)
-    load_strict(wanted, state, folder / WEIGHTS, assign=True)
-    model: FlowModel | MAR = wanted
-    if isinstance(model, FlowModel):
-        model.reset_rope()
-    return model.eval().requires_grad_(False)
+    model: FlowModel | MAR = load_module(lambda: kind(config), folder / WEIGHTS)
+    return model
 
 
 def load_latents(folder: Path) -> LatentDecoder:
@@ -83,16 +70,20 @@ def load_latents(folder: Path) -> LatentDecoder:
     those of the folder of that name beside it. Raises UsageError as load_continuous does, and for a missing extra
     package."""
     content, source = read_config(folder, TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG
-    kind = content.get("kind")
-    if kind not in _DECODERS:
-        raise UsageError(f"{source}: kind is {kind!r} (allowed: {', '.join(map(repr, _DECODERS))})")
-    config_kind, make = _DECODERS[kind]
+    config_kind, make = choose(content, "kind", _DECODERS, source)
     config = config_from(config_kind, content.get("config"), source)
-    with torch.device("meta"):  # drawing 66 million random numbers only to overwrite them takes seconds
-        decoder = make(config)
-    weights = (folder.parent / str(content["same_as"]) if "same_as" in content else folder) / TOKENIZER_WEIGHTS
-    load_strict(decoder, read_weights(weights), weights, assign=True)
-    return decoder.eval().requires_grad_(False)
+    if config_kind is LatentConfig and (config.token_dim, config.downsample) != (LATENT_CHANNELS, DOWNSAMPLE):
+        raise UsageError(f"{source}: {TINY!r} has token_dim {LATENT_CHANNELS} and downsample {DOWNSAMPLE}")
+    return load_module(lambda: make(config), _weights_of(folder, content) / TOKENIZER_WEIGHTS)
+
+
+def _weights_of(folder: Path, content: dict[str, Any]) -> Path:
+    if "same_as" not in content:
+        return folder
+    name = content["same_as"]
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name:  # "", "..", other places
+        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {clipped(name)} is not allowed: a folder's name")
+    return folder.parent / name
 
 
 def notes_of(folder: Path) -> dict[str, Any]:

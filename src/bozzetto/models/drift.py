@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bozzetto.checks import Count, Layers, Size
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import Ancestry, Gaussian
 from bozzetto.laws.schedules import FlowSchedule
@@ -36,11 +37,11 @@ class DriftConfig:
     """width, depth: of the decoder; largest: sigma_max; heat: tau (eq. 6); tuned: last blocks of the body that are the
     variant's own, with the final norm (0: the body is the base model's, as it is)."""
 
-    width: int = 384
-    depth: int = 3
+    width: Size = 384
+    depth: Layers = 3
     largest: float = 0.5
     heat: float = 2.0
-    tuned: int = 0
+    tuned: Count = 0
 
     def __post_init__(self) -> None:
         for name, least in (("width", 1), ("depth", 1), ("tuned", 0)):

@@ -3,18 +3,26 @@ Classes, body and the decoder of latents are the base model's, which is named wi
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from bozzetto.checks import clipped, config_from
 from bozzetto.errors import UsageError
-from bozzetto.files import write_text
 from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.drift import DriftConfig, DriftModel
-from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
-from bozzetto.models.store import CONFIG, WEIGHTS, config_from, load_strict, read_config, read_weights, save_state
+from bozzetto.models.store import (
+    CONFIG,
+    WEIGHTS,
+    choose,
+    fill,
+    on_meta,
+    read_config,
+    read_weights,
+    save_state,
+    target_digest,
+    write_config,
+)
 
 DRIFT = "drift"
 
@@ -22,9 +30,8 @@ DRIFT = "drift"
 def save_drift(folder: Path, model: DriftModel, base: str, base_folder: Path, notes: dict[str, Any]) -> None:
     """base: what the base model is loaded by, a shipped name or a path; base_folder: where it lies."""
     save_state(folder / WEIGHTS, model.own_state(), compact=True)
-    content = {"family": DRIFT, "config": dataclasses.asdict(model.config), "base": base}
-    content |= {"base_weights": target_digest(base_folder), **notes}
-    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    made_from = {"base": base, "base_weights": target_digest(base_folder)}
+    write_config(folder, {"family": DRIFT}, model.config, {**made_from, **notes})
 
 
 def load_base(folder: Path) -> FlowModel:
@@ -40,17 +47,18 @@ def load_drift(folder: Path, base_folder: Path) -> DriftModel:
 
     Raises UsageError for another base than it was trained for, and for missing, misshapen or non-finite weights.
     """
-    content = read_config(folder)
-    config = config_from(DriftConfig, content.get("config"), folder / CONFIG)
+    content, source = read_config(folder), folder / CONFIG
+    config = config_from(choose(content, "family", {DRIFT: DriftConfig}, source), content.get("config"), source)
     found = target_digest(base_folder)
     if content.get("base_weights") != found:
         raise UsageError(
-            f"{folder}: made from other weights of {content.get('base')!r} ({content.get('base_weights')}) than those "
-            f"in {base_folder} ({found})"
+            f"{folder}: made from other weights of {clipped(content.get('base'))} "
+            f"({clipped(content.get('base_weights'))}) than those in {base_folder} ({found})"
         )
-    model = DriftModel(load_base(base_folder), config)
-    state, own = read_weights(folder / WEIGHTS), model.own_state()
-    if missing := sorted(own.keys() - state.keys()):
-        raise UsageError(f"{folder / WEIGHTS}: missing {', '.join(missing[:4])} ({len(missing)} in all)")
-    load_strict(model, {**model.state_dict(), **state}, folder / WEIGHTS)
-    return model.eval().requires_grad_(False)
+    base = load_base(base_folder)
+    try:
+        model = on_meta(lambda: DriftModel(base, config))
+    except UsageError as error:  # more tuned blocks than the base has
+        raise UsageError(f"{source}: {error}") from error
+    state = read_weights(folder / WEIGHTS, model.own_state())
+    return fill(model, {**model.state_dict(), **state})

@@ -15,13 +15,17 @@ have none of, are plain pre-norm ones and begin as the identity, so that a train
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, RMSNorm, rope_table, rotate
+from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
+
+Rows = Literal["tokens", "head"]  # of the target that stand for a token
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,18 @@ class EagleConfig:
     """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; embedding: which rows of the
     target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters); layers: how many."""
 
-    dim: int
-    heads: int
-    ffn: int
-    vocab: int
-    grid: int
-    embedding: str = "tokens"
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
-    layers: int = 1
+    dim: Size
+    heads: Size
+    ffn: Size
+    vocab: Size
+    grid: Grid
+    embedding: Rows = "tokens"
+    rope_base: Base = 10000.0
+    norm_eps: Epsilon = 1e-6
+    layers: Layers = 1
 
     def __post_init__(self) -> None:
+        check_heads(self.dim, self.heads)
         if self.layers < 1:
             raise UsageError(f"layers = {self.layers} is not allowed: a whole number >= 1")
 
@@ -48,7 +53,7 @@ class EagleConfig:
         return self.dim // self.heads
 
 
-def eagle_config(target: LlamaGenConfig, embedding: str = "tokens", layers: int = 1) -> EagleConfig:
+def eagle_config(target: LlamaGenConfig, embedding: Rows = "tokens", layers: int = 1) -> EagleConfig:
     """A drafter with layers of the target's shape."""
     shape = (target.dim, target.heads, target.ffn, target.vocab, target.grid)
     return EagleConfig(*shape, embedding, rope_base=target.rope_base, layers=layers)
@@ -109,6 +114,10 @@ class EagleNet(nn.Module):
         for layer in self.blocks[1:]:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
+
+    def reset_rope(self) -> None:
+        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
+        self.rope = rope_table(_as_target(self.config), 0)
 
     @property
     def blocks(self) -> list[EagleLayer]:

@@ -3,8 +3,6 @@ names the target it was trained for."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bozzetto.checks import config_from
 from bozzetto.errors import UsageError
-from bozzetto.files import digest, write_text
 from bozzetto.models.convert import check_out, read_state, write_folder
-from bozzetto.models.eagle import EagleConfig, EagleNet, eagle_config
+from bozzetto.models.eagle import EagleConfig, EagleNet, Rows, eagle_config
 from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.models.store import (
     CONFIG,
     WEIGHTS,
-    config_from,
+    check_target,
+    choose,
     load_llamagen,
+    load_module,
     load_strict,
     read_config,
-    read_weights,
     save_state,
+    target_digest,
+    write_config,
 )
 
 FAMILY = "eagle"
@@ -41,11 +42,6 @@ FAMILIES: dict[str, tuple[type, Any]] = {
 EMBEDDING = "embed_tokens.weight"
 
 
-def target_digest(folder: str | Path) -> str:
-    """What tells one target from another: a digest of its weights."""
-    return digest(Path(folder) / WEIGHTS)
-
-
 def family_of(net: Drafting) -> str:
     """The family's name."""
     return next(name for name, (_, kind) in FAMILIES.items() if isinstance(net, kind))
@@ -55,9 +51,7 @@ def save_drafter(folder: str | Path, net: Drafting, target: Path, notes: dict[st
     """Write a drafter folder for the target in the model folder `target`. compact: see `save_state`."""
     folder = Path(folder)
     save_state(folder / WEIGHTS, net.state_dict(), compact)
-    config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
-    content = {"family": family_of(net), "config": config, "target_weights": target_digest(target), **notes}
-    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_config(folder, {"family": family_of(net)}, net.config, {"target_weights": target_digest(target), **notes})
 
 
 def load_drafter(folder: str | Path, family: str, target: LlamaGenConfig, weights: str) -> Any:
@@ -67,24 +61,11 @@ def load_drafter(folder: str | Path, family: str, target: LlamaGenConfig, weight
     Raises UsageError for another family, another target, or a shape that is not the target's.
     """
     folder = Path(folder)
-    content = read_config(folder)
-    if content.get("family") != family:
-        raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed for a drafter: {family!r})")
-    config_kind, kind = FAMILIES[family]
-    config: Any = config_from(config_kind, content.get("config"), folder / CONFIG)
-    for name in ("dim", "vocab", "grid"):
-        have, want = getattr(config, name), getattr(target, name)
-        if have != want:
-            raise UsageError(f"{folder}: a drafter of another target: {name} = {have}, the target has {want}")
-    if content.get("target_weights") not in (None, weights):
-        name = content.get("target_name", "unknown")
-        raise UsageError(
-            f"{folder}: a drafter of another target: it was trained for the weights of {name!r} "
-            f"({content['target_weights']}), the target's are {weights}"
-        )
-    net = kind(config)
-    load_strict(net, read_weights(folder / WEIGHTS), folder / WEIGHTS)
-    return net.eval().requires_grad_(False)
+    content, source = read_config(folder), folder / CONFIG
+    config_kind, kind = choose(content, "family", {family: FAMILIES[family]}, source)
+    config = config_from(config_kind, content.get("config"), source)
+    check_target(folder, content, config, target, weights)
+    return load_module(lambda: kind(config), folder / WEIGHTS)
 
 
 def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> EagleNet:
@@ -123,9 +104,10 @@ def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
     return f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows: {out}"
 
 
-def _which_rows(path: Path, rows: Tensor, target: LlamaGen) -> str:
+def _which_rows(path: Path, rows: Tensor, target: LlamaGen) -> Rows:
     """`head` or `tokens`: whose rows a drafter was trained with."""
-    for name, own in (("head", target.output.weight), ("tokens", target.tok_embeddings.weight)):
+    known: dict[Rows, Tensor] = {"head": target.output.weight, "tokens": target.tok_embeddings.weight}
+    for name, own in known.items():
         if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-2, atol=1e-3):
             return name
     raise UsageError(f"{path}: a drafter of another target: {EMBEDDING} holds neither its head's nor its token rows")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bozzetto.checks import Count, Grid, Layers, Size
 from bozzetto.models.denoiser import Denoiser, DenoiserConfig
 from bozzetto.models.llamagen import Block, ClassEmbedding, LlamaGenConfig, RMSNorm, rope_table
 
@@ -26,15 +27,18 @@ class FlowConfig:
     """dim, layers, heads: the transformer; token_dim: D, numbers of a token; grid: tokens per side; classes: labels
     (one more row is the unconditional one); head_width, head_depth: the flow head."""
 
-    dim: int
-    layers: int
-    heads: int
-    token_dim: int = 32
-    grid: int = 16
-    classes: int = 1000
-    head_width: int = 384
-    head_depth: int = 3
-    ffn_multiple: int = 128
+    dim: Size
+    layers: Layers
+    heads: Size
+    token_dim: Size = 32
+    grid: Grid = 16
+    classes: Count = 1000
+    head_width: Size = 384
+    head_depth: Layers = 3
+    ffn_multiple: Size = 128
+
+    def __post_init__(self) -> None:
+        _ = self.body  # raises UsageError for a shape that a transformer cannot have
 
     @property
     def body(self) -> LlamaGenConfig:

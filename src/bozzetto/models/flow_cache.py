@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bozzetto.checks import Count, Steps
 from bozzetto.laws.schedules import FlowSchedule, flow_schedule
 from bozzetto.models.annealed import Annealed
 from bozzetto.models.base import Scores
@@ -23,10 +24,13 @@ class FlowSampler:
     """How the head is sampled: see `flow_schedule`. last_steps: steps of the last token (0: as of all the others), see
     models/annealed.py."""
 
-    steps: int = 16
+    steps: Steps = 16
     last_std: float = 0.05
     shift: float = 1.0
-    last_steps: int = 0
+    last_steps: Count = 0
+
+    def __post_init__(self) -> None:
+        _ = self.schedule  # raises UsageError
 
     @property
     def schedule(self) -> FlowSchedule:

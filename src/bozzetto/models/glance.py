@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Grid, Layers, Size
 from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import RMSNorm
 from bozzetto.models.parallel import check_counts
@@ -28,13 +29,13 @@ class GlanceConfig:
     """dim, vocab, grid: the target's; places: K; narrow: numbers that are kept of a token or a feature; ffn: hidden
     units; rank: of the table of the token before."""
 
-    dim: int
-    vocab: int
-    grid: int
-    places: int = 12
-    narrow: int = 128
-    ffn: int = 384
-    rank: int = 96
+    dim: Size
+    vocab: Size
+    grid: Grid
+    places: Layers = 12
+    narrow: Size = 128
+    ffn: Size = 384
+    rank: Size = 96
 
     def __post_init__(self) -> None:
         check_counts(self, "dim", "grid", "places", "narrow", "ffn", "rank")

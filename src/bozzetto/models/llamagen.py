@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Base, Count, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError
 
 
@@ -26,17 +27,22 @@ class LlamaGenConfig:
     classes: class-conditional labels (one more row is the unconditional one), 0 where captions are the condition;
     condition_tokens: T, the condition's inputs; caption_dim: length of a caption feature, 0 for classes."""
 
-    dim: int
-    layers: int
-    heads: int
-    vocab: int = 16384
-    grid: int = 16
-    classes: int = 1000
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    ffn_multiple: int = 256
-    condition_tokens: int = 1
-    caption_dim: int = 0
+    dim: Size
+    layers: Layers
+    heads: Size
+    vocab: Size = 16384
+    grid: Grid = 16
+    classes: Count = 1000
+    rope_base: Base = 10000.0
+    norm_eps: Epsilon = 1e-5
+    ffn_multiple: Size = 256
+    condition_tokens: Size = 1
+    caption_dim: Count = 0
+
+    def __post_init__(self) -> None:
+        check_heads(self.dim, self.heads)
+        if not self.captioned and self.condition_tokens != 1:
+            raise UsageError(f"condition_tokens = {self.condition_tokens} is not allowed: a class is one token")
 
     @property
     def captioned(self) -> bool:
@@ -57,6 +63,12 @@ class LlamaGenConfig:
     def length(self) -> int:
         """Tokens per image, N."""
         return self.grid * self.grid
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Raise UsageError where heads do not divide dim into fours: two directions, each turned in pairs."""
+    if heads < 1 or dim < 1 or dim % (4 * heads):
+        raise UsageError(f"dim = {dim} with heads = {heads} is not allowed: dim must be a multiple of 4 heads")
 
 
 # Published sizes: dim, layers, heads.
@@ -256,6 +268,10 @@ class LlamaGen(nn.Module):
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
+
+    def reset_rope(self) -> None:
+        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
+        self.rope = rope_table(self.config)
 
     @property
     def blocks(self) -> list[Block]:

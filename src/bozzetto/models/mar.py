@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Count, Grid, Layers, Size
 from bozzetto.errors import UsageError
 from bozzetto.models.denoiser import Denoiser, DenoiserConfig
 
@@ -26,15 +27,19 @@ class MARConfig:
     """dim, depth, heads: of the encoder and of the decoder; token_dim: D; grid: tokens per side; classes: labels;
     buffer: copies of the class that the transformer sees; head_width, head_depth: the diffusion head."""
 
-    dim: int
-    depth: int
-    heads: int
-    head_width: int
-    head_depth: int
-    token_dim: int = 16
-    grid: int = 16
-    classes: int = 1000
-    buffer: int = 64
+    dim: Size
+    depth: Layers
+    heads: Size
+    head_width: Size
+    head_depth: Layers
+    token_dim: Size = 16
+    grid: Grid = 16
+    classes: Count = 1000
+    buffer: Size = 64
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.dim % self.heads:
+            raise UsageError(f"dim = {self.dim} with heads = {self.heads} is not allowed: heads must divide dim")
 
     @property
     def length(self) -> int:

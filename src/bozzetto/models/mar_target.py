@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Count, Steps
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.models.annealed import Annealed
@@ -32,11 +33,11 @@ class MARSampler:
     with the share of known tokens, `constant` does not; noisiest: diffusion time at which denoising starts;
     last_steps: steps of the last token (0: as of all the others), see models/annealed.py."""
 
-    steps: int = 100
-    passes: int = 256
+    steps: Steps = 100
+    passes: Steps = 256
     guidance_schedule: str = "linear"
-    noisiest: int = 999
-    last_steps: int = 0
+    noisiest: Count = 999
+    last_steps: Count = 0
 
     def __post_init__(self) -> None:
         if self.passes < 1:

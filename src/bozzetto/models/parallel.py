@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError
-from bozzetto.models.llamagen import LlamaGenConfig, RMSNorm, rope_table, rotate
+from bozzetto.models.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
 
 
 def check_counts(config: object, *names: str) -> None:
@@ -33,11 +34,11 @@ def check_counts(config: object, *names: str) -> None:
 class PlaneConfig:
     """dim: the target's; vocab, grid: the target's; places: K, features guessed to the right; ffn: of a head."""
 
-    dim: int
-    vocab: int
-    grid: int
-    places: int = 12
-    ffn: int = 512
+    dim: Size
+    vocab: Size
+    grid: Grid
+    places: Layers = 12
+    ffn: Size = 512
 
     def __post_init__(self) -> None:
         check_counts(self, "dim", "grid", "places", "ffn")
@@ -50,19 +51,20 @@ class BlockConfig:
     """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; places: K; layers: how many;
     rank: of the table of the token before."""
 
-    dim: int
-    heads: int
-    ffn: int
-    vocab: int
-    grid: int
-    places: int = 12
-    layers: int = 2
-    rank: int = 128
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
+    dim: Size
+    heads: Size
+    ffn: Size
+    vocab: Size
+    grid: Grid
+    places: Layers = 12
+    layers: Layers = 2
+    rank: Size = 128
+    rope_base: Base = 10000.0
+    norm_eps: Epsilon = 1e-6
 
     def __post_init__(self) -> None:
         check_counts(self, "dim", "heads", "ffn", "grid", "places", "layers", "rank")
+        check_heads(self.dim, self.heads)
 
     @property
     def head_dim(self) -> int:
@@ -152,11 +154,14 @@ class BlockNet(nn.Module):
         self.layers = nn.ModuleList(_BlockLayer(config) for _ in range(config.layers))
         self.before = nn.Embedding(config.vocab, config.rank)
         self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
-        target = LlamaGenConfig(config.dim, 1, config.heads, config.vocab, config.grid, rope_base=config.rope_base)
-        self.register_buffer("rope", rope_table(target, 0), persistent=False)  # [N, hd/2, 2]
+        self.register_buffer("rope", _rope(config), persistent=False)  # [N, hd/2, 2]
         _small(self)
         nn.init.normal_(self.marks, std=0.02)
         nn.init.zeros_(self.to_logits.weight)
+
+    def reset_rope(self) -> None:
+        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
+        self.rope = _rope(self.config)
 
     @property
     def blocks(self) -> list[_BlockLayer]:
@@ -199,6 +204,10 @@ class BlockNet(nn.Module):
     def bias(self, tokens: Tensor) -> Tensor | None:
         """Logits [..., V] that follow tokens int64 [...]."""
         return self.to_logits(self.before(tokens))
+
+
+def _rope(c: BlockConfig) -> Tensor:
+    return rope_table(LlamaGenConfig(c.dim, 1, c.heads, c.vocab, c.grid, rope_base=c.rope_base), 0)
 
 
 def _small(net: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checks import Grid, Size
 from bozzetto.models.dense import Dense
 from bozzetto.models.eagle import EagleConfig, EagleNet
 from bozzetto.models.flow import FlowConfig
@@ -26,12 +27,15 @@ class SketchConfig:
     """dim, heads, ffn: of the layer (dim is the target's); token_dim: D; grid: the target's; width: of the read-out's
     hidden layer."""
 
-    dim: int
-    heads: int
-    ffn: int
-    token_dim: int
-    grid: int
-    width: int = 512
+    dim: Size
+    heads: Size
+    ffn: Size
+    token_dim: Size
+    grid: Grid
+    width: Size = 512
+
+    def __post_init__(self) -> None:
+        _ = self.layer  # raises UsageError for a shape that a layer cannot have
 
     @property
     def layer(self) -> EagleConfig:

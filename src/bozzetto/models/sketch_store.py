@@ -3,17 +3,23 @@ rows: a draft may be any law, so that rounding costs a little acceptance and not
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from bozzetto.errors import UsageError
-from bozzetto.files import write_text
-from bozzetto.models.eagle_store import target_digest
+from bozzetto.checks import config_from
 from bozzetto.models.flow import FlowConfig
 from bozzetto.models.path_sketch import PathSketch, SketchConfig
-from bozzetto.models.store import CONFIG, WEIGHTS, config_from, load_strict, read_config, read_weights, save_state
+from bozzetto.models.store import (
+    CONFIG,
+    WEIGHTS,
+    check_target,
+    choose,
+    load_module,
+    read_config,
+    save_state,
+    target_digest,
+    write_config,
+)
 
 SKETCH = "sketch"  # the family, and the folder inside a model's
 
@@ -22,9 +28,7 @@ def save_sketch(folder: str | Path, net: PathSketch, target: Path, notes: dict[s
     """Write a drafter folder for the target in the model folder `target`."""
     folder = Path(folder)
     save_state(folder / WEIGHTS, net.state_dict(), compact=True)
-    config = dataclasses.asdict(net.config)
-    content = {"family": SKETCH, "config": config, "target_weights": target_digest(target), **notes}
-    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_config(folder, {"family": SKETCH}, net.config, {"target_weights": target_digest(target), **notes})
 
 
 def load_sketch(folder: str | Path, target: FlowConfig, weights: str) -> PathSketch:
@@ -33,20 +37,7 @@ def load_sketch(folder: str | Path, target: FlowConfig, weights: str) -> PathSke
     Raises UsageError for another family, another target, or a shape that is not the target's.
     """
     folder = Path(folder)
-    content = read_config(folder)
-    if content.get("family") != SKETCH:
-        raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed here: {SKETCH!r})")
-    config = config_from(SketchConfig, content.get("config"), folder / CONFIG)
-    for name in ("dim", "token_dim", "grid"):
-        have, want = getattr(config, name), getattr(target, name)
-        if have != want:
-            raise UsageError(f"{folder}: a drafter of another target: {name} = {have}, the target has {want}")
-    if content.get("target_weights") != weights:
-        name = content.get("target_name", "unknown")
-        raise UsageError(
-            f"{folder}: a drafter of another target: it was trained for the weights of {name!r} "
-            f"({content.get('target_weights')}), the target's are {weights}"
-        )
-    net = PathSketch(config)
-    load_strict(net, read_weights(folder / WEIGHTS), folder / WEIGHTS)
-    return net.eval().requires_grad_(False)
+    content, source = read_config(folder), folder / CONFIG
+    config = config_from(choose(content, "family", {SKETCH: SketchConfig}, source), content.get("config"), source)
+    check_target(folder, content, config, target, weights)
+    return load_module(lambda: PathSketch(config), folder / WEIGHTS)

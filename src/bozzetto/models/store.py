@@ -6,11 +6,12 @@ scale per row, under the name of the matrix and `.scale`: half the size, rounded
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,15 +20,25 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, from_published
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.checks import clipped, config_from
 from bozzetto.errors import UsageError
-from bozzetto.files import read_json, write_text, write_whole
+from bozzetto.files import digest, pointer_note, read_json, write_text, write_whole
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 _SCALE = ".scale"
+_FLOATS, _WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
 Tokenizer = VQTokenizer | LlamaGenVQ
+M = TypeVar("M", bound=nn.Module)
+
+
+class Held(NamedTuple):
+    """What the header of a safetensors file says of a tensor. type: as F16."""
+
+    type: str
+    shape: tuple[int, ...]
 
 
 def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
@@ -38,44 +49,133 @@ def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
     return read_json(path)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file as float32. Raises UsageError for a broken file or non-finite numbers."""
+def write_config(folder: Path, first: Mapping[str, str], config: Any, notes: Mapping, name: str = CONFIG) -> None:
+    """A JSON object of a model folder: `first` (family or kind), the config dataclass, the notes."""
+    content = {**first, "config": dataclasses.asdict(config), **notes}
+    write_text(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def choose(content: Mapping[str, Any], key: str, kinds: Mapping[str, Any], source: Path) -> Any:
+    """What the family or kind of a folder stands for among `kinds`. Raises UsageError for another one."""
+    found = content.get(key)
+    if not isinstance(found, str) or found not in kinds:
+        raise UsageError(f"{source}: {key} is {clipped(found)} (allowed: {', '.join(map(repr, kinds))})")
+    return kinds[found]
+
+
+def target_digest(folder: str | Path) -> str:
+    """What tells one target from another: a digest of its weights."""
+    if not (path := Path(folder) / WEIGHTS).is_file():
+        raise UsageError(f"weights not found: {path}")
+    return digest(path)
+
+
+def check_target(folder: Path, content: Mapping[str, Any], config: Any, target: Any, weights: str) -> None:
+    """Raise UsageError unless a drafter with this config.json was trained for the target: for its shape by the names
+    that both have, and for the weights of this digest (a converted drafter may say nothing of them)."""
+    for name in ("dim", "vocab", "token_dim", "grid"):
+        have, want = getattr(config, name, None), getattr(target, name, None)
+        if have is not None and have != want:
+            raise UsageError(f"{folder}: a drafter of another target: {name} = {have}, the target has {want}")
+    if content.get("target_weights") not in (None, weights):
+        name, found = content.get("target_name", "unknown"), content["target_weights"]
+        raise UsageError(
+            f"{folder}: a drafter of another target: it was trained for the weights of {clipped(name)} "
+            f"({clipped(found)}), the target's are {weights}"
+        )
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open. Raises UsageError for one that is missing or damaged, also while it is read."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"weights not found: {path}")
     try:
-        with safe_open(path, framework="pt") as f:
-            state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UsageError(f"{path}: weight {key!r} has non-finite values")
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    for key in [k for k in state if k + _SCALE in state]:
-        state[key] = state[key] * state.pop(key + _SCALE)
-    return state
+        with safe_open(path, framework="pt") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: not a readable safetensors file: {pointer_note(path) or error}") from error
 
 
-def check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise UsageError that names missing, unexpected and misshapen keys."""
+def header_of(content: Any) -> dict[str, Held]:
+    """The tensors of an open safetensors file."""
+    parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118  (not a dict)
+    return {key: Held(part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
+
+
+def read_weights(path: str | Path, wanted: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, numbers with fractions and compact matrices (see above) as float32.
+
+    wanted: tensors, on the meta device perhaps, whose names and shapes those of the file must have. Nothing is read
+    before the file's header has been looked at. Raises UsageError for a file that is broken or does not fit, types of
+    numbers that no weights have here, and non-finite numbers.
+    """
+    with open_tensors(path) as content:
+        held = header_of(content)
+        compact = {key for key in held if key + _SCALE in held}
+        for key, (kind, shape) in held.items():
+            if key in compact and (kind != "I8" or len(shape) != 2 or held[key + _SCALE].shape != (shape[0], 1)):
+                raise UsageError(f"{path}: {key + _SCALE!r} does not hold one scale for each row of an int8 matrix")
+            if kind not in _FLOATS and key not in compact and (wanted is not None or kind not in _WHOLE):
+                raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(_FLOATS)})")
+        names = held.keys() - {key + _SCALE for key in compact}
+        if wanted is not None:
+            check_fit(wanted, {key: held[key] for key in held if key in names}, path)
+        return {key: _read(content, key, key in compact, path) for key in held if key in names}
+
+
+def _read(content: Any, key: str, compact: bool, path: str | Path) -> Tensor:
+    """A tensor of its own: what safetensors gives is mapped, and a file may change."""
+    value: Tensor = content.get_tensor(key)
+    if compact:
+        value = value * content.get_tensor(key + _SCALE).float()
+    value = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise UsageError(f"{path}: weight {key!r} has non-finite values")
+    return value
+
+
+def check_fit(wanted: Mapping[str, Any], state: Mapping[str, Any], source: str | Path) -> None:
+    """Raise UsageError that names missing, unexpected and misshapen keys, of tensors or whatever else has a shape."""
     problems = [f"missing key {k!r}" for k in wanted if k not in state]
-    problems += [f"unexpected key {k!r}" for k in state if k not in wanted]
+    problems += [f"unexpected key {clipped(k)}" for k in state if k not in wanted]
     problems += [
         f"{k!r} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
         for k, v in wanted.items()
-        if k in state and state[k].shape != v.shape
+        if k in state and tuple(state[k].shape) != tuple(v.shape)
     ]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UsageError(f"{source}: checkpoint does not fit: " + "; ".join(problems[:5]) + more)
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
-    """load_state_dict that explains itself (`check_fit`). assign: take the tensors themselves, for a module that was
-    made on the meta device."""
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """load_state_dict that explains itself (`check_fit`)."""
     check_fit(module.state_dict(), state, source)
-    module.load_state_dict(state, assign=assign)
+    module.load_state_dict(state)
+
+
+def load_module(make: Callable[[], M], path: Path) -> M:
+    """The module that `make` makes with the weights of a file; float32, in evaluation mode. It takes memory only once
+    the file's header has been found to fit. Raises UsageError as `read_weights`."""
+    module = on_meta(make)
+    return fill(module, read_weights(path, module.state_dict()))
+
+
+def on_meta(make: Callable[[], M]) -> M:
+    """The module without its numbers: drawing millions at random only to overwrite them takes seconds."""
+    with torch.device("meta"):
+        return make()
+
+
+def fill(module: M, state: Mapping[str, Tensor]) -> M:
+    """Give a module that was made on the meta device its weights, which fit, and what is made from its config."""
+    module.load_state_dict(state, assign=True)
+    for part in module.modules():
+        if (reset := getattr(part, "reset_rope", None)) is not None:
+            reset()
+    return module.eval().requires_grad_(False)
 
 
 def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = False) -> None:
@@ -120,8 +220,7 @@ def write_tokenizer(
     """What save_tokenizer writes, from its parts. state: under published names where the kind is `vq-llamagen`."""
     folder = Path(folder)
     save_state(folder / TOKENIZER_WEIGHTS, state)
-    content = {"kind": kind, "config": dataclasses.asdict(config), **notes}
-    write_text(folder / TOKENIZER_CONFIG, json.dumps(content, indent=2) + "\n")
+    write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -129,36 +228,14 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises UsageError for missing, broken or unfitting files, an unknown kind, or a missing extra package.
     """
-    folder = Path(folder)
-    source, weights = folder / TOKENIZER_CONFIG, folder / TOKENIZER_WEIGHTS
-    content = read_config(folder, TOKENIZER_CONFIG)
-    kind = content.get("kind", TINY)  # folders of before there were kinds
-    model: Tokenizer
-    if kind == TINY:
-        model = VQTokenizer(config_from(VQConfig, content.get("config"), source))
-        load_strict(model, read_weights(weights), weights)
-    elif kind == PUBLISHED:
-        config = config_from(LlamaGenVQConfig, content.get("config"), source)
-        with torch.device("meta"):  # drawing 72 million random numbers only to overwrite them takes seconds
-            model = LlamaGenVQ(config)
-        load_strict(model, from_published(read_weights(weights)), weights, assign=True)
-    else:
-        raise UsageError(f"{source}: kind is {kind!r} (allowed: {TINY!r}, {PUBLISHED!r})")
-    return model.eval().requires_grad_(False)
-
-
-def config_from(kind: type, values: object, source: str | Path) -> Any:
-    """Build a config dataclass; unknown or missing keys are a UsageError."""
-    if not isinstance(values, dict):
-        raise UsageError(f"{source}: `config` must be a mapping, found {type(values).__name__}")
-    allowed = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(allowed))
-    if unknown:
-        raise UsageError(f"{source}: unknown config key {unknown[0]!r} (allowed: {', '.join(allowed)})")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UsageError(f"{source}: {error}") from error
+    source, weights = Path(folder) / TOKENIZER_CONFIG, Path(folder) / TOKENIZER_WEIGHTS
+    content = {"kind": TINY, **read_config(folder, TOKENIZER_CONFIG)}  # folders of before there were kinds
+    kind = choose(content, "kind", {TINY: VQConfig, PUBLISHED: LlamaGenVQConfig}, source)
+    config = config_from(kind, content.get("config"), source)
+    if isinstance(config, VQConfig):
+        return load_module(lambda: VQTokenizer(config), weights)
+    model = on_meta(lambda: LlamaGenVQ(config))
+    return fill(model, from_published(read_weights(weights, model.published_state())))
 
 
 def save_llamagen(
@@ -168,16 +245,12 @@ def save_llamagen(
     folder = Path(folder)
     save_state(folder / WEIGHTS, model.state_dict(), compact)
     save_tokenizer(folder, tokenizer, {})
-    content = {"family": "llamagen", "config": dataclasses.asdict(model.config), **notes}
-    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_config(folder, {"family": "llamagen"}, model.config, notes)
 
 
 def load_llamagen(folder: str | Path) -> LlamaGen:
     """Read the network of a model folder; float32, in evaluation mode."""
     folder = Path(folder)
-    content = read_config(folder)
-    if content.get("family") != "llamagen":
-        raise UsageError(f"{folder / CONFIG}: family is {content.get('family')!r} (allowed: 'llamagen')")
-    model = LlamaGen(config_from(LlamaGenConfig, content.get("config"), folder / CONFIG))
-    load_strict(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval().requires_grad_(False)
+    content, source = read_config(folder), folder / CONFIG
+    config = config_from(choose(content, "family", {"llamagen": LlamaGenConfig}, source), content.get("config"), source)
+    return load_module(lambda: LlamaGen(config), folder / WEIGHTS)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from bozzetto.autoencoders.latents import LatentDecoder
 from bozzetto.errors import UsageError
 from bozzetto.models.continuous_store import load_continuous, load_latents
-from bozzetto.models.eagle_store import target_digest
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.path_sketch import PathSketch, sketch_config
 from bozzetto.models.sketch_store import SKETCH, load_sketch, save_sketch
-from bozzetto.models.store import CONFIG, config_from, read_config
+from bozzetto.models.store import CONFIG, config_from, read_config, target_digest
 from bozzetto.pipeline import model_folder
 from bozzetto.train.continuous import LatentFit
 from bozzetto.train.loop import autocast

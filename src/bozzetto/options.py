@@ -336,6 +336,12 @@ class Serve:
     """Images that may wait. More are answered with 429 and Retry-After."""
     limit: float = 120.0
     """Seconds that a request may take."""
+    alias: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=MODEL: a further name of a model that is served, for clients that ask for one of their own, such as
+    gpt-image-1=flowers; may be given several times."""
+    resize: bool = False
+    """Scale pictures to the size that a request asks for (a square), which is else refused where the model draws
+    another."""
     api_keys: Path | None = None
     """A file of API keys, one a line. Not given: those of the environment variable BOZZETTO_API_KEYS; none there: open
     to all who reach the address."""

@@ -10,29 +10,59 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from bozzetto.errors import UsageError
 from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, TooLong
-from bozzetto.serve.problems import ApiError, error_body
-from bozzetto.serve.schema import ImageGeneration
+from bozzetto.serve.problems import ApiError, error_body, without_places
 from bozzetto.serve.worker import Job, Worker
 
-_QUALITY = {"jpeg": {"quality": 90}, "webp": {"lossless": True}, "png": {}}
+KEEP_ALIVE = 5.0  # seconds without an event after which a stream says that it is there: proxies cut silent ones
+STILL_HERE = b": keep-alive\n\n"  # a comment, which readers of events pass over
 _GONE = 499  # nobody reads this answer
+_JPEG = 90  # quality, where none is asked for
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
-    """A picture as png (lossless), webp (lossless) or jpeg."""
+@dataclass(frozen=True)
+class Form:
+    """How pictures are sent. side: their width and height; scaled: whether the model draws another size; kind: png,
+    jpeg or webp; link: as a data URL; strength: quality from 0 to 100, None: what suits the kind."""
+
+    side: int
+    scaled: bool = False
+    kind: str = "png"
+    link: bool = False
+    strength: int | None = None
+
+    @property
+    def size(self) -> str:
+        return f"{self.side}x{self.side}"
+
+    def pictured(self, picture: Image.Image) -> dict[str, str]:
+        """A picture in the response format."""
+        if self.scaled:
+            picture = picture.resize((self.side, self.side), Image.Resampling.LANCZOS)
+        text = base64.b64encode(encoded(picture, self.kind, self.strength)).decode()
+        return {"url": f"data:image/{self.kind};base64,{text}"} if self.link else {"b64_json": text}
+
+
+def encoded(picture: Image.Image, kind: str, strength: int | None = None) -> bytes:
+    """A picture as png (lossless), webp (lossless, unless a strength below 100 is asked for) or jpeg."""
+    options: dict[str, Any] = {}
+    if kind == "jpeg":
+        options = {"quality": _JPEG if strength is None else strength}
+    elif kind == "webp":
+        options = {"lossless": True} if strength in (None, 100) else {"quality": strength}
     out = io.BytesIO()
-    picture.save(out, kind, **_QUALITY[kind])  # type: ignore[arg-type]
+    picture.save(out, kind, **options)
     return out.getvalue()
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an order that came to nothing."""
+def as_api_error(error: Exception, worker: Worker) -> ApiError:
+    """What a client is told of an order that came to nothing: nothing of where files lie here."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
@@ -40,37 +70,58 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, TooLong):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, UsageError):
-        return ApiError(400, str(error), code="invalid_value")
+        folders = [(str(pipe.folder), name) for name, pipe in worker.pipes.items() if pipe.folder is not None]
+        return ApiError(400, without_places(str(error), folders), code="invalid_value")
     return ApiError(500, "the image could not be drawn", code="internal_error")
 
 
 class Events:
-    """What happens to an order, to be awaited. `next` raises the ApiError of an order that fails."""
+    """What happens to an order, to be awaited: None as soon as it is known that it can be drawn, then its events. `next`
+    raises the ApiError of an order that fails."""
 
     def __init__(self, worker: Worker, order: Order):
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.queue: asyncio.Queue[Event | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def post(event: Event) -> None:
+        def post(event: Event | None) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
         self.worker = worker
         try:
-            self.job: Job = worker.submit(order, post)
+            self.job: Job = worker.submit(order, post, lambda: post(None))
         except Busy as error:
-            raise as_api_error(error) from error
+            raise as_api_error(error, worker) from error
 
-    async def next(self) -> Partial | Finished | Any:
+    async def next(self) -> Event | None:
         """The next event."""
         event = await self.queue.get()
         if isinstance(event, Failed):
-            raise as_api_error(event.error)
+            raise as_api_error(event.error, self.worker)
         return event
+
+    async def next_or_silence(self) -> Event | None:
+        """The next event; None after KEEP_ALIVE seconds without one."""
+        try:
+            return await asyncio.wait_for(self.next(), KEEP_ALIVE)
+        except asyncio.TimeoutError:
+            return None
 
     def close(self) -> None:
         """Nobody listens any more: what is not drawn will not be."""
         self.worker.cancel(self.job)
+
+
+async def accepted(worker: Worker, order: Order, disconnected: Callable[[], Awaitable[Any]]) -> Events:
+    """The events of an order that can be drawn, so that a stream of them may begin. Raises the ApiError of one that
+    cannot, and 499 as soon as the client has gone."""
+    events = Events(worker, order)
+    try:
+        await while_connected(events.next(), disconnected)
+    except BaseException:
+        events.close()
+        raise
+    return events
 
 
 @asynccontextmanager
@@ -112,8 +163,10 @@ def usage(order: Order, tokens: int) -> dict[str, Any]:
 def about(event: Finished, order: Order) -> dict[str, Any]:
     """What is known of an image beyond the API."""
     return {
+        "model": order.model,
         "index": event.index,
         "seed": order.seed,
+        "size": "{}x{}".format(*event.picture.size),
         "sha256": hashlib.sha256(event.picture.tobytes()).hexdigest(),
         "target_passes": event.passes,
         "tokens_per_pass": round(event.tokens / max(1, event.passes), 4),
@@ -123,15 +176,7 @@ def about(event: Finished, order: Order) -> dict[str, Any]:
     }
 
 
-def pictured(picture: Image.Image, request: ImageGeneration) -> dict[str, str]:
-    """A picture in the response format."""
-    text = base64.b64encode(encoded(picture, request.output_format)).decode()
-    if request.response_format == "url":
-        return {"url": f"data:image/{request.output_format};base64,{text}"}
-    return {"b64_json": text}
-
-
-async def whole(worker: Worker, order: Order, request: ImageGeneration, size: str) -> dict[str, Any]:
+async def whole(worker: Worker, order: Order, form: Form) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     found: list[Finished] = []
     async with events_of(worker, order) as events:
@@ -140,35 +185,36 @@ async def whole(worker: Worker, order: Order, request: ImageGeneration, size: st
             if isinstance(event, Finished):
                 found.append(event)
     found.sort(key=lambda event: event.index)
-    data = [{**pictured(event.picture, request), "bozzetto": about(event, order)} for event in found]
+    pictures = [await asyncio.to_thread(form.pictured, event.picture) for event in found]
     return {
         "created": int(time.time()),
-        "background": "opaque",
-        "data": data,
-        "output_format": request.output_format,
-        "quality": "auto",
-        "size": size,
+        "data": [{**made, "bozzetto": about(event, order)} for made, event in zip(pictures, found, strict=True)],
+        **_shared(form),
         "usage": usage(order, sum(event.tokens for event in found)),
         "seed": order.seed,
     }
 
 
-async def streamed(events: Events, order: Order, request: ImageGeneration, size: str) -> AsyncIterator[bytes]:
+def _shared(form: Form) -> dict[str, str]:
+    return {"background": "opaque", "output_format": form.kind, "quality": "auto", "size": form.size}
+
+
+async def streamed(events: Events, order: Order, form: Form) -> AsyncIterator[bytes]:
     """Server-sent events: partial images as they come, then each image completed."""
-    shared = {"background": "opaque", "output_format": request.output_format, "quality": "auto", "size": size}
     left = order.count
     try:
         while left:
-            event = await events.next()
-            kind, content = "partial_image", {"created_at": int(time.time()), **shared}
+            event = await events.next_or_silence()
+            kind, content = "partial_image", {"created_at": int(time.time()), **_shared(form)}
             if isinstance(event, Partial):
                 content |= {"partial_image_index": event.number, "index": event.index}
             elif isinstance(event, Finished):
                 kind, left = "completed", left - 1
                 content |= {"usage": usage(order, event.tokens), "index": event.index, "bozzetto": about(event, order)}
             else:
+                yield STILL_HERE
                 continue
-            yield sse(f"image_generation.{kind}", content | pictured(event.picture, request))
+            yield sse(f"image_generation.{kind}", content | await asyncio.to_thread(form.pictured, event.picture))
     except ApiError as error:
         yield failed(error)
     finally:

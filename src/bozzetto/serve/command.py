@@ -68,7 +68,7 @@ def check(options: Serve) -> None:
     if not options.ray and (options.replicas > 1 or options.max_replicas):
         raise UsageError("replicas are run by Ray: --ray is needed with --replicas and --max-replicas")
     GenerateSettings(compile=options.compile, deterministic=options.deterministic)
-    models_of(options)
+    aliases_of(options)
 
 
 def models_of(options: Serve) -> dict[str, str]:
@@ -81,6 +81,24 @@ def models_of(options: Serve) -> dict[str, str]:
             raise UsageError(f"model {model!r} is not allowed: there is one of that name already")
         found[name] = model
     return found
+
+
+def aliases_of(options: Serve) -> dict[str, str]:
+    """Models by further names. Raises UsageError for a name that is taken, or a model that is not served."""
+    served, found = models_of(options), dict[str, str]()
+    for text in options.alias:
+        name, _, model = text.partition("=")
+        if not name or model not in served:
+            raise UsageError(f"alias = {text!r} is not allowed: NAME=MODEL, MODEL one of {', '.join(served)}")
+        if name in served or name in found:
+            raise UsageError(f"alias = {text!r} is not allowed: {name!r} is served already")
+        found[name] = model
+    return found
+
+
+def terms_of(options: Serve, worker: Worker) -> Terms:
+    """What is agreed to draw."""
+    return Terms(worker, aliases_of(options), options.resize)
 
 
 def hosts_of(options: Serve) -> tuple[str, ...]:

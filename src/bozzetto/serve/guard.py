@@ -22,6 +22,11 @@ MOST_HEAD = 32 * 1024
 BODY_SECONDS = 30.0  # for all of a body, from its head on
 _ONCE = (b"host", b"authorization", b"content-type", b"content-length")  # of two, others may believe the other one
 _OPEN = ("/", "/health", "/page.js", "/page.css", "/openapi.json")  # without a key
+_JSON = ("/v1/images/generations", "/v1/draw")  # a page elsewhere cannot send this kind of body unasked
+_ABSENT = {
+    "/v1/images/edits": "pictures cannot be edited",
+    "/v1/images/variations": "there are no variations of pictures",
+}
 _KNOWN = (*_OPEN, "/metrics", "/v1/models", "/v1/images/generations", "/v1/draw")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -108,12 +113,14 @@ class Guard:
             raise ApiError(400, f"host {name[:100]!r} is not served here", code="unknown_host")
         if self.keys and scope["path"] not in _OPEN:
             self._check_key(headers.get(b"authorization", b""))
+        if missing := _ABSENT.get(scope["path"]):  # whatever the size and the kind of its body
+            raise ApiError(404, f"{missing} here: POST /v1/images/generations draws new ones", code="unknown_url")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             raise ApiError(400, "content-length is not a number")
         if int(length[:20]) > MOST_BYTES:
             raise _too_large()
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+        if scope["method"] == "POST" and scope["path"] in _JSON:
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":
                 raise ApiError(415, "content-type has to be application/json", code="unsupported_media_type")

@@ -1,11 +1,15 @@
-"""What requests may say: the OpenAI Images API and one object of ours. Unknown fields are refused."""
+"""What requests may say: the OpenAI Images API and one object of ours.
+
+A null is a field that is left out: OpenAI's own client sends what is None. Values that ask for what is done anyway are
+taken; whatever would be ignored although it matters is refused, unknown fields too.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_IMAGES, MOST_PARTIALS, PROMPT_CHARACTERS = 10, 3, 1000
 _NAME = re.compile(r"[a-z]+(?:[+-][a-z]*)*")
@@ -39,6 +43,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
 
 class Speculation(Strict):
     """How tokens are drafted and verified; what is left out suits the model. Exact unless a lossy rule is asked for."""
@@ -65,9 +74,18 @@ class ImageGeneration(Drawing):
     """Body of POST /v1/images/generations. Image i is image i of `bozzetto generate PROMPT --seed SEED`."""
 
     n: int = Field(1, ge=1, le=MOST_IMAGES)
-    size: str = Field("auto", max_length=20, description="auto, or the size that the model draws")
-    response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data URL, nothing is stored")
+    size: str = Field("auto", max_length=20, description="auto, or the size that the model draws, or with --resize any")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="url: a data URL, nothing is stored; left out: b64_json, for names that begin with dall-e url"
+    )
     output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="quality of jpeg and webp; 100 for webp and png: lossless"
+    )
+    quality: Literal["auto", "standard"] = Field("auto", description="there is one")
+    background: Literal["auto", "opaque"] = Field("auto", description="always opaque")
+    moderation: Literal["auto", "low"] = Field("auto", description="taken: nothing is filtered")
+    style: Literal["vivid"] = Field("vivid", description="taken: there is one")
     user: str | None = Field(None, max_length=200, description="taken, and neither used nor kept")
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=MOST_PARTIALS, description="with stream: pictures on the way")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator
 
-from bozzetto.serve.answers import Events, about, encoded, failed, sse
+from bozzetto.serve.answers import STILL_HERE, Events, about, encoded, failed, sse
 from bozzetto.serve.orders import Finished, Order, Progress
 from bozzetto.serve.problems import ApiError
 
@@ -14,7 +14,7 @@ async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:
     """Server-sent events: `progress` now and then, `done` with what every pass committed."""
     try:
         while True:
-            event = await events.next()
+            event = await events.next_or_silence()
             if isinstance(event, Progress):
                 picture = None if event.picture is None else base64.b64encode(encoded(event.picture, "jpeg")).decode()
                 told = {"seconds": round(event.seconds, 4), "tokens": event.done, "passes": event.passes}
@@ -24,6 +24,8 @@ async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:
                 final = {**about(event, order), "tokens": event.tokens, "committed": event.trace}
                 yield sse("done", {**final, "png": picture})
                 return
+            else:
+                yield STILL_HERE
     except ApiError as error:
         yield failed(error)
     finally:

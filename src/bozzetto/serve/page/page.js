@@ -30,7 +30,7 @@ async function loadModels() {
       const answer = await fetch("/v1/models", { headers: headers() });
       if (answer.status === 503) { $("state").textContent = "warming up ..."; }
       else if (!answer.ok) { await fail(answer); }
-      else { models = (await answer.json()).data; break; }
+      else { models = (await answer.json()).data.filter((m) => !m.alias_of); break; }
     } catch (error) {
       $("state").textContent = "not connected";
       $("error").textContent = error.message;
@@ -101,6 +101,7 @@ async function* events(body, signal) {
     held = parts.pop();
     for (const part of parts) {
       const data = part.split("\n").find((line) => line.startsWith("data: "));
+      if (!data) continue; // a comment: the server is still there
       const event = JSON.parse(data.slice(6));
       if (event.error) throw new Error(event.error.message);
       yield event;

@@ -6,8 +6,9 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -15,6 +16,7 @@ import openai
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve.app import make_app
 from bozzetto.serve.server import Server
+from bozzetto.serve.terms import Terms
 from bozzetto.serve.worker import Worker
 
 
@@ -31,10 +33,17 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(pipes: dict[str, Pipeline], *, keys: tuple[str, ...] = (), **settings: Any) -> Iterator[Live]:
+def live(
+    pipes: dict[str, Pipeline],
+    *,
+    keys: tuple[str, ...] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    resize: bool = False,
+    **settings: Any,
+) -> Iterator[Live]:
     """Serve models until the block ends; settings: of Worker."""
     worker = Worker(lambda: pipes, **{"slots": 4, "queue": 8, **settings})
-    app = make_app(worker, keys=keys, hosts=("127.0.0.1", "localhost"))
+    app = make_app(worker, keys=keys, hosts=("127.0.0.1", "localhost"), terms=Terms(worker, aliases, resize))
     with listening_at(Server(app, worker.limit)) as port:
         until(lambda: worker.ready.is_set() or worker.failure, 60)
         yield Live(f"http://127.0.0.1:{port}", worker)

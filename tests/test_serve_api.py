@@ -143,7 +143,7 @@ def test_without_a_seed_pictures_differ_and_the_answer_names_it(server: Live, pi
         ({"prompt": ""}, "prompt", "1 character"),
         ({"prompt": "x" * 1001}, "prompt", "1000"),
         ({}, "prompt", "required"),
-        ({"prompt": "rose", "quality": "hd"}, "quality", "not permitted"),
+        ({"prompt": "rose", "quality": "hd"}, "quality", "quality = 'hd': Input should be 'auto' or 'standard'"),
         ({"prompt": "rose", "partial_images": 4}, "partial_images", "3"),
         ({"prompt": "rose", "seed": -1}, "seed", "0"),
         ({"prompt": "rose", "seed": 2**63}, "seed", str(2**63)),
@@ -190,9 +190,21 @@ def test_the_client_gets_typed_errors(server: Live) -> None:
     assert "exact" in listed.rules["jacobi"] and "eagle" not in listed.rules and "lantern++" in listed.lossy
 
 
-def test_an_error_in_a_stream_is_an_event(server: Live) -> None:
-    with pytest.raises(openai.APIError, match="daisy, rose, tulip"):
-        list(server.client().images.generate(prompt="cactus", stream=True))
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"prompt": "cactus"}, "daisy, rose, tulip"),
+        ({"speculation": {"rule": "lantern:k=1500"}}, "at most 15"),
+        ({"speculation": {"drafter": "plane"}}, "plane"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/draw"])
+def test_what_is_known_before_the_first_pass_is_400_for_a_stream_too(
+    server: Live, extra: dict, named: str, path: str
+) -> None:
+    stream = {"stream": True} if path.endswith("generations") else {}
+    status, answer, headers = post(server, {"prompt": "rose", **stream, **extra}, path)
+    assert status == 400 and headers["content-type"] == "application/json" and named in answer["error"]["message"]
 
 
 def test_large_bodies_other_types_and_other_methods_are_refused(server: Live) -> None:
@@ -243,8 +255,10 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(pipe: Pipeline) -> None
         assert {status for status, *_ in answers} == {200, 429}
         refused = [(answer, headers) for status, answer, headers in answers if status == 429]
         assert all(a["error"]["type"] == "rate_limit_error" and int(h["retry-after"]) >= 1 for a, h in refused)
-        with pytest.raises(openai.RateLimitError):
-            small.client().images.generate(prompt="rose", n=3)
+        # More than the server ever holds is no question of time.
+        status, answer, headers = post(small, {"prompt": "rose", "n": 3})
+        assert (status, answer["error"]["param"], headers["retry-after"]) == (400, "n", None)
+        assert "n = 3 is not allowed: this server holds 2 images" in answer["error"]["message"]
         until(lambda: small.worker.held == 0)
 
 

@@ -24,7 +24,7 @@ from bozzetto.rules.joint import Joint
 from bozzetto.rules.path_block import PathBlock
 from bozzetto.rules.paths import PathRule
 from bozzetto.rules.pathwise import Pathwise
-from bozzetto.rules.reflection import Coupled, Plain, Reflection
+from bozzetto.rules.reflection import WIDEST, Coupled, Plain, Reflection
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Window:
     spread: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.spread < float("inf"):
-            raise UsageError(f"spread = {self.spread} is not allowed: a number > 0")
+        if not 0 < self.spread <= WIDEST:
+            raise UsageError(f"spread = {self.spread} is not allowed: a number above 0, {WIDEST} at most")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from bozzetto.rules.base import leading
 from bozzetto.rules.coupling import redraw, reflect
 from bozzetto.rules.paths import PathNoise, PathRule
 
+WIDEST = 100  # deviation of a token, in token units: far beyond what any model draws, and squares of it are numbers
+
 
 @dataclass
 class _Rows:
@@ -147,8 +149,8 @@ class Coupled(PathRule):
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= 100:
             raise UsageError(f"depth = {self.depth} is not allowed: a whole number from 1 to 100")
-        if not 0 <= self.spread < float("inf"):
-            raise UsageError(f"spread = {self.spread} is not allowed: a number >= 0")
+        if not 0 <= self.spread <= WIDEST:
+            raise UsageError(f"spread = {self.spread} is not allowed: a number from 0 to {WIDEST}")
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
         """Tokens float32 [R, D] of all R places of a law; noise and keys as in `Speculation.run`."""

@@ -22,6 +22,8 @@ from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.walk import Family, Judgement, greedy_choice, nobody, normalised, walk, without
 
+_MOST = 1 << 20  # codes in a group: no model has more
+
 
 class KeepingRule(Rule):
     """A rule given by a(v); subclasses define `keeping` and `rejected`."""
@@ -89,8 +91,8 @@ class Grouped(KeepingRule):
     bias: ClassVar[str] = "the exact bias of every decision; without a bound of its own"
 
     def __post_init__(self) -> None:
-        if self.group < 1:
-            raise UsageError(f"group = {self.group} is not allowed: a whole number >= 1")
+        if not 1 <= self.group <= _MOST:
+            raise UsageError(f"group = {self.group} is not allowed: a whole number from 1 to {_MOST}")
 
     def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
         vocab, below = p.shape[1], self.group // 2

@@ -76,8 +76,8 @@ def as_api_error(error: Exception, worker: Worker) -> ApiError:
 
 
 class Events:
-    """What happens to an order, to be awaited: None as soon as it is known that it can be drawn, then its events. `next`
-    raises the ApiError of an order that fails."""
+    """What happens to an order, to be awaited: None as soon as it is known that it can be drawn, then its events.
+    `next` raises the ApiError of an order that fails."""
 
     def __init__(self, worker: Worker, order: Order):
         self.queue: asyncio.Queue[Event | None] = asyncio.Queue()

@@ -17,6 +17,7 @@ from bozzetto.pipeline import Pipeline
 from bozzetto.serve.app import make_app
 from bozzetto.serve.guard import read_keys
 from bozzetto.serve.server import Server, leave
+from bozzetto.serve.terms import Terms
 from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
 
@@ -37,7 +38,7 @@ def serve(options: Serve) -> None:
     listening = _listen(options.host, options.port)
     with listening:
         worker = make_worker(options)
-        app = make_app(worker, keys=keys, hosts=hosts_of(options))
+        app = make_app(worker, keys=keys, hosts=hosts_of(options), terms=terms_of(options, worker))
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {', '.join(models_of(options))} at http://{shown}:{port}", flush=True)

@@ -13,7 +13,7 @@ from ray import serve
 
 from bozzetto.options import Serve
 from bozzetto.serve.app import make_app
-from bozzetto.serve.command import hosts_of, make_worker, models_of
+from bozzetto.serve.command import hosts_of, make_worker, models_of, terms_of
 
 _DRAIN = 60.0  # seconds that a replica which is taken down has for what it accepted
 
@@ -22,7 +22,8 @@ def application(options: Serve, keys: Sequence[str] = ()) -> Any:
     """A Ray Serve application, for `serve.run` or a Ray cluster's own configuration."""
 
     def build() -> Any:
-        return make_app(make_worker(options), keys=tuple(keys), hosts=hosts_of(options))
+        worker = make_worker(options)
+        return make_app(worker, keys=tuple(keys), hosts=hosts_of(options), terms=terms_of(options, worker))
 
     count: dict[str, Any] = {"num_replicas": options.replicas}
     if options.max_replicas:

@@ -240,13 +240,15 @@ def test_bad_settings_are_named(change, said, settings):
         replace(settings, **change)
 
 
-def test_data_must_be_there(pipe, tmp_path):
+def test_data_must_be_there(pipe, data, tmp_path):
     with pytest.raises(UsageError, match="give --data"):
         data_path(pipe, None)
     with pytest.raises(UsageError, match="not found"):
         data_path(pipe, tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="no sub-folder 'test'"):
+    with pytest.raises(UsageError, match="no images"):
         photographs(pipe, tmp_path, "test")
+    with pytest.raises(UsageError, match=r"unknown split 'validation'; found \['test', 'train'\]"):
+        photographs(pipe, data, "validation")
 
 
 def test_the_verb_writes_the_json_and_prints_the_table(tiny_model, data, tmp_path, capsys):

@@ -221,10 +221,6 @@ def test_without_labels_styles_are_the_classes_and_a_source_says_its_size(tmp_pa
     styled = DataSource(str(tmp_path / "styled.parquet"), "train").read()
     assert styled.classes == ["blue", "red"]
     assert np.array_equal(styled.labels, read_images(pictures, None).labels)
-    del rows["split"]
-    pq.write_table(pa.table(rows), tmp_path / "whole.parquet")
-    with pytest.raises(UsageError, match=r"missing columns \['split'\]"):
-        read_images(tmp_path / "whole.parquet", None)
 
 
 def test_augmentation_is_a_function_of_its_generator(pictures: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bozzetto.classes import class_named
-from bozzetto.data import evaluation_view, read_captions, read_folder, read_parquet
+from bozzetto.data import evaluation_view, read_captions, read_images
 from bozzetto.errors import UsageError
 from bozzetto.models.store import read_config
 from bozzetto.pipeline import Pipeline
@@ -55,20 +55,15 @@ def data_path(pipe: Pipeline, asked: str | Path | None) -> Path:
             raise UsageError(f"the data that {pipe.name!r} was trained on are not at {asked}: give --data")
     path = Path(asked)
     if not path.exists():
-        raise UsageError(f"data = {str(path)!r} not found (allowed: a parquet file, or a folder with train/ and test/)")
+        raise UsageError(f"data = {str(path)!r} not found (allowed: parquet or a folder, with splits train and test)")
     return path
 
 
 def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
-    """One split of a parquet file, or of a folder with sub-folders train and test, each with one folder per class.
-    Files are read straight at the model's size: samples are held against what the files show."""
+    """One split of a parquet file or of a folder, read straight at the model's size: samples are held against what the
+    files show. Raises UsageError as `read_images` does."""
     size = pipe.tokenizer.config.image_size
-    if path.is_dir():
-        if not (path / split).is_dir():
-            raise UsageError(f"{path} has no sub-folder {split!r} (wanted: {' and '.join(SPLITS)})")
-        found = read_folder(path / split, size)
-    else:
-        found = read_parquet(path, split, size)
+    found = read_images(path, split, size)
     known = [class_named(pipe.classes, name) for name in found.classes]
     label = np.array([-1 if number is None else number for number in known], np.int64)
     return Photographs(found.images, label[found.labels], found.enlarged)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bozzetto.classes import class_named
+from bozzetto.classes import class_named, distinct
 from bozzetto.data import evaluation_view, read_captions, read_images
 from bozzetto.errors import UsageError
 from bozzetto.models.store import read_config
@@ -64,7 +64,7 @@ def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
     files show. Raises UsageError as `read_images` does."""
     size = pipe.tokenizer.config.image_size
     found = read_images(path, split, size)
-    known = [class_named(pipe.classes, name) for name in found.classes]
+    known = [class_named(pipe.classes, name) for name in distinct(found.classes)]
     label = np.array([-1 if number is None else number for number in known], np.int64)
     return Photographs(found.images, label[found.labels], found.enlarged)
 

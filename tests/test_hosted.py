@@ -176,6 +176,14 @@ def test_the_command_line_draws_prompts(checkpoints: dict[str, Path], tmp_path: 
     assert manifest["images"][0]["class"] == "a red tulip"
 
 
+def test_prompts_of_any_length_are_drawn_and_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    prompts, out = ["a red dog " * 16, "字" * 90, "old " + "w" * 300, "old old " + "w" * 300], tmp_path / "out"
+    assert main(["generate", *prompts, "--model", str(checkpoints["janus"]), "--out", str(out)]) == 0
+    images = json.loads((out / "manifest.json").read_text())["images"]
+    assert [image["class"] for image in images] == [" ".join(prompt.split()) for prompt in prompts]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*(i["file"] for i in images), "manifest.json", "sheet.png"])
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

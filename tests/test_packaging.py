@@ -24,6 +24,7 @@ FLOORS = {
     "checks": 0.5,
     "files": 0.5,  # broken ones are an error of the user
     "images": 0,
+    "staging": 0.5,
     "classes": 1,
     "laws": 1,
     "drafts": 1.5,  # drafts of continuous tokens carry laws

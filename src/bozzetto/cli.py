@@ -113,26 +113,25 @@ def _wants_progress(asked: bool) -> bool:
 
 def _generate(options: Generate) -> None:
     from bozzetto.loading import load
-    from bozzetto.output import SHEET, staged_folder, write_run
+    from bozzetto.output import RunWriter, check_free, written_before
     from bozzetto.pipeline import GenerateSettings
+    from bozzetto.staging import staged_folder
 
     law = {name: getattr(options, name) for name in GenerateSettings.__dataclass_fields__}
     settings = GenerateSettings(**law)
     _check_request(options, settings)
     request: dict[str, Any] = {"classes": options.classes, "seed": options.seed, "count": options.count}
-    with staged_folder(options.out) as folder:
+    out, show = options.out, _wants_progress(options.progress)
+    with staged_folder(out, written_before(out)) as folder:
         pipe = load(options.model, dtype=options.dtype, captions=options.captions, image_size=options.image_size)
-        result = pipe.generate(**request, settings=settings, progress=_wants_progress(options.progress))
-        asked = {"model": options.model, "dtype": options.dtype, "seed": options.seed, "count": len(result.images)}
-        write_run(folder, result, {**asked, "classes": list(options.classes)})
-    print(f"{len(result.images)} images, {result.tokens_per_pass:.2f} tokens per pass, {result.seconds['total']:.1f} s")
-    print(f"contact sheet: {options.out / SHEET}")
-    close = [str(image.index) for image in result.images if image.near_tie]
-    if close:
-        print(
-            f"note: images {', '.join(close)} hold a token whose runner-up was within float rounding; "
-            "another batch or window may swap the two"
-        )
+        labels = pipe.labels(options.classes, settings)
+        count, side = options.count or len(labels), pipe.tokenizer.config.image_size
+        check_free(out, count, [pipe.classes[label] for label in labels])
+        with RunWriter(folder, count, (side, side)) as writer:
+            result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
+            asked = {"model": options.model, "dtype": options.dtype, "seed": options.seed, "count": count}
+            writer.finish(result, {**asked, "classes": list(options.classes)})
+    print(writer.summary(result, out))
 
 
 def _check_request(options: Generate, settings: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-_GAP = 4
+MOST_PIXELS = 2**25  # of a contact sheet, 100 MB
+_GAP, _LINE = 4, 14  # around a tile; of a caption
+_SMALLEST, _READABLE = 16, 64  # tiles, and those that are wide enough for a caption
 
 
 def one_core() -> None:
@@ -37,24 +40,57 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+class ContactSheet:
+    """Pictures of one size, tiled on white row by row as they come, with optional captions below each.
+
+    Many pictures are shown smaller, so that the sheet has at most `most` pixels; where they would be smaller than 16
+    pixels wide, only the first ones are (`shown`)."""
+
+    def __init__(self, count: int, size: tuple[int, int], columns: int, captions: bool, most: int = MOST_PIXELS):
+        width, height = size
+        self.line = _LINE if captions else 0
+        self.shown, self.columns, self.tile = count, max(1, min(columns, count)), size
+        if count * (width + _GAP) * (height + self.line + _GAP) > most:
+            side = max(_SMALLEST, math.isqrt(most // count) - _GAP)
+            self.line = _LINE if captions and side >= _READABLE else 0
+            share = min(1.0, (side - self.line) / max(size))
+            self.tile = (max(1, int(width * share)), max(1, int(height * share)))
+            self.shown = min(count, most // ((self.tile[0] + _GAP) * (self.tile[1] + self.line + _GAP)))
+            self.columns = max(1, math.isqrt(self.shown))
+        self.cell = (self.tile[0] + _GAP, self.tile[1] + self.line + _GAP)
+        rows = -(-self.shown // self.columns)
+        self.picture = Image.new("RGB", (self.columns * self.cell[0] + _GAP, rows * self.cell[1] + _GAP), "white")
+        self.count = 0
+
+    def add(self, picture: Image.Image, caption: str = "") -> None:
+        """Put the next one on the sheet, if it is to be shown."""
+        number, self.count = self.count, self.count + 1
+        if number >= self.shown:
+            return
+        x, y = _GAP + (number % self.columns) * self.cell[0], _GAP + (number // self.columns) * self.cell[1]
+        self.picture.paste(picture if picture.size == self.tile else picture.resize(self.tile), (x, y))
+        if self.line:
+            draw = ImageDraw.Draw(self.picture)
+            draw.text((x + 2, y + self.tile[1] + 1), _fitting(draw, caption, self.tile[0]), fill=(60, 60, 60))
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """As much of a text, on one line, as there is room for."""
+    text = " ".join(text.split())
+    while text and (length := draw.textlength(text)) > width:
+        text = text[: min(len(text) - 1, int(len(text) * width / length))]
+    return text
+
+
 def contact_sheet(images: np.ndarray, columns: int, captions: list[str] | None = None, scale: int = 1) -> Image.Image:
     """Tile uint8 images [N, H, W, 3] on white, row by row, with optional captions below each.
 
     scale: integer enlargement (nearest neighbour).
     """
     count, height, width = images.shape[:3]
-    columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    line = 14 if captions else 0
-    cell_w, cell_h = width * scale + _GAP, height * scale + line + _GAP
-    sheet = Image.new("RGB", (columns * cell_w + _GAP, rows * cell_h + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i in range(count):
-        x, y = _GAP + (i % columns) * cell_w, _GAP + (i // columns) * cell_h
-        tile = Image.fromarray(images[i])
-        if scale != 1:
-            tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(tile, (x, y))
-        if captions:
-            draw.text((x + 2, y + height * scale + 1), captions[i], fill=(60, 60, 60))
-    return sheet
+    size = (width * scale, height * scale)
+    sheet = ContactSheet(count, size, columns, bool(captions))
+    for number, pixels in enumerate(images):
+        tile = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+        sheet.add(tile, captions[number] if captions else "")
+    return sheet.picture

@@ -1,80 +1,36 @@
-"""What the command line leaves behind: run folders that appear whole or not at all, manifests, tables."""
+"""What the command line leaves behind: run folders, their manifests, tables."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 
 from bozzetto.errors import UsageError
-from bozzetto.images import contact_sheet
+from bozzetto.files import read_json
+from bozzetto.images import ContactSheet
 from bozzetto.models.store import CONFIG, WEIGHTS, read_config
-from bozzetto.pipeline import ASSETS, GeneratedImage, GenerateResult
+from bozzetto.pipeline import ASSETS
 from bozzetto.provenance import provenance
+from bozzetto.results import GeneratedImage, GenerateResult
+from bozzetto.staging import LAST
 
-SHEET, MANIFEST, VECTORS = "sheet.png", "manifest.json", "tokens.npz"
-_SHEET_COLUMNS = 8
-
-
-@contextlib.contextmanager
-def staged_folder(out: str | Path) -> Iterator[Path]:
-    """Give a hidden folder to write into; when the block ends well its files move to `out`, otherwise it vanishes.
-
-    An existing `out` keeps its other files, files of the same names are replaced, all or none of them. A missing `out`
-    (and its missing parents) appears only on success. Raises UsageError where `out` cannot be a folder.
-    """
-    out = Path(out).absolute()
-    missing = [p for p in (out, *out.parents) if not p.exists()]
-    blocker = next(p for p in (out, *out.parents) if p.exists())
-    if not blocker.is_dir():
-        raise UsageError(f"out = {str(out)!r} is not allowed: {blocker} is a file, a folder is wanted")
-    mark = secrets.token_hex(4)
-    staging = out / f".bozzetto-{mark}" if out.is_dir() else out.parent / f".{out.name}-{mark}"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        if out.is_dir():
-            _move_all(staging, out)
-            shutil.rmtree(staging, ignore_errors=True)  # the replaced files
-        else:
-            os.rename(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in missing[1:]:  # nearest first; a parent that someone else filled stays
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _move_all(staging: Path, out: Path) -> None:
-    """Move every file of `staging` into `out`, keeping what is replaced until all have moved; undo on failure."""
-    names = sorted(p.name for p in staging.iterdir())
-    old, undo = staging / "replaced", []
-    old.mkdir()
-    try:
-        for name in names:
-            if (out / name).exists():
-                undo.append((old / name, out / name))
-                os.replace(out / name, old / name)
-            undo.append((out / name, staging / name))
-            os.replace(staging / name, out / name)
-    except BaseException:
-        for source, target in reversed(undo):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(source, target)
-        raise
+SHEET, MANIFEST, VECTORS = "sheet.png", LAST, "tokens.npz"
+_SHEET_COLUMNS, _LONGEST_NAME, _LISTED = 8, 100, 20  # bytes of a class in a file name; near ties that are listed
+_MARK_KEY, _MARK = "Software", "bozzetto"  # in what is written
 
 
 def check_writable(path: str | Path) -> None:
@@ -87,49 +43,86 @@ def check_writable(path: str | Path) -> None:
         raise UsageError(f"{path} cannot be written: {parent} is not a folder that can be written to")
 
 
-def write_run(folder: Path, result: GenerateResult, settings: Mapping[str, object]) -> None:
-    """Write the images, their contact sheet and manifest.json, and continuous tokens as tokens.npz, one float32 array
-    [N, D] by file name. Raises OSError naming the file that does not fit."""
-    for image in result.images:
-        _write(folder / file_name(image), _png(image.image))
-    pixels = np.stack([np.asarray(i.image) for i in result.images])
-    captions = [f"{i.index} {i.class_name}" for i in result.images]
-    _write(folder / SHEET, _png(contact_sheet(pixels, _SHEET_COLUMNS, captions)))
-    if result.images[0].tokens.ndim > 1:
-        buffer = io.BytesIO()
-        np.savez(buffer, **{file_name(i): i.tokens.numpy() for i in result.images})  # type: ignore[arg-type]
-        _write(folder / VECTORS, buffer.getvalue())
-    text = json.dumps(manifest(result, settings), indent=1, allow_nan=False)
-    # Lists of tokens on one line each: the file stays readable.
-    text = re.sub(r"\[[-+\s\d.,e]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
-    _write(folder / MANIFEST, text.encode() + b"\n")
+class RunWriter:
+    """Writes a run into a folder image by image, so that none has to be kept: pictures, contact sheet, manifest.json,
+    and continuous tokens as tokens.npz, one float32 array [N, D] by file name.
+
+    count: images to come; size: of a picture. As a context it closes its files. Raises OSError naming the file that
+    does not fit."""
+
+    def __init__(self, folder: Path, count: int, size: tuple[int, int]):
+        self.folder, self.ties, self.near = folder, 0, list[int]()
+        self.sheet = ContactSheet(count, size, _SHEET_COLUMNS, captions=True)
+        self.files = contextlib.ExitStack()
+        self.vectors: zipfile.ZipFile | None = None
+        self.text = self.files.enter_context((folder / MANIFEST).open("w", encoding="utf-8"))
+        self.text.write('{\n "images": [')
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        with contextlib.suppress(*(() if kind is None else (OSError,))):  # what has gone wrong already is told
+            self.files.close()
+
+    def add(self, image: GeneratedImage) -> None:
+        """Write one image, in order."""
+        _write(self.folder / file_name(image.index, image.class_name), _png(image.image))
+        if image.tokens.ndim > 1:
+            self._add_vectors(image)
+        first = "" if self.sheet.count == 0 else ","
+        self.sheet.add(image.image, f"{image.index} {image.class_name}")
+        with _named(self.folder / MANIFEST):
+            self.text.write(f"{first}\n  {{\n{_members(_entry(image), 3, 3)}\n  }}")
+        if image.near_tie:
+            self.ties += 1
+            self.near += [image.index] if len(self.near) < _LISTED else []
+
+    def _add_vectors(self, image: GeneratedImage) -> None:
+        if self.vectors is None:
+            self.vectors = self.files.enter_context(zipfile.ZipFile(self.folder / VECTORS, "w"))
+            self.vectors.comment = _MARK.encode()
+        content = io.BytesIO()
+        np.save(content, image.tokens.numpy())
+        with _named(self.folder / VECTORS):
+            self.vectors.writestr(f"{file_name(image.index, image.class_name)}.npy", content.getvalue())
+
+    def finish(self, result: GenerateResult, settings: Mapping[str, object]) -> None:
+        """Write what is known in the end. `settings` are added to those the result knows."""
+        _write(self.folder / SHEET, _png(self.sheet.picture))
+        with _named(self.folder / MANIFEST):
+            self.text.write(f"\n ],\n{_members(_finite(_run(result, settings)), 1, 2)}\n}}\n")
+            self.text.flush()
+            os.fsync(self.text.fileno())
+            self.files.close()
+
+    def summary(self, result: GenerateResult, out: Path) -> str:
+        """What to tell about a run that has moved to `out`."""
+        seconds, sheet = result.seconds["total"], self.sheet
+        first = "" if sheet.shown >= result.count else f" (the first {sheet.shown})"
+        text = f"{result.count} images, {result.tokens_per_pass:.2f} tokens per pass, {seconds:.1f} s\n"
+        text += f"contact sheet: {out / SHEET}{first}"
+        if self.ties:
+            more = f" and {self.ties - len(self.near)} more" * (self.ties > len(self.near))
+            text += (
+                f"\nnote: images {', '.join(map(str, self.near))}{more} hold a token whose runner-up was within float "
+            )
+            text += "rounding; another batch or window may swap the two"
+        return text
 
 
-def manifest(result: GenerateResult, settings: Mapping[str, object]) -> dict[str, Any]:
-    """The content of manifest.json. `settings` are added to those the result knows.
-
-    A margin is null where it was not measured (rule exact) or where no second candidate had any probability.
-    """
-    return {
-        "images": [_entry(image) for image in result.images],
-        "tokens_per_pass": result.tokens_per_pass,
-        "seconds": result.seconds,
-        "head_calls": result.head_calls,
-        "head_rows": result.head_rows,
-        "settings": {
-            **vars(result.settings),
-            "window": result.windows[0],
-            "windows": result.windows,
-            **settings,
-        },
-        **provenance(),
-    }
+def _run(result: GenerateResult, settings: Mapping[str, object]) -> dict[str, Any]:
+    """What manifest.json says of the whole run."""
+    own = {**vars(result.settings), "window": result.windows[0], "windows": result.windows}
+    figures = {name: getattr(result, name) for name in ("tokens_per_pass", "seconds", "head_calls", "head_rows")}
+    return {**figures, "settings": {**own, **settings}, **provenance()}
 
 
 def _entry(image: GeneratedImage) -> dict[str, Any]:
-    finite = image.margin is not None and math.isfinite(image.margin)
-    return {
-        "file": file_name(image),
+    """What manifest.json says of an image. A margin is null where it was not measured (rule exact) or where no second
+    candidate had any probability; so is any figure that is not finite."""
+    content = {
+        "file": file_name(image.index, image.class_name),
         "class": image.class_name,
         "seed": image.seed,
         "index": image.index,
@@ -137,12 +130,14 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "target_passes": image.target_passes,
         "accepted": image.accepted,
         "drafted": image.drafted,
-        "margin": image.margin if finite else None,
+        "margin": image.margin,
         "near_tie": bool(image.near_tie),
         "tv_spent": image.spent,
         "trace": vars(image.trace),
         **({"tokens": image.tokens.tolist()} if image.tokens.ndim == 1 else _vectors(image)),
     }
+    plain: dict[str, Any] = _finite(content)
+    return plain
 
 
 def _vectors(image: GeneratedImage) -> dict[str, Any]:
@@ -150,25 +145,102 @@ def _vectors(image: GeneratedImage) -> dict[str, Any]:
     return {"distance_mean": image.moved, "distance_max": image.farthest, "tokens": VECTORS}
 
 
-def file_name(image: GeneratedImage) -> str:
-    """IIIIII-CLASS.png; whatever a file name should not hold becomes a dash."""
-    safe = re.sub(r"[^\w]+", "-", image.class_name).strip("-") or str(image.label)
-    return f"{image.index:06d}-{safe}.png"
+def _finite(content: Any) -> Any:
+    """With null for numbers that JSON has not."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _members(content: Mapping[str, Any], depth: int, deepest: int) -> str:
+    """A mapping's members as JSON, one on a line and lists on one, so that the file stays readable."""
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, dict) and value and depth < deepest:
+            text = f"{{\n{_members(value, depth + 1, deepest)}\n{' ' * depth}}}"
+        else:
+            text = json.dumps(value, allow_nan=False)
+        lines.append(f"{' ' * depth}{json.dumps(key)}: {text}")
+    return ",\n".join(lines)
+
+
+def file_name(index: int, class_name: str) -> str:
+    """IIIIII-CLASS.png; whatever a file name should not hold becomes a dash, and a long name is cut, for file systems
+    take 255 bytes at most (encrypted ones 143), of which a letter may need four."""
+    safe = re.sub(r"[^\w]+", "-", class_name).encode()[:_LONGEST_NAME].decode(errors="ignore").strip("-")
+    return f"{index:06d}-{safe}.png" if safe else f"{index:06d}.png"
+
+
+def check_free(out: Path, count: int, class_names: Sequence[str], first: int = 0) -> None:
+    """Raise UsageError where a folder holds something under a name that a run of images first..first + count - 1 needs
+    and that no run has written: asked before anything is drawn. class_names: taken in turn, by index."""
+    ours = written_before(out)
+    for path in out.iterdir() if out.is_dir() else ():
+        found = re.fullmatch(r"(\d{6,18})(-.*)?\.png", path.name)
+        index = int(found[1]) - first if found else -1
+        wanted = 0 <= index < count and path.name == file_name(index, class_names[index % len(class_names)])
+        if (wanted or path.name in (SHEET, MANIFEST, VECTORS)) and not ours(path):
+            raise UsageError(
+                f"out = {str(out)!r} is not allowed: {path.name} in it was not written by generate and would be "
+                "replaced (move it away, or choose another folder)"
+            )
+
+
+def written_before(out: Path) -> Callable[[Path], bool]:
+    """Which files of a folder an earlier run wrote: they carry a mark, or its manifest.json lists them."""
+
+    def listed() -> set[str]:
+        try:
+            images = read_json(out / MANIFEST)["images"]
+            return {SHEET, VECTORS, *(str(image["file"]) for image in images)}
+        except (UsageError, LookupError, TypeError):
+            return set()
+
+    names = functools.cache(listed)
+
+    def ours(path: Path) -> bool:
+        if path.is_symlink() or not path.is_file():
+            return False
+        if path.name == MANIFEST:
+            with open(path, "rb") as f:
+                return f.read(64).startswith(b'{\n "images": [')
+        return _marked(path) or path.name in names()
+
+    return ours
+
+
+def _marked(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return picture.info.get(_MARK_KEY) == _MARK
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == _MARK.encode()
+    return False
 
 
 def _png(image: Image.Image) -> bytes:
     # Encoded in memory, so that a full disk is reported as such and not as an encoder error.
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text(_MARK_KEY, _MARK)
+    image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:
+    with _named(path), open(path, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error says which file it is about."""
     try:
-        with open(path, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
+        yield
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path.name} ({error.strerror})", str(path.parent)) from error
 

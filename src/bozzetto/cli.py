@@ -337,15 +337,15 @@ def _convert(options: Convert) -> None:
     if options.what == "llamagen":
         from bozzetto.models.convert import convert_llamagen
 
-        print(convert_llamagen(first, second, options.out, options.image_size, options.class_names))
+        print(convert_llamagen(first, second, options.out, options.image_size, options.class_names, options.store))
     elif options.what == "mar":
         from bozzetto.models.convert_mar import convert_mar
 
-        print(convert_mar(first, second, options.out, options.class_names))
+        print(convert_mar(first, second, options.out, options.class_names, options.store))
     else:
         from bozzetto.models.eagle_store import convert_eagle
 
-        print(convert_eagle(first, second, options.out))
+        print(convert_eagle(first, second, options.out, options.store))
 
 
 def _train(options: Train) -> None:

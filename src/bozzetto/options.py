@@ -302,6 +302,9 @@ class Convert:
     """eagle: the drafter's weights, .bin, .pt or .safetensors."""
     model: Path | None = None
     """eagle: folder of its target."""
+    store: Literal["own", "float16", "bfloat16", "float32"] = "own"
+    """How weights are stored. own: every one in the type that it has in its file (float64: float32). Another type may
+    round them; what it cannot hold is refused."""
 
 
 @checked(frozen=True, config=_STRICT)

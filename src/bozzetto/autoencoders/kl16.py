@@ -148,7 +148,7 @@ def _turned(key: str, levels: int) -> str:
 
 
 def from_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """A published state, or a part of it -> the same of diffusers' AutoencoderKL, float32.
+    """A published state, or a part of it -> the same of diffusers' AutoencoderKL, in its own types.
 
     Attention there multiplies by matrices [C, C]; published are 1 x 1 convolutions [C, C, 1, 1].
     """
@@ -156,7 +156,7 @@ def from_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor
     for key, value in state.items():
         name = ours(key, levels)
         is_matrix = _ATTENTION in name and value.ndim == 4 and value.shape[2:] == (1, 1)
-        out[name] = (value[:, :, 0, 0] if is_matrix else value).float()
+        out[name] = value[:, :, 0, 0] if is_matrix else value
     return out
 
 
@@ -174,7 +174,8 @@ def decoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def latents_state(state: Mapping[str, Tensor], config: KL16Config, scale: float) -> dict[str, Tensor]:
-    """The state of `kl16_latents(config)` from a published one, float32; latents = scale * tokens in all channels."""
+    """The state of `kl16_latents(config)` from a published one, in its own types; latents = scale * tokens in all
+    channels."""
     part = from_published(decoder_part(state), len(config.widths))
     return {
         "scale": torch.full((config.token_dim,), scale),

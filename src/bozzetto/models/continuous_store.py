@@ -1,6 +1,6 @@
 """Folders of continuous-token models: what store.py is for codes.
 
-config.json (family flow or mar, the sampler's steps, notes), model.safetensors (float16), tokenizer.json and
+config.json (family flow or mar, the sampler's steps, notes), model.safetensors, tokenizer.json and
 tokenizer.safetensors (the decoder of latents with the scale of the tokens).
 """
 
@@ -40,16 +40,25 @@ _DECODERS: dict[str, tuple[type[LatentConfig], Callable[[Any], LatentDecoder]]] 
 
 
 def write_continuous(
-    folder: Path, family: str, config: object, state: Mapping[str, Tensor], notes: dict, compact: bool = False
+    folder: Path,
+    family: str,
+    config: object,
+    state: Mapping[str, Tensor],
+    notes: dict,
+    compact: bool = False,
+    store: str = "float16",
 ) -> None:
-    """config.json and model.safetensors. config: a FlowConfig or MARConfig; compact: see `save_state`."""
-    save_state(folder / WEIGHTS, state, compact)
+    """config.json and model.safetensors. config: a FlowConfig or MARConfig; compact, store: see `save_state`."""
+    save_state(folder / WEIGHTS, state, compact, store)
     write_config(folder, {"family": family}, config, notes)
 
 
-def write_latents(folder: Path, kind: str, config: LatentConfig, state: Mapping[str, Tensor], notes: dict) -> None:
-    """tokenizer.json and tokenizer.safetensors. state: of the LatentDecoder (scale, shift, decoder.*)."""
-    save_state(folder / TOKENIZER_WEIGHTS, state)
+def write_latents(
+    folder: Path, kind: str, config: LatentConfig, state: Mapping[str, Tensor], notes: dict, store: str = "float16"
+) -> None:
+    """tokenizer.json and tokenizer.safetensors. state: of the LatentDecoder (scale, shift, decoder.*); store: see
+    `save_state`."""
+    save_state(folder / TOKENIZER_WEIGHTS, state, store=store)
     write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, infer_config
@@ -26,11 +27,23 @@ from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.files import write_text
 from bozzetto.models.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
-from bozzetto.models.store import CONFIG, PUBLISHED, WEIGHTS, check_fit, read_weights, save_state, write_tokenizer
+from bozzetto.models.store import (
+    CONFIG,
+    OWN,
+    PUBLISHED,
+    WEIGHTS,
+    check_fit,
+    name_of,
+    save_state,
+    stored_type,
+    write_tokenizer,
+)
 
 IMAGE_SIZES = (256, 384, 512)
 GPT, VQ = "a LlamaGen transformer", "a LlamaGen VQ tokenizer"
 MAR, KL16 = "a MAR transformer", "a KL-16 autoencoder"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_REPEATED = 2**30  # bytes of a tensor that repeats a few numbers
 WRAPPERS = ("model", "module", "state_dict")
 # What a family is known by: its name, and keys that it alone has together.
 _FAMILIES = (
@@ -51,14 +64,15 @@ _OPTIONS = {
 
 
 def convert_llamagen(
-    gpt: Path, vq: Path, out: Path, image_size: int | None = None, class_names: Path | None = None
+    gpt: Path, vq: Path, out: Path, image_size: int | None = None, class_names: Path | None = None, store: str = OWN
 ) -> str:
     """Turn a published LlamaGen (class- or text-conditional, any size) and its tokenizer into the model folder `out`.
 
     gpt, vq: torch pickles (opened with weights_only=True) or safetensors files. image_size: 256, 384 or 512; None: what
-    the file or its name says, else 256. class_names: a text file with one name per line; None: "0", "1", ...
-    Returns a line about what was found. Raises UsageError for a file of another family, missing or misshapen or
-    non-finite weights, parts that do not fit together, or an `out` that is not empty; then nothing is written.
+    the file or its name says, else 256. class_names: a text file with one name per line; None: "0", "1", ...; store:
+    see `store.save_state`. Returns a line about what was found. Raises UsageError for a file of another family, missing
+    or misshapen or non-finite weights, parts that do not fit together, or an `out` that is not empty; then nothing is
+    written.
     """
     check_out(out)
     if image_size is not None and image_size not in IMAGE_SIZES:
@@ -75,7 +89,7 @@ def convert_llamagen(
     network.pop(POSITIONS, None)
     pixels.pop(USED, None)
     for source, part in ((vq, pixels), (gpt, network)):
-        check_finite(source, part, most=torch.finfo(torch.float16).max)
+        check_storable(source, part, store)
     condition = "t2i" if config.captioned else "c2i"
     content = {
         "family": "llamagen",
@@ -85,20 +99,20 @@ def convert_llamagen(
     }
 
     def write(folder: Path) -> None:
-        save_state(folder / WEIGHTS, network)
-        write_tokenizer(folder, PUBLISHED, tokenizer, pixels, {})
+        save_state(folder / WEIGHTS, network, store=store)
+        write_tokenizer(folder, PUBLISHED, tokenizer, pixels, {}, store)
         write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
     write_folder(out, write)
     kind = f"{condition}, {config.classes} classes" if names else f"{condition}, {config.condition_tokens} text tokens"
     return (
         f"LlamaGen-{size} ({kind}) with VQ-{tokenizer.downsample}, {image_size} x {image_size} pixels ({how}), "
-        f"{config.length} tokens: {out}{note_on_doubles(names)}"
+        f"{config.length} tokens, weights as {types_in({**network, **pixels}, store)}: {out}{note_on_doubles(names)}"
     )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, bare or under `model`, `module` or `state_dict`, in its own dtypes.
+    """The state dict of a checkpoint, bare or under `model`, `module` or `state_dict`, in its own types.
 
     The file is mapped and not copied where its format allows. Raises UsageError for an unreadable or unsafe file,
     something else than tensors, or non-finite weights.
@@ -111,16 +125,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
     """`read_state` without looking at the numbers, under the first of `wrappers` that there is; and which, "" for a
     bare state dict."""
-    if path.suffix == ".safetensors":
-        return read_weights(path), ""
     if not path.is_file():
         raise UsageError(f"checkpoint not found: {path}")
     try:
-        # Training scripts keep their command line, a Namespace, beside the weights: a bare record of options.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
-        raise UsageError(f"{path}: not a checkpoint that can be read safely: {error}") from error
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"{path}: not a checkpoint that can be read safely: {why}") from error
     found = ""
     if isinstance(content, dict):
         found = next((wrapper for wrapper in wrappers if isinstance(content.get(wrapper), dict)), "")
@@ -130,19 +141,59 @@ def _open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[st
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{path}: expected a state dict, but {key!r} is not a tensor but {type(value).__name__}")
+        _check_plain(path, str(key), value)
     return {str(key): value.detach() for key, value in content.items()}, found
 
 
-def check_finite(path: Path, state: Mapping[str, Tensor], most: float = math.inf) -> None:
-    """Raise UsageError that names the first weight that is not finite or larger than `most`, what float16 holds."""
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as content:
+        return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+
+
+def _read_pickle(path: Path) -> object:
+    # Training scripts keep their command line, a Namespace, beside the weights: a bare record of options.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _check_plain(path: Path, key: str, value: Tensor) -> None:
+    """Raise UsageError for a tensor whose numbers are not in the file: sparse, of no device, repeated without end."""
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise UsageError(f"{path}: {key!r} is no plain tensor ({value.layout}, {value.device})")
+    if value.numel() * value.element_size() > max(path.stat().st_size, _MOST_REPEATED):
+        raise UsageError(f"{path}: {key!r} has shape {tuple(value.shape)}, which the file has no room for")
+
+
+def check_finite(path: Path, state: Mapping[str, Tensor], store: str = OWN) -> None:
+    """Raise UsageError that names the first weight that is not finite, or too large for what it is stored as."""
     for key, value in state.items():
         if not value.is_floating_point() or not value.numel():
             continue
-        low, high = (float(end) for end in value.aminmax())  # both are nan where one number is
+        seen = value if value.dtype in _FLOATS else value.float()
+        low, high = (float(end) for end in seen.aminmax())  # both are nan where one number is
         if not math.isfinite(low) or not math.isfinite(high):
             raise UsageError(f"{path}: weight {key!r} has non-finite values")
-        if max(-low, high) > most:
-            raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")
+        kind = stored_type(value.dtype, store)
+        if max(-low, high) > torch.finfo(kind).max:
+            other = "" if store == OWN else " (without --store weights keep their own type)"
+            raise UsageError(f"{path}: weight {key!r} has values that {name_of(kind)} cannot hold{other}")
+
+
+def check_storable(path: Path, state: Mapping[str, Tensor], store: str) -> None:
+    """`check_finite`, and raise UsageError that names the first weight of another type than weights have here.
+
+    store: see `store.save_state`.
+    """
+    for key, value in state.items():
+        if value.dtype not in _FLOATS:
+            allowed = ", ".join(map(name_of, _FLOATS))
+            raise UsageError(f"{path}: weight {key!r} is of type {name_of(value.dtype)} (allowed: {allowed})")
+    check_finite(path, state, store)
+
+
+def types_in(state: Mapping[str, Tensor], store: str) -> str:
+    """The types that a state is stored in, in words."""
+    return " and ".join(sorted({name_of(stored_type(value.dtype, store)) for value in state.values()}))
 
 
 def family_state(path: Path, wanted: str, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
@@ -176,7 +227,10 @@ def recognise(state: Mapping[str, Tensor], source: Path, grid: int) -> tuple[str
 
     Raises UsageError for a shape that no published size has, and for missing, unexpected or misshapen keys.
     """
-    vocab, dim = state["tok_embeddings.weight"].shape
+    try:
+        vocab, dim = state["tok_embeddings.weight"].shape
+    except ValueError as error:
+        raise UsageError(f"{source}: checkpoint does not fit: 'tok_embeddings.weight' is no matrix") from error
     layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     size = next((name for name, shape in SHAPES.items() if shape[:2] == (dim, layers)), None)
     if size is None:
@@ -186,7 +240,7 @@ def recognise(state: Mapping[str, Tensor], source: Path, grid: int) -> tuple[str
     if rows is None and captions is None:
         raise UsageError(f"{source}: neither class-conditional nor text-conditional: no key 'cls_embedding...'")
     config = dataclasses.replace(published_config(size, grid, rows is None), vocab=vocab)
-    if rows is not None:
+    if rows is not None and rows.ndim == 2 and len(rows) > 1:
         config = dataclasses.replace(config, classes=len(rows) - 1)
     elif captions is not None and captions.ndim == 2:
         config = dataclasses.replace(config, condition_tokens=captions.shape[0], caption_dim=captions.shape[1])
@@ -213,7 +267,7 @@ def choose_image_size(asked: int | None, state: Mapping[str, Tensor], source: Pa
 def _stored_grid(state: Mapping[str, Tensor]) -> int | None:
     """Tokens a side by the length of a stored table of rotations [T + grid^2, hd/2, 2], None where there is none."""
     table, captions = state.get(POSITIONS), state.get("cls_embedding.uncond_embedding")
-    if table is None:
+    if table is None or not table.ndim or (captions is not None and not captions.ndim):
         return None
     tokens = len(table) - (1 if captions is None else len(captions))
     side = round(max(tokens, 0) ** 0.5)
@@ -243,7 +297,7 @@ def _tokenizer_config(state: Mapping[str, Tensor], source: Path) -> LlamaGenVQCo
     """The config of a published tokenizer, every key and shape checked."""
     try:
         config = infer_config(state, 256)
-    except (KeyError, ValueError) as error:  # a missing key, a tensor with another number of dimensions
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:  # a missing key, a tensor of another shape
         raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
     with torch.device("meta"):
         wanted = LlamaGenVQ(config).published_state()

@@ -19,26 +19,25 @@ from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.models import convert, mar
 from bozzetto.models.continuous_store import KL16, MASKED, write_continuous, write_latents
-from bozzetto.models.convert import check_finite, check_out, family_state, read_class_names, write_folder
+from bozzetto.models.convert import check_out, check_storable, family_state, read_class_names, types_in, write_folder
 from bozzetto.models.mar import SHAPES, MARConfig
-from bozzetto.models.store import check_fit
+from bozzetto.models.store import OWN, check_fit
 
 TOKEN_PER_LATENT = 0.2325  # one over the deviation of KL-16's latents of ImageNet
 # The sampler of the published results: diffusion steps, passes of the transformer, guidance over the passes.
 SAMPLER = {"steps": 100, "passes": 256, "guidance_schedule": "linear"}
 # Averaged weights are those of the published results.
 _WRAPPERS = ("model_ema", *convert.WRAPPERS)
-_LARGEST = torch.finfo(torch.float16).max
 
 
-def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None = None) -> str:
+def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None = None, store: str = OWN) -> str:
     """Turn a published MAR (any size, classes, grid) and its autoencoder KL-16 into the model folder `out`.
 
     checkpoint, vae: torch pickles (opened with weights_only=True) or safetensors files; of a training checkpoint the
-    averaged weights are taken where it has any. class_names: a text file with one name per line; None: "0", "1", ...
-    Returns a line about what was found. Raises UsageError for a file of another family, missing or misshapen or
-    non-finite weights, parts that do not fit together, an `out` that is not empty, or a missing extra package; then
-    nothing is written.
+    averaged weights are taken where it has any. class_names: a text file with one name per line; None: "0", "1", ...;
+    store: see `store.save_state`. Returns a line about what was found. Raises UsageError for a file of another family,
+    missing or misshapen or non-finite weights, parts that do not fit together, an `out` that is not empty, or a missing
+    extra package; then nothing is written.
     """
     check_out(out)
     pixels, _ = family_state(vae, convert.KL16)
@@ -51,9 +50,9 @@ def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None
             "channels (tokens of several latents are not supported)"
         )
     names = read_class_names(class_names, config.classes)
-    check_finite(vae, pixels)
-    check_finite(vae, kl16.decoder_part(pixels), most=_LARGEST)
-    check_finite(checkpoint, network, most=_LARGEST)
+    check_storable(vae, kl16.decoder_part(pixels), store)
+    check_storable(vae, pixels, OWN)
+    check_storable(checkpoint, network, store)
     decoder = kl16.latents_state(pixels, latents, 1 / TOKEN_PER_LATENT)
     weights = wrapper or "bare"
     notes = {
@@ -63,14 +62,15 @@ def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None
     }
 
     def write(folder: Path) -> None:
-        write_latents(folder, KL16, latents, decoder, {})
-        write_continuous(folder, MASKED, config, network, notes)
+        write_latents(folder, KL16, latents, decoder, {}, store)
+        write_continuous(folder, MASKED, config, network, notes, store=store)
 
     write_folder(out, write)
     averaged = {"model_ema": "averaged weights", "model": "weights without averaging"}.get(wrapper, "weights as given")
     return (
         f"MAR-{size} ({config.classes} classes, {averaged}) with KL-{latents.downsample}, "
-        f"{latents.image_size} x {latents.image_size} pixels, {config.length} tokens: {out}{note_on_doubles(names)}"
+        f"{latents.image_size} x {latents.image_size} pixels, {config.length} tokens, weights as "
+        f"{types_in({**network, **decoder}, store)}: {out}{note_on_doubles(names)}"
     )
 
 

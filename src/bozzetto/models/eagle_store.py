@@ -12,19 +12,20 @@ from torch import Tensor
 
 from bozzetto.checks import config_from
 from bozzetto.errors import UsageError
-from bozzetto.models.convert import check_out, read_state, write_folder
+from bozzetto.models.convert import check_out, check_storable, read_state, types_in, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, Rows, eagle_config
 from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.models.store import (
     CONFIG,
+    OWN,
     WEIGHTS,
+    check_fit,
     check_target,
     choose,
     load_llamagen,
     load_module,
-    load_strict,
     read_config,
     save_state,
     target_digest,
@@ -47,10 +48,17 @@ def family_of(net: Drafting) -> str:
     return next(name for name, (_, kind) in FAMILIES.items() if isinstance(net, kind))
 
 
-def save_drafter(folder: str | Path, net: Drafting, target: Path, notes: dict[str, Any], compact: bool = False) -> None:
-    """Write a drafter folder for the target in the model folder `target`. compact: see `save_state`."""
+def save_drafter(
+    folder: str | Path,
+    net: Drafting,
+    target: Path,
+    notes: dict[str, Any],
+    compact: bool = False,
+    store: str = "float16",
+) -> None:
+    """Write a drafter folder for the target in the model folder `target`. compact, store: see `save_state`."""
     folder = Path(folder)
-    save_state(folder / WEIGHTS, net.state_dict(), compact)
+    save_state(folder / WEIGHTS, net.state_dict(), compact, store)
     write_config(folder, {"family": family_of(net)}, net.config, {"target_weights": target_digest(target), **notes})
 
 
@@ -73,20 +81,24 @@ def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> Eagl
     return load_drafter(folder, FAMILY, target, weights)
 
 
-def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
+def convert_eagle(drafter: Path, model: Path, out: Path, store: str = OWN) -> str:
     """Turn a published EAGLE drafter of a LlamaGen target into a drafter folder; returns a line about it.
 
     drafter: a torch pickle (opened with weights_only=True) or safetensors file with `fc`, `layers.0...` and
-    `embed_tokens.weight`; model: the folder of its target. The published drafters hold the rows of the target's head
-    in place of its embedding (LANTERN, arXiv 2410.03355): which of the two it is, is found by comparison.
+    `embed_tokens.weight`; model: the folder of its target; store: see `save_state`. The published drafters hold the
+    rows of the target's head in place of its embedding (LANTERN, arXiv 2410.03355): which of the two it is, is found by
+    comparison.
     Raises UsageError for a file of another family, of another target, or with missing or misshapen keys.
     """
-    state = {key: value.float() for key, value in read_state(drafter).items()}
+    check_out(out)
+    state = read_state(drafter)
+    check_storable(drafter, state, store)
     if "fc.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
         found = ", ".join(sorted(state)[:4]) or "nothing"
         raise UsageError(f"{drafter}: not an EAGLE drafter (wanted fc.weight, layers.0.self_attn...; found {found})")
     target = load_llamagen(model)
-    config = replace(eagle_config(target.config), ffn=len(state.get("layers.0.mlp.gate_proj.weight", ())))
+    gate = state.get("layers.0.mlp.gate_proj.weight")
+    config = replace(eagle_config(target.config), ffn=0 if gate is None or not gate.ndim else len(gate))
     if state["fc.weight"].shape != (config.dim, 2 * config.dim):
         wanted = (config.dim, 2 * config.dim)
         raise UsageError(
@@ -95,13 +107,16 @@ def convert_eagle(drafter: Path, model: Path, out: Path) -> str:
         )
     rows = state.pop(EMBEDDING, None)
     if rows is not None:
-        config = replace(config, embedding=_which_rows(drafter, rows, target))
+        config = replace(config, embedding=_which_rows(drafter, rows.float(), target))
     net = EagleNet(config)
-    load_strict(net, state, drafter)
+    check_fit(net.state_dict(), state, drafter)
+    net.load_state_dict(state, assign=True)  # in their own types
     notes = {"target_name": read_config(model).get("name", model.name), "converted": drafter.name}
-    check_out(out)
-    write_folder(out, lambda folder: save_drafter(folder, net, model, notes))
-    return f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows: {out}"
+    write_folder(out, lambda folder: save_drafter(folder, net, model, notes, store=store))
+    return (
+        f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows, weights as "
+        f"{types_in(state, store)}: {out}"
+    )
 
 
 def _which_rows(path: Path, rows: Tensor, target: LlamaGen) -> Rows:

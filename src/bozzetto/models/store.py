@@ -1,6 +1,7 @@
 """Folders that hold a model: config.json, safetensors, MODEL_CARD.md. Strict about keys, shapes and finite numbers.
 
-Weights are stored as float16 and computed with as float32 or bfloat16. A compact file holds matrices as int8 with one
+Weights are stored as float16, or in the types of a published file they come from, and computed with as float32 or
+bfloat16. A compact file holds matrices as int8 with one
 scale per row, under the name of the matrix and `.scale`: half the size, rounded to 1/254 of a row's largest weight.
 """
 
@@ -28,6 +29,8 @@ from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 _SCALE = ".scale"
+OWN = "own"  # how to store: every tensor in the type that it has
+STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FLOATS, _WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
 Tokenizer = VQTokenizer | LlamaGenVQ
@@ -178,23 +181,44 @@ def fill(module: M, state: Mapping[str, Tensor]) -> M:
     return module.eval().requires_grad_(False)
 
 
-def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = False) -> None:
-    """Write tensors as float16 safetensors, whole or not at all; compact: matrices as int8 rows (see above).
+def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = False, store: str = "float16") -> None:
+    """Write tensors as safetensors, whole or not at all. store: a type of STORED, or OWN; compact: matrices as int8
+    rows (see above).
 
-    Raises UsageError when a weight is not finite in float16.
+    Raises UsageError when a weight is not finite in the type that it is stored in.
     """
-    halves = {}
+    kept = {}
     for key, value in state.items():
         if compact and value.ndim == 2 and bool(torch.isfinite(value).all()):
             scale = (value.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
-            halves[key] = (value.float() / scale).round().to(torch.int8)
-            halves[key + _SCALE] = scale
+            kept[key] = (value.float() / scale).round().to(torch.int8)
+            kept[key + _SCALE] = scale
             continue
-        stored = value.half() if value.is_floating_point() else value
+        stored = value.to(stored_type(value.dtype, store))
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-            raise UsageError(f"{path}: weight {key!r} has values that float16 cannot hold")
-        halves[key] = stored.contiguous(memory_format=torch.contiguous_format)
-    write_whole(path, lambda name: save_file(halves, name))
+            raise UsageError(f"{path}: weight {key!r} has values that {name_of(stored.dtype)} cannot hold")
+        kept[key] = stored.contiguous(memory_format=torch.contiguous_format)
+
+    def write(name: str) -> None:
+        try:
+            save_file(kept, name)
+        except SafetensorError as error:  # safetensors 0.8 says so of a full disk too
+            raise OSError(f"{path}: {error}") from error
+
+    write_whole(path, write)
+
+
+def stored_type(dtype: torch.dtype, store: str) -> torch.dtype:
+    """What a tensor of this type is stored as. OWN: as it is, but float64, which nothing here computes in, as float32;
+    numbers without a fraction are never changed."""
+    if not dtype.is_floating_point:
+        return dtype
+    return STORED.get(store, torch.float32 if dtype == torch.float64 else dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float16 of torch.float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def save_weights(path: str | Path, module: nn.Module) -> None:
@@ -216,10 +240,12 @@ def write_tokenizer(
     config: VQConfig | LlamaGenVQConfig,
     state: Mapping[str, Tensor],
     notes: dict[str, Any],
+    store: str = "float16",
 ) -> None:
-    """What save_tokenizer writes, from its parts. state: under published names where the kind is `vq-llamagen`."""
+    """What save_tokenizer writes, from its parts. state: under published names where the kind is `vq-llamagen`; store:
+    see `save_state`."""
     folder = Path(folder)
-    save_state(folder / TOKENIZER_WEIGHTS, state)
+    save_state(folder / TOKENIZER_WEIGHTS, state, store=store)
     write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
 
 

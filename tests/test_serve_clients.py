@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bozzetto.errors import UsageError
 from bozzetto.options import Serve
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve import answers
+from bozzetto.serve.app import _Stream
 from bozzetto.serve.command import aliases_of, check
 from bozzetto.serve.problems import without_places
 from serving import Live, live, slowed
@@ -278,6 +280,30 @@ def test_a_stream_says_that_it_is_there_while_nothing_happens(
     if "images" in path:  # the official client passes them over
         events = list(strict.client().images.generate(prompt="rose", stream=True))
         assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_a_stream_that_nobody_came_to_read_is_given_up() -> None:
+    import asyncio
+
+    closed: list[bool] = []
+
+    class Given:
+        def close(self) -> None:
+            closed.append(True)
+
+    async def told() -> AsyncIterator[bytes]:
+        yield b"never read"
+
+    async def gone(*message: Any) -> Any:
+        raise OSError("the connection was lost")
+
+    async def answered() -> None:
+        given: Any = Given()
+        with contextlib.suppress(Exception):
+            await _Stream(given, told())({"type": "http"}, gone, gone)
+
+    asyncio.run(answered())
+    assert closed == [True]
 
 
 @pytest.mark.parametrize(

@@ -217,8 +217,6 @@ async def streamed(events: Events, order: Order, form: Form) -> AsyncIterator[by
             yield sse(f"image_generation.{kind}", content | await asyncio.to_thread(form.pictured, event.picture))
     except ApiError as error:
         yield failed(error)
-    finally:
-        events.close()
 
 
 def sse(name: str, content: dict[str, Any]) -> bytes:

@@ -12,9 +12,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from bozzetto import __version__
-from bozzetto.serve.answers import accepted, streamed, while_connected, whole
+from bozzetto.serve.answers import Events, accepted, streamed, while_connected, whole
 from bozzetto.serve.guard import Guard
 from bozzetto.serve.problems import ApiError, error_body, misread
 from bozzetto.serve.schema import Drawing, ImageGeneration
@@ -97,7 +98,8 @@ def _add_api(app: FastAPI, terms: Terms) -> None:
         _ready(worker)
         order, form = terms.order(body)
         if body.stream:
-            return _stream(streamed(await accepted(worker, order, _until_gone(request)), order, form))
+            events = await accepted(worker, order, _until_gone(request))
+            return _Stream(events, streamed(events, order, form))
         return JSONResponse(await while_connected(whole(worker, order, form), _until_gone(request)))
 
     @app.post("/v1/draw", responses=_ERRORS)
@@ -105,7 +107,8 @@ def _add_api(app: FastAPI, terms: Terms) -> None:
         """Draw one image and tell what every pass does, as server-sent events (what the page shows)."""
         _ready(worker)
         order, _ = terms.order(body, watched=True)
-        return _stream(shown(await accepted(worker, order, _until_gone(request)), order))
+        events = await accepted(worker, order, _until_gone(request))
+        return _Stream(events, shown(events, order))
 
     @app.get("/v1/models", responses={503: _ERRORS[503]})
     async def models() -> dict[str, Any]:
@@ -134,8 +137,18 @@ def _add_api(app: FastAPI, terms: Terms) -> None:
         return Response(worker.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _stream(events: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+class _Stream(StreamingResponse):
+    """Server-sent events of an order, which is given up when this answer ends, even before it began."""
+
+    def __init__(self, events: Events, told: AsyncIterator[bytes]):
+        super().__init__(told, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.events.close()
 
 
 def _until_gone(request: Request) -> Callable[[], Awaitable[None]]:

@@ -28,5 +28,3 @@ async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:
                 yield STILL_HERE
     except ApiError as error:
         yield failed(error)
-    finally:
-        events.close()

@@ -8,8 +8,9 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from PIL import Image
 from bozzetto import load
 from bozzetto.cli import main
 from bozzetto.options import Serve
+from bozzetto.serve.worker import Worker
 
 ray = pytest.importorskip("ray")
 
@@ -74,6 +76,48 @@ def ask(url: str, folder: Path) -> None:
     assert httpx.get(url).headers["x-frame-options"] == "DENY" and httpx.get(f"{url}/health").status_code == 200
 
 
+def test_a_full_replica_says_so_at_once_and_its_health(cluster: None) -> None:
+    """Ray Serve 2.60.0 with max_ongoing_requests = slots + queue: three requests were drawn, seven others and /health
+    had no answer after two minutes; with max_queued_requests they had 503 in plain text without Retry-After."""
+    from bozzetto.serve.on_ray import serve_on_ray
+
+    url, seen = "http://127.0.0.1:18766", list[Any]()
+
+    def draw(seed: int) -> httpx.Response:
+        slow = {"prompt": "rose", "seed": seed, "speculation": {"drafter": "none"}}
+        return httpx.post(f"{url}/v1/images/generations", json=slow, timeout=100)
+
+    def fill() -> None:
+        with ThreadPoolExecutor(10) as pool:
+            asked = [pool.submit(draw, seed) for seed in range(10)]
+            done = list(as_completed(asked))
+            while httpx.get(f"{url}/health", timeout=10).json()["images"]:
+                pass
+        seen.extend(future.result() for future in done)
+
+    serve_on_ray(Serve(model=("flowers",), ray=True, slots=1, queue=1, port=18766), wait=fill)
+    status = [answer.status_code for answer in seen]
+    assert status == [429] * 8 + [200] * 2  # who is refused does not wait for who is drawn
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in seen[:8])
+    assert all(answer.json()["error"]["code"] == "queue_full" for answer in seen[:8])
+
+
+def test_a_replica_that_draws_nothing_is_ill(tiny_model: Path) -> None:
+    from bozzetto.serve.on_ray import Replica
+
+    pipe, replica = load(tiny_model), Replica()
+    worker = Worker(lambda: {"tiny": pipe}, warm=False)
+    replica.app = SimpleNamespace(state=SimpleNamespace(worker=worker))
+    worker.start()
+    assert worker.settled.wait(20)
+    replica.check_health()
+    worker.trouble["tiny"] = "OSError"
+    with pytest.raises(RuntimeError, match="passes of tiny fail"):
+        replica.check_health()
+    worker.stop()
+    worker.join(20)
+
+
 def test_ray_data_writes_the_files_that_one_process_writes(cluster: None, tiny_model: Path, tmp_path: Path) -> None:
     options = ["sample", "--model", str(tiny_model), "--count", "10", "--batch", "3", "--npz"]
     assert main([*options, "--out", str(tmp_path / "0")]) == 0
@@ -92,3 +136,6 @@ def test_scaling_settings_reach_ray(tiny_model: Path) -> None:
     assert fixed._bound_deployment.num_replicas == 3
     config = scaled._bound_deployment._deployment_config.autoscaling_config
     assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 5, 4)
+    for deployment in (fixed._bound_deployment, scaled._bound_deployment):  # ours is full long before Ray's is
+        assert deployment._deployment_config.max_ongoing_requests > 8 + 64 + 500
+        assert deployment._deployment_config.max_queued_requests > 0

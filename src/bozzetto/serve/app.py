@@ -41,14 +41,24 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(
-    worker: Worker, *, keys: Sequence[str] = (), hosts: Sequence[str] = (), terms: Terms | None = None
+    worker: Worker,
+    *,
+    keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    terms: Terms | None = None,
+    wait: bool = False,
 ) -> FastAPI:
     """The app over a worker, which starts and stops with it. keys, hosts: see guard.Guard; terms: what is agreed to
-    (None: models by their own names, pictures as they are drawn)."""
+    (None: models by their own names, pictures as they are drawn); wait: it begins when the worker is warm, or raises
+    RuntimeError, instead of answering 503 until then."""
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        if wait:
+            await asyncio.to_thread(worker.settled.wait)
+            if worker.failure is not None:
+                raise RuntimeError(worker.complaint())
         yield
         worker.stop()
         await asyncio.to_thread(worker.join, _END)  # it is idle, or warms up, or draws what nobody waits for any more

@@ -14,16 +14,31 @@ from ray import serve
 from bozzetto.options import Serve
 from bozzetto.serve.app import make_app
 from bozzetto.serve.command import hosts_of, make_worker, models_of, terms_of
+from bozzetto.serve.server import GRACE
 
-_DRAIN = 60.0  # seconds that a replica which is taken down has for what it accepted
+# Requests at a replica at a time, and beyond them at the proxy. Ray Serve (2.60.0) keeps what a replica may not have
+# in a queue of its own, which has no limit and answers nobody, not even /health; where it is given one it says 503 in
+# plain text. So our own queue has to be the one that is full first: it says 429, when to come again, and at once.
+_ONGOING, _QUEUED = 1000, 1000
+
+
+class Replica:
+    """Has an app with models of its own; Ray takes it down and makes another one when its health is bad."""
+
+    app: Any  # set by Ray
+
+    def check_health(self) -> None:
+        """Called by Ray. Raises RuntimeError where nothing can be drawn."""
+        if complaint := self.app.state.worker.complaint():
+            raise RuntimeError(complaint)
 
 
 def application(options: Serve, keys: Sequence[str] = ()) -> Any:
     """A Ray Serve application, for `serve.run` or a Ray cluster's own configuration."""
 
     def build() -> Any:
-        worker = make_worker(options)
-        return make_app(worker, keys=tuple(keys), hosts=hosts_of(options), terms=terms_of(options, worker))
+        worker, allowed = make_worker(options), hosts_of(options)
+        return make_app(worker, keys=tuple(keys), hosts=allowed, terms=terms_of(options, worker), wait=True)
 
     count: dict[str, Any] = {"num_replicas": options.replicas}
     if options.max_replicas:
@@ -31,11 +46,17 @@ def application(options: Serve, keys: Sequence[str] = ()) -> Any:
         count = {"autoscaling_config": {**scaling, "target_ongoing_requests": options.ongoing}}
     deployment = serve.deployment(
         name="bozzetto",
-        max_ongoing_requests=options.slots + options.queue,
-        graceful_shutdown_timeout_s=_DRAIN + options.limit,
+        max_ongoing_requests=most_ongoing(options),
+        max_queued_requests=_QUEUED,
+        graceful_shutdown_timeout_s=options.limit + GRACE,
         **count,
-    )(serve.ingress(build)())
+    )(serve.ingress(build)(Replica))
     return deployment.bind()
+
+
+def most_ongoing(options: Serve) -> int:
+    """Requests that Ray hands to a replica at a time: more than it takes, by as many as may be told so."""
+    return max(options.slots + options.queue, options.ongoing) + _ONGOING
 
 
 def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], object] | None = None) -> None:
@@ -45,7 +66,8 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        serve.start(http_options={"host": options.host, "port": options.port})
+        http = {"host": options.host, "port": options.port, "request_timeout_s": options.limit + GRACE}
+        serve.start(http_options=http)
         serve.run(application(options, keys), name="bozzetto", route_prefix="/")
         what = f"{options.replicas} replicas of {', '.join(models_of(options))}"
         print(f"serving {what} at http://{options.host}:{options.port}", flush=True)

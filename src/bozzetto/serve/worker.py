@@ -88,6 +88,7 @@ class Worker(threading.Thread):
         self.rules: dict[str, dict[str, list[str]]] = {}  # methods by model
         self.examples: dict[str, tuple[str, ...]] = {}  # classes or prompts that come with a model
         self.ready = threading.Event()
+        self.settled = threading.Event()  # it is ready, or never will be
         self.failure: Exception | None = None
         self.failed = failed
         self.doubted: set[str] = set()  # models of which a pass has failed since the last that did not
@@ -151,6 +152,7 @@ class Worker(threading.Thread):
             self._prepare()
             if not self.stopping:
                 self.ready.set()
+            self.settled.set()
             while self._turn():
                 pass
             self.painters.shutdown()
@@ -163,6 +165,7 @@ class Worker(threading.Thread):
         with self.wake:
             self.failure = error
             left = [*self.jobs, *self.inbox]
+        self.settled.set()
         for job in left:
             job.post(Failed(error))
         self.failed()

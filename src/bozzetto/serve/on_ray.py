@@ -3,18 +3,22 @@ one draws an image does not matter, because an image depends on its seed and ind
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 from ray import serve
 
+from bozzetto.errors import UsageError
 from bozzetto.options import Serve
 from bozzetto.serve.app import make_app
 from bozzetto.serve.command import hosts_of, make_worker, models_of, terms_of
-from bozzetto.serve.server import GRACE
+from bozzetto.serve.server import GRACE, Stop
 
 # Requests at a replica at a time, and beyond them at the proxy. Ray Serve (2.60.0) keeps what a replica may not have
 # in a queue of its own, which has no limit and answers nobody, not even /health; where it is given one it says 503 in
@@ -60,21 +64,53 @@ def most_ongoing(options: Serve) -> int:
 
 
 def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], object] | None = None) -> None:
-    """Serve until interrupted. Joins the cluster that RAY_ADDRESS names, or starts one of this machine. wait: returns
-    when serving is over (None: an interrupt ends it)."""
+    """Serve until told to stop; what was accepted is drawn. Joins the cluster that RAY_ADDRESS names, or starts one of
+    this machine. wait: returns when serving is over (None: a signal ends it). Raises UsageError for models that cannot
+    be served."""
     ours = not ray.is_initialized()
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    stop = Stop(options.limit + GRACE)
     try:
         http = {"host": options.host, "port": options.port, "request_timeout_s": options.limit + GRACE}
         serve.start(http_options=http)
-        serve.run(application(options, keys), name="bozzetto", route_prefix="/")
+        _run(application(options, keys))
         what = f"{options.replicas} replicas of {', '.join(models_of(options))}"
-        print(f"serving {what} at http://{options.host}:{options.port}", flush=True)
-        (wait or threading.Event().wait)()
-    except KeyboardInterrupt:
-        pass
+        with _signals(stop):
+            print(f"serving {what} at http://{options.host}:{options.port}", flush=True)
+            (wait or stop.told.wait)()
+            _drain(options.limit + GRACE)
     finally:
         serve.shutdown()
         if ours:
             ray.shutdown()
+
+
+def _run(made: Any) -> None:
+    try:
+        serve.run(made, name="bozzetto", route_prefix="/")
+    except RuntimeError as error:
+        raise UsageError(f"the models could not be served: {error}") from error
+
+
+def _drain(seconds: float) -> None:
+    """Let replicas finish, while the proxy still answers (serve.shutdown alone gives them 30 s)."""
+    end = time.monotonic() + seconds
+    serve.delete("bozzetto", _blocking=False)
+    while "bozzetto" in serve.status().applications and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """`stop` is told them. A driver that has started a cluster would else kill it at SIGTERM, with what is drawn, and
+    abort (Ray 2.60.0 has a handler of its own)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

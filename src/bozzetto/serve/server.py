@@ -91,18 +91,28 @@ class Server(uvicorn.Server):
             access_log=False,
         )
         super().__init__(config)
-        self.limit, self.told = limit, False
+        self.stop = Stop(limit + GRACE)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.told:
+        self.stop(sig)
+        super().handle_exit(sig, frame)
+
+
+class Stop:
+    """What signals mean: the first one starts a clock, the second, or the end of these seconds, ends the process."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.told = seconds, threading.Event()
+
+    def __call__(self, sig: int, frame: FrameType | None = None) -> None:
+        if self.told.is_set():
             leave("stopped at once: what was still drawn is lost", 128 + sig)
-        self.told = True
+        self.told.set()
         _write("stopping: what was accepted is still drawn (a second signal stops at once)")
-        late = f"{self.limit + GRACE:g} s are over: what was still drawn is lost"
-        watch = threading.Timer(self.limit + GRACE, leave, (late, 1))
+        late = f"{self.seconds:g} s are over: what was still drawn is lost"
+        watch = threading.Timer(self.seconds, leave, (late, 1))
         watch.daemon = True
         watch.start()
-        super().handle_exit(sig, frame)
 
 
 def leave(message: str, code: int) -> None:

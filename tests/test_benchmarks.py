@@ -198,10 +198,12 @@ def test_what_is_replayed_is_a_whole_pass(suite: ModuleType, monkeypatch: pytest
 
 def test_a_loaded_server_draws_every_image_right_and_loses_none(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "load.json"
-    sizes = ("--count", 24, "--concurrent", 6, "--alone", 4, "--disconnects", 0.1, "--slots", 4)
+    sizes = ("--count", 24, "--concurrent", 6, "--alone", 4, "--disconnects", 0.1, "--slots", 4, "--bad", 0.2)
     text = script("serve_load.py", "--model", tiny_model, *sizes, "--json", out)
     found = json.loads(out.read_text())
-    assert found["failed"] == found["wrong"] == 0 and found["equal"] > 16
+    assert found["failed"] == found["wrong"] == 0 and found["equal"] > 12
+    assert found["bad"] > 1 and found["bad_not_refused"] == 0
+    assert found["overload"]["drawn"] and not found["overload"]["other"]
     assert found["sigterm"]["answered"] >= found["sigterm"]["accepted"] and found["sigterm"]["exit_status"] == 0
     assert 0 < found["p50"] <= found["p95"] and "images per second" in text
 

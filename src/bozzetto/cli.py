@@ -117,8 +117,7 @@ def _generate(options: Generate) -> None:
     from bozzetto.pipeline import GenerateSettings
     from bozzetto.staging import staged_folder
 
-    law = {name: getattr(options, name) for name in GenerateSettings.__dataclass_fields__}
-    settings = GenerateSettings(**law)
+    settings = settings_from(options, GenerateSettings)
     _check_request(options, settings)
     request: dict[str, Any] = {"classes": options.classes, "seed": options.seed, "count": options.count}
     out, show = options.out, _wants_progress(options.progress)
@@ -156,14 +155,14 @@ def _bench(options: Bench) -> None:
     from bozzetto.loading import load
     from bozzetto.output import check_writable
 
-    settings = BenchSettings(
+    settings = settings_from(
+        options,
+        BenchSettings,
         methods=("none",) if options.methods == AUTO else _listed("methods", options.methods, str),
         batches=_listed("batch", options.batch, int),
         guidances=_listed("guidance", options.guidance, float),
         windows=_listed("window", options.window, int),
         top_ks=_listed("top_k", options.top_k, int),
-        **{n: getattr(options, n) for n in ("count", "rounds", "temperature", "top_p", "seed", "threads", "compile")},
-        **{n: getattr(options, n) for n in ("deterministic", "waves")},
     )
     if options.json is not None:
         check_writable(options.json)
@@ -188,9 +187,10 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
 
     if any(len(values) != 1 for values in (settings.batches, settings.guidances, settings.windows, settings.top_ks)):
         raise UsageError("a suite is one cell: give one value each for batch, guidance, window and top_k")
-    law = (settings.guidances[0], options.temperature, settings.top_ks[0], options.top_p)
-    base = GenerateSettings("none", "seed-exact", 0, *law, options.quality_batch)
-    quality = EvaluateSettings(count=options.images, seed=options.seed, base=base, data=options.data, recitation=False)
+    law = {"guidance": settings.guidances[0], "top_k": settings.top_ks[0], "window": settings.windows[0]}
+    law |= {"drafter": "none", "rule": "seed-exact", "batch": options.quality_batch}
+    own = {"methods": ("none",), "count": options.images, "recitation": False}  # the methods are the suite's
+    quality = settings_from(options, EvaluateSettings, base=settings_from(options, GenerateSettings, **law), **own)
     assert options.suite is not None
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
@@ -208,7 +208,7 @@ def _profile(options: Profile) -> None:
     from bozzetto.loading import load
     from bozzetto.output import check_writable
 
-    settings = ProfileSettings(**{name: getattr(options, name) for name in ProfileSettings.__dataclass_fields__})
+    settings = settings_from(options, ProfileSettings)
     if options.json is not None:
         check_writable(options.json)
     pipe = load(options.model, dtype=options.dtype)
@@ -230,13 +230,17 @@ def _listed(name: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
         raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error
 
 
+def settings_from(options: Any, kind: Any, **own: Any) -> Any:
+    """A dataclass of settings, with every option of its name, and `own` where they are not typed under that name."""
+    names = [name for name in kind.__dataclass_fields__ if hasattr(options, name) and name not in own]
+    return kind(**{name: getattr(options, name) for name in names}, **own)
+
+
 def _base(options: Law) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline import GenerateSettings
 
-    names = ["window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget"]
-    names += ["steps", "passes", "guidance_schedule", "negative_prompt", "compile", "deterministic"]
-    return GenerateSettings("none", "seed-exact", **{name: getattr(options, name) for name in names})
+    return settings_from(options, GenerateSettings, drafter="none", rule="seed-exact")
 
 
 def _sample(options: Sample) -> None:
@@ -273,13 +277,14 @@ def _evaluate(options: Evaluate) -> None:
 
     if options.json is not None:
         check_writable(options.json)
-    shared: dict[str, Any] = {"count": options.count, "seed": options.seed, "base": _base(options)}
+    base = _base(options)
     methods, references = (_listed(n, getattr(options, n), str) for n in ("methods", "reference"))
     if options.methods == AUTO:
         methods = ("none",)  # for now
-    wanted: Any = EvaluateSettings(methods, references, bootstrap=options.bootstrap, data=options.data, **shared)
+    wanted = settings_from(options, EvaluateSettings, methods=methods, references=references, base=base)
     if options.compare is not None:
-        wanted = CompareSettings(*options.compare, **shared)
+        first, second = options.compare
+        wanted = settings_from(options, CompareSettings, a=first, b=second, base=base)
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         pipe = load(options.model, dtype=options.dtype)

@@ -199,7 +199,11 @@ def test_photographs_are_as_sharp_as_their_files(tmp_path):
 
 
 def test_the_report_says_at_which_size_photographs_were_read(run, pipe, tmp_path):
-    assert run[1]["settings"]["photographs"] == {"size": 32, "enlarged": {"test": 0, "train": 0}}
+    assert run[1]["settings"]["photographs"] == {
+        "size": 32,
+        "count": {"test": 24, "train": 39},
+        "enlarged": {"test": 0, "train": 0},
+    }
     assert "read at the model's size, 32 x 32." in evaluation_table(run[1])
     for split in ("train", "test"):
         for i in range(4):

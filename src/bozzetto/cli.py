@@ -250,6 +250,10 @@ def _sample(options: Sample) -> None:
 
     settings = method_settings(options.method, _base(options))
     rank, world = world_of()
+    if options.ray and world > 1:
+        raise UsageError(
+            f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment: one of them"
+        )
     show = _wants_progress(options.progress) and rank == 0
     with _resumable(options.out), gathered(world):
         pipe = load(options.model, dtype=options.dtype)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import surprisal
 from bozzetto.evaluate.features import FeatureExtractor, features_of
+from bozzetto.evaluate.reference import LEAST, MOST
 from bozzetto.evaluate.samelaw import (
     LEVEL,
     PERMUTATIONS,
@@ -52,8 +53,7 @@ class CompareSettings:
     base: GenerateSettings = GenerateSettings(batch=8)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
-        if self.count < 8:
-            raise UsageError(f"count = {self.count} is not allowed: a whole number >= 8")
+        check_number("count", self.count, LEAST, MOST, f"a whole number from {LEAST} to {MOST}", whole=True)
         for spec in (self.a, self.b):
             if not is_folder(spec):
                 method_settings(spec, self.base)

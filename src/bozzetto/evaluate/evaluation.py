@@ -6,7 +6,9 @@ speeds are ratios within a round. Samples stay in the folder: an interrupted run
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,19 +20,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import bias_figures
-from bozzetto.evaluate.features import FeatureExtractor, features_of
+from bozzetto.evaluate.features import FeatureExtractor
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
 from bozzetto.evaluate.photographs import (
     SPLITS,
-    Photographs,
     data_path,
-    photographs,
     prompts_for,
     reconstructions,
 )
-from bozzetto.evaluate.quality import ClassProbe, memorisation, nearest
+from bozzetto.evaluate.quality import memorisation, nearest
+from bozzetto.evaluate.reference import LEAST, MOST, Reference, few
 from bozzetto.files import write_text, write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.output import table
@@ -42,7 +43,6 @@ from bozzetto.shards import Samples, read_samples
 EVALUATION, NEAREST = "evaluation.json", "nearest.png"
 SEQUENTIAL, PHOTOGRAPHS, RECONSTRUCTIONS = "none", "photographs", "reconstructions"
 _SHOWN = 16
-_LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ class EvaluateSettings:
     recitation: bool = True
 
     def __post_init__(self) -> None:
-        if self.count < _LEAST:
-            raise UsageError(f"count = {self.count} is not allowed: a whole number >= {_LEAST}")
-        if self.bootstrap < 2:
-            raise UsageError(f"bootstrap = {self.bootstrap} is not allowed: a whole number >= 2")
+        check_number("count", self.count, LEAST, MOST, f"a whole number from {LEAST} to {MOST}", whole=True)
+        check_number("bootstrap", self.bootstrap, 2, 10_000, "a whole number from 2 to 10000", whole=True)
         for reference in self.references:
             if reference not in SPLITS:
                 raise UsageError(f"unknown reference {reference!r} (allowed: {', '.join(SPLITS)})")
@@ -80,8 +78,14 @@ class EvaluateSettings:
 
 def sample_rounds(runs: Sequence[SampleRun], count: int, *, progress: bool = False) -> None:
     """Sample what is missing of images 0..count-1 of every run, a batch of each in turn."""
-    for run in runs:
-        run.claim()
+    with contextlib.ExitStack() as held:
+        for run in runs:
+            held.enter_context(run.alone())
+            run.claim()
+        _draw_rounds(runs, count, progress)
+
+
+def _draw_rounds(runs: Sequence[SampleRun], count: int, progress: bool) -> None:
     pending = [set(run.pending(count)) for run in runs]
     left, batch = sum(map(len, pending)), runs[0].settings.batch
     with tqdm(total=count * len(runs), initial=count * len(runs) - left, unit="image", disable=not progress) as bar:
@@ -103,20 +107,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
     path = data_path(pipe, settings.data)
-    real = {split: photographs(pipe, path, split) for split in SPLITS}
     run_of = partial(SampleRun, pipe=pipe, seed=settings.seed, classes=prompts_for(pipe, path)[: settings.count])
     runs = [
         run_of(out / "samples" / slug(m), settings=method_settings(m, settings.base), method=m)
         for m in settings.all_methods()
     ]
+    reference = Reference(pipe, path, settings.references, extractor, progress)
     sample_rounds(runs, settings.count, progress=progress)
     samples = {run.method: read_samples(run.folder, settings.count) for run in runs}
-    study = _Study(pipe, settings, extractor, real, samples, progress)
+    study = _Study(pipe, settings, reference, samples, progress)
     speed = speeds(samples, settings.bootstrap)
     counts = resamples(settings.count, settings.bootstrap, seed=1)
     bias = bias_figures(pipe, samples, settings.base.law, SEQUENTIAL, counts, progress)
     figures = {method: {**speed[method], **bias[method]} for method in samples}
-    results = [row for reference in settings.references for row in study.rows(reference, figures)]
+    results = [row for split in settings.references for row in study.rows(split, figures)]
     recited = study.recited(out / NEAREST) if settings.recitation else []
     report: dict[str, Any] = {
         "kind": "evaluation",
@@ -129,16 +133,14 @@ def evaluate(
             "dtype": pipe.dtype,
             "extractor": extractor.name,
             "data": path.name,
-            "photographs": {
-                "size": real["test"].images.shape[1],
-                "enlarged": {split: found.enlarged for split, found in real.items()},
-            },
-            "class_probe_accuracy": study.probe_accuracy,
+            "photographs": reference.about(),
+            "class_probe_accuracy": reference.accuracy,
             **provenance(),
         },
         "results": results,
         "memorisation": recited,
         "identity": identities(samples, ROUNDING[pipe.dtype]),
+        "notes": study.notes,
     }
     text = to_json(report)
     write_text(out / EVALUATION, text)
@@ -146,49 +148,54 @@ def evaluate(
 
 
 def to_json(report: dict[str, Any]) -> str:
-    """JSON text of a report; a number that is not finite is an error, not a NaN in a file."""
-    return json.dumps(report, indent=1, allow_nan=False, default=asdict) + "\n"
+    """JSON text of a report; a number that is not finite is null there, not a NaN in a file."""
+    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Study:
-    """Features of everything, and the figures made from them."""
+    """Features of the samples, and the figures made from them. notes: what is to be known about the figures."""
 
     def __init__(
         self,
         pipe: Pipeline,
         settings: EvaluateSettings,
-        extractor: FeatureExtractor,
-        real: dict[str, Photographs],
+        reference: Reference,
         samples: dict[str, Samples],
         progress: bool,
     ):
         self.pipe, self.settings, self.samples, self.progress = pipe, settings, samples, progress
-        self.extractor, self.real = extractor, real
-        self.features = {split: self._features(split, photos.images) for split, photos in real.items()}
-        self.drawn = {method: self._features(method, s.pixels) for method, s in samples.items()}
-        self.probe, self.probe_accuracy = None, None
-        if real["train"].classed:
-            known = torch.from_numpy(real["train"].labels)
-            self.probe = ClassProbe(self.features["train"][known >= 0], known[known >= 0], len(pipe.classes))
-            labels = torch.from_numpy(real["test"].labels)
-            right = (self.probe.predict(self.features["test"]) == labels)[labels >= 0]
-            self.probe_accuracy = float(right.double().mean())
+        self.reference, self.real, self.features = reference, reference.photographs, reference.features
+        self.drawn = {method: reference.features_of(method, s.pixels) for method, s in samples.items()}
+        self.notes = [*reference.notes, *filter(None, [few(settings.count, "samples")])]
 
-    def _features(self, name: str, images: np.ndarray) -> Tensor:
-        found = features_of(self.extractor, images, progress=self.progress, desc=f"features of {name}")
-        return torch.from_numpy(np.asarray(found)).double()
+    def _yardsticks(self, other: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Features and labels of photographs of the split that is not compared with, and of their reconstructions."""
+        chosen = self.real[other].balanced(len(self.pipe.classes), self.settings.count)
+        if len(chosen) < LEAST:
+            self.notes.append(f"{other} has {len(chosen)} photographs for the rows of photographs: they are left out.")
+            return {}
+        labels = torch.from_numpy(self.real[other].labels[chosen])
+        found = {PHOTOGRAPHS: (self.features[other][chosen], labels)}
+        if hasattr(self.pipe.tokenizer, "encode"):  # a decoder of latents has no encoder
+            again = reconstructions(self.pipe, self.real[other].images[chosen])
+            found[RECONSTRUCTIONS] = (self.reference.features_of(RECONSTRUCTIONS, again), labels)
+        return found
 
     def rows(self, reference: str, speed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """Photographs of the other split, their reconstructions, then every method, against one split."""
         other = next(split for split in SPLITS if split != reference)
-        chosen = self.real[other].balanced(len(self.pipe.classes), self.settings.count)
-        labels = torch.from_numpy(self.real[other].labels[chosen])
-        yardsticks = {PHOTOGRAPHS: (self.features[other][chosen], labels)}
-        if hasattr(self.pipe.tokenizer, "encode"):  # a decoder of latents has no encoder
-            again = reconstructions(self.pipe, self.real[other].images[chosen])
-            yardsticks[RECONSTRUCTIONS] = (self._features(RECONSTRUCTIONS, again), labels)
         sets = {
-            **yardsticks,
+            **self._yardsticks(other),
             **{m: (self.drawn[m], torch.from_numpy(s.label)) for m, s in self.samples.items()},
         }
         target = self.features[reference]
@@ -198,9 +205,7 @@ class _Study:
             # The same draws for every method: differences between methods are then differences of paired images.
             w = resamples(len(features), self.settings.bootstrap, seed=1)
             row, replicates = self._row(Comparison(features, target), w, v)
-            row["consistency"] = None
-            if self.probe is not None:
-                row["consistency"] = mean_interval((self.probe.predict(features) == asked).double(), w)
+            row["consistency"] = self.reference.consistency(features, asked, w)
             if method == SEQUENTIAL:
                 sequential = (row["frechet"].value, replicates)
             elif method in self.samples and sequential is not None:
@@ -231,7 +236,7 @@ class _Study:
     def recited(self, picture: Path) -> list[dict[str, Any]]:
         """Nearest training images of every method's samples; writes the closest pairs of sequential samples."""
         # Training also saw mirror images.
-        mirrored = self._features("train, mirrored", self.real["train"].images[:, :, ::-1])
+        mirrored = self.reference.features_of("train, mirrored", self.real["train"].images[:, :, ::-1])
         training = torch.cat([self.features["train"], mirrored])
         unseen, _ = nearest(self.features["test"], training)
         v = resamples(len(unseen), self.settings.bootstrap, seed=2)
@@ -338,6 +343,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
         "({flagged} flagged).".format(**same)
         for same in report["identity"]
     ]
+    notes += [f"note: {note}" for note in report.get("notes", [])]
     return "\n".join([*blocks, *([table(head, rows)] if rows else []), *notes])
 
 
@@ -351,7 +357,7 @@ def _read_at(photographs: dict[str, Any], references: Sequence[str]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     change = "" if row["frechet_change"] is None else _shown(row["frechet_change"], 1, sign="+")
-    kernel = {k: 1000 * v for k, v in row["kernel"].items()}
+    kernel = {k: None if v is None else 1000 * v for k, v in row["kernel"].items()}
     quality = [_shown(row["frechet"], 1), change, _shown(kernel, 2)]
     shares = [_shown(row[k]) if row[k] else "" for k in ("precision", "recall", "consistency")]
     rate = f"{row['tokens_per_pass']['value']:.2f}" if row.get("tokens_per_pass") else ""
@@ -360,5 +366,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["method"], *quality, *shares, same, bias, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
 
 
-def _shown(i: dict[str, float], digits: int = 2, sign: str = "") -> str:
+def _shown(i: dict[str, float | None], digits: int = 2, sign: str = "") -> str:
+    if None in i.values():
+        return ""
     return f"{i['value']:{sign}.{digits}f} ({i['low']:{sign}.{digits}f} to {i['high']:{sign}.{digits}f})"

@@ -32,8 +32,10 @@ def interval(value: float, replicates: Tensor) -> Interval:
     """The replicates' 2.5% and 97.5% quantiles, moved so that their mean falls on the value.
 
     Resampling repeats images, which raises Fréchet distances (fewer distinct images, lower rank): the spread of the
-    replicates is of use, their place is not. replicates: float64 [R].
+    replicates is of use, their place is not. Resamples for which there is no figure (all of one image) do not count.
+    replicates: float64 [R].
     """
+    replicates = replicates[replicates.isfinite()]
     if not len(replicates):
         return Interval(value, value, value)
     spread = replicates.double() - replicates.double().mean()
@@ -122,9 +124,14 @@ def _off_diagonal_mean(kernel: Tensor, w: Tensor) -> Tensor:
 
 
 def _covered(points: Tensor, centres: Tensor) -> Tensor:
-    """1 where a point is within some centre's distance to its third nearest fellow: float64 [n]."""
+    """1 where a point is within some centre's distance to its third nearest fellow (the farthest, of fewer; a centre
+    without fellows has only itself): float64 [n]."""
     apart = torch.cdist(centres, centres)
-    radius = apart.fill_diagonal_(float("inf")).topk(min(NEIGHBOURS, len(centres) - 1), largest=False).values[:, -1]
+    if len(centres) < 2:
+        radius = apart[0]
+    else:
+        apart.fill_diagonal_(float("inf"))
+        radius = apart.topk(min(NEIGHBOURS, len(centres) - 1), largest=False).values[:, -1]
     return (torch.cdist(points, centres) <= radius).any(1).double()
 
 

@@ -35,12 +35,13 @@ class Photographs:
         return bool((self.labels >= 0).any())
 
     def balanced(self, classes: int, count: int) -> np.ndarray:
-        """Rows of at most `count` images, all classes in turn, as samples are drawn; stops when a class runs out.
-        Without classes: any rows, always the same."""
+        """Rows of at most `count` images, all classes that have some in turn, as samples are drawn; stops when a class
+        runs out. Without classes: any rows, always the same."""
         if not self.classed:
             return _shuffled(len(self))[:count]
-        rows = [np.flatnonzero(self.labels == label) for label in range(classes)]
-        turns = min(min(map(len, rows)), -(-count // classes))
+        every = [np.flatnonzero(self.labels == label) for label in range(classes)]
+        rows = [found for found in every if len(found)]
+        turns = min(min(map(len, rows)), -(-count // len(rows)))
         return np.stack([r[:turns] for r in rows], 1).flatten()[:count]
 
 

@@ -17,21 +17,22 @@ class ClassProbe:
     """Linear discriminant analysis on features of real images: which class does a picture show? One covariance for all
     classes, shrunk; every class is as likely as the others, however many images it has.
 
-    features: float64 [N, d]; labels: int64 [N]; classes: how many there are.
+    features: float64 [N, d]; labels: int64 [N]; classes: those that have images, int64 [K].
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, classes: int):
+    def __init__(self, features: Tensor, labels: Tensor):
         x = features.double()
-        means = torch.stack([x[labels == k].mean(0) for k in range(classes)])
-        within = x - means[labels]
-        covariance = within.T @ within / max(1, len(x) - classes)
+        self.classes, rows = labels.unique(return_inverse=True)
+        means = torch.stack([x[rows == k].mean(0) for k in range(len(self.classes))])
+        within = x - means[rows]
+        covariance = within.T @ within / max(1, len(x) - len(self.classes))
         round_part = covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(x.shape[1], dtype=torch.float64)
         self.weight = torch.linalg.solve((1 - _SHRINKAGE) * covariance + _SHRINKAGE * round_part, means.T)
         self.bias = -0.5 * (means.T * self.weight).sum(0)
 
     def predict(self, features: Tensor) -> Tensor:
         """Likeliest class: int64 [n]."""
-        return (features.double() @ self.weight + self.bias).argmax(1)
+        return self.classes[(features.double() @ self.weight + self.bias).argmax(1)]
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,9 @@ def _evaluation(name: str, content: dict[str, Any]) -> Run:
     rows, recited = _rows(content["results"]), _rows(content.get("memorisation") or [])
     for row in rows:
         figure_of(row, "frechet")  # a malformed file is refused here, not half-way through the page
-    return Run(name, "evaluation", *_split(content["settings"]), results=rows, memorisation=recited)
+    run = Run(name, "evaluation", *_split(content["settings"]), results=rows, memorisation=recited)
+    run.notes = [f"{name}: {note}" for note in content.get("notes") or []]
+    return run
 
 
 def _evaluation_folder(name: str, folder: Path) -> Run:

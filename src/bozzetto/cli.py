@@ -35,15 +35,8 @@ from bozzetto.options import (
 )
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
-_OPTIONAL = (
-    "pyarrow",
-    "torchmetrics",
-    "fastapi",
-    "uvicorn",
-    "prometheus_client",
-    "ray",
-    "pandas",
-)  # packages of extras
+# Packages of extras.
+_OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
 AUTO = "auto"
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
@@ -251,9 +244,7 @@ def _sample(options: Sample) -> None:
     settings = method_settings(options.method, _base(options))
     rank, world = world_of()
     if options.ray and world > 1:
-        raise UsageError(
-            f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment: one of them"
-        )
+        raise UsageError(f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment")
     show = _wants_progress(options.progress) and rank == 0
     with _resumable(options.out), gathered(world):
         pipe = load(options.model, dtype=options.dtype)

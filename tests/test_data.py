@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def test_rows_without_picture_or_class_are_left_out_and_counted(tmp_path, capsys
         ({"image": struct(range(2)), "label": [0.5, 1.0]}, None, "row 0: label 0.5 is not allowed"),
         ({"image": struct(range(2)), "label": [[0], [1]]}, None, "row 0: label [0] is not allowed"),
         ({"image": struct(range(2)), "label": [0, 0], "class_name": ["a", "b"]}, None, "is called 'a' and 'b'"),
+        (
+            {"image": struct(range(1)), "caption": [["a", "b"]]},
+            None,
+            "row 0: caption \"['a', 'b']\" is not allowed: a text",
+        ),
+        ({"image": struct(range(1)), "split": [3]}, None, "row 0: split '3' is not allowed: a text"),
         ({"image": [{"bytes": None, "path": "/data/x.png"}]}, None, "row 0 has only the path of a picture, '/data/x.p"),
         ({"image": ["x.png"]}, None, "column 'image' is string"),
         ({"image": [b"abc"]}, None, "row 0: not a picture"),
@@ -136,6 +143,23 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path, damage):
     for read in (read_images, read_captions):
         with pytest.raises(UsageError, match=r"data\.parquet"):
             read(tmp_path / "data.parquet", None)
+
+
+def test_damaged_parquet_is_read_or_named(tmp_path):
+    columns = {"image": struct(range(6)), "label": [i % 3 for i in range(6)], "caption": list("abcdef")}
+    path = save(tmp_path / "train.parquet", columns, CLASS_LABEL)
+    whole, rng = path.read_bytes(), random.Random(0)
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for _ in range(150):
+        raw = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            raw[rng.randrange(rng.choice([0, footer]), len(raw))] = rng.randrange(256)
+        path.write_bytes(raw)
+        for read in (read_images, read_captions):
+            try:
+                assert len(read(path, "train")) <= 6
+            except UsageError as error:
+                assert "train.parquet" in str(error)
 
 
 def test_a_column_of_splits_is_read_with_and_without_names(tmp_path):

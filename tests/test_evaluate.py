@@ -27,7 +27,7 @@ from bozzetto.evaluate.evaluation import (
     slug,
     speeds,
 )
-from bozzetto.evaluate.photographs import Photographs, data_path, photographs, reconstructions
+from bozzetto.evaluate.photographs import Photographs, data_path, photographs, prompts_for, reconstructions
 from bozzetto.pipeline import GenerateSettings
 from bozzetto.sampling import SampleRun, method_settings, sample
 from bozzetto.shards import read_samples
@@ -214,6 +214,18 @@ def test_the_report_says_at_which_size_photographs_were_read(run, pipe, tmp_path
     report = json.loads(json.dumps(run[1]))
     report["settings"]["photographs"]["enlarged"]["test"] = 6
     assert "32 x 32; enlarged from smaller files: 6 of test." in evaluation_table(report)
+
+
+def test_prompts_for_a_folder_are_its_captions(tmp_path):
+    for name in ("train/a.png", "test/b.png", "test/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"picture {name}", encoding="utf-8")
+    model = SimpleNamespace(
+        takes_prompts=True, classes=[], tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=32))
+    )
+    assert sorted(prompts_for(model, tmp_path)) == ["picture test/b.png", "picture test/c.png"]
+    assert photographs(model, tmp_path, "test").labels.tolist() == [-1, -1]
 
 
 def test_balanced_rows_take_classes_in_turn():

@@ -233,7 +233,7 @@ class Evaluate(Law):
     compare: tuple[str, str] | None = None
     """Instead of quality: the same-law test on two methods or folders of samples."""
     data: Path | None = None
-    """Photographs: a parquet file with a split column, or a folder with train/ and test/. Not given: the data that the
+    """Photographs: a parquet file or a folder, with splits train and test (docs/data.md). Not given: the data that the
     model's config.json names."""
     extractor: str = "efficientnet-lite0"
     """efficientnet-lite0, or a TorchScript file such as an Inception network."""

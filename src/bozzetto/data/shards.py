@@ -74,17 +74,19 @@ def _shard(root: Path, path: Path) -> tuple[list[Row], list[str] | None]:
         wanted = {key: name for key, name in chosen.items() if name is not None and name in schema.names}
         table = opened.read(columns=list(set(wanted.values())))
         count = opened.metadata.num_rows
+    if wanted and table.num_rows != count:
+        raise UsageError(f"{path}: claims {count} rows and has {table.num_rows}")
     columns = {key: table[name].to_pylist() for key, name in wanted.items()}
     whole = split_of_file(root, path)
     rows = []
     for i in range(count):
         own = {key: column[i] for key, column in columns.items()}
         where = f"{path}, row {i}"
-        number = _label(own.get("label"), where)
-        name = own.get("name") if isinstance(number, int) else None
-        split = own.get("split", whole)
-        style = own.get("style") or ""
-        rows.append(Row(where, (path, i), split, number, name, _words(own.get("caption"), where), style))
+        number = _label(own.pop("label", None), where)
+        said = {key: _words(key, value, where) for key, value in own.items()}
+        name = said.get("name") if isinstance(number, int) else None
+        style = said.get("style") or ""
+        rows.append(Row(where, (path, i), said.get("split", whole), number, name, said.get("caption"), style))
     return rows, _declared(schema).get(label or "")
 
 
@@ -145,10 +147,10 @@ def _label(value: Any, where: str) -> int | str | None:
     raise UsageError(f"{where}: label {value!r} is not allowed: a whole number >= 0, a word, or null or -1 for none")
 
 
-def _words(value: Any, where: str) -> str | None:
+def _words(kind: str, value: Any, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise UsageError(f"{where}: caption {str(value)[:60]!r} is not allowed: a text")
+    raise UsageError(f"{where}: {kind} {str(value)[:60]!r} is not allowed: a text")
 
 
 def split_of_file(root: Path, path: Path) -> str | None:
@@ -185,6 +187,8 @@ def _pictures(rows: Sequence[Row]) -> Iterator[bytes | None]:
                     if start + i in wanted:
                         yield _bytes(values[i].as_py(), wanted[start + i])
                 start += len(values)
+            if start <= max(wanted):
+                raise UsageError(f"{path}: claims more rows than the {start} with pictures")
 
 
 def _bytes(value: Any, where: str) -> bytes | None:

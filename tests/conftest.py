@@ -1,6 +1,7 @@
 """Make the package importable from a checkout that is not installed; a model with random weights for every test."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(5):
             ramp = np.linspace(0, 255, 40)[None, :, None] * rng.random((40, 1, 3))
             Image.fromarray(ramp.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blooms(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures under names of the tiny models' classes, daisy and rose."""
+    folder = tmp_path_factory.mktemp("blooms")
+    for ours, theirs in (("blue", "daisy"), ("red", "rose")):
+        shutil.copytree(pictures / ours, folder / theirs)
     return folder
 
 

@@ -222,9 +222,9 @@ def test_slots_that_enter_a_window_follow_the_drafters_law() -> None:
 
 @by_kind
 def test_a_trained_drafter_is_written_read_and_drafts(
-    kind: str, tmp_path: Path, pictures: Path, tiny_model: Path
+    kind: str, tmp_path: Path, blooms: Path, tiny_model: Path
 ) -> None:
-    data = DataSource(str(pictures))
+    data = DataSource(str(blooms))
     recipe = ParallelRecipe(
         family=kind, out=str(tmp_path / "run"), model=str(tiny_model), train=data, test=data, places=PLACES, anchors=5,
         test_images=4, views=1, steps=2, batch=2, warmup=1, evaluate_every=2, layers=2, rank=8, feature_weight=0.1,
@@ -252,8 +252,8 @@ def test_a_trained_drafter_is_written_read_and_drafts(
 
 
 @by_kind
-def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, pictures: Path, tiny_model: Path) -> None:
-    data = DataSource(str(pictures))
+def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, blooms: Path, tiny_model: Path) -> None:
+    data = DataSource(str(blooms))
     recipe = ParallelRecipe(
         family=kind, out=str(tmp_path / "run"), model=str(tiny_model), train=data, test=data, places=PLACES, anchors=16,
         test_images=4, views=1, steps=60, batch=4, warmup=2, lr=5e-3, ema=0.5, evaluate_every=20, layers=1, rank=8,

@@ -249,8 +249,8 @@ def test_a_stored_drafter_comes_back(flow: Path) -> None:
     torch.testing.assert_close(basis @ basis.T, torch.eye(32), atol=1e-6, rtol=0)
 
 
-def recipe(out: Path, model: Path, pictures: Path, tiny_weights: Path, **changes: object) -> SketchRecipe:
-    data = DataSource(str(pictures))
+def recipe(out: Path, model: Path, blooms: Path, tiny_weights: Path, **changes: object) -> SketchRecipe:
+    data = DataSource(str(blooms))
     shared = {"image_size": 32, "views": 2, "steps": 4, "batch": 2, "warmup": 2, "evaluate_every": 2, "test_images": 4}
     return SketchRecipe(
         family="sketch", out=str(out), model=str(model), tiny=str(tiny_weights), train=data, test=data,
@@ -259,10 +259,10 @@ def recipe(out: Path, model: Path, pictures: Path, tiny_weights: Path, **changes
 
 
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
-    flow: Path, tmp_path: Path, pictures: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+    flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = train_drafter(recipe(tmp_path / "straight", flow, pictures, tiny_weights))
-    stopped = recipe(tmp_path / "stopped", flow, pictures, tiny_weights)
+    straight = train_drafter(recipe(tmp_path / "straight", flow, blooms, tiny_weights))
+    stopped = recipe(tmp_path / "stopped", flow, blooms, tiny_weights)
     original, calls = SketchFit.train_step, []
 
     def step(self):  # type: ignore[no-untyped-def]
@@ -282,19 +282,19 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
 
 def test_training_brings_the_draft_closer_to_the_target(
-    flow: Path, tmp_path: Path, pictures: Path, tiny_weights: Path
+    flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path
 ) -> None:
-    train_drafter(recipe(tmp_path / "run", flow, pictures, tiny_weights, steps=60, evaluate_every=20, lr=3e-3))
+    train_drafter(recipe(tmp_path / "run", flow, blooms, tiny_weights, steps=60, evaluate_every=20, lr=3e-3))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["best"] < 0.8 * lines[0]["held_out"]
 
 
 def test_features_alone_can_be_learnt_from_a_drafter_that_is_there(
-    flow: Path, tmp_path: Path, pictures: Path, tiny_weights: Path
+    flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path
 ) -> None:
     begun = {"init": str(flow / "sketch"), "divergence_weight": 0.0, "feature_weight": 10.0}
     made = train_drafter(
-        recipe(tmp_path / "run", flow, pictures, tiny_weights, steps=40, evaluate_every=20, lr=3e-3, **begun)
+        recipe(tmp_path / "run", flow, blooms, tiny_weights, steps=40, evaluate_every=20, lr=3e-3, **begun)
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["best"] < 0.8 * lines[0]["held_out"]
@@ -304,10 +304,10 @@ def test_features_alone_can_be_learnt_from_a_drafter_that_is_there(
 
 
 def test_the_loss_is_the_divergence_of_the_two_paths(
-    flow: Path, tmp_path: Path, pictures: Path, tiny_weights: Path
+    flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path
 ) -> None:
     """V, summed over all steps, is twice the mean log ratio of the paths' densities given their states."""
-    fit = SketchFit(recipe(tmp_path / "run", flow, pictures, tiny_weights))
+    fit = SketchFit(recipe(tmp_path / "run", flow, blooms, tiny_weights))
     with torch.no_grad():
         for parameter in fit.model.parameters():
             if parameter.ndim > 1:
@@ -336,8 +336,8 @@ def test_the_recipe_names_its_family_and_refuses_unknown_keys(tmp_path: Path) ->
             read_recipe(path, DrafterRecipe)
 
 
-def test_a_drafter_of_codes_is_no_drafter_of_vectors(tiny_model: Path, tmp_path: Path, pictures: Path) -> None:
-    wrong = replace(recipe(tmp_path / "run", tiny_model, pictures, tmp_path), model=str(tiny_model))
+def test_a_drafter_of_codes_is_no_drafter_of_vectors(tiny_model: Path, tmp_path: Path, blooms: Path) -> None:
+    wrong = replace(recipe(tmp_path / "run", tiny_model, blooms, tmp_path), model=str(tiny_model))
     with pytest.raises(UsageError, match="family is"):
         train_drafter(wrong)
 

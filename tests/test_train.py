@@ -21,7 +21,7 @@ from bozzetto.train import drafter as drafter_module
 from bozzetto.train import target as target_module
 from bozzetto.train import tokenizer as tokenizer_module
 from bozzetto.train.drafter import train_drafter
-from bozzetto.train.loop import RunFolder, WeightAverage, cosine, psnr
+from bozzetto.train.loop import WeightAverage, cosine, psnr
 from bozzetto.train.recipes import DataSource, DrafterRecipe, TargetRecipe, TokenizerRecipe, TokenizerStage
 from bozzetto.train.target import train_target
 from bozzetto.train.tokenizer import train_tokenizer
@@ -140,7 +140,7 @@ def test_an_interrupted_drafter_run_ends_where_an_uninterrupted_one_does(
     straight = train_drafter(drafter_recipe(tmp_path / "straight", pictures, trained_target))
     recipe = drafter_recipe(tmp_path / "stopped", pictures, trained_target)
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, drafter_module.Trainer, "train_step", 3)
+        interrupt(patch, drafter_module.DrafterFit, "train_step", 3)
         with pytest.raises(KeyboardInterrupt):
             train_drafter(recipe)
     resumed = train_drafter(recipe)
@@ -178,7 +178,7 @@ def test_a_drafter_learns_to_be_accepted(tmp_path: Path, pictures: Path, trained
     network.output.weight.data.normal_(std=0.6)
     save_llamagen(folder, network, load_tokenizer(folder), {"name": "sharp", "class_names": ["blue", "red"]})
     changes = {"steps": 60, "evaluate_every": 60, "lr": 5e-3, "batch": 8, "refresh_every": 0, "feature_noise": 0.0}
-    before = drafter_module.Trainer(drafter_recipe(tmp_path / "none", pictures, folder)).held_out(2.0)
+    before = drafter_module.DrafterFit(drafter_recipe(tmp_path / "none", pictures, folder)).held_out_acceptance(2.0)
     out = train_drafter(drafter_recipe(tmp_path / "run", pictures, folder, ema=0.5, **changes))
     after = json.loads((out / "config.json").read_text())["acceptance_by_depth"]["guidance 2"]
     assert all(a > b + 0.05 for a, b in zip(after, before, strict=True))
@@ -267,7 +267,3 @@ def test_the_schedule_rises_then_falls() -> None:
 def test_psnr_of_a_tenth_off_is_twenty_decibel() -> None:
     a = torch.full((2, 3, 4, 4), 0.5)
     assert torch.allclose(psnr(a, a + 0.1), torch.full((2,), 20.0), atol=1e-4)
-
-
-def test_a_run_folder_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
-    assert RunFolder(tmp_path / "new").load() is None

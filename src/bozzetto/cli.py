@@ -356,7 +356,7 @@ def _train(options: Train) -> None:
     try:
         with _needs("train"):
             train = getattr(importlib.import_module(f"bozzetto.train.{options.what}"), f"train_{options.what}")
-            print(f"written: {train(recipe)}")
+            print(f"written: {train(recipe, options.restart)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
         how = f"the same command resumes from {saved}" if saved.exists() else "nothing saved yet, it starts afresh"

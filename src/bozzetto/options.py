@@ -317,6 +317,9 @@ class Train:
     model."""
     recipe: tyro.conf.Positional[Path]
     """YAML file; recipes/ has those of the shipped models."""
+    restart: bool = False
+    """Begin anew: an earlier run in the recipe's `out` is put aside, as `out`.1. A run goes on only with the settings,
+    pictures and weights that it was begun with; how long it is and how often it is looked at may change."""
 
 
 @checked(frozen=True, config=_STRICT)

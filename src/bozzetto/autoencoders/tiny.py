@@ -92,7 +92,7 @@ def tiny_decoder() -> nn.Sequential:
 def load_tiny(folder: str | Path) -> tuple[nn.Sequential, nn.Sequential]:
     """Read `taef2_encoder.pth` and `taef2_decoder.pth` from `folder` (strictly, as float32).
 
-    Raises UsageError when either is missing or a key or shape differs.
+    Raises UsageError when either is missing or cannot be read, or a key or shape differs.
     """
     folder = Path(folder)
     pair = []
@@ -101,10 +101,10 @@ def load_tiny(folder: str | Path) -> tuple[nn.Sequential, nn.Sequential]:
         if not path.is_file():
             raise UsageError(f"tiny autoencoder weights not found: {path}")
         module = make()
-        state = torch.load(path, map_location="cpu", weights_only=True)
         try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
             module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-        except (RuntimeError, AttributeError) as error:
+        except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
             raise UsageError(f"{path}: not the tiny autoencoder's {name}: {error}") from error
         pair.append(module)
     return pair[0], pair[1]

@@ -6,19 +6,59 @@ A condition is a tuple of tensors with one row per picture: the arguments of `Ll
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.data import read_captions
+from bozzetto.data import ImageSet, read_captions
+from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, left_pad
 from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.train.recipes import DataSource
+from bozzetto.models.store import read_config
+from bozzetto.train.fields import DataSource
 
 _CHUNK = 64
+_SHOWN = 20  # class names in a message
 Condition = tuple[Tensor, ...]
+
+
+def by_name(data: ImageSet, classes: Sequence[str], source: object) -> ImageSet:
+    """The set with labels that count `classes`, found by name. source: what messages call it.
+
+    Classes without pictures do not matter. Raises UsageError for labels out of range, for names that are not among
+    `classes`, and for names given twice, unless both lists are the same.
+    """
+    labels, classes = np.unique(data.labels), list(classes)
+    if odd := [int(label) for label in labels if not 0 <= label < len(data.classes)]:
+        raise UsageError(f"{source}: label {odd[0]} is not allowed: 0 to {len(data.classes) - 1}")
+    if data.classes == classes:
+        return data
+    used = [data.classes[label] for label in labels]
+    if unknown := [name for name in used if name not in classes]:
+        raise UsageError(f"{source}: {_listed(unknown)}: not among the classes that are trained: {_listed(classes)}")
+    if double := [name for name in used if classes.count(name) > 1 or used.count(name) > 1]:
+        raise UsageError(f"{source}: {_listed(double)}: more than one class is called so; give each a name of its own")
+    number = np.zeros(len(data.classes), np.int64)
+    number[labels] = [classes.index(name) for name in used]
+    return replace(data, labels=number[data.labels], classes=classes)
+
+
+def class_names(folder: Path, classes: int) -> list[str]:
+    """Names by label of the model in a folder. Raises UsageError where they are not as many as its classes."""
+    names = read_config(folder).get("class_names")
+    if not isinstance(names, list) or len(names) != classes:
+        raise UsageError(f"{folder}: class_names must list {classes} names")
+    return [str(name) for name in names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 class Conditions(Protocol):

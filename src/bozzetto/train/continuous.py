@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bozzetto.autoencoders.latents import TINY, tiny_latents
+from bozzetto.autoencoders.latents import TINY, LatentDecoder, tiny_latents
 from bozzetto.autoencoders.tiny import load_tiny
 from bozzetto.data import augment, evaluation_view
-from bozzetto.files import write_whole
+from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import noised_tables
-from bozzetto.models.continuous_store import FLOW, MASKED, write_continuous, write_latents
+from bozzetto.models.continuous_store import FLOW, MASKED, load_latents, write_continuous, write_latents
 from bozzetto.models.flow import FlowConfig, FlowModel
 from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.mar import MAR, MARConfig
@@ -92,6 +92,14 @@ def mar_loss(
     return error + bound[times > 0].mean() / math.log(2)
 
 
+def target_latents(folder: Path, image_size: int) -> LatentDecoder:
+    """The decoder of a trained target. Raises UsageError where it is not for pictures of `image_size` pixels."""
+    found = load_latents(folder)
+    if found.config.image_size != image_size:
+        raise UsageError(f"image_size = {image_size} is not allowed: {folder} draws {found.config.image_size} pixels")
+    return found
+
+
 class LatentFit(Fit):
     """What both families share."""
 
@@ -99,23 +107,31 @@ class LatentFit(Fit):
 
     def load_data(self) -> None:
         """Scaled latents: self.latents float16 [n, views, N, D] (not scaled yet), self.test float32 [n', N, D]."""
-        r, path = self.recipe, self.run.path / LATENTS
-        self.data = r.train.read()
-        test = r.test.read()
-        self.test_labels = torch.from_numpy(test.labels)
-        encoder, self.decoder = load_tiny(r.tiny)
-        if not path.is_file():
-            encoder = channels_last(encoder)
-            bar = tqdm(range(r.views), desc="encoding views")
-            views = [encode(encoder, self.data.images, self._augment) for _ in bar]
-            held = encode(encoder, test.images, lambda x: evaluation_view(x, r.image_size))
-            tables = {"train": torch.stack(views, 1), "test": held}
-            write_whole(path, lambda at: save_file(tables, at))
-        tables = load_file(path)
+        self.test_labels = torch.from_numpy(self.held.labels)
+        encoder, self.decoder = load_tiny(self.recipe.tiny)
+        tables = self.run.kept(LATENTS)
+        if tables is None:
+            tables = self._encoded(channels_last(encoder))
+            self.run.keep(LATENTS, tables)
+        self.generator.set_state(tables["generator"])  # as it is after encoding
         sample = tables["train"][:, 0].float().flatten(0, 1)
         self.mean, self.std = sample.mean(0), sample.std(0)
         self.latents = tables["train"]
         self.test = (tables["test"].float() - self.mean) / self.std
+
+    def _encoded(self, encoder: nn.Module) -> dict[str, Tensor]:
+        """Latents of views of the training pictures and of the held-out ones, and the generator's state after that."""
+        r = self.recipe
+        views = [encode(encoder, self.data.images, self._augment) for _ in tqdm(range(r.views), desc="encoding views")]
+        held = encode(encoder, self.held.images, lambda x: evaluation_view(x, r.image_size))
+        return {"train": torch.stack(views, 1), "test": held, "generator": self.generator.get_state()}
+
+    def scale_as(self, target: LatentDecoder) -> None:
+        """Scale tokens as the target's are, whatever views this run has drawn, and keep some of the held-out ones."""
+        self.test = self.test * self.std + self.mean
+        self.std, self.mean = target.scale.float(), target.shift.float()
+        self.test = ((self.test - self.mean) / self.std)[: self.recipe.test_images]
+        self.test_labels = self.test_labels[: self.recipe.test_images]
 
     def _augment(self, images: np.ndarray) -> Tensor:
         return augment(images, self.recipe.image_size, self.generator, self.recipe.jitter)

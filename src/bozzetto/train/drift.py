@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.laws.schedules import FlowSchedule
-from bozzetto.models.continuous_store import load_latents
 from bozzetto.models.drift import DriftConfig, DriftModel, guided_features
 from bozzetto.models.drift_store import load_base, save_drift
 from bozzetto.models.flow import TIME_SCALE
@@ -25,7 +24,8 @@ from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.heads import PackedDenoiser, flow_coefficients
 from bozzetto.models.store import CONFIG, config_from, read_config
 from bozzetto.pipeline import model_folder
-from bozzetto.train.continuous import LatentFit
+from bozzetto.train.conditions import class_names
+from bozzetto.train.continuous import LatentFit, target_latents
 from bozzetto.train.loop import autocast, compute_dtype
 from bozzetto.train.recipes import DriftRecipe
 
@@ -92,19 +92,18 @@ class DriftFit(LatentFit):
     recipe: DriftRecipe
     model: DriftModel
 
-    def load_data(self) -> None:
+    def load_target(self) -> None:
         self.folder = model_folder(self.recipe.model)
         content = read_config(self.folder)
         self.teacher = load_base(self.folder)
         self.schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
         self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, compute_dtype())
+        self.known = class_names(self.folder, self.teacher.config.classes)
+        self.latents_of_target = target_latents(self.folder, self.recipe.image_size)
+
+    def load_data(self) -> None:
         super().load_data()
-        decoder = load_latents(self.folder)
-        # Tokens are scaled as the teacher's are, whatever views this run has drawn.
-        self.test = self.test * self.std + self.mean
-        self.std, self.mean = decoder.scale.float(), decoder.shift.float()
-        self.test = ((self.test - self.mean) / self.std)[: self.recipe.test_images]
-        self.test_labels = self.test_labels[: self.recipe.test_images]
+        self.scale_as(self.latents_of_target)
 
     def make_model(self) -> nn.Module:
         r = self.recipe
@@ -192,8 +191,8 @@ class DriftFit(LatentFit):
         save_drift(self.run.path / "model", self.model, self.recipe.model, self.folder, notes)
 
 
-def train_drift(recipe: DriftRecipe) -> Path:
-    """Train (or resume) to the recipe's last step. Returns the model folder."""
-    fit = DriftFit(recipe)
+def train_drift(recipe: DriftRecipe, restart: bool = False) -> Path:
+    """Train (or resume) to the recipe's last step. Returns the model folder. restart: put an earlier run aside."""
+    fit = DriftFit(recipe, restart)
     fit.fit()
     return fit.run.path / "model"

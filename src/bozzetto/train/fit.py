@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bozzetto.train.loop import RunFolder, WeightAverage, adamw, cosine, set_lr
-from bozzetto.train.recipes import DriftRecipe, FlowRecipe, MARRecipe, SketchRecipe, TargetRecipe
+from bozzetto.data import ImageSet, read_captions
+from bozzetto.errors import UsageError
+from bozzetto.train.conditions import by_name
+from bozzetto.train.fields import DataSource
+from bozzetto.train.folder import RunFolder, data_digest
+from bozzetto.train.loop import WeightAverage, adamw, cosine, set_lr
 
 
 class Fit:
     """A training run. Families say what the data and the model are and what a step's loss is.
 
     The averaged weights with the lowest held-out loss are exported; the run stops when that has not fallen for
-    `patience` evaluations. Everything random comes from one generator, whose state is saved.
+    `patience` evaluations, where a recipe has such a limit. Everything random comes from one generator, whose state is
+    saved. Pictures are matched with classes by name (`by_name`): held-out ones with those of training, and both with
+    those of the target that a drafter or variant is for.
+
+    recipe: any but a tokenizer's; restart: put an earlier run in its folder aside. Raises UsageError for what cannot be
+    trained, and for a folder that holds a run of something else.
     """
 
     title = "target"  # of the progress bar
+    known: Sequence[str] | None = None  # classes of the target that this one is made for
+    labelled = True  # whether labels mean anything; if not, captions do
 
-    def __init__(self, recipe: TargetRecipe | FlowRecipe | MARRecipe | SketchRecipe | DriftRecipe):
-        self.recipe: Any = recipe
-        self.run = RunFolder(recipe.out)
+    def __init__(self, recipe: Any, restart: bool = False):
+        self.recipe = recipe
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
+        self.load_target()
+        self.data, train = self._pictures(recipe.train)
+        self.held, test = self._pictures(recipe.test)
+        self.run = RunFolder(recipe, {"train": train, "test": test}, restart)
         self.load_data()
         self.model = self.make_model()
         self.begin()
@@ -36,8 +51,20 @@ class Fit:
         self.step, self.best, self.best_step = 0, math.inf, 0
         self._resume()
 
+    def _pictures(self, source: DataSource) -> tuple[ImageSet, str]:
+        """The set with labels as the run counts classes, and its digest."""
+        pictures = source.read()
+        if not self.labelled:
+            return pictures, data_digest(pictures, captions=read_captions(source.path, source.split))
+        self.known = self.known or pictures.classes
+        pictures = by_name(pictures, self.known, source)
+        return pictures, data_digest(pictures)
+
+    def load_target(self) -> None:
+        """Read the trained model that this one is made for, if it is made for one."""
+
     def load_data(self) -> None:
-        """Read pictures and whatever else does not depend on the model."""
+        """Make of self.data and self.held what the model is trained on, as far as it does not depend on the model."""
         raise NotImplementedError
 
     def make_model(self) -> nn.Module:
@@ -74,12 +101,13 @@ class Fit:
         self.views(saved)
         if saved is None:
             return
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.average.load_state_dict(saved["average"])
-        self.generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["torch_rng"])
-        self.step, self.best, self.best_step = saved["step"], saved["best"], saved["best_step"]
+        with self.run.reading():
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.average.load_state_dict(saved["average"])
+            self.generator.set_state(saved["generator"])
+            torch.set_rng_state(saved["torch_rng"])
+            self.step, self.best, self.best_step = saved["step"], saved["best"], saved["best_step"]
 
     def _save(self) -> None:
         self.run.save(
@@ -100,6 +128,7 @@ class Fit:
         r = self.recipe
         set_lr(self.optimizer, cosine(self.step, r.steps, r.lr, r.warmup))
         loss = self.compiled(*self.batch())
+        check_finite(self.step + 1, loss.item())
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -121,14 +150,19 @@ class Fit:
     def checkpoint(self, train_loss: float) -> float:
         """Evaluate, keep the best averaged weights, save the resumable state."""
         held_out = self.held_out()
+        check_finite(self.step, held_out, "held-out loss")
         if held_out < self.best:
             self.best, self.best_step = held_out, self.step
             self.average.swap()
             self.export()
             self.average.swap()
         self._save()
-        self.run.log(step=self.step, train=train_loss, held_out=held_out, best=self.best)
+        self.run.log(step=self.step, train=train_loss, **self.figures(held_out))
         return held_out
+
+    def figures(self, held_out: float) -> dict[str, Any]:
+        """What an evaluation logs."""
+        return {"held_out": held_out, "best": self.best}
 
     def sheet(self) -> None:
         """A contact sheet of samples of the best weights so far."""
@@ -137,13 +171,19 @@ class Fit:
         with torch.random.fork_rng():  # building the sampler draws numbers that a resumed run would not draw
             sample_sheet(self.run.path / "model", self.run.path / "samples.png")
 
+    def over(self) -> bool:
+        """Whether the last step is done, or nothing has improved for long enough."""
+        r = self.recipe
+        waited = self.step - self.best_step
+        return self.step >= r.steps or waited >= getattr(r, "patience", math.inf) * r.evaluate_every
+
     def fit(self) -> None:
-        """Train to the last step, or until nothing improves."""
+        """Train until it is over. Raises UsageError where the loss is no number any more."""
         r = self.recipe
         self.model.train()
-        running = math.nan
+        running, over = math.nan, self.over()
         bar = tqdm(total=r.steps, initial=self.step, desc=self.title, smoothing=0.05)
-        while self.step < r.steps:
+        while not over:
             loss = self.train_step()
             running = loss if math.isnan(running) else 0.98 * running + 0.02 * loss
             bar.update()
@@ -151,6 +191,11 @@ class Fit:
                 held_out = self.checkpoint(running)
                 self.sheet()
                 bar.set_postfix({"train": f"{running:.3f}", "held out": f"{held_out:.3f}"})
-                if self.step - self.best_step >= r.patience * r.evaluate_every:
-                    break
+                over = self.over()
         bar.close()
+
+
+def check_finite(step: int, loss: float, what: str = "loss") -> None:
+    """Raise UsageError for a loss that is no number: what follows would be of no use."""
+    if not math.isfinite(loss):
+        raise UsageError(f"the {what} is {loss} at step {step}: what was saved before is kept. Is lr too large?")

@@ -1,19 +1,14 @@
-"""What every training verb shares: a run folder that resumes, metrics as JSON lines, a schedule, a weight average."""
+"""What every training verb shares: its arithmetic, a schedule, a weight average."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bozzetto.files import write_whole
 from bozzetto.models.native import products_prefer_bfloat16
 
 M = TypeVar("M", bound=nn.Module)
@@ -27,33 +22,6 @@ def compute_dtype() -> torch.dtype:
 def autocast() -> torch.autocast:
     """Matrix products in `compute_dtype`."""
     return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16)
-
-
-class RunFolder:
-    """A folder with checkpoint.pt (resumable state), metrics.jsonl and sample sheets."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self.path / "checkpoint.pt"
-
-    def save(self, state: dict) -> None:
-        """Write the checkpoint whole or not at all."""
-        write_whole(self.checkpoint, lambda p: torch.save(state, p))
-
-    def load(self) -> dict | None:
-        """The last checkpoint, or None. Read without executing pickled code."""
-        if not self.checkpoint.exists():
-            return None
-        return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-
-    def log(self, **figures: object) -> None:
-        """Append one JSON line to metrics.jsonl."""
-        record = {"time": round(time.time(), 1), **figures}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
 
 
 class WeightAverage:

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from bozzetto.models.glance import GlanceConfig, GlanceNet
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
-from bozzetto.train.drafter import Trainer
+from bozzetto.train.drafter import DrafterFit
 from bozzetto.train.loop import autocast
 from bozzetto.train.recipes import ParallelRecipe
 
 _EVERY = 11  # pairs between held-out anchors
 
 
-class ParallelTrainer(Trainer):
+class ParallelFit(DrafterFit):
     """Fits a PlaneNet, a BlockNet or a GlanceNet."""
 
     recipe: ParallelRecipe
 
-    def __init__(self, recipe: ParallelRecipe):
-        self.family = recipe.family
-        super().__init__(recipe)
+    def load_target(self) -> None:
+        self.family = self.recipe.family
+        super().load_target()
 
-    def make_net(self) -> Any:
+    def make_model(self) -> Any:
         r, t = self.recipe, self.target.config
         if r.family == "plane":
             return PlaneNet(PlaneConfig(t.dim, t.vocab, t.grid, r.places))
@@ -45,7 +45,9 @@ class ParallelTrainer(Trainer):
         pairs, r = self.target.config.length - 1, self.recipe
         return (torch.rand(batch, pairs, generator=self.generator).argsort(1)[:, : min(r.anchors, pairs)],)
 
-    def _loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor) -> Tensor:
+    def loss(  # type: ignore[override]
+        self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor
+    ) -> Tensor:
         r = self.recipe
         log_p, log_q, real, near = self.both(features, fed, tokens, scale, drawn[0])
         weight = real * r.decay ** torch.arange(r.places)
@@ -63,12 +65,12 @@ class ParallelTrainer(Trainer):
         copies, (batch, count) = len(features) // len(scale), anchors.shape
         every = anchors.repeat(copies, 1)
         with autocast():
-            guessed = self.net.after(fed[:, :-1], self.rows[tokens[:, :-1]], every)  # [R, A, K, d]
+            guessed = self.model.after(fed[:, :-1], self.rows[tokens[:, :-1]], every)  # [R, A, K, d]
         place = every[..., None] + torch.arange(1, self.recipe.places + 1)
         inside = place.clamp_max(features.shape[1] - 1).flatten(1)  # [R, A K]
         wanted = features.gather(1, inside[..., None].expand(-1, -1, features.shape[-1]))
         with autocast():
-            more = self.net.bias(tokens.gather(1, inside - 1))
+            more = self.model.bias(tokens.gather(1, inside - 1))
         log_p = self.laws(wanted, scale)
         log_q = self.laws(guessed.flatten(1, 2), scale, more)
         near = F.smooth_l1_loss(guessed.flatten(1, 2).float(), wanted.float(), reduction="none").mean(-1)

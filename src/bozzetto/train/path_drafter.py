@@ -11,22 +11,21 @@ a drift variant's decoder is given these (Drift-AR, arXiv 2603.28049, eq. 3).
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.autoencoders.latents import LatentDecoder
 from bozzetto.errors import UsageError
-from bozzetto.models.continuous_store import load_continuous, load_latents
+from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler
 from bozzetto.models.path_sketch import PathSketch, sketch_config
 from bozzetto.models.sketch_store import SKETCH, load_sketch, save_sketch
 from bozzetto.models.store import CONFIG, config_from, read_config, target_digest
 from bozzetto.pipeline import model_folder
-from bozzetto.train.continuous import LatentFit
+from bozzetto.train.conditions import class_names
+from bozzetto.train.continuous import LatentFit, target_latents
 from bozzetto.train.loop import autocast
 from bozzetto.train.recipes import SketchRecipe
 
@@ -37,11 +36,11 @@ _DEPTHS = 4  # of the roll-out in the held-out report
 class SketchFit(LatentFit):
     """Fits a PathSketch."""
 
-    title = "drafter"
+    title, family = "drafter", SKETCH
     recipe: SketchRecipe
     model: PathSketch
 
-    def load_data(self) -> None:
+    def load_target(self) -> None:
         self.folder = model_folder(self.recipe.model)
         content = read_config(self.folder)
         target = load_continuous(self.folder)
@@ -51,13 +50,12 @@ class SketchFit(LatentFit):
         schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
         self.ancestry, self.times = schedule.ancestry(torch.device("cpu")), schedule.time.float()
         self.weights = (self.ancestry.of_token / schedule.std.float()).square()  # [T]
+        self.known = class_names(self.folder, target.config.classes)
+        self.latents_of_target = target_latents(self.folder, self.recipe.image_size)
+
+    def load_data(self) -> None:
         super().load_data()
-        decoder: LatentDecoder = load_latents(self.folder)
-        # Tokens are scaled as the target's are, whatever views this run has drawn.
-        self.test = self.test * self.std + self.mean
-        self.std, self.mean = decoder.scale.float(), decoder.shift.float()
-        self.test = ((self.test - self.mean) / self.std)[: self.recipe.test_images]
-        self.test_labels = self.test_labels[: self.recipe.test_images]
+        self.scale_as(self.latents_of_target)
 
     def make_model(self) -> nn.Module:
         net = PathSketch(sketch_config(self.target.config))
@@ -150,10 +148,3 @@ class SketchFit(LatentFit):
 
     def sheet(self) -> None:
         """There is nothing to look at."""
-
-
-def train_sketch(recipe: SketchRecipe) -> Path:
-    """Train (or resume) to the recipe's last step. Returns the drafter folder."""
-    fit = SketchFit(recipe)
-    fit.fit()
-    return fit.run.path / SKETCH

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
-from bozzetto.data import ImageSet, read_images
 from bozzetto.errors import UsageError
+from bozzetto.train.fields import (
+    STRICT,
+    Count,
+    DataSource,
+    Dropout,
+    Place,
+    Rate,
+    Scale,
+    Seed,
+    Share,
+    Side,
+    Times,
+    Weight,
+    Width,
+    check_guidance,
+    check_heads,
+    check_prompts,
+    check_sizes,
+    check_weighted,
+)
+from bozzetto.train.reading import checked_as, read_mapping
 
-_STRICT = ConfigDict(extra="forbid")
-Count = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
-
-@checked(frozen=True, config=_STRICT)
-class DataSource:
-    """path: a parquet file or a folder of images; split: which rows of a parquet file (None: all); size: pixels that
-    the squares are held at, from which random crops are taken."""
-
-    path: str
-    split: str | None = None
-    size: Count = 160
-
-    def read(self) -> ImageSet:
-        """The images."""
-        return read_images(self.path, self.split, self.size)
-
-
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class TokenizerStage:
     """One stage of tokenizer training.
 
@@ -44,34 +43,37 @@ class TokenizerStage:
     kind: Literal["latent", "pixel", "decoder"]
     steps: Count
     lr: Rate
-    batch: Count = 64
+    batch: Width = 64
     warmup: Count = 50
-    feature_weight: Annotated[float, Field(ge=0)] = 0.0
-    adversarial_weight: Annotated[float, Field(ge=0)] = 0.0
+    feature_weight: Weight = 0.0
+    adversarial_weight: Weight = 0.0
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class TokenizerRecipe:
     """How to train a VQ tokenizer. tiny: folder with the tiny autoencoder; views: augmented views held per image."""
 
-    out: str
-    tiny: str
-    train: list[DataSource]
+    out: Place
+    tiny: Place
+    train: Annotated[list[DataSource], Field(min_length=1)]
     test: DataSource
-    stages: list[TokenizerStage]
-    codes: Count = 4096
-    code_dim: Count = 8
-    width: Count = 160
-    pre_blocks: Count = 2
-    post_blocks: Count = 4
-    image_size: Count = 128
-    views: Count = 2
-    commitment: Annotated[float, Field(ge=0)] = 0.25
+    stages: Annotated[list[TokenizerStage], Field(min_length=1)]
+    codes: Annotated[int, Field(gt=0, le=2**15)] = 4096  # training holds tokens as int16
+    code_dim: Width = 8
+    width: Annotated[int, Field(gt=0, le=2**16, multiple_of=8)] = 160
+    pre_blocks: Width = 2
+    post_blocks: Width = 4
+    image_size: Side = 128
+    views: Width = 2
+    commitment: Weight = 0.25
     save_every: Count = 100
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.image_size, *self.train, self.test)
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class TargetRecipe:
     """How to train a LlamaGen-architecture target on images tokenised on the fly.
 
@@ -82,36 +84,39 @@ class TargetRecipe:
     matrices as int8 (models/store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
     """
 
-    out: str
-    tokenizer: str
+    out: Place
+    tokenizer: Place
     train: DataSource
     test: DataSource
     name: str
     compact: bool = False
     init: str = ""
-    dim: Count = 512
-    layers: Count = 6
-    heads: Count = 8
-    views: Count = 4
-    refresh_every: Annotated[int, Field(ge=0)] = 100
+    dim: Width = 512
+    layers: Width = 6
+    heads: Width = 8
+    views: Width = 4
+    refresh_every: Times = 100
     jitter: Share = 0.0
     flips: bool = True
     whole: Share = 0.0
     steps: Count = 8000
-    batch: Count = 32
+    batch: Width = 32
     lr: Rate = 6e-4
     warmup: Count = 200
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    dropout: Share = 0.1
+    weight_decay: Weight = 0.05
+    dropout: Dropout = 0.1
     class_dropout: Share = 0.1
     ema: Share = 0.998
     evaluate_every: Count = 250
     patience: Count = 6
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_heads(self.dim, self.heads, 4)  # rotations turn pairs of numbers by row and by column
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class CaptionRecipe(TargetRecipe):
     """How to train a text-conditional target (`family: caption`); columns `caption` and `style` make its prompts.
 
@@ -120,11 +125,15 @@ class CaptionRecipe(TargetRecipe):
     """
 
     family: Literal["caption"] = "caption"
-    prompts: tuple[str, ...] = ("{caption}, {style}",)
-    condition_tokens: Count = 24
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("{caption}, {style}",)
+    condition_tokens: Width = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_prompts(self.prompts)
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class DrafterRecipe:
     """How to train an EAGLE-style drafter for a trained target.
 
@@ -137,37 +146,45 @@ class DrafterRecipe:
     as int8 (models/store.py).
     """
 
-    out: str
-    model: str
+    out: Place
+    model: Place
     train: DataSource
     test: DataSource
-    layers: Count = 1
+    layers: Width = 1
     init: str = ""
     compact: bool = False
-    guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
+    guidance: tuple[Scale, Scale] = (1.0, 3.0)
     condition_dropout: Share = 0.1
-    acceptance_weight: Annotated[float, Field(ge=0)] = 1.0
-    cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.1
-    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    acceptance_weight: Weight = 1.0
+    cross_entropy_weight: Weight = 0.1
+    feature_weight: Weight = 0.0
     rollout: Annotated[int, Field(gt=0, le=8)] = 3
     decay: Rate = 0.8
-    feature_noise: Annotated[float, Field(ge=0)] = 0.0
+    feature_noise: Weight = 0.0
     test_images: Count = 64
-    views: Count = 4
-    refresh_every: Annotated[int, Field(ge=0)] = 0
+    views: Width = 4
+    refresh_every: Times = 0
     jitter: Share = 0.0
     steps: Count = 2000
-    batch: Count = 8
+    batch: Width = 8
     lr: Rate = 6e-4
     warmup: Count = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    weight_decay: Weight = 0.02
     ema: Share = 0.995
     evaluate_every: Count = 200
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance)
+        check_weighted(
+            acceptance_weight=self.acceptance_weight,
+            cross_entropy_weight=self.cross_entropy_weight,
+            feature_weight=self.feature_weight,
+        )
 
 
-@checked(frozen=True, config=_STRICT, kw_only=True)
+@checked(frozen=True, config=STRICT, kw_only=True)
 class ParallelRecipe(DrafterRecipe):
     """How to train a drafter that predicts several tokens in one pass: family plane, heads for the right neighbours and
     the one below; family block, marked places and a table of the token before (models/parallel.py); family glance, the
@@ -178,13 +195,13 @@ class ParallelRecipe(DrafterRecipe):
     """
 
     family: Literal["plane", "block", "glance"]
-    places: Count = 12
-    narrow: Count = 128
-    anchors: Count = 48
-    rank: Count = 128
+    places: Width = 12
+    narrow: Width = 128
+    anchors: Width = 48
+    rank: Width = 128
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class _ContinuousRecipe:
     """What the continuous families share.
 
@@ -192,34 +209,37 @@ class _ContinuousRecipe:
     token; compact: write matrices as int8 (models/store.py); jitter, ema, patience: as for a discrete target.
     """
 
-    out: str
-    tiny: str
+    out: Place
+    tiny: Place
     train: DataSource
     test: DataSource
     name: str
-    image_size: Count = 128
-    views: Count = 6
+    image_size: Side = 128
+    views: Width = 6
     jitter: Share = 0.0
-    draws: Count = 2
+    draws: Width = 2
     compact: bool = False
-    heads: Count = 6
-    head_width: Count = 384
-    head_depth: Count = 3
+    heads: Width = 6
+    head_width: Width = 384
+    head_depth: Width = 3
     steps: Count = 8000
-    batch: Count = 32
+    batch: Width = 32
     lr: Rate = 6e-4
     warmup: Count = 200
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    dropout: Share = 0.1
+    weight_decay: Weight = 0.05
+    dropout: Dropout = 0.1
     class_dropout: Share = 0.1
     ema: Share = 0.998
     evaluate_every: Count = 250
     patience: Count = 6
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.image_size, self.train, self.test)
 
 
-@checked(frozen=True, config=_STRICT, kw_only=True)
+@checked(frozen=True, config=STRICT, kw_only=True)
 class FlowRecipe(_ContinuousRecipe):
     """How to train a causal flow model on the tiny autoencoder's latents.
 
@@ -228,24 +248,32 @@ class FlowRecipe(_ContinuousRecipe):
     """
 
     family: Literal["flow"]
-    dim: Count = 384
-    layers: Count = 6
-    context_noise: Annotated[float, Field(ge=0)] = 0.2
+    dim: Width = 384
+    layers: Width = 6
+    context_noise: Weight = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self.dim, self.heads, 4)
 
 
-@checked(frozen=True, config=_STRICT, kw_only=True)
+@checked(frozen=True, config=STRICT, kw_only=True)
 class MARRecipe(_ContinuousRecipe):
     """How to train a masked model (MAR) on the tiny autoencoder's latents. depth: of the encoder and of the decoder;
     buffer: copies of the class; least_masked: smallest share of masked tokens."""
 
     family: Literal["mar"]
-    dim: Count = 256
-    depth: Count = 4
-    buffer: Count = 16
-    least_masked: Share = 0.7
+    dim: Width = 256
+    depth: Width = 4
+    buffer: Width = 16
+    least_masked: Annotated[float, Field(gt=0, le=0.99)] = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self.dim, self.heads)
 
 
-@checked(frozen=True, config=_STRICT, kw_only=True)
+@checked(frozen=True, config=STRICT, kw_only=True)
 class SketchRecipe:
     """How to train a drafter of continuous tokens for a trained flow target.
 
@@ -257,35 +285,40 @@ class SketchRecipe:
     """
 
     family: Literal["sketch"]
-    out: str
-    model: str
-    tiny: str
+    out: Place
+    model: Place
+    tiny: Place
     train: DataSource
     test: DataSource
-    image_size: Count = 128
-    views: Count = 6
+    image_size: Side = 128
+    views: Width = 6
     jitter: Share = 0.0
-    guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
+    guidance: tuple[Scale, Scale] = (1.0, 3.0)
     rollout: Annotated[int, Field(gt=0, le=8)] = 2
     decay: Rate = 0.8
-    divergence_weight: Annotated[float, Field(ge=0)] = 1.0
-    feature_weight: Annotated[float, Field(ge=0)] = 0.0
+    divergence_weight: Weight = 1.0
+    feature_weight: Weight = 0.0
     init: str = ""
     test_images: Count = 64
     steps: Count = 1200
-    batch: Count = 8
+    batch: Width = 8
     lr: Rate = 1e-3
     warmup: Count = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    weight_decay: Weight = 0.02
     class_dropout: Share = 0.0
     ema: Share = 0.99
     evaluate_every: Count = 100
     patience: Count = 6
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.image_size, self.train, self.test)
+        check_guidance(self.guidance)
+        check_weighted(divergence_weight=self.divergence_weight, feature_weight=self.feature_weight)
 
 
-@checked(frozen=True, config=_STRICT, kw_only=True)
+@checked(frozen=True, config=STRICT, kw_only=True)
 class DriftRecipe:
     """How to train a drift variant of a trained flow model (train/drift.py).
 
@@ -297,41 +330,45 @@ class DriftRecipe:
     held-out pictures used.
     """
 
-    out: str
-    model: str
-    tiny: str
+    out: Place
+    model: Place
+    tiny: Place
     train: DataSource
     test: DataSource
     name: str
-    image_size: Count = 128
-    views: Count = 6
+    image_size: Side = 128
+    views: Width = 6
     jitter: Share = 0.0
-    decoder_width: Count = 384
-    decoder_depth: Count = 3
+    decoder_width: Width = 384
+    decoder_depth: Width = 3
     largest: Rate = 0.5
     heat: Rate = 2.0
-    tuned: Annotated[int, Field(ge=0)] = 0
-    guidance: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 3.0)
-    context_noise: Annotated[float, Field(ge=0)] = 0.2
-    places: Count = 64
-    positives: Annotated[int, Field(gt=1)] = 8
-    generated: Annotated[int, Field(gt=1)] = 8
+    tuned: Times = 0
+    guidance: tuple[Scale, Scale] = (1.0, 3.0)
+    context_noise: Weight = 0.2
+    places: Width = 64
+    positives: Annotated[int, Field(gt=1, le=2**16)] = 8
+    generated: Annotated[int, Field(gt=1, le=2**16)] = 8
     alpha: Share = 0.95
-    entropy_weight: Annotated[float, Field(ge=0)] = 0.1
+    entropy_weight: Weight = 0.1
     frozen_from: Share = 0.8
-    bandwidths: tuple[Rate, ...] = (0.02, 0.05, 0.2)
+    bandwidths: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.02, 0.05, 0.2)
     test_images: Count = 64
     steps: Count = 2000
-    batch: Count = 8
+    batch: Width = 8
     lr: Rate = 1e-3
     warmup: Count = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    weight_decay: Weight = 0.02
     class_dropout: Share = 0.0
     ema: Share = 0.995
     evaluate_every: Count = 100
     patience: Count = 20
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.image_size, self.train, self.test)
+        check_guidance(self.guidance)
 
 
 RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe, "drift": DriftRecipe}
@@ -350,34 +387,10 @@ def read_recipe(path: str | Path, kind: type[R]) -> Any:
     Relative paths inside a recipe are relative to the working directory.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"recipe not found: {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
+    content = read_mapping(path)
     if kind in FAMILIES and "family" in content:
         family, known = content["family"], FAMILIES[kind]
-        if family not in known:
+        if not isinstance(family, str) or family not in known:
             raise UsageError(f"{path}: family = {family!r} is not allowed: {', '.join(known)}, or no family for codes")
         kind = known[family]
-    try:
-        return TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_explain(error, kind)}") from error
-
-
-def _explain(error: ValidationError, kind: type) -> str:
-    allowed = ", ".join(f.name for f in fields(kind))
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "recipe"
-        if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-            lines.append(f"unknown key {key!r} (allowed: {allowed})")
-        elif item["type"] in {"missing", "missing_argument"}:
-            lines.append(f"missing key {key!r}")
-        else:
-            lines.append(f"{key} = {item['input']!r}: {item['msg']}")
-    return "; ".join(lines)
+    return checked_as(kind, content, path)

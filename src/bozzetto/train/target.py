@@ -26,9 +26,10 @@ from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
 from bozzetto.prompts import ENCODER
 from bozzetto.train.conditions import prompt_features
+from bozzetto.train.fields import check_sizes
 from bozzetto.train.fit import Fit
 from bozzetto.train.loop import autocast, channels_last
-from bozzetto.train.recipes import CaptionRecipe, FlowRecipe, MARRecipe, TargetRecipe
+from bozzetto.train.recipes import CaptionRecipe, DrafterRecipe, FlowRecipe, MARRecipe, TargetRecipe
 
 _CHUNK = 64
 _EXAMPLES = 12  # held-out prompts that are drawn where none is asked for
@@ -45,7 +46,50 @@ def tokenise(tokenizer: VQTokenizer, images: np.ndarray, view: Callable[[np.ndar
     return torch.cat(parts)
 
 
-class CodeFit(Fit):
+def check_image_size(image_size: int, recipe: TargetRecipe | DrafterRecipe) -> None:
+    """Raise UsageError where the tokenizer's pictures would be enlarged ones."""
+    try:
+        check_sizes(image_size, recipe.train, recipe.test)
+    except ValueError as error:
+        raise UsageError(f"{error}, the tokenizer's") from error
+
+
+class TokenFit(Fit):
+    """What targets and drafters of codes share: the tokens of augmented views, which live in the checkpoint."""
+
+    tokenizer: Any
+    flips = True  # mirror every other picture
+
+    def view(self) -> Tensor:
+        """Tokens of a new view of every picture, int16 [N, h*w]."""
+        size, r = self.tokenizer.config.image_size, self.recipe
+        return tokenise(
+            self.tokenizer, self.data.images, lambda x: augment(x, size, self.generator, r.jitter, self.flips)
+        )
+
+    def whole(self, images: np.ndarray) -> Tensor:
+        """Tokens of whole pictures, as held-out ones are looked at."""
+        size = self.tokenizer.config.image_size
+        return tokenise(self.tokenizer, images, lambda x: evaluation_view(x, size))
+
+    def first_views(self) -> list[Tensor]:
+        return [self.view() for _ in tqdm(range(self.recipe.views), desc="tokenising views")]
+
+    def views(self, saved: dict[str, Any] | None) -> None:
+        # int16 [N, views, h*w]
+        self.tokens: Tensor = torch.stack(self.first_views(), 1) if saved is None else saved["tokens"]
+
+    def kept(self) -> dict[str, Any]:
+        return {"tokens": self.tokens}
+
+    def refresh(self) -> None:
+        """Draw one of the views anew, where it is time."""
+        r = self.recipe
+        if r.refresh_every and self.step and self.step % r.refresh_every == 0:
+            self.tokens[:, (self.step // r.refresh_every) % r.views] = self.view()
+
+
+class CodeFit(TokenFit):
     """Fits a LlamaGen-architecture target to codes."""
 
     recipe: TargetRecipe
@@ -60,14 +104,14 @@ class CodeFit(Fit):
             raise UsageError(f"{self.recipe.init}: {trained.config} is not the recipe's {self.model.config}")
         self.model.load_state_dict(trained.state_dict())
 
+    def load_target(self) -> None:
+        self.flips = self.recipe.flips
+        self.tokenizer = channels_last(load_tokenizer(self.recipe.tokenizer))
+        check_image_size(self.tokenizer.config.image_size, self.recipe)
+
     def load_data(self) -> None:
-        recipe = self.recipe
-        self.tokenizer = channels_last(load_tokenizer(recipe.tokenizer))
-        size = self.tokenizer.config.image_size
-        self.data = recipe.train.read()
-        test = recipe.test.read()
-        self.test_labels = torch.from_numpy(test.labels)
-        self.test_tokens = tokenise(self.tokenizer, test.images, lambda x: evaluation_view(x, size)).long()
+        self.test_labels = torch.from_numpy(self.held.labels)
+        self.test_tokens = self.whole(self.held.images).long()
 
     def make_model(self) -> LlamaGen:
         recipe = self.recipe
@@ -81,29 +125,9 @@ class CodeFit(Fit):
         )
         return LlamaGen(config, recipe.dropout)
 
-    def _view(self) -> Tensor:
-        size, r = self.tokenizer.config.image_size, self.recipe
-        return tokenise(self.tokenizer, self.data.images, lambda x: augment(x, size, self.generator, r.jitter, r.flips))
-
-    def views(self, saved: dict[str, Any] | None) -> None:
-        if saved is None:
-            bar = tqdm(range(self.recipe.views), desc="tokenising views")
-            views = [self._view() for _ in bar]
-            if self.recipe.whole:
-                size = self.tokenizer.config.image_size
-                views.append(tokenise(self.tokenizer, self.data.images, lambda x: evaluation_view(x, size)))
-            self.tokens = torch.stack(views, 1)  # int16 [N, views, h*w]; the last one may be of whole pictures
-        else:
-            self.tokens = saved["tokens"]
-
-    def kept(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}
-
-    def refresh(self) -> None:
-        """Draw one of the views anew, where it is time."""
-        r = self.recipe
-        if r.refresh_every and self.step and self.step % r.refresh_every == 0:
-            self.tokens[:, (self.step // r.refresh_every) % r.views] = self._view()
+    def first_views(self) -> list[Tensor]:
+        """The last one may be of whole pictures."""
+        return super().first_views() + ([self.whole(self.data.images)] if self.recipe.whole else [])
 
     def _views(self, rows: Tensor) -> Tensor:
         """One view of each of `rows` [B]: tokens [B, N]."""
@@ -152,6 +176,7 @@ class CaptionFit(CodeFit):
     """Fits a text-conditional target to codes, conditioned as LlamaGen's are."""
 
     recipe: CaptionRecipe
+    labelled = False
 
     def load_data(self) -> None:
         super().load_data()
@@ -221,16 +246,17 @@ class CaptionFit(CodeFit):
         save_llamagen(Path(self.recipe.out) / "model", self.model, self.tokenizer, notes, self.recipe.compact)
 
 
-def train_target(recipe: TargetRecipe | FlowRecipe | MARRecipe) -> Path:
-    """Train (or resume) until `steps` or until the held-out loss stops falling. Returns the model folder."""
-    fit: Fit
-    if isinstance(recipe, CaptionRecipe):
-        fit = CaptionFit(recipe)
-    elif isinstance(recipe, TargetRecipe):
-        fit = CodeFit(recipe)
+def train_target(recipe: TargetRecipe | FlowRecipe | MARRecipe, restart: bool = False) -> Path:
+    """Train (or resume) until `steps` or until the held-out loss stops falling. Returns the model folder.
+
+    restart: put an earlier run in the recipe's `out` aside and begin anew.
+    """
+    kind: type[Fit]
+    if isinstance(recipe, TargetRecipe):
+        kind = CaptionFit if isinstance(recipe, CaptionRecipe) else CodeFit
     else:
         from bozzetto.train.continuous import FlowFit, MARFit
 
-        fit = FlowFit(recipe) if isinstance(recipe, FlowRecipe) else MARFit(recipe)
-    fit.fit()
+        kind = FlowFit if isinstance(recipe, FlowRecipe) else MARFit
+    kind(recipe, restart).fit()
     return Path(recipe.out) / "model"

@@ -21,7 +21,9 @@ from bozzetto.data import ImageSet, augment, evaluation_view
 from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import save_tokenizer
-from bozzetto.train.loop import RunFolder, autocast, channels_last, cosine, psnr, set_lr
+from bozzetto.train.fit import check_finite
+from bozzetto.train.folder import RunFolder, data_digest
+from bozzetto.train.loop import autocast, channels_last, cosine, psnr, set_lr
 from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 
 _CHUNK = 64
@@ -45,8 +47,14 @@ class Critic(nn.Module):
 class _Data:
     """Views of the training images as uint8 pictures [M, 3, S, S] and their float16 latents [M, 32, h, w]."""
 
-    def __init__(self, recipe: TokenizerRecipe, encoder: nn.Module, generator: torch.Generator):
-        sets = [s.read() for s in recipe.train]
+    def __init__(
+        self,
+        recipe: TokenizerRecipe,
+        sets: list[ImageSet],
+        test: ImageSet,
+        encoder: nn.Module,
+        generator: torch.Generator,
+    ):
         pictures, latents = [], []
         chunks = [(s, i) for s in sets for _ in range(recipe.views) for i in range(0, len(s), _CHUNK)]
         for s, i in tqdm(chunks, desc="encoding views", unit="chunk"):
@@ -54,8 +62,7 @@ class _Data:
             pictures.append((x * 255).round().byte())
             latents.append(encode_latents(encoder, x).half())
         self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
-        self.test: ImageSet = recipe.test.read()
-        self.held_out = evaluation_view(self.test.images, recipe.image_size)
+        self.held_out = evaluation_view(test.images, recipe.image_size)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pick = torch.randint(len(self.latents), (size,), generator=generator)
@@ -79,8 +86,10 @@ def _window(latent: Tensor, pictures: Tensor, generator: torch.Generator) -> tup
 
 
 class _Trainer:
-    def __init__(self, recipe: TokenizerRecipe):
+    def __init__(self, recipe: TokenizerRecipe, restart: bool = False):
         self.recipe = recipe
+        sets, test = [s.read() for s in recipe.train], recipe.test.read()
+        self.run = RunFolder(recipe, {"train": data_digest(*sets), "test": data_digest(test)}, restart)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         config = VQConfig(
@@ -93,8 +102,7 @@ class _Trainer:
         self.model.encoder.requires_grad_(False)
         self.codebook = CodebookEMA(self.model.codebook)
         self.critic = channels_last(Critic())
-        self.run = RunFolder(recipe.out)
-        self.data = _Data(recipe, self.model.encoder, self.generator)
+        self.data = _Data(recipe, sets, test, self.model.encoder, self.generator)
 
     def optimizer(self, stage: TokenizerStage) -> torch.optim.AdamW:
         m = self.model
@@ -145,8 +153,9 @@ class _Trainer:
         self.critic_optimizer.step()
         return loss.item()
 
-    def step(self, stage: TokenizerStage, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def step(self, stage: TokenizerStage, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
         loss, parts, y, x = self.losses(stage)
+        check_finite(number, loss.item(), f"loss of stage {stage.kind}")
         if stage.adversarial_weight and y is not None and x is not None:
             self.critic.requires_grad_(False)
             with autocast():
@@ -198,10 +207,11 @@ class _Trainer:
         saved = self.run.load()
         first, start = (saved["stage"], saved["step"]) if saved else (0, 0)
         if saved:
-            self.model.load_state_dict(saved["model"])
-            self.codebook.load_state_dict(saved["codebook"])
-            self.critic.load_state_dict(saved["critic"])
-            self.generator.set_state(saved["generator"])
+            with self.run.reading():
+                self.model.load_state_dict(saved["model"])
+                self.codebook.load_state_dict(saved["codebook"])
+                self.critic.load_state_dict(saved["critic"])
+                self.generator.set_state(saved["generator"])
         for number, stage in enumerate(self.recipe.stages[first:], first):
             optimizer = self.optimizer(stage)
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.9))
@@ -215,7 +225,7 @@ class _Trainer:
         bar = tqdm(range(begin, stage.steps), initial=begin, total=stage.steps, desc=f"{number + 1}:{stage.kind}")
         for step in bar:
             set_lr(optimizer, cosine(step, stage.steps, stage.lr, stage.warmup))
-            parts = self.step(stage, optimizer)
+            parts = self.step(stage, optimizer, step + 1)
             done = step + 1
             if done % self.recipe.save_every == 0 or done == stage.steps:
                 figures, y = self.evaluate(128)
@@ -226,9 +236,12 @@ class _Trainer:
                 self.run.save(self.state(number + ended, 0 if ended else done, optimizer))
 
 
-def train_tokenizer(recipe: TokenizerRecipe) -> Path:
-    """Train (or resume) and write the tokenizer's folder `recipe.out`/tokenizer. Returns that folder."""
-    trainer = _Trainer(recipe)
+def train_tokenizer(recipe: TokenizerRecipe, restart: bool = False) -> Path:
+    """Train (or resume) and write the tokenizer's folder `recipe.out`/tokenizer. Returns that folder.
+
+    restart: put an earlier run in the recipe's `out` aside and begin anew.
+    """
+    trainer = _Trainer(recipe, restart)
     model = trainer.fit()
     figures, _ = trainer.evaluate()
     trainer.run.log(stage="final", **figures)

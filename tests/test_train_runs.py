@@ -1,0 +1,374 @@
+"""Run folders of every trainer: killed at any time a run ends where an uninterrupted one does, and it goes on only with
+the recipe, the pictures and the weights that it was begun with. Which class is which goes by name."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bozzetto.cli import main
+from bozzetto.errors import UsageError
+from bozzetto.train.continuous import LATENTS, FlowFit, MARFit
+from bozzetto.train.drafter import DrafterFit, train_drafter
+from bozzetto.train.drift import DriftFit, train_drift
+from bozzetto.train.fields import DataSource
+from bozzetto.train.fit import Fit
+from bozzetto.train.folder import CHECKPOINT, RUN, RunFolder, data_digest
+from bozzetto.train.parallel import ParallelFit
+from bozzetto.train.path_drafter import SketchFit
+from bozzetto.train.recipes import (
+    DrafterRecipe,
+    DriftRecipe,
+    FlowRecipe,
+    MARRecipe,
+    ParallelRecipe,
+    SketchRecipe,
+    TargetRecipe,
+    TokenizerRecipe,
+    TokenizerStage,
+)
+from bozzetto.train.target import CodeFit, train_target
+from bozzetto.train.tokenizer import _Trainer, train_tokenizer
+
+SHORT: dict[str, Any] = {"views": 1, "steps": 2, "batch": 2, "warmup": 1, "evaluate_every": 2}
+SMALL: dict[str, Any] = {**SHORT, "image_size": 32}
+HEAD: dict[str, Any] = {**SMALL, "heads": 2, "head_width": 8, "head_depth": 1, "dim": 16, "name": "toy"}
+Make = Callable[[str, Path, Path], Any]
+
+
+@pytest.fixture(autouse=True)
+def without_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample sheets take most of the time, and are looked at elsewhere."""
+    monkeypatch.setattr(Fit, "sheet", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model: Path, tiny_flow: Path, tiny_weights: Path) -> Make:
+    """The recipe of a kind, by its run folder and its pictures."""
+
+    def recipe(kind: str, out: Path, pictures: Path) -> Any:
+        data = DataSource(str(pictures))
+        shared: dict[str, Any] = {"out": str(out), "train": data, "test": data}
+        tiny, model = {"tiny": str(tiny_weights)}, {"model": str(tiny_model), "test_images": 2}
+        of_flow = {"model": str(tiny_flow), "test_images": 2}
+        if kind == "tokenizer":
+            stages = [TokenizerStage("latent", steps=2, lr=1e-3, batch=2)]
+            shape = {"codes": 8, "width": 8, "pre_blocks": 1, "post_blocks": 1, "image_size": 32, "views": 1}
+            return TokenizerRecipe(**{**shared, "train": [data]}, **tiny, stages=stages, save_every=2, **shape)
+        if kind == "target":
+            return TargetRecipe(**shared, tokenizer=str(tiny_model), name="toy", dim=16, layers=1, heads=2, **SHORT)
+        if kind == "flow":
+            return FlowRecipe(family="flow", layers=1, **shared, **tiny, **HEAD)
+        if kind == "mar":
+            return MARRecipe(family="mar", depth=1, **shared, **tiny, **HEAD)
+        if kind == "drift":
+            shape = {"decoder_width": 8, "decoder_depth": 1, "places": 2, "positives": 2, "generated": 2}
+            return DriftRecipe(name="toy", **shape, **shared, **tiny, **of_flow, **SMALL)
+        if kind == "sketch":
+            return SketchRecipe(family="sketch", **shared, **tiny, **of_flow, **SMALL)
+        if kind == "eagle":
+            return DrafterRecipe(**shared, **model, **SHORT)
+        return ParallelRecipe(family="plane", places=2, anchors=2, **shared, **model, **SHORT)
+
+    return recipe
+
+
+KINDS = ("tokenizer", "target", "flow", "mar", "drift", "sketch", "eagle", "plane")
+TRAIN = {"tokenizer": train_tokenizer, "target": train_target, "flow": train_target, "mar": train_target}
+TRAIN |= {"drift": train_drift, "sketch": train_drafter, "eagle": train_drafter, "plane": train_drafter}  # type: ignore[dict-item]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weights(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+
+
+def killed(kind: str, recipe: Any, after: int, restart: bool = False) -> None:
+    """Train, and be stopped in the step after so many."""
+    owner, method = (_Trainer, "step") if kind == "tokenizer" else (Fit, "train_step")
+    original, calls = getattr(owner, method), []
+
+    def stopped(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            TRAIN[kind](recipe, restart)
+
+
+@pytest.fixture(scope="module")
+def albums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures each of daisy and rose."""
+    folder, rng = tmp_path_factory.mktemp("albums"), np.random.default_rng(0)
+    for name in ("daisy", "rose"):
+        (folder / name).mkdir()
+        for number in range(2):
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_before_its_first_checkpoint_goes_on_and_only_as_what_it_was(
+    kind: str, make: Make, tmp_path: Path, albums: Path
+) -> None:
+    pictures = Path(shutil.copytree(albums, tmp_path / "pictures"))
+    straight = TRAIN[kind](make(kind, tmp_path / "straight", pictures))
+    recipe = make(kind, tmp_path / "run", pictures)
+    killed(kind, recipe, 1)
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+    assert weights(TRAIN[kind](recipe)) == weights(straight)
+
+    made = json.loads((tmp_path / "run" / RUN).read_text())
+    assert made["recipe"]["out"] == recipe.out and set(made["made_from"]) >= {"train", "test"}
+    assert "generator" in torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    before = contents(tmp_path / "run")
+    with pytest.raises(
+        UsageError, match=r"run: this run was begun with something else: seed was 0, is 1\. .*--restart"
+    ):
+        TRAIN[kind](replace(recipe, seed=1))
+    shutil.copy(pictures / "rose" / "0.png", pictures / "daisy" / "another.png")
+    with pytest.raises(UsageError, match="what train holds is not what it was; what test holds"):
+        TRAIN[kind](recipe)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_picture_that_changed_is_noticed_and_one_that_moved_is_not(make: Make, tmp_path: Path, albums: Path) -> None:
+    pictures = Path(shutil.copytree(albums, tmp_path / "pictures"))
+    recipe = make("target", tmp_path / "run", pictures)
+    train_target(recipe)
+    moved = make("target", tmp_path / "run", Path(pictures.rename(tmp_path / "elsewhere")))
+    train_target(replace(moved, steps=4, patience=1, evaluate_every=1))
+    shutil.copy(tmp_path / "elsewhere" / "daisy" / "0.png", tmp_path / "elsewhere" / "daisy" / "1.png")
+    with pytest.raises(UsageError, match="what train holds"):
+        train_target(moved)
+
+
+def test_other_weights_at_the_same_place_are_noticed(make: Make, tmp_path: Path, albums: Path, tiny_flow: Path) -> None:
+    model = Path(shutil.copytree(tiny_flow, tmp_path / "model"))
+    recipe = replace(make("sketch", tmp_path / "run", albums), model=str(model))
+    train_drafter(recipe)
+    state = load_file(model / "model.safetensors")
+    save_file({key: value * 0.5 for key, value in state.items()}, model / "model.safetensors")
+    with pytest.raises(UsageError, match="what model holds is not what it was"):
+        train_drafter(recipe)
+
+
+def test_before_anything_is_trained_a_recipe_may_change(make: Make, tmp_path: Path, albums: Path) -> None:
+    """Encoded views are of the run that they were made for."""
+    recipe = make("flow", tmp_path / "run", albums)
+    killed("flow", recipe, 0)
+    changed = replace(recipe, views=2, jitter=0.5, seed=3)
+    straight = train_target(replace(changed, out=str(tmp_path / "straight")))
+    assert weights(train_target(changed)) == weights(straight)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_damaged_latents_are_made_again(damage: str, make: Make, tmp_path: Path, albums: Path) -> None:
+    straight = train_target(make("flow", tmp_path / "straight", albums))
+    recipe = make("flow", tmp_path / "run", albums)
+    killed("flow", recipe, 1)
+    path = tmp_path / "run" / LATENTS
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:1000] if damage == "cut" else content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
+    assert weights(train_target(recipe)) == weights(straight)
+
+
+def test_restart_puts_the_old_run_aside(make: Make, tmp_path: Path, albums: Path, capsys: Any) -> None:
+    recipe = make("target", tmp_path / "run", albums)
+    train_target(recipe)
+    before = contents(tmp_path / "run")
+    changed = replace(recipe, seed=1)
+    straight = train_target(replace(changed, out=str(tmp_path / "straight")), restart=True)  # nothing to put aside
+    killed("target", changed, 1, restart=True)
+    assert f"put aside: {tmp_path / 'run.1'}" in capsys.readouterr().out
+    assert contents(tmp_path / "run.1") == before and not (tmp_path / "run" / "model").exists()
+    assert weights(train_target(changed)) == weights(straight)
+    again = replace(recipe, init=str(tmp_path / "run" / "model"))
+    with pytest.raises(UsageError, match="cannot be put aside: the recipe reads"):
+        train_target(again, restart=True)
+    with pytest.raises(UsageError, match="it holds a run of a TargetRecipe, not of a DrafterRecipe"):
+        train_drafter(make("eagle", tmp_path / "run", albums))
+
+
+def test_the_command_restarts_and_says_why_it_does_not_go_on(
+    make: Make, tmp_path: Path, albums: Path, capsys: Any
+) -> None:
+    recipe = make("plane", tmp_path / "run", albums)
+    content = {name: value for name, value in vars(recipe).items() if not name.startswith("_")}
+    data, path = {"path": str(albums)}, tmp_path / "recipe.yaml"
+    content |= {"train": data, "test": data, "guidance": [1.0, 3.0]}
+    path.write_text(yaml.safe_dump(content))
+    assert main(["train", "drafter", str(path)]) == 0
+    path.write_text(yaml.safe_dump({**content, "places": 3}))
+    assert main(["train", "drafter", str(path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "places was 2, is 3" in error and "--restart" in error
+    assert main(["train", "drafter", str(path), "--restart"]) == 0
+    assert (tmp_path / "run.1" / CHECKPOINT).is_file()
+
+
+def test_a_run_that_stopped_for_want_of_progress_stays_as_it_is(make: Make, tmp_path: Path, albums: Path) -> None:
+    recipe = replace(
+        make("target", tmp_path / "run", albums), lr=1e-12, steps=40, evaluate_every=1, patience=2, ema=0.0
+    )
+    out = train_target(recipe)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    before = weights(out)
+    assert json.loads(metrics.splitlines()[-1])["step"] < 40
+    assert weights(train_target(recipe)) == before
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("kind", ["flow", "tokenizer"])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
+    kind: str, make: Make, tmp_path: Path, albums: Path
+) -> None:
+    recipe = make(kind, tmp_path / "run", albums)
+    if kind == "tokenizer":
+        recipe = replace(recipe, stages=[replace(recipe.stages[0], lr=1e38, steps=9)])
+    else:
+        recipe = replace(recipe, lr=1e38, steps=9)
+    with pytest.raises(UsageError, match=r"loss.* is (nan|inf) at step \d"):
+        TRAIN[kind](recipe)
+
+
+# torch 2.13: torch.load takes a zip archive whose entries no longer have their checksums for good.
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped", "another run's", "without run.json"])
+def test_a_checkpoint_that_cannot_be_used_is_named_and_nothing_is_touched(
+    damage: str, make: Make, tmp_path: Path, albums: Path
+) -> None:
+    recipe = make("target", tmp_path / "run", albums)
+    train_target(recipe)
+    path = tmp_path / "run" / CHECKPOINT
+    content = path.read_bytes()
+    if damage == "flipped":
+        with zipfile.ZipFile(path) as parts:
+            at = max(parts.infolist(), key=lambda part: part.file_size).header_offset + 2000
+        path.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
+    elif damage == "another run's":
+        other = replace(recipe, out=str(tmp_path / "other"))
+        train_target(other)
+        shutil.copy(tmp_path / "other" / CHECKPOINT, path)
+    elif damage == "without run.json":
+        (tmp_path / "run" / RUN).unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"version https://lfs"}[damage])
+    before = contents(tmp_path / "run")
+    wanted = "its run.json is missing" if damage == "without run.json" else f"{CHECKPOINT}: this checkpoint cannot be"
+    with pytest.raises(UsageError, match=wanted) as error:
+        train_target(recipe)
+    assert str(tmp_path / "run") in str(error.value) and "--restart" in str(error.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_no_mutation_of_a_checkpoint_passes_unnoticed(make: Make, tmp_path: Path, albums: Path) -> None:
+    recipe, draw = make("target", tmp_path / "run", albums), random.Random(0)
+    run = RunFolder(recipe, {})
+    run.save({"weights": torch.arange(3000.0), "generator": torch.Generator().get_state(), "step": 3})
+    content, noticed = run.checkpoint.read_bytes(), 0
+    for number in range(150):
+        changed, at = bytearray(content), draw.randrange(len(content))
+        if number % 3 == 0:
+            del changed[at:]
+        elif number % 3 == 1:
+            changed[at] ^= 1 << draw.randrange(8)
+        else:
+            changed[at : at + 40] = bytes(len(changed[at : at + 40]))
+        run.checkpoint.write_bytes(changed)
+        try:
+            found = run.load()
+        except UsageError as error:
+            noticed += CHECKPOINT in str(error)
+        else:
+            assert found is not None and found["step"] == 3 and torch.equal(found["weights"], torch.arange(3000.0))
+    assert noticed > 100
+
+
+def test_digests_of_pictures_see_pixels_labels_names_and_captions(albums: Path) -> None:
+    data = DataSource(str(albums)).read()
+    pixels = data.images.copy()
+    pixels[1, 5, 5, 0] ^= 1
+    others = [replace(data, images=pixels), replace(data, labels=1 - data.labels), replace(data, classes=["a", "b"])]
+    digests = {data_digest(data), *map(data_digest, others), data_digest(data, captions=["x"]), data_digest(data, data)}
+    assert len(digests) == 6
+
+
+@pytest.fixture(scope="module")
+def folders(albums: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pictures of these classes, by their initials."""
+    made = {}
+    for initials in ("drt", "rt", "drtz"):
+        made[initials] = tmp_path_factory.mktemp(initials)
+        for name in ("daisy", "rose", "tulip", "zinnia"):
+            if name[0] in initials:
+                shutil.copytree(albums / "rose", made[initials] / name)
+    return made
+
+
+FITS: dict[str, Any] = {"target": CodeFit, "flow": FlowFit, "mar": MARFit}
+OF_TARGETS: dict[str, Any] = {"drift": DriftFit, "sketch": SketchFit, "eagle": DrafterFit, "plane": ParallelFit}
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_held_out_classes_are_those_of_training_by_name(
+    kind: str, make: Any, tmp_path: Path, folders: dict[str, Path]
+) -> None:  # fmt: skip
+    recipe = make(kind, tmp_path / "run", folders["drt"])
+    fit = FITS[kind](replace(recipe, test=replace(recipe.test, path=str(folders["rt"]))))
+    assert fit.test_labels.tolist() == [1, 1, 2, 2]
+    more = replace(recipe, test=replace(recipe.test, path=str(folders["drtz"])), out=str(tmp_path / "more"))
+    with pytest.raises(UsageError, match="'zinnia': not among the classes that are trained: 'daisy', 'rose', 'tulip'"):
+        FITS[kind](more)
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("kind", OF_TARGETS)
+def test_classes_of_a_drafter_are_its_targets_by_name(
+    kind: str, make: Any, tmp_path: Path, folders: dict[str, Path]
+) -> None:  # fmt: skip
+    fit = OF_TARGETS[kind](make(kind, tmp_path / "run", folders["rt"]))
+    assert fit.data.labels.tolist() == [1, 1, 2, 2] and fit.held.labels.tolist() == [1, 1, 2, 2]
+    given = fit.test_given[0] if kind in ("eagle", "plane") else fit.test_labels
+    assert set(given.tolist()) <= {1, 2}
+    nobody = fit.given.none(fit.test_given)[0] if kind in ("eagle", "plane") else torch.tensor([fit.classes])
+    assert set(nobody.tolist()) == {3}
+    with pytest.raises(UsageError, match="'zinnia': not among the classes that are trained: 'daisy', 'rose', 'tulip'"):
+        OF_TARGETS[kind](make(kind, tmp_path / "more", folders["drtz"]))
+    assert not (tmp_path / "more").exists()
+
+
+def test_pictures_are_not_enlarged_to_the_tokenizers_size(make: Any, tmp_path: Path, folders: Any) -> None:
+    for kind, fit in (("target", CodeFit), ("eagle", DrafterFit)):
+        recipe = make(kind, tmp_path / "run", folders["rt"])
+        with pytest.raises(UsageError, match="size = 24 is not allowed: at least image_size = 32, the tokenizer's"):
+            fit(replace(recipe, train=replace(recipe.train, size=24)))
+
+
+def test_a_variants_pictures_have_its_targets_size(make: Any, tmp_path: Path, folders: Any) -> None:
+    for kind in ("drift", "sketch"):
+        recipe = make(kind, tmp_path / "run", folders["rt"])
+        with pytest.raises(UsageError, match=r"image_size = 64 is not allowed: .* draws 32 pixels"):
+            OF_TARGETS[kind](replace(recipe, image_size=64))

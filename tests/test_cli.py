@@ -342,7 +342,7 @@ def test_train_without_pyarrow_names_the_extra(tmp_path, capsys, empty, monkeypa
     recipe = Path(tmp_path / "r.yaml")
     recipe.write_text(f"out: {empty}\ntokenizer: t\ntrain: {{path: a}}\ntest: {{path: a}}\nname: n\n")
 
-    def missing(recipe: object) -> None:
+    def missing(recipe: object, restart: bool) -> None:
         raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow.parquet")
 
     monkeypatch.setattr("bozzetto.train.target.train_target", missing)
@@ -355,12 +355,14 @@ def test_interrupted_training_says_how_to_resume(tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"out: {tmp_path}\ntokenizer: t\ntrain: {{path: a}}\ntest: {{path: a}}\nname: n\n")
 
-    def interrupted(recipe: object) -> None:
+    def interrupted(recipe: object, restart: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bozzetto.train.target.train_target", interrupted)
     assert run("train", "target", recipe) == 130
-    assert f"resumes from {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
+    assert f"the same command resumes from {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
+    assert run("train", "target", recipe, "--restart") == 130
+    assert "the same command without --restart resumes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["generate", "--no-such-flag"], ["generate", "--count", "x"], ["paint"], []])

@@ -359,7 +359,8 @@ def _train(options: Train) -> None:
             print(f"written: {train(recipe, options.restart)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
-        how = f"the same command resumes from {saved}" if saved.exists() else "nothing saved yet, it starts afresh"
+        same = "the same command without --restart" if options.restart else "the same command"
+        how = f"{same} resumes from {saved}" if saved.exists() else "nothing saved yet, it starts afresh"
         raise KeyboardInterrupt(how) from None
 
 

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 import bozzetto
+from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.errors import UsageError
+from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
 from bozzetto.train import drafter as drafter_module
 from bozzetto.train import target as target_module
@@ -118,6 +120,15 @@ def test_an_interrupted_target_run_ends_where_an_uninterrupted_one_does(
     assert weights(resumed / "model.safetensors") == weights(straight / "model.safetensors")
     assert bozzetto.load(resumed).generate(["red"], seed=1).images[0].class_name == "red"
     assert (tmp_path / "stopped" / "samples.png").is_file()
+
+
+def test_what_a_run_begins_from_is_the_seeds(tmp_path: Path, pictures: Path, trained_tokenizer: Path) -> None:
+    """The numbers after those of a new tokenizer, however a tokenizer is read: recipes of shipped models stay theirs."""
+    fit = target_module.CodeFit(target_recipe(tmp_path / "run", pictures, trained_tokenizer))
+    torch.manual_seed(0)
+    VQTokenizer(fit.tokenizer.config)
+    for ours, wanted in zip(fit.model.parameters(), LlamaGen(fit.model.config).parameters(), strict=True):
+        assert torch.equal(ours, wanted)
 
 
 def drafter_recipe(out: Path, pictures: Path, model: Path, **changes: object) -> DrafterRecipe:

@@ -21,7 +21,7 @@ from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import model_folder
 from bozzetto.train.conditions import Condition, class_names, conditions_of, dropped, together
 from bozzetto.train.fit import Fit
-from bozzetto.train.loop import autocast, channels_last, compute_dtype
+from bozzetto.train.loop import autocast, channels_last, compute_dtype, pass_over
 from bozzetto.train.recipes import DrafterRecipe, ParallelRecipe, SketchRecipe
 from bozzetto.train.target import TokenFit, check_image_size
 
@@ -44,6 +44,7 @@ class DrafterFit(TokenFit):
         if self.labelled:
             self.known = class_names(self.folder, self.target.config.classes)
         self.tokenizer = channels_last(load_tokenizer(self.folder))
+        pass_over(self.target, self.tokenizer)
         check_image_size(self.tokenizer.config.image_size, self.recipe)
 
     def load_data(self) -> None:

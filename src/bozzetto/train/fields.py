@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -37,8 +38,11 @@ class DataSource:
         return self.path if self.split is None else f"{self.path} (split {self.split})"
 
     def read(self) -> ImageSet:
-        """The images."""
-        return read_images(self.path, self.split, self.size)
+        """The images; a note about those that were smaller than `size`."""
+        found = read_images(self.path, self.split, self.size)
+        if found.enlarged:
+            print(f"note: {self}: {found.enlarged} of {len(found)} enlarged to {self.size} pixels", file=sys.stderr)
+        return found
 
 
 def check_heads(dim: int, heads: int, turns: int = 1) -> None:

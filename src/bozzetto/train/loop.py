@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.native import products_prefer_bfloat16
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,6 +24,15 @@ def compute_dtype() -> torch.dtype:
 def autocast() -> torch.autocast:
     """Matrix products in `compute_dtype`."""
     return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16)
+
+
+def pass_over(*modules: nn.Module) -> None:
+    """Draw what new modules of these kinds begin from, and drop it: recipes were made when reading a model did so, and
+    what they train begins from the numbers after that."""
+    for module in modules:
+        kind: Any = type(module)
+        if kind in (VQTokenizer, LlamaGen):
+            kind(module.config)
 
 
 class WeightAverage:

@@ -28,7 +28,7 @@ from bozzetto.prompts import ENCODER
 from bozzetto.train.conditions import prompt_features
 from bozzetto.train.fields import check_sizes
 from bozzetto.train.fit import Fit
-from bozzetto.train.loop import autocast, channels_last
+from bozzetto.train.loop import autocast, channels_last, pass_over
 from bozzetto.train.recipes import CaptionRecipe, DrafterRecipe, FlowRecipe, MARRecipe, TargetRecipe
 
 _CHUNK = 64
@@ -100,6 +100,7 @@ class CodeFit(TokenFit):
         if not self.recipe.init:
             return
         trained = load_llamagen(Path(self.recipe.init))
+        pass_over(trained)
         if trained.config != self.model.config:
             raise UsageError(f"{self.recipe.init}: {trained.config} is not the recipe's {self.model.config}")
         self.model.load_state_dict(trained.state_dict())
@@ -107,6 +108,7 @@ class CodeFit(TokenFit):
     def load_target(self) -> None:
         self.flips = self.recipe.flips
         self.tokenizer = channels_last(load_tokenizer(self.recipe.tokenizer))
+        pass_over(self.tokenizer)
         check_image_size(self.tokenizer.config.image_size, self.recipe)
 
     def load_data(self) -> None:

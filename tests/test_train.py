@@ -123,7 +123,7 @@ def test_an_interrupted_target_run_ends_where_an_uninterrupted_one_does(
 
 
 def test_what_a_run_begins_from_is_the_seeds(tmp_path: Path, pictures: Path, trained_tokenizer: Path) -> None:
-    """The numbers after those of a new tokenizer, however a tokenizer is read: recipes of shipped models stay theirs."""
+    """The numbers after those of a new tokenizer, however one is read: recipes of shipped models stay theirs."""
     fit = target_module.CodeFit(target_recipe(tmp_path / "run", pictures, trained_tokenizer))
     torch.manual_seed(0)
     VQTokenizer(fit.tokenizer.config)

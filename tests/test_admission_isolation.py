@@ -11,6 +11,7 @@ import torch
 from bozzetto import load
 from bozzetto.admission import DONE, DRAWING, FAILED, Admission, Ticket
 from bozzetto.errors import UsageError
+from bozzetto.lanes import spelled
 from bozzetto.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
@@ -117,3 +118,9 @@ def test_a_lane_that_cannot_be_made_again_fails_its_own_images_only(
     monkeypatch.setattr(pipe, "make_lane", lambda settings: 1 / 0)
     assert {t.request.index: t.status for t in engine.drain()} == {0: DONE, 1: FAILED}
     assert isinstance(second.error, ZeroDivisionError)
+
+
+def test_one_drafter_has_one_lane_however_it_is_spelled() -> None:
+    spellings = ("jacobi:fill=glance:fresh=2", "jacobi:fresh=002:fill=glance", "jacobi:fill=glance:fresh=2:places=8")
+    assert {spelled(text) for text in spellings} == {"jacobi:fill=glance:fresh=2"}
+    assert spelled("jacobi:fill=glance:fresh=00") == "jacobi:fill=glance" and spelled("none") == "none"

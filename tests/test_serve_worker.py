@@ -292,3 +292,17 @@ def test_images_whose_lane_fails_once_are_drawn_again(
     for index, image in enumerate(pipe.generate(["rose"], seed=2, count=3, batch=1, drafter="none").images):
         assert np.array_equal(np.asarray(finished[index].picture), np.asarray(image.image))
     assert len(events) == 3 * 3 and passes[0] >= 4 + 3 * 16
+
+
+def test_a_picture_on_the_way_that_fails_is_its_orders_own_matter(
+    worker: Worker, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partial(ticket: Any) -> Any:
+        raise StopIteration
+
+    monkeypatch.setattr(worker.loops["tiny"], "partial", partial)
+    told: queue.Queue[Any] = queue.Queue()
+    worker.submit(order(seed=3), told.put)
+    (event,) = collected(worker, order(seed=4, partials=2, settings=GenerateSettings("none")))
+    assert isinstance(event, Failed) and isinstance(told.get(timeout=20), Finished) and worker.is_alive()
+    until(lambda: worker.held == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,18 @@ def _in_windows(settings: GenerateSettings) -> bool:
     return name == "jacobi" and settings.rule in _RULES and options.fill in _FILLERS and not options.second
 
 
+def spelled(drafter: str) -> str:
+    """A drafter in one spelling: numbers as they are read, and nothing that is left out anyway. (Whoever asks for
+    fresh=2, 02, 002, ... would else be given lanes and files of times without end.)"""
+    name, options = drafter_options(drafter)
+    values = [(part.name, getattr(options, part.name), part.default) for part in fields(options)]
+    return ":".join([name, *(f"{key}={value}" for key, value, usual in values if value != usual)])
+
+
 @dataclass(frozen=True)
 class LaneKind:
-    """What images that share slots have in common. drafter: as written; window: places at most; measured: whether they
-    are chosen from pass to pass; guided, filtered: see SlotLane."""
+    """What images that share slots have in common. drafter: as `spelled`; window: places at most; measured: whether
+    they are chosen from pass to pass; guided, filtered: see SlotLane."""
 
     compile: str
     deterministic: bool
@@ -59,7 +67,7 @@ class Lanes:
         measured = settings.drafter != "none" and settings.window == 0 and rule == "seed-exact"
         length = self.target_in("off", False).length
         window = settings.window_for(1 if measured else settings.batch, length, self.dtype)
-        drafter = settings.drafter
+        drafter = spelled(settings.drafter)
         return LaneKind(settings.compile, settings.deterministic, drafter, rule, window, measured, law.guided, filtered)
 
     def make(self, settings: GenerateSettings) -> SlotLane:

@@ -130,7 +130,7 @@ def _add_api(app: FastAPI, terms: Terms) -> None:
     async def model(name: str) -> dict[str, Any]:
         """One model. Its name may have a slash."""
         _ready(worker)
-        return terms.described(name)
+        return terms.described(name) if name else await models()
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: _ERRORS[503]})

@@ -17,7 +17,7 @@ from bozzetto.serve.problems import ApiError
 from bozzetto.serve.schema import Drawing, ImageGeneration, Speculation
 from bozzetto.serve.worker import Worker
 
-SMALLEST, LARGEST = 16, 2048  # sides of a picture that is scaled
+SMALLEST, LARGEST = 16, 1024  # sides of a picture that is scaled
 _LISTED = 200  # examples of a model with many
 _OURS = "dall-e"  # such a model's pictures are links at OpenAI, where nothing else is said
 

@@ -316,7 +316,11 @@ class Worker(threading.Thread):
                 self._finish(found, now)
         for drawn in list(self.drawn.values()):
             if drawn.order.order.model == name and drawn.began is not None:
-                self._show(drawn, loop, now)
+                try:
+                    self._show(drawn, loop, now)
+                except Exception as error:  # who only watches must not end the thread
+                    _say("a picture on the way could not be made", error)
+                    self._drop(drawn.order, error)
 
     def _collapse(self, name: str, error: Exception) -> None:
         for job in [job for job in self.jobs if job.order.model == name]:

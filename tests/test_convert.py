@@ -284,6 +284,23 @@ def test_a_damaged_file_is_named(tmp_path: Path, vq: Path, kind: str, name: str)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_flipped_bit_is_found_where_the_file_has_checksums(tmp_path: Path, vq: Path) -> None:
+    """torch 2.13 loads such a file without a word. Saved without checksums, a file has none to be wrong."""
+    gpt = saved(tmp_path / "c2i.pt", {**network().state_dict(), "output.weight": torch.full((11, 32), 1.5)}, None)
+    data = bytearray(gpt.read_bytes())
+    data[data.index(torch.full((11, 32), 1.5).numpy().tobytes()) + 2] ^= 1
+    gpt.write_bytes(data)
+    assert not bool((torch.load(gpt, weights_only=True)["output.weight"] == 1.5).all())
+    with pytest.raises(UsageError, match=r"c2i\.pt: not a checkpoint .* Bad CRC-32"):
+        convert_llamagen(gpt, vq, tmp_path / "out")
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(gpt, dict(network().state_dict()))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    convert_llamagen(gpt, vq, tmp_path / "out")
+
+
 @pytest.mark.parametrize("content", [[1, 2], 3, {"model": [1]}, {"model": {"a": "b"}}, {3: torch.zeros(1)}])
 def test_a_pickle_that_is_no_state_dict_is_named(tmp_path: Path, vq: Path, content: object) -> None:
     torch.save(content, tmp_path / "c2i.pt")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bozzetto.errors import UsageError
 from bozzetto.hosted import HostedWorkshop
 from bozzetto.models import graphs, kept, native
 from bozzetto.models.graphs import Compiler
@@ -126,7 +127,8 @@ def test_half_copied_graphs_of_killed_processes_go(tmp_path: Path, monkeypatch: 
 
 
 def test_a_damaged_graph_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages of torch 2.13 are zip files that are read without looking at their checksums."""
+    """torch 2.13 reads packages without looking at the checksums that they have as zip files: a flipped bit in a
+    weight gave 1e36 in place of 9.6."""
     monkeypatch.setattr(Compiler, "_package", lambda self, *given: Path(given[-1]).write_text("a graph"))
     read: list[str] = []
 
@@ -147,7 +149,8 @@ def build(compiler: str, path: str) -> None:
 
 
 def test_a_cut_kernel_library_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """glibc 2.36 maps a library before it looks at its length: opening a cut one ends the process with SIGBUS."""
+    """glibc 2.36 maps a library before it looks at its length: opening one that is cut to three quarters ends the
+    process with SIGBUS, and the loss of the last kilobytes goes unnoticed."""
     opened: list[str] = []
     monkeypatch.setattr(native, "_build", build)
     monkeypatch.setattr(torch.library, "register_fake", lambda name: lambda function: function)
@@ -159,6 +162,16 @@ def test_a_cut_kernel_library_is_never_opened(tmp_path: Path, monkeypatch: pytes
         path.write_text("ker")
     assert opened == ["kernels"] * 2
     assert list((tmp_path / "cache").glob("*.so")) == [path]
+
+
+def test_a_graph_that_cannot_be_unpacked_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: str) -> None:
+        raise RuntimeError("Failed to extract archive")
+
+    monkeypatch.setattr(Compiler, "_package", lambda self, *given: Path(given[-1]).write_text("a graph"))
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", full)
+    with pytest.raises(UsageError, match=r"graph in .*\.pt2 cannot be loaded: Failed .*compile = 'off'"):
+        Compiler("default", folder=tmp_path).graph(Counted(), arguments(), "a map")
 
 
 # Neighbours.

@@ -114,7 +114,7 @@ def kept_neighbours(codebook: Tensor, k: int) -> Tensor:
     folder = cache_folder()
     if path := find(name, folder):
         with contextlib.suppress(OSError, SafetensorError):  # another process threw it away
-            return load_file(path)["nearest"]
+            return load_file(path)["nearest"].clone()  # what is loaded is mapped, and the file may change
     table = nearest_codes(codebook, k).cpu().contiguous()
     # safetensors 0.8 reports a full disk as a SafetensorError, not as an OSError.
     with contextlib.suppress(OSError, SafetensorError):

@@ -57,7 +57,7 @@ class Compiler:
         module: takes the tensors one by one; arguments it changes in place are changed. what: named in the report.
         dynamic: by argument, a dimension whose size may change, and the largest; the smallest is 2. Dimensions of one
         name have one size.
-        Raises UsageError where there is no C++ compiler to compile with.
+        Raises UsageError where there is no C++ compiler to compile with, or no room to unpack a graph.
         """
         began, device = time.perf_counter(), arguments[0].device
         if device.type != "cpu":
@@ -71,7 +71,12 @@ class Compiler:
         with contextlib.suppress(OSError):  # another process threw it away, or the folder is not ours
             os.utime(path)  # used just now
             _prune(path.parent, keep=path)
-        return torch._inductor.aoti_load_package(str(path)).loader.run
+        try:
+            return torch._inductor.aoti_load_package(str(path)).loader.run
+        except (RuntimeError, OSError) as error:  # it is unpacked to the folder for temporary files
+            raise UsageError(
+                f"compile: the graph in {path} cannot be loaded: {error} (or use compile = 'off')"
+            ) from error
 
     def _say(self, line: str) -> None:
         if self.report is not None:

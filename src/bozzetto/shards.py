@@ -106,7 +106,7 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> dict[str, 
         if signed and str(_member(archive, _DIGEST)) != _digest(arrays):
             raise ValueError("its arrays are not those that were written")
         _check_shapes(arrays)
-        _check_values(arrays, settings or {})
+        _check_values(arrays, settings or {}, signed)
     return arrays
 
 
@@ -156,7 +156,7 @@ def _check_shapes(arrays: dict[str, np.ndarray]) -> None:
             raise ValueError(f"array {name!r} is {array.dtype} {list(array.shape)}")
 
 
-def _check_values(arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
+def _check_values(arrays: dict[str, np.ndarray], settings: dict[str, Any], signed: bool) -> None:
     index, label, tokens = (arrays[name] for name in ("index", "label", "tokens"))
     if len(np.unique(index)) < len(index) or (index < 0).any():
         raise ValueError("an index stands there twice, or is below 0")
@@ -176,7 +176,8 @@ def _check_values(arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> No
     made, kept = arrays["committed"], arrays["accepted"]
     if (made < 0).any() or (kept < 0).any() or (kept > made).any() or (arrays["drafted"] < 0).any():
         raise ValueError("traces that no decoding leaves")
-    if (made.sum(1, dtype=np.int64) != tokens.shape[1]).any():
+    # Earlier versions cut traces of masked models with drafts short.
+    if signed and (made.sum(1, dtype=np.int64) != tokens.shape[1]).any():
         raise ValueError("a trace does not add up to the tokens of its image")
 
 

@@ -48,15 +48,16 @@ class TraceRecorder:
         self.spent.append(event.spent)
 
     def traces(self) -> list[PassTrace]:
-        """One trace per image of the batch, without the passes after it was finished."""
+        """One trace per image of the batch, without the passes that it took no part in: those after it was finished,
+        and those in which a masked model drew images that were behind."""
         total = torch.stack(self.rows, -1)  # [3, B, passes], running sums
         steps = torch.diff(total, prepend=torch.zeros_like(total[..., :1])).tolist()
         bias = torch.stack(self.spent, -1).double()  # [B, passes]
         costs = torch.diff(bias, prepend=torch.zeros_like(bias[..., :1])).tolist()
         traces = []
         for committed, accepted, drafted, spent in zip(*steps, costs, strict=True):
-            passes = sum(c > 0 for c in committed)
-            traces.append(PassTrace(committed[:passes], accepted[:passes], drafted[:passes], spent[:passes]))
+            passes = [i for i, count in enumerate(committed) if count > 0]
+            traces.append(PassTrace(*([row[i] for i in passes] for row in (committed, accepted, drafted, spent))))
         return traces
 
 

@@ -298,10 +298,15 @@ def offset_colours(count: int) -> np.ndarray:
     return (matplotlib.colormaps["plasma"](scale)[:, :3] * 255).round().astype(np.uint8)
 
 
+def cells(trace: PassTrace, grid: int) -> np.ndarray:
+    """`trace.offsets()` by place, int16 [grid, grid]; ends of lines, where the tokens hold some, are left out."""
+    return trace.offsets().reshape(grid, -1)[:, :grid]
+
+
 def overlay(trace: PassTrace, grid: int, colours: np.ndarray) -> np.ndarray:
     """Where each token came from, uint8 RGBA [grid, grid, 4]: the target's own draws are clear, a kept draft has the
     colour of its offset. colours: uint8 [n, 3]; later offsets share the last."""
-    offset = np.minimum(trace.offsets(), len(colours)).reshape(grid, grid)
+    offset = np.minimum(cells(trace, grid), len(colours))
     pixels = np.zeros((grid, grid, 4), np.uint8)
     kept = offset > 0
     pixels[kept, :3], pixels[kept, 3] = colours[offset[kept] - 1], 255

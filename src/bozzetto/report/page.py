@@ -18,7 +18,7 @@ from bozzetto.errors import UsageError
 from bozzetto.files import write_text
 from bozzetto.output import check_writable
 from bozzetto.report import figures as draw
-from bozzetto.report.runs import Drawn, Figure, Run, figure_of, read_runs
+from bozzetto.report.runs import BROKEN, Drawn, Figure, Run, figure_of, read_runs
 from bozzetto.report.tables import (
     BARE,
     YARDSTICKS,
@@ -50,11 +50,11 @@ def build_report(runs: Sequence[str | Path], out: str | Path, progress: bool = F
     out = Path(out)
     check_writable(out)
     with draw.drawing(), tqdm(total=len(runs) + 2, desc="report", unit="step", disable=not progress) as bar:
-        study = _Study.of(read_runs(runs, bar.update))
+        found = read_runs(runs, bar.update)
         bar.update()
         try:
-            text = _render(study.page())
-        except (TypeError, ValueError, KeyError) as error:
+            text = _render(_Study.of(found).page())
+        except BROKEN as error:
             if isinstance(error, UsageError):
                 raise
             wanted = ", ".join(repr(str(run)) for run in runs)
@@ -101,7 +101,13 @@ class _Study:
         """What the template needs."""
         ids = (f"figure{i}" for i in count(1))
         traced = {label: d.traces for label, d in self.drawn.items() if d.traces}
-        drafting = {label: t for label, t in traced.items() if any(sum(one.drafted) for one in t)}
+        drafted = {label: t for label, t in traced.items() if any(sum(one.drafted) for one in t)}
+        drafting = {label: t for label, t in drafted.items() if not self.drawn[label].scattered}
+        scattered = [
+            f"{label}: its tokens are drawn in an order of their own, so it has no acceptance maps and no offsets."
+            for label in drafted
+            if label not in drafting
+        ]
         shown = self._shown()
         models = ", ".join(dict.fromkeys(run.model for run in self.runs))
         return {
@@ -109,11 +115,11 @@ class _Study:
             "methods": list(dict.fromkeys([*self.labels.values(), *(self.styles if not self.labels else ())])),
             "lead": self._lead(),
             "tiles": self._tiles(),
-            "notes": [note for run in self.runs for note in run.notes] + self._capped(),
+            "notes": [note for run in self.runs for note in run.notes] + self._capped() + scattered,
             "rules": {label.partition("/")[2].split(" (")[0] for label in self.styles},
             "sheets": self._sheets(shown),
             "maps": self._maps(shown, drafting, ids),
-            "without_drafts": [label for label in traced if label not in drafting],
+            "without_drafts": [label for label in traced if label not in drafted],
             "acceptance": self._acceptance(drafting, next(ids)) if drafting else None,
             "passes": self._passes(shown, traced, ids) if traced else None,
             "spend": self._spend(traced, ids),
@@ -254,7 +260,7 @@ class _Study:
         means = {}
         for label, traces in drafting.items():
             grid = self.drawn[label].grid
-            means[label] = np.mean([t.offsets() > 0 for t in traces], 0).reshape(grid, grid)
+            means[label] = np.mean([draw.cells(t, grid) > 0 for t in traces], 0)
         top = max(0.1, math.ceil(10 * max(float(m.max()) for m in means.values())) / 10)
         return [
             {
@@ -298,7 +304,7 @@ class _Study:
             return None
         budgets = {label: self.drawn[label].budget for label in relaxed}
         known = {label: budget for label, budget in budgets.items() if budget is not None}
-        content = spend_table({m: spent[m] for m in relaxed}, {m: self.drawn[m].grid ** 2 for m in relaxed}, known)
+        content = spend_table({m: spent[m] for m in relaxed}, {m: self.drawn[m].length for m in relaxed}, known)
         curves = {label: mean_spend(traced[label]) for label in relaxed}
         return {"svg": draw.spend_figure(curves, known, self.styles, next(ids)), "table": content}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +14,20 @@ import numpy as np
 from PIL import Image
 
 from bozzetto.engine.trace import PassTrace
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
+from bozzetto.files import parse_json
 from bozzetto.output import MANIFEST
 from bozzetto.sampling import slug
-from bozzetto.shards import RUN, read_run, read_samples
+from bozzetto.shards import RUN, held, read_run, read_samples, whole_from_start
 
 EVALUATION = "evaluation.json"
 GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"
 # Pixels of a run are held in memory together: very large runs are represented by their first images.
 MOST_READ = 2048
+_MOST_TOKENS, _MOST_PIXELS, _LARGEST = 2**20, 2**26, 1e15  # of an image; of any figure
+_LONGEST = 500  # characters of a method
+# What reading, and drawing, a file of another shape than ours raises.
+BROKEN = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError)
 _PROVENANCE = ("command", "commit", "versions", "machine", "time")
 _ALLOWED = (
     f"a folder of generate ({MANIFEST}), sample ({RUN}) or evaluate ({EVALUATION}), or a JSON file of evaluate or bench"
@@ -42,26 +45,33 @@ class Figure(NamedTuple):
 @dataclass
 class Drawn:
     """Images of one method of one run, in index order. load(i): pixels of the i-th, uint8 [H, W, 3]; traces: one per
-    image, or None where the run kept none; grid: tokens per side; total: images in the run, of which `index` lists
-    those read; draft_share: share of the decoding time that went into drafting and verifying;
-    budget: most bias that an image could spend."""
+    image, or None where the run kept none; length: tokens of an image, those of a grid line by line, which may hold an
+    end each; total: images in the run, of which `index` lists those read; draft_share: share of the decoding time that
+    went into drafting and verifying; budget: most bias that an image could spend; scattered: tokens are drawn in an
+    order of their own, as masked models do."""
 
     method: str
     index: list[int]
     class_names: list[str]
     load: Callable[[int], np.ndarray]
     traces: list[PassTrace] | None
-    grid: int
+    length: int
     total: int
     draft_share: float | None = None
     budget: float | None = None
+    scattered: bool = False
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side of the picture."""
+        return _side(self.length)
 
     @property
     def tokens_per_pass(self) -> float | None:
         """Tokens per target pass, averaged over images."""
         if self.traces is None:
             return None
-        return len(self.traces) * self.grid**2 / max(1, sum(len(t.committed) for t in self.traces))
+        return len(self.traces) * self.length / max(1, sum(len(t.committed) for t in self.traces))
 
 
 @dataclass
@@ -118,7 +128,7 @@ def read_any(path: str | Path) -> list[Run]:
         for marker, read in ((EVALUATION, _evaluation_folder), (RUN, _samples_folder), (MANIFEST, _manifest_folder)):
             if (path / marker).is_file():
                 return [read(name, path)]
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+    except BROKEN as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(
@@ -129,11 +139,9 @@ def read_any(path: str | Path) -> list[Run]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{str(path)!r} is not a run: not valid JSON: {error} (allowed: {_ALLOWED})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{str(path)!r} is not a run: its JSON is not an object (allowed: {_ALLOWED})")
+        content: dict[str, Any] = parse_json(path.read_bytes(), path)  # manifests of many images are large
+    except UsageError as error:
+        raise UsageError(f"{str(path)!r} is not a run: {error} (allowed: {_ALLOWED})") from error
     return content
 
 
@@ -197,35 +205,25 @@ def _samples_folder(name: str, folder: Path) -> Run:
 def _drawn(folder: Path, count: int | None) -> tuple[Drawn, dict[str, Any]]:
     """The samples of a folder (its images 0..count-1) and where they come from."""
     content = read_run(folder)
-    total = _held(folder) if count is None else int(count)
-    samples = read_samples(folder, min(total, MOST_READ) or None)
+    found = held(folder) if count is None else set()
+    total, there = (int(count),) * 2 if count is not None else (len(found), whole_from_start(found))
+    samples = read_samples(folder, min(there, MOST_READ) or None)
     names = samples.settings.get("class_names") or []
     seconds = [batch["seconds"] for batch in samples.batches]
     drafting, decoding = (sum(s[k] for s in seconds) for k in ("draft", "target"))
     drawn = Drawn(
-        method=str(samples.settings["method"]),
+        method=_method(samples.settings["method"]),
         index=samples.index.tolist(),
         class_names=[str(names[i]) if i < len(names) else str(i) for i in samples.label.tolist()],
         load=lambda i: samples.pixels[i],
         traces=samples.traces,
-        grid=_side(samples.tokens.shape[1]),
+        length=samples.tokens.shape[1],
         total=total,
         draft_share=drafting / (drafting + decoding) if drafting + decoding else None,
-        budget=samples.settings.get("tv_budget"),
+        budget=_number(samples.settings.get("tv_budget")),
+        scattered=_scattered(samples.settings, samples.tokens.ndim == 3),
     )
     return drawn, dict(content.get("provenance") or {})
-
-
-def _held(folder: Path) -> int:
-    """How many images the shards hold."""
-    total = 0
-    for shard in sorted(folder.glob("shard-*.npz")):
-        try:
-            with np.load(shard, allow_pickle=False) as content:
-                total += len(content["index"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{shard} cannot be read as a shard of samples: {error}") from error
-    return total
 
 
 def _manifest_folder(name: str, folder: Path) -> Run:
@@ -234,22 +232,27 @@ def _manifest_folder(name: str, folder: Path) -> Run:
     if not images:
         raise UsageError(f"{str(folder)!r} holds no images")
     settings, provenance = _split({**content["settings"], **{k: content[k] for k in _PROVENANCE if k in content}})
-    grid, traced = _side(len(images[0]["tokens"])), all("trace" in entry for entry in images)
-    drafter, seconds = str(settings.get("drafter", "none")), content.get("seconds") or {}
+    traced = all("trace" in entry for entry in images)
+    vectors = isinstance(images[0]["tokens"], str)  # their numbers lie in a file of their own
+    length = sum(map(_count, images[0]["trace"]["committed"])) if vectors and traced else len(images[0]["tokens"])
+    drafter, rule = _method(settings.get("drafter", "none")), settings.get("rule")
+    alone, seconds = drafter == "none" and rule in (None, "seed-exact", "plain"), content.get("seconds") or {}
     decoding = seconds.get("draft", 0.0) + seconds.get("target", 0.0)
     drawn = Drawn(
-        method=drafter if drafter == "none" else f"{drafter}/{settings.get('rule')}",
+        method=drafter if alone else _method(f"{drafter}/{rule}"),
         index=[int(entry["index"]) for entry in images],
         class_names=[str(entry["class"]) for entry in images],
         # Only the name counts: a manifest must not point outside its folder.
         load=partial(_png, [folder / Path(str(entry["file"])).name for entry in images]),
-        traces=[_trace(entry, grid) for entry in images] if traced else None,
-        grid=grid,
+        traces=[_trace(entry, length) for entry in images] if traced else None,
+        length=length,
         total=len(images),
         draft_share=seconds.get("draft", 0.0) / decoding if decoding else None,
-        budget=settings.get("tv_budget"),
+        budget=_number(settings.get("tv_budget")),
+        scattered=_scattered(settings, vectors),
     )
     run = Run(name, GENERATE, settings, provenance, drawn=[drawn])
+    assert not traced or drawn.grid  # raises ValueError for what is no grid
     if not traced:
         run.notes.append(
             f"{name}: its {MANIFEST} holds no traces of the target passes (an older version wrote it), so acceptance "
@@ -262,26 +265,46 @@ def _png(files: Sequence[Path], i: int) -> np.ndarray:
     """Pixels of the i-th file, uint8 [H, W, 3]. Raises UsageError for one that is missing or damaged."""
     try:
         with Image.open(files[i]) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
             return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"{str(files[i])!r} cannot be read as a picture: {error}") from error
 
 
-def _trace(entry: Mapping[str, Any], grid: int) -> PassTrace:
-    committed, accepted, drafted = ([int(n) for n in entry["trace"][k]] for k in ("committed", "accepted", "drafted"))
+def _trace(entry: Mapping[str, Any], length: int) -> PassTrace:
+    committed, accepted, drafted = (list(map(_count, entry["trace"][k])) for k in ("committed", "accepted", "drafted"))
     trace = PassTrace(committed, accepted, drafted)
     trace.spent = [float(x) for x in entry["trace"].get("spent") or [0.0] * len(trace.committed)]
     fits = len(trace.committed) == len(trace.accepted) == len(trace.drafted) == len(trace.spent)
-    if not fits or sum(trace.committed) != grid**2:
-        raise ValueError(f"the trace of image {entry['index']} does not add up to its {grid**2} tokens")
+    if not fits or sum(trace.committed) != length or any(k > c for k, c in zip(accepted, committed, strict=True)):
+        raise ValueError(f"the trace of image {entry['index']} does not add up to its {length} tokens")
     return trace
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MOST_TOKENS:
+        raise ValueError(f"{brief(value)} is no number of tokens")
+    return value
+
+
 def _side(tokens: int) -> int:
+    """Lines of a square grid, whose lines may hold an end of line more."""
     side = math.isqrt(tokens)
-    if not side or side * side != tokens:
+    if not side or tokens not in (side * side, side * (side + 1)):
         raise ValueError(f"{tokens} tokens do not make a square grid")
     return side
+
+
+def _scattered(settings: Mapping[str, Any], vectors: bool) -> bool:
+    """Whether drafts are of a masked model: of continuous tokens, only those have a smaller model for a drafter."""
+    return vectors and str(settings.get("drafter")).partition(":")[0] == "model"
+
+
+def _number(value: Any) -> float | None:
+    """A setting that is a number or nothing. Raises ValueError for anything else."""
+    found = figure_of({"setting": value}, "setting")
+    return None if found is None else found.value
 
 
 def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -291,9 +314,18 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _rows(rows: Any) -> list[dict[str, Any]]:
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("method"), str) for r in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "method" in row for row in rows):
         raise ValueError("its results are not a list of rows with a method each")
+    for row in rows:
+        _method(row["method"])
     return rows
+
+
+def _method(value: Any) -> str:
+    """A method's name, which stands in figures."""
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST or not value.isprintable():
+        raise ValueError(f"{brief(value)} is no name of a method")
+    return value
 
 
 def _ranged(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,6 +344,9 @@ def figure_of(row: Mapping[str, Any], name: str) -> Figure | None:
         return None
     parts = [content.get(k) for k in ("value", "low", "high")] if isinstance(content, dict) else [content, None, None]
     if any(isinstance(p, bool) or not isinstance(p, int | float | None) for p in parts):
-        raise ValueError(f"{name} of {row.get('method')} is neither a number nor one with an interval: {content!r}")
+        said = brief(content)
+        raise ValueError(f"{name} of {row.get('method')} is neither a number nor one with an interval: {said}")
+    if any(p is not None and abs(p) > _LARGEST for p in parts):
+        raise ValueError(f"{name} of {row.get('method')} is beyond what a figure can be: {brief(content)}")
     value, low, high = (float(p) if p is not None and math.isfinite(p) else None for p in parts)
     return None if value is None else Figure(value, low, high)

@@ -359,7 +359,7 @@ def _train(options: Train) -> None:
             print(f"written: {train(recipe, options.restart)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
-        same = "the same command without --restart" if options.restart else "the same command"
+        same = "without --restart the same command" if options.restart else "the same command"
         how = f"{same} resumes from {saved}" if saved.exists() else "nothing saved yet, it starts afresh"
         raise KeyboardInterrupt(how) from None
 

@@ -318,7 +318,7 @@ class Train:
     recipe: tyro.conf.Positional[Path]
     """YAML file; recipes/ has those of the shipped models."""
     restart: bool = False
-    """Begin anew; an earlier run in the recipe's `out` is put aside as `out`.1. What may change in a run: see README."""
+    """Begin anew; an earlier run in the recipe's `out` is put aside as `out`.1. README says what a run may change."""
 
 
 @checked(frozen=True, config=_STRICT)

@@ -37,7 +37,7 @@ from bozzetto.options import (
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 # Packages of extras.
 _OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
-AUTO = "auto"
+AUTO, _LONGEST = "auto", 2000  # characters of an error
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
 
@@ -97,7 +97,8 @@ def _terminable() -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _wants_progress(asked: bool) -> bool:

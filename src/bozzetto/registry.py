@@ -20,7 +20,7 @@ from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.none import NoDrafter
 from bozzetto.drafters.second import SecondGuess
 from bozzetto.drafts.tree import SHAPES
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.rules.base import Rule
 from bozzetto.rules.cascade import Cascade
 from bozzetto.rules.exact import Exact
@@ -32,6 +32,7 @@ from bozzetto.rules.tree import TreeRejection
 
 Widen = Callable[[int], int]
 MOST_NODES = 128
+_LONGEST_SHAPE = 300  # characters of a tree that the cache holds
 TRAINED = ("eagle", "plane", "block", "glance")  # drafters that are trained for a target
 
 
@@ -178,7 +179,7 @@ def filled(kind: type, text: str, options: Mapping[str, str], hidden: frozenset[
             values[allowed[key].name] = wanted(value)
         except ValueError as error:
             number = "a whole number" if wanted is int else "a number"
-            raise UsageError(f"{text!r}: {key} = {value!r} is not allowed: {number}") from error
+            raise UsageError(f"{brief(text)}: {key} = {brief(value)} is not allowed: {number}") from error
     for name, part in allowed.items():
         if part.default is MISSING and part.name not in values:
             raise UsageError(f"{text!r}: option {name!r} is missing")
@@ -225,6 +226,8 @@ def read_shape(text: str) -> Shape | Dynamic:
     `dynamic-NODES-DEPTH-BEAM` (NODES counts the root, as published). Raises UsageError."""
     if text in SHAPES:
         return SHAPES[text]
+    if len(text) > _LONGEST_SHAPE:
+        raise UsageError(f"tree = {brief(text)} is not allowed: the cache holds {MOST_NODES} nodes at most")
     shape: Shape | Dynamic | None = None
     if found := re.fullmatch(r"chain-(\d+)", text):
         _check_nodes(text, int(found[1]))  # before a huge one is built

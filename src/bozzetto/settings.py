@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief, check_number
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.graphs import check_mode
 from bozzetto.models.native import cheap_rows
@@ -24,6 +25,8 @@ from bozzetto.rules.seed_exact import SeedExact
 
 AUTO = "auto"
 SCHEDULES = ("", "linear", "constant")
+_MOST, _MOST_BATCH = 100_000, 65_536  # of a window, of steps and of passes; of images decoded together
+_HUGE = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,16 @@ class GenerateSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if self.tv_budget is not None and not 0 <= self.tv_budget < float("inf"):
-            raise UsageError(f"tv_budget = {self.tv_budget} is not allowed: a number >= 0")
-        if self.window < 0:
-            raise UsageError(f"window = {self.window} is not allowed: a whole number >= 1, or 0 to choose it")
-        if self.batch < 1:
-            raise UsageError(f"batch = {self.batch} is not allowed: a whole number >= 1")
+        if self.tv_budget is not None:
+            check_number("tv_budget", self.tv_budget, 0, _HUGE, "a number >= 0")
+        check_number("window", self.window, 0, _MOST, "a whole number >= 1, or 0 to choose it", whole=True)
+        check_number("batch", self.batch, 1, _MOST_BATCH, f"a whole number >= 1, at most {_MOST_BATCH}", whole=True)
         for name in ("steps", "last_steps", "passes"):
-            if getattr(self, name) < 0:
-                raise UsageError(
-                    f"{name} = {getattr(self, name)} is not allowed: a whole number >= 1, or 0: the model's"
-                )
+            allowed = f"a whole number >= 1, at most {_MOST}, or 0: the model's"
+            check_number(name, getattr(self, name), 0, _MOST, allowed, whole=True)
         if self.guidance_schedule not in SCHEDULES:
             allowed = ", ".join(s for s in SCHEDULES if s)
-            raise UsageError(f"guidance_schedule = {self.guidance_schedule!r} is not allowed: {allowed}")
+            raise UsageError(f"guidance_schedule = {brief(self.guidance_schedule)} is not allowed: {allowed}")
         if check_mode(self.compile) == "off" and self.deterministic:
             raise UsageError("deterministic is not allowed with compile = 'off': default, max")
         self._check_method()

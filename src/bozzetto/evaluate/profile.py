@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.engine.state import BatchResult
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
 from bozzetto.evaluate.passes import BarePass
 from bozzetto.evaluate.roofline import Machine, measure_machine, now
@@ -50,10 +50,8 @@ class ProfileSettings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < float("inf"):
-            raise UsageError(f"seconds = {self.seconds} is not allowed: a number above 0")
-        if self.threads < 0:
-            raise UsageError(f"threads = {self.threads} is not allowed: a whole number >= 0")
+        check_number("seconds", self.seconds, 0, 86_400, "a number above 0, at most 86400 (a day)", above=True)
+        check_number("threads", self.threads, 0, 4096, "a whole number >= 0, at most 4096", whole=True)
         self.generation  # noqa: B018  (validates its own numbers and names)
 
     @property
@@ -67,10 +65,12 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
     """Measure the machine, the pass and the decoding of the images 0 to B - 1 of seed 0; returns {settings, machine,
     passes, parts, decoding, advice}, ready for JSON: the fields of the dataclasses in advice.py, times in seconds.
 
-    Raises UsageError for a masked model: it has no cache, and its passes are all different.
+    Raises UsageError for a masked model, whose passes are all different, and for one that transformers runs.
     """
     if not isinstance(pipe.target, CausalTarget):
-        raise UsageError(f"model = {pipe.name!r} is not allowed: it has no cache (causal models; `bench` is for all)")
+        prompted = hasattr(pipe.target, "prompts")
+        why = "its passes are those of transformers" if prompted else "it is masked, its passes are all different"
+        raise UsageError(f"model = {pipe.name!r} is not allowed: {why} (causal models of ours; `bench` is for all)")
     method, before = pipe.resolve(settings.generation), torch.get_num_threads()
     try:
         if settings.threads:

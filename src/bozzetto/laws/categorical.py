@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import check_number
 from bozzetto.laws.noise import fold, gumbel
 
 
 @dataclass(frozen=True)
 class LawSettings:
-    """guidance: scale s >= 1 (1: off); temperature >= 0 (0: greedy); top_k >= 0 (0: all); 0 < top_p <= 1 (1: all)."""
+    """guidance: scale s >= 1 (1: off); temperature >= 0 (0: greedy); top_k >= 0 (0: all); 0 < top_p <= 1 (1: all).
+
+    Scales and temperatures beyond what anybody uses are refused: logits would overflow float32."""
 
     guidance: float = 1.0
     temperature: float = 1.0
@@ -27,20 +29,12 @@ class LawSettings:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        checks = [
-            ("guidance", self.guidance, self.guidance >= 1, "a number >= 1 (1 turns guidance off)"),
-            ("temperature", self.temperature, self.temperature >= 0, "a number >= 0 (0 is greedy)"),
-            (
-                "top_k",
-                self.top_k,
-                self.top_k >= 0 and self.top_k % 1 == 0,
-                "a whole number >= 0 (0 keeps all)",
-            ),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]"),
-        ]
-        for name, value, fine, allowed in checks:
-            if not (fine and math.isfinite(value)):
-                raise UsageError(f"{name} = {value} is not allowed: {allowed}")
+        check_number("guidance", self.guidance, 1, 1000, "a number >= 1 (1 turns guidance off), at most 1000")
+        if self.temperature != 0:
+            allowed = "a number >= 0 (0 is greedy), from 0.0001 to 10000"
+            check_number("temperature", self.temperature, 1e-4, 1e4, allowed)
+        check_number("top_k", self.top_k, 0, 2**31 - 1, "a whole number >= 0 (0 keeps all)", whole=True)
+        check_number("top_p", self.top_p, 0, 1, "a number in (0, 1]", above=True)
 
     @property
     def guided(self) -> bool:

@@ -131,7 +131,10 @@ def test_nothing_to_do_is_no_pass(pipe: Pipeline) -> None:
     ("asked", "error"),
     [
         ({"label": 3}, "label = 3 is not allowed: a whole number from 0 to 2"),
+        ({"label": "tulip"}, "label = 'tulip' is not allowed: a whole number from 0 to 2"),
         ({"label": 0, "seed": -1}, "seed = -1 is not allowed"),
+        ({"label": 0, "seed": float("nan")}, "seed = nan is not allowed"),
+        ({"label": 0, "seed": 2**63}, "seed = 9223372036854775808 is not allowed"),
         ({"label": 0, "index": -2}, "index = -2 is not allowed"),
         ({"label": 0, "settings": GenerateSettings(steps=4)}, "steps is not allowed here"),
     ],

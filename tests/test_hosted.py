@@ -240,11 +240,38 @@ def test_an_over_long_prompt_and_an_empty_one_are_refused(checkpoints: dict[str,
         pipe.generate(["  "])
 
 
+@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("text", ["a <image> dog", "<boi>", "a dog </s>", "<pad>"])
+def test_special_tokens_in_a_prompt_are_refused(checkpoints: dict[str, Path], family: str, text: str) -> None:
+    """Processors of transformers 5.24 read them as such: <image> is a picture that was not given, </s> an end."""
+    pipe = load(checkpoints, family)
+    for asked, negative in ((text, ""), ("a dog", text)):
+        with pytest.raises(UsageError, match="in it is a special token of the model"):
+            pipe.generate(asked, negative_prompt=negative)
+    pipe.labels("a zebra")  # a word that the tokenizer does not know is a word
+
+
+def test_a_text_that_cannot_be_written_is_refused(checkpoints: dict[str, Path], tmp_path: Path, capsys) -> None:
+    """A byte of the command line that is not UTF-8 arrives as half a letter."""
+    for arguments in (["a\udcff dog"], ["a dog", "--negative-prompt", "\udcff"]):
+        arguments = ["generate", *arguments, "--model", str(checkpoints["janus"]), "--out", str(tmp_path / "out")]
+        assert main(arguments) == 2
+        assert "is not allowed: a text (UTF-8)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_transformers_runs_is_not_profiled(checkpoints: dict[str, Path], capsys) -> None:
+    assert main(["profile", "--model", str(checkpoints["janus"])]) == 2
+    assert "its passes are those of transformers (causal models of ours; `bench` is for all)" in capsys.readouterr().err
+    arguments = ["bench", "--model", str(checkpoints["janus"]), "--count", "1", "--rounds", "1", "--methods", "none"]
+    assert main(arguments) == 0
+
+
 def test_sizes_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None:
     refused(checkpoints["emu3"], "image_size = 720 .*the model's context is 64", image_size=720)
     refused(checkpoints["emu3"], "image_size = 21 is not allowed: a multiple of 8", image_size=21)
     refused(checkpoints["janus"], "image_size = 7 is not allowed", image_size=7)
     refused(checkpoints["lumina"], "image_size = 40 is not allowed: a multiple of 32", image_size=40)
+    refused(checkpoints["lumina"], "image_size = -32 is not allowed: a multiple of 32", image_size=-32)
     refused(checkpoints["lumina"], "no word '<reserved08824>'", image_size=768)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from bozzetto.engine.slots import ImageRequest, SlotImage
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number
 from bozzetto.settings import GenerateSettings
 
 WAITING, DRAWING, DONE, CANCELLED, FAILED = "waiting", "drawing", "done", "cancelled", "failed"
@@ -94,11 +94,10 @@ class Admission:
         Raises QueueFull, and UsageError for what the model cannot do: the image's lane is made here, so that whatever
         is needed for it (a trained drafter, a table) is known to be there before it joins the others.
         """
-        for name, value in (("seed", seed), ("index", index)):
-            if not 0 <= value < 2**63:
-                raise UsageError(f"{name} = {value} is not allowed: a whole number from 0 to 2^63 - 1")
-        if not 0 <= label < len(self.pipe.classes):
-            raise UsageError(f"label = {label} is not allowed: a whole number from 0 to {len(self.pipe.classes) - 1}")
+        last = len(self.pipe.classes) - 1
+        for name, value, most in (("seed", seed, 2**63 - 1), ("index", index, 2**63 - 1), ("label", label, last)):
+            shown = "2^63 - 1" if most > last else most
+            check_number(name, value, 0, most, f"a whole number from 0 to {shown}", whole=True)
         settings = self.pipe.alone(settings or GenerateSettings())
         request = ImageRequest(label, seed, index, settings.law)
         ticket = Ticket(request, settings, self.pipe.lane_key(settings, seed))

@@ -29,3 +29,13 @@ def check_number(
     fine = low < number <= high if above else low <= number <= high
     if not fine or (whole and number % 1):
         raise UsageError(f"{name} = {brief(value)} is not allowed: {allowed}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise UsageError for anything but a text that can be written as UTF-8."""
+    try:
+        fine = isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        fine = False
+    if not fine:
+        raise UsageError(f"{name} = {brief(value)} is not allowed: a text (UTF-8)")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bozzetto.engine.loop import PassEvent
 from bozzetto.engine.trace import PassTrace
-from bozzetto.errors import check_number
+from bozzetto.errors import check_number, check_text
 from bozzetto.settings import GenerateSettings
 
 MOST = 2**63  # seeds and indices are below
@@ -119,5 +119,10 @@ def plan_batches(
 
 
 def listed(asked: str | int | Sequence[str | int]) -> Sequence[str | int]:
-    """One text or number as a list of one. (A text is a sequence too, of letters.)"""
-    return (asked,) if isinstance(asked, str | int) else asked
+    """One text or number as a list of one (a text is a sequence too, of letters). Raises UsageError for what is no text
+    that can be written: bytes of a command line that are not UTF-8."""
+    found = (asked,) if isinstance(asked, str | int) else asked
+    for item in found:
+        if isinstance(item, str):
+            check_text("class or prompt", item)
+    return found

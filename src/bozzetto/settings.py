@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bozzetto.errors import UsageError, brief, check_number
+from bozzetto.errors import UsageError, brief, check_number, check_text
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.graphs import check_mode
 from bozzetto.models.native import cheap_rows
@@ -74,6 +74,8 @@ class GenerateSettings:
         for name in ("steps", "last_steps", "passes"):
             allowed = f"a whole number >= 1, at most {_MOST}, or 0: the model's"
             check_number(name, getattr(self, name), 0, _MOST, allowed, whole=True)
+        for name in ("drafter", "rule", "negative_prompt", "guidance_schedule", "compile"):
+            check_text(name, getattr(self, name))
         if self.guidance_schedule not in SCHEDULES:
             allowed = ", ".join(s for s in SCHEDULES if s)
             raise UsageError(f"guidance_schedule = {brief(self.guidance_schedule)} is not allowed: {allowed}")

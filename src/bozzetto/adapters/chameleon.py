@@ -62,7 +62,7 @@ class LuminaPrompts:
     def __init__(self, tokenizer: Any, model: str, pixels: int):
         self.tokenizer = tokenizer
         asked = pixels or int(next((size for size in _SIZES if size in Path(model).name), "768"))
-        if asked % _PIXELS:
+        if asked % _PIXELS or asked < _PIXELS:
             raise UsageError(f"image_size = {asked} is not allowed: a multiple of {_PIXELS}")
         self.pixels, self.grid = asked, asked // (_PIXELS // 2)
         size = self.word(f"<reserved{8800 + asked // _PIXELS:05d}>")

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ from bozzetto.adapters.janus import JanusTarget, janus_prompt
 from bozzetto.adapters.pictures import HostedPictures, emu3_pictures, janus_pictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.vqgan import chameleon_pictures
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.files import digest
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
@@ -61,7 +61,8 @@ def load_hosted(model: str | Path, dtype: torch.dtype, device: str, image_size: 
         model, "weights", getattr(transformers, class_name).from_pretrained, dtype=dtype, output_loading_info=True
     )
     _check_whole(model, network, notes)
-    return build(network.to(device).eval().requires_grad_(False), processor, model, image_size)
+    hosted = build(network.to(device).eval().requires_grad_(False), processor, model, image_size)
+    return replace(hosted, ask=_of_words(hosted.ask, processor.tokenizer, hosted.target))
 
 
 def checkpoint_digest(model: str | Path) -> str:
@@ -120,6 +121,29 @@ def _check_whole(model: str | Path, network: Any, notes: Mapping[str, Any]) -> N
     for name, weight in network.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UsageError(f"{model}: {name} has non-finite values")
+
+
+def _of_words(ask: Ask, tokenizer: Any, target: PromptedCodes) -> Ask:
+    """`ask` for prompts that are words: to the model its special tokens (<image>, an end of text, padding, an image
+    token) are no words, whoever wrote them."""
+    special = {*tokenizer.all_special_ids, *getattr(target, "numbers", ())}
+    special |= {number for number, word in tokenizer.added_tokens_decoder.items() if word.special}
+    special -= {tokenizer.unk_token_id}
+
+    def checked(text: str, negative: str) -> Prompt:
+        for said in (text, negative):
+            odd = next((i for i in tokenizer.encode(said, add_special_tokens=False) if i in special), None)
+            if odd is not None:
+                word = tokenizer.convert_ids_to_tokens(odd)
+                raise UsageError(f"prompt {brief(said)} is not allowed: {word!r} in it is a special token of the model")
+        try:
+            return ask(text, negative)
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"prompt {brief(text)} is not allowed: {brief(' '.join(str(error).split()))}") from error
+
+    return checked
 
 
 def _fixed_size(model: str | Path, asked: int, own: int) -> None:

@@ -13,7 +13,6 @@ import bozzetto
 from bozzetto.cli import main
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.profile import ProfileSettings
-from bozzetto.files import read_yaml
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.path_registry import PATH_DRAFTERS, PATH_RULES, make_path_rule, path_drafter_options
 from bozzetto.registry import DRAFTERS, RULES, drafter_options, make_rule
@@ -128,9 +127,9 @@ def bomb(levels: int) -> str:
 
 
 BROKEN = {
-    "a bomb": (bomb(12), "its aliases stand for more than 100000 values"),
-    "a bomb in a key that is known": (f"{bomb(9)}\nclasses: *a8\n", "its aliases stand for more than"),
-    "a circle": ("classes: &a [*a]\n", "may not hold itself"),
+    "a bomb": (bomb(12), "unknown key 'a0'"),
+    "a bomb in a key that is known": (f"{bomb(9)}\nclasses: *a8\n", "is not allowed"),
+    "a circle": ("classes: &a [*a]\n", "is not allowed"),
     "a deep list": ("classes: " + "[" * 5000 + "]" * 5000, "nested too deep"),
     "a deep mapping": ("classes: " + "{a: " * 3000 + "1" + "}" * 3000, "nested too deep"),
     "many digits": ("count: " + "9" * 5000, "not valid YAML"),
@@ -138,18 +137,18 @@ BROKEN = {
     "not a number": ("guidance: .nan\n", "guidance = nan is not allowed"),
     "a scale": ("guidance: 1e+300\n", "guidance = 1e+300 is not allowed"),
     "a scale as text": ("guidance: 1.0e300x\n", "guidance = '1.0e300x'"),
-    "another type": ("count: [1]\n", "count = [1]"),
+    "another type": ("count: [1]\n", "count = [1] is not allowed"),
     "a key twice": ("seed: 1\nseed: 2\n", "key 'seed' stands there twice"),
     "a key that is none": ("? [a]\n: 1\n", "not valid YAML"),
-    "an odd key": ("3: 4\n", "Keys should be strings"),
-    "a list": ("[1, 2]\n", "expected a mapping"),
-    "a text": ("hello\n", "expected a mapping"),
-    "nothing": ("", "expected a mapping"),
+    "an odd key": ("3: 4\n", "keys are words"),
+    "a list": ("[1, 2]\n", "is a mapping of keys to values"),
+    "a text": ("hello\n", "is a mapping of keys to values"),
+    "nothing": ("", "is a mapping of keys to values"),
     "several": ("seed: 1\n---\nseed: 2\n", "not valid YAML"),
     "an object": ("seed: !!python/object/apply:os.getpid []\n", "not valid YAML"),
     "a date that is none": ("seed: 2024-99-99\n", "not valid YAML"),
     "other bytes": (b"\xff\xfe\x00seed", "not valid YAML"),
-    "too many": ("#" * (2**20 + 1), "bytes of YAML are too many"),
+    "too many": ("#" * (2**20 + 1), "bytes are no recipe"),
 }
 
 
@@ -161,11 +160,3 @@ def test_a_config_file_that_would_hurt_is_refused(name: str, tiny_model: Path, t
     assert main(["generate", "--model", str(tiny_model), "--config", str(config), "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0] and len(lines[0]) < 2200 and not (tmp_path / "out").exists()
-
-
-def test_aliases_that_stand_for_little_and_a_mark_at_the_beginning_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("base: &b {seed: 1}\nall: [*b, *b]\nmerged:\n  <<: *b\n  top_k: 2\n", encoding="utf-8-sig")
-    assert read_yaml(path) == {"base": {"seed": 1}, "all": [{"seed": 1}] * 2, "merged": {"seed": 1, "top_k": 2}}
-    with pytest.raises(UsageError, match="not a file"):
-        read_yaml(tmp_path)

@@ -128,7 +128,7 @@ def test_a_budget_is_a_finite_number_from_zero(budget: float) -> None:
         ("lantern:residual=nonsense", "residual = 'nonsense' is not allowed: paper, optimal, released"),
         ("lantern++:lambda=0.5", "lambda = 0.5 is not allowed: a number >= 1"),
         ("lantern++:lambda=inf", "lambda = inf is not allowed: a number >= 1"),
-        ("grouped:group=0", "group = 0 is not allowed: a whole number >= 1"),
+        ("grouped:group=0", "group = 0 is not allowed: a whole number from 1 to"),
         ("annealed:delta=0.5", "delta = 0.5 is not allowed: a number >= 1"),
         ("cascade:alike=2", "alike = 2.0 is not allowed: a number from -1 to 1"),
         ("annealed:nu=-1", "nu = -1.0 is not allowed: a number >= 0"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bozzetto.data import read_captions, read_images
 from bozzetto.errors import UsageError
-from bozzetto.train.recipes import DataSource
+from bozzetto.train.fields import DataSource, note_overlap
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -259,6 +259,25 @@ def test_every_suffix_of_pillows_is_read(tmp_path):
         Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / name)
     data = read_images(tmp_path, None, 8)
     assert len(data) == len(names) and np.abs(data.images.astype(int) - [200, 0, 0]).max() < 8
+
+
+@pytest.mark.parametrize(("image_size", "held"), [(32, 160), (128, 160), (256, 320), (512, 640)])
+def test_training_holds_pictures_larger_than_the_models(tmp_path, image_size, held, capsys):
+    draw(tmp_path, "a.png")
+    assert DataSource(str(tmp_path)).read(image_size).images.shape[1] == held
+    assert DataSource(str(tmp_path), size=image_size).read(image_size).images.shape[1] == image_size
+    assert f"1 pictures; 1 smaller than {held} x {held}, enlarged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [(None, None, True), (None, "test", True), ("test", "test", True), ("train", "test", False)],
+)
+def test_holding_out_what_is_trained_on_is_said(train, test, said, capsys):
+    note_overlap([DataSource("x", "extra"), DataSource("data", train)], DataSource("data", test))
+    assert ("trained on as well" in capsys.readouterr().err) == said
+    note_overlap([DataSource("x", train)], DataSource("data", test))
+    assert capsys.readouterr().err == ""
 
 
 def test_links_to_folders_are_followed_but_not_upwards(tmp_path):

@@ -25,6 +25,7 @@ ALL = (TOKENIZER, TARGET, CAPTION, FLOW, MAR, DRIFT, EAGLE, PLANE, SKETCH)
 STAGE = {"kind": "latent", "steps": 9, "lr": 1e-3}
 NAN, INF = float("nan"), float("inf")
 
+SMALL = {"path": "x", "split": "test", "size": 160}
 REFUSED: list[tuple[tuple[str, str], dict[str, Any], str]] = [
     (TOKENIZER, {"image_size": 36}, "image_size = 36 is not allowed: .* multiple of 8"),
     (TOKENIZER, {"image_size": 8}, "image_size = 8 is not allowed: .* 16"),
@@ -35,7 +36,7 @@ REFUSED: list[tuple[tuple[str, str], dict[str, Any], str]] = [
     (TOKENIZER, {"stages": [{**STAGE, "kind": "owl"}]}, "stages.0.kind = 'owl' is not allowed: .*'latent'"),
     (TOKENIZER, {"stages": [{**STAGE, "batch": -1}]}, "stages.0.batch = -1 is not allowed"),
     (TOKENIZER, {"codes": 40000}, "codes = 40000 is not allowed: .* 32768"),
-    (TOKENIZER, {"image_size": 256}, r"flowers160.parquet \(split train\): size = 160 is not allowed: .* 256"),
+    (TOKENIZER, {"image_size": 256, "test": SMALL}, r"x \(split test\): size = 160 is not allowed: .* 256"),
     (TOKENIZER, {"commitment": NAN}, "commitment = nan is not allowed: .* finite"),
     (TARGET, {"dim": 30, "heads": 4}, "dim = 30 with heads = 4 is not allowed: .* multiples of 4"),
     (TARGET, {"dim": 24, "heads": 4}, "dim = 24 with heads = 4"),
@@ -65,7 +66,7 @@ REFUSED: list[tuple[tuple[str, str], dict[str, Any], str]] = [
     (EAGLE, {"acceptance_weight": 0, "cross_entropy_weight": 0, "feature_weight": 0}, "acceptance_weight = .* > 0"),
     (PLANE, {"anchors": 0}, "anchors = 0 is not allowed"),
     (SKETCH, {"divergence_weight": 0}, "divergence_weight = feature_weight = 0 is not allowed"),
-    (SKETCH, {"image_size": 256}, "size = 160 is not allowed: at least image_size = 256"),
+    (SKETCH, {"image_size": 256, "train": SMALL}, "size = 160 is not allowed: at least image_size = 256"),
 ]
 REFUSED += [(kind, {"out": ""}, "out = '' is not allowed") for kind in ALL]
 REFUSED += [(kind, {"seed": -1}, "seed = -1 is not allowed") for kind in ALL]

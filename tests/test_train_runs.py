@@ -158,7 +158,7 @@ def test_a_picture_that_changed_is_noticed_and_one_that_moved_is_not(
     pictures = Path(shutil.copytree(albums, tmp_path / "pictures"))
     recipe = make("target", tmp_path / "run", pictures)
     train_target(recipe)
-    assert f"note: {pictures}: 4 of 4 enlarged to 160 pixels" in capsys.readouterr().err
+    assert f"{pictures}: 4 pictures; 4 smaller than 160 x 160, enlarged" in capsys.readouterr().err
     moved = make("target", tmp_path / "run", Path(pictures.rename(tmp_path / "elsewhere")))
     train_target(replace(moved, steps=4, patience=1, evaluate_every=1))
     shutil.copy(tmp_path / "elsewhere" / "daisy" / "0.png", tmp_path / "elsewhere" / "daisy" / "1.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -27,22 +28,30 @@ Side = Annotated[int, Field(ge=2 * DOWNSAMPLE, le=4096, multiple_of=DOWNSAMPLE)]
 
 @checked(frozen=True, config=STRICT)
 class DataSource:
-    """path: a parquet file or a folder of images; split: which rows of a parquet file (None: all); size: pixels that
-    the squares are held at, from which random crops are taken."""
+    """path: of parquet files or pictures (docs/data.md); split: which of them (None: all); size: pixels that squares
+    are held at, from which random crops are taken (None: a quarter more than the model's, at least 160)."""
 
     path: Place
     split: str | None = None
-    size: Annotated[int, Field(gt=0, le=4096)] = 160
+    size: Annotated[int, Field(gt=0, le=4096)] | None = None
 
     def __str__(self) -> str:
         return self.path if self.split is None else f"{self.path} (split {self.split})"
 
-    def read(self) -> ImageSet:
-        """The images; a note about those that were smaller than `size`."""
-        found = read_images(self.path, self.split, self.size)
-        if found.enlarged:
-            print(f"note: {self}: {found.enlarged} of {len(found)} enlarged to {self.size} pixels", file=sys.stderr)
-        return found
+    def read(self, image_size: int = 128) -> ImageSet:
+        """The images, for a model of pictures of `image_size` pixels."""
+        return read_images(self.path, self.split, self.size or max(160, image_size * 5 // 4))
+
+    def overlaps(self, other: DataSource) -> bool:
+        """Whether both name the same pictures, or one all and the other some of them."""
+        return self.path == other.path and (None in (self.split, other.split) or self.split == other.split)
+
+
+def note_overlap(train: Sequence[DataSource], test: DataSource) -> None:
+    """Say it on stderr where pictures that are held out are trained on as well."""
+    if any(source.overlaps(test) for source in train):
+        line = f"note: {test}: trained on as well; held-out figures say nothing about new pictures"
+        print(line, file=sys.stderr, flush=True)
 
 
 def check_heads(dim: int, heads: int, turns: int = 1) -> None:
@@ -76,5 +85,5 @@ def check_prompts(prompts: tuple[str, ...]) -> None:
 def check_sizes(image_size: int, *sources: DataSource) -> None:
     """Raise ValueError where pictures of `image_size` pixels would be enlarged ones."""
     for source in sources:
-        if source.size < image_size:
+        if source.size is not None and source.size < image_size:
             raise ValueError(f"{source}: size = {source.size} is not allowed: at least image_size = {image_size}")

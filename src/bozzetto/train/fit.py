@@ -13,7 +13,7 @@ from tqdm import tqdm
 from bozzetto.data import ImageSet, read_captions
 from bozzetto.errors import UsageError
 from bozzetto.train.conditions import by_name
-from bozzetto.train.fields import DataSource
+from bozzetto.train.fields import DataSource, note_overlap
 from bozzetto.train.folder import RunFolder, data_digest
 from bozzetto.train.loop import WeightAverage, adamw, cosine, set_lr
 
@@ -39,6 +39,7 @@ class Fit:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         self.load_target()
+        note_overlap([recipe.train], recipe.test)
         self.data, train = self._pictures(recipe.train)
         self.held, test = self._pictures(recipe.test)
         self.run = RunFolder(recipe, {"train": train, "test": test}, restart)
@@ -51,9 +52,14 @@ class Fit:
         self.step, self.best, self.best_step = 0, math.inf, 0
         self._resume()
 
+    @property
+    def image_size(self) -> int:
+        """Pixels of the model's pictures."""
+        return self.recipe.image_size
+
     def _pictures(self, source: DataSource) -> tuple[ImageSet, str]:
         """The set with labels as the run counts classes, and its digest."""
-        pictures = source.read()
+        pictures = source.read(self.image_size)
         if not self.labelled:
             return pictures, data_digest(pictures, captions=read_captions(source.path, source.split))
         self.known = self.known or pictures.classes

@@ -60,17 +60,20 @@ class TokenFit(Fit):
     tokenizer: Any
     flips = True  # mirror every other picture
 
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.config.image_size
+
     def view(self) -> Tensor:
         """Tokens of a new view of every picture, int16 [N, h*w]."""
-        size, r = self.tokenizer.config.image_size, self.recipe
+        size, r = self.image_size, self.recipe
         return tokenise(
             self.tokenizer, self.data.images, lambda x: augment(x, size, self.generator, r.jitter, self.flips)
         )
 
     def whole(self, images: np.ndarray) -> Tensor:
         """Tokens of whole pictures, as held-out ones are looked at."""
-        size = self.tokenizer.config.image_size
-        return tokenise(self.tokenizer, images, lambda x: evaluation_view(x, size))
+        return tokenise(self.tokenizer, images, lambda x: evaluation_view(x, self.image_size))
 
     def first_views(self) -> list[Tensor]:
         return [self.view() for _ in tqdm(range(self.recipe.views), desc="tokenising views")]

@@ -21,6 +21,7 @@ from bozzetto.data import ImageSet, augment, evaluation_view
 from bozzetto.files import write_whole
 from bozzetto.images import contact_sheet
 from bozzetto.models.store import save_tokenizer
+from bozzetto.train.fields import note_overlap
 from bozzetto.train.fit import check_finite
 from bozzetto.train.folder import RunFolder, data_digest
 from bozzetto.train.loop import autocast, channels_last, cosine, psnr, set_lr
@@ -88,7 +89,9 @@ def _window(latent: Tensor, pictures: Tensor, generator: torch.Generator) -> tup
 class _Trainer:
     def __init__(self, recipe: TokenizerRecipe, restart: bool = False):
         self.recipe = recipe
-        sets, test = [s.read() for s in recipe.train], recipe.test.read()
+        note_overlap(recipe.train, recipe.test)
+        size = recipe.image_size
+        sets, test = [s.read(size) for s in recipe.train], recipe.test.read(size)
         self.run = RunFolder(recipe, {"train": data_digest(*sets), "test": data_digest(test)}, restart)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)

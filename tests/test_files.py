@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,3 +114,17 @@ def test_good_json_is_read_as_it_is(tmp_path: Path) -> None:
         assert read_json(tmp_path / "note.json") == content
     assert parse_json("[1]", "here", (dict, list)) == [1]
     assert parse_json("null", "here", object) is None
+
+
+def test_a_full_disk_is_an_os_error_whatever_the_writer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.13.0 raises RuntimeError ("unexpected pos 576 vs 534") where torch.save finds no room."""
+
+    def fail(name: str) -> None:
+        raise RuntimeError("unexpected pos 576 vs 534")
+
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write_whole(tmp_path / "a.pt", fail)
+    monkeypatch.setattr("bozzetto.files.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.pt"):
+        write_whole(tmp_path / "a.pt", fail)
+    assert list(tmp_path.iterdir()) == []

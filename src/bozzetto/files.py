@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from bozzetto.errors import UsageError
 
+_FULL = 2**16  # bytes: of a disk with less room than this, it is the room that a writer lacked
 _MOST_JSON = 64 * 2**20  # bytes
 _POINTER = b"version https://git-lfs"  # how a pointer file begins, by its specification
 _DEEPEST = 64  # lists and mappings within each other
@@ -88,7 +91,7 @@ def _check_plain(content: Any) -> None:
 def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     """Call `write(temporary_name)` and rename the result to `path`; on any failure leave nothing behind.
 
-    Raises whatever `write` raises (OSError on a full disk, KeyboardInterrupt when cancelled).
+    Raises whatever `write` raises (KeyboardInterrupt when cancelled), and OSError on a full disk.
     """
     _write(Path(path), write, lambda name: Path(path))
 
@@ -109,9 +112,12 @@ def _write(path: Path, write: Callable[[str], object], place: Callable[[str], Pa
         os.chmod(name, 0o666 & ~_umask())
         final = place(name)
         os.replace(name, final)
-    except BaseException:
+    except BaseException as error:
+        full = isinstance(error, Exception) and shutil.disk_usage(path.parent).free < _FULL
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+        if full and not isinstance(error, OSError):  # torch 2.13 speaks of an "unexpected pos"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     return final
 

@@ -198,10 +198,15 @@ def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = Fa
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
             raise UsageError(f"{path}: weight {key!r} has values that {name_of(stored.dtype)} cannot hold")
         kept[key] = stored.contiguous(memory_format=torch.contiguous_format)
+    save_tensors(path, kept)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write tensors as they are, whole or not at all. Raises OSError where that is not possible."""
 
     def write(name: str) -> None:
         try:
-            save_file(kept, name)
+            save_file(tensors, name, notes)
         except SafetensorError as error:  # safetensors 0.8 says so of a full disk too
             raise OSError(f"{path}: {error}") from error
 

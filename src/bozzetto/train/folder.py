@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, read_json, write_text, write_whole
-from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS
+from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS, save_tensors
 from bozzetto.pipeline import model_folder
 from bozzetto.train.fields import DataSource
 
@@ -127,7 +126,7 @@ class RunFolder:
     def keep(self, name: str, tables: dict[str, Tensor]) -> None:
         """Write tensors that are costly to make again, whole or not at all."""
         notes = {"run": self.id, "sha256": _tables_digest(tables)}
-        write_whole(self.path / name, lambda p: save_file(tables, p, notes))
+        save_tensors(self.path / name, tables, notes)
 
     def kept(self, name: str) -> dict[str, Tensor] | None:
         """What `keep` wrote in this run; None: nothing, another run's, or damaged."""

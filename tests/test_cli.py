@@ -235,7 +235,7 @@ def test_a_cancelled_run_exits_130_and_leaves_nothing_behind(number, tiny_model,
 
 def test_a_process_stopped_from_outside_leaves_nothing_behind(tiny_model, empty):
     source = Path(bozzetto.__file__).parent.parent
-    command = [sys.executable, "-m", "bozzetto", "generate", "--model", tiny_model, "--count", 100_000]
+    command = [sys.executable, "-m", "bozzetto", "generate", "--model", tiny_model, "--count", 10**12]
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*map(str, command), "--out", str(empty / "out")], stderr=subprocess.PIPE, text=True, env=environment

@@ -201,6 +201,21 @@ def test_what_lives_is_not_swept(tmp_path):
     assert len(hidden(tmp_path)) == 3
 
 
+def test_without_locks_nothing_is_swept_and_everything_is_written(tmp_path, monkeypatch):
+    """Some network file systems have none."""
+
+    def none(*arguments: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    (tmp_path / ".bozzetto-00000000").mkdir()
+    for text in ("old", "new"):
+        with staged_folder(tmp_path / "out") as folder:
+            write(folder, text)
+    check_true(tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == {*"abc", "manifest.json"} and hidden(tmp_path) == [".bozzetto-00000000"]
+
+
 def test_many_at_once_leave_one_of_them(tmp_path):
     def run(text: str) -> None:
         with staged_folder(tmp_path / "out") as folder:

@@ -60,9 +60,12 @@ class HostedPipeline(CodePipeline):
         target, self.source = hosted.target, source
         super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
         self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
-        self.book = PromptBook(
-            self.classes, lambda text, negative, label: target.add(hosted.ask(text, negative), label)
-        )
+
+        def add(text: str, negative: str, label: int | None) -> int:
+            # Texts that are the same tokens (of words that the model does not know) are called what they are.
+            return target.add(hosted.ask(text, negative), len(target.prompts) if label is None else label)
+
+        self.book = PromptBook(self.classes, add)
         for text in EXAMPLES:
             self.book.label(text, "")
 

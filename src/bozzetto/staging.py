@@ -109,28 +109,30 @@ def _locked_folder(place: Path) -> Iterator[Path]:
                 held = stack.enter_context(_locked(path))
             except FileNotFoundError:  # swept between the two
                 continue
-            if held:
+            if held is not False and path.is_dir():
                 yield path
                 return
     raise OSError(f"no folder of its own could be made in {place}")
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder, which ends with the process whatever ends that; False where another one holds it, or
-    where there are no such locks."""
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
+    """Hold the lock of a folder, which ends with the process whatever ends that; False where another one holds it, None
+    where there are no such locks (and nothing is swept)."""
     try:
         import fcntl
-    except ImportError:  # not a POSIX system: nothing is swept there
-        yield wait
+    except ImportError:  # not a POSIX system
+        yield None
         return
     handle = os.open(folder, os.O_RDONLY)
+    held: bool | None = True
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except OSError:
+        except BlockingIOError:
             held = False
+        except OSError:  # a file system without
+            held = None
         yield held
     finally:
         os.close(handle)

@@ -130,8 +130,8 @@ class PromptedTarget:
         raise NotImplementedError
 
     def add(self, prompt: Prompt, label: int | None = None) -> int:
-        """A label for a prompt, or another prompt for a label; equal prompts have equal labels. Raises UsageError for
-        one that does not fit."""
+        """A label for a prompt, or another prompt for a label; equal prompts have equal labels, unless one is the next
+        number. Raises UsageError for one that does not fit."""
         if label is None and prompt in self.prompts:
             return self.prompts.index(prompt)
         most = self.context - self.length
@@ -141,7 +141,7 @@ class PromptedTarget:
                     f"prompt of {len(tokens)} tokens is not allowed: at most {most} fit beside {self.length} image "
                     f"tokens (the model's context is {self.context}); say it in fewer words"
                 )
-        if label is None:
+        if label is None or label == len(self.prompts):
             self.prompts.append(prompt)
             return len(self.prompts) - 1
         self.prompts[label] = prompt

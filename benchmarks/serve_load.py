@@ -268,7 +268,8 @@ def ending(options: argparse.Namespace, state: str, sent: bytes | None) -> dict[
         status = process.wait(options.limit + 60)
     seconds = time.monotonic() - began
     arrived = answer.startswith(b"HTTP/1.1 200") if state == "drawing" else None
-    fine = seconds <= options.limit + 10 and status == (143 if state == "told twice" else 0) and arrived is not False
+    allowed = (143, -15) if state == "told twice" else (0,)  # -15: the second signal came when it had just ended
+    fine = seconds <= options.limit + 10 and status in allowed and arrived is not False
     return {"seconds": seconds, "exit_status": status, "arrived": arrived, "fine": fine}
 
 

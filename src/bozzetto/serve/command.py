@@ -41,8 +41,8 @@ def serve(options: Serve) -> None:
         app = make_app(worker, keys=keys, hosts=hosts_of(options), terms=terms_of(options, worker))
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {', '.join(models_of(options))} at http://{shown}:{port}", flush=True)
-        server = Server(app, options.limit)
+        word = f"serving {', '.join(models_of(options))} at http://{shown}:{port}"
+        server = Server(app, options.limit, word=word)
         worker.failed = lambda: setattr(server, "should_exit", True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has drained by then, and says again what stopped it
             server.run(sockets=[listening])

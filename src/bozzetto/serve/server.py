@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import math
 import os
+import socket
 import threading
 import time
 from types import FrameType
@@ -77,9 +78,10 @@ class Connection(H11Protocol):
 
 class Server(uvicorn.Server):
     """app: ASGI; limit: seconds that a request may take. Told to stop it takes no connection any more, and answers what
-    it accepted; `limit` and GRACE seconds later, or told a second time, the process ends whatever it does."""
+    it accepted; `limit` and GRACE seconds later, or told a second time, the process ends whatever it does. word:
+    printed once it can be asked, and told to stop."""
 
-    def __init__(self, app: Any, limit: float, connection: type[Connection] = Connection):
+    def __init__(self, app: Any, limit: float, connection: type[Connection] = Connection, word: str = ""):
         config = uvicorn.Config(
             app,
             http=connection,
@@ -91,7 +93,12 @@ class Server(uvicorn.Server):
             access_log=False,
         )
         super().__init__(config)
-        self.stop = Stop(limit + GRACE)
+        self.stop, self.word = Stop(limit + GRACE), word
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.word:
+            print(self.word, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.stop(sig)

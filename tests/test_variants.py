@@ -62,13 +62,19 @@ def test_rows_of_the_variant_alone_are_marked(monkeypatch: pytest.MonkeyPatch, t
         return drawn(90 if "variant" in asked[-1].parts else 30)
 
     monkeypatch.setattr(variants, "read_samples", samples)
-    monkeypatch.setattr(variants, "data_path", lambda pipe, path: Path("somewhere"))
-    monkeypatch.setattr(variants, "photographs", lambda pipe, path, split: SimpleNamespace(images=pictures(0)))
+    read: list[tuple[Path, str]] = []
+    monkeypatch.setattr(
+        variants,
+        "photographs",
+        lambda pipe, path, split: read.append((path, split)) or SimpleNamespace(images=pictures(0)),
+    )
     rows = [
         {"model": model, "method": method, "images_per_second": rate, "exact": True}
         for model, method, rate in (("base", "none", 2.0), ("variant", "none", 5.0), ("variant", "a/b:c=1", 9.0))
     ]
-    compare_with_base({"results": rows}, SimpleNamespace(name="variant"), "base", Means(), tmp_path, 8)  # type: ignore[arg-type]
+    variant: Any = SimpleNamespace(name="variant")
+    compare_with_base({"results": rows}, variant, "base", Means(), tmp_path, 8, tmp_path)
+    assert read == [(tmp_path, "test")]  # the data that were asked for
     assert [row.get("over_base") for row in rows] == [None, 2.5, 4.5]
     assert [row["exact"] for row in rows] == [True, False, False] and rows[1]["base"] == "base"
     assert rows[2]["frechet_over_base"]["value"] > 0

@@ -178,7 +178,7 @@ def run_suite(
     for pipe, _ in parts:
         base = next((part.base for part in SUITES[name] if part.model == pipe.name), "")
         if base:
-            compare_with_base(report, pipe, base, extractor, out, quality.bootstrap)
+            compare_with_base(report, pipe, base, extractor, out, quality.bootstrap, quality.data)
     return report
 
 

@@ -35,15 +35,21 @@ def frechet_over(
 
 
 def compare_with_base(
-    report: dict[str, Any], pipe: Pipeline, base: str, extractor: FeatureExtractor, out: Path, bootstrap: int
+    report: dict[str, Any],
+    pipe: Pipeline,
+    base: str,
+    extractor: FeatureExtractor,
+    out: Path,
+    bootstrap: int,
+    data: Path | None = None,
 ) -> None:
     """Mark the rows of a suite's variant as not exact and add `over_base` (images per second over those of the base
     model's sequential sampler, both timed in this run) and `frechet_over_base`. out: the folder of the suite's
-    samples."""
+    samples; data: photographs (None: those named by the model)."""
     timed = {(r["model"], r["method"]): r["images_per_second"] for r in report["results"]}
     if (base, SEQUENTIAL) not in timed:
         return
-    real = photographs(pipe, data_path(pipe, None), "test").images
+    real = photographs(pipe, data_path(pipe, data), "test").images
     reference = torch.from_numpy(features_of(extractor, real)).double()
     begun = read_samples(out / base / "samples" / SEQUENTIAL)
     for row in report["results"]:

@@ -259,7 +259,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
 
 
 # torch 2.13: torch.load takes a zip archive whose entries no longer have their checksums for good.
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "flipped", "another run's", "without run.json"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "text", "flipped", "another run's", "run.json missing", "run.json cut"]
+)
 def test_a_checkpoint_that_cannot_be_used_is_named_and_nothing_is_touched(
     damage: str, make: Make, tmp_path: Path, albums: Path
 ) -> None:
@@ -275,12 +277,14 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_nothing_is_touched(
         other = replace(recipe, out=str(tmp_path / "other"))
         train_target(other)
         shutil.copy(tmp_path / "other" / CHECKPOINT, path)
-    elif damage == "without run.json":
+    elif damage == "run.json missing":
         (tmp_path / "run" / RUN).unlink()
+    elif damage == "run.json cut":
+        (tmp_path / "run" / RUN).write_text('{"id": "')
     else:
         path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"version https://lfs"}[damage])
     before = contents(tmp_path / "run")
-    wanted = "its run.json is missing" if damage == "without run.json" else f"{CHECKPOINT}: this checkpoint cannot be"
+    wanted = "its run.json is missing or damaged" if RUN in damage else f"{CHECKPOINT}: this checkpoint cannot be used"
     with pytest.raises(UsageError, match=wanted) as error:
         train_target(recipe)
     assert str(tmp_path / "run") in str(error.value) and "--restart" in str(error.value)

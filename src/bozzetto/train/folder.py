@@ -70,9 +70,12 @@ class RunFolder:
 
     def _claim(self, recipe: Any, fresh: dict[str, Any]) -> str:
         """Write run.json and return the run's number: the one that stands there, if this run was begun before."""
-        old = read_json(self.path / RUN) if (self.path / RUN).is_file() else None
-        changed = ["its run.json is missing"] if old is None else _changes(recipe, old, fresh)
-        if not changed and old is not None:
+        try:
+            old = read_json(self.path / RUN)
+        except UsageError:  # missing or damaged
+            old = {}
+        changed = _changes(recipe, old, fresh)
+        if not changed:
             fresh["id"] = old["id"]
         elif self.checkpoint.exists():  # without one nothing has been trained yet
             raise UsageError(
@@ -85,11 +88,11 @@ class RunFolder:
 
     def _put_aside(self, recipe: Any) -> None:
         """Rename an earlier run's folder to the first free of `out`.1, `out`.2, ..."""
-        whole = self.path.resolve()
+        whole = Path(os.path.abspath(self.path))
         if not any((whole / name).exists() for name in (RUN, CHECKPOINT)):
             return
         for name in _inputs(recipe):
-            if Path(name).resolve().is_relative_to(whole):
+            if Path(name).resolve().is_relative_to(whole.resolve()):
                 raise UsageError(f"{self.path} cannot be put aside: the recipe reads {name}. Choose another `out`")
         spare = next(s for n in itertools.count(1) if not (s := whole.with_name(f"{whole.name}.{n}")).exists())
         whole.rename(spare)
@@ -179,7 +182,7 @@ def _inputs(recipe: Any) -> Iterator[str]:
 def _changes(recipe: Any, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two run.json files, beyond what is free to."""
     if not all(isinstance(old.get(name), dict) for name in ("recipe", "made_from")) or not old.get("id"):
-        return ["its run.json is not as it was written"]
+        return [f"its {RUN} is missing or damaged"]
     if old.get("kind") != new["kind"]:
         return [f"it holds a run of a {old.get('kind')}, not of a {new['kind']}"]
     before = {field.name: old["recipe"].get(field.name, field.default) for field in dataclasses.fields(recipe)}

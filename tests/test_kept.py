@@ -89,6 +89,19 @@ def test_what_cannot_be_kept_lies_in_a_temporary_folder_and_that_is_said_once(
     assert str(folder) in said and "BOZZETTO_CACHE" in said
 
 
+def test_a_server_that_ends_at_once_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvicorn")
+    from bozzetto.serve import server
+
+    ended: list[int] = []
+    monkeypatch.setattr(server.os, "_exit", ended.append)
+    server.leave("", 3)
+    path = made("a.pt2", written("one"), no_room(tmp_path / "cache", "a file"))
+    assert path.exists()
+    server.leave("", 0)
+    assert ended == [3, 0] and list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_a_disk_that_fills_up_while_copying_is_not_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*names: object) -> None:
         raise OSError(28, "No space left on device")

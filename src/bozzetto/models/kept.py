@@ -89,6 +89,12 @@ def made(name: str, make: Callable[[str], object], folder: Path | None) -> Path:
     return path
 
 
+def leave_nothing() -> None:
+    """Delete this process's temporary folder. It goes by itself where exit handlers run."""
+    if _temporary.cache_info().currsize:
+        shutil.rmtree(_temporary(), ignore_errors=True)
+
+
 def _listed(folder: Path | None, pattern: str) -> Iterator[Path]:
     with contextlib.suppress(OSError):  # a folder that cannot be looked into holds nothing
         if folder is not None and folder.is_dir():
@@ -102,7 +108,7 @@ def _temporary() -> Path:
         folder = Path(tempfile.mkdtemp(prefix="bozzetto-"))
     except OSError as error:
         raise UsageError(f"there is no folder for temporary files ({error}): set TMPDIR to one") from error
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(leave_nothing)
     return folder
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from bozzetto.models.kept import leave_nothing
+
 GRACE = 10.0  # seconds after those of a request, when the process is gone
 _HEAD = 16 * 1024  # bytes of a head that is not whole yet
 _SHARE = 16 * 1024  # bytes of an answer; who takes less of it in `unread` seconds does not read
@@ -126,6 +128,7 @@ def leave(message: str, code: int) -> None:
     """End the process now. Interpreters that shut down under a thread that computes abort."""
     if message:
         _write(message)
+    leave_nothing()  # exit handlers are not run
     os._exit(code)
 
 

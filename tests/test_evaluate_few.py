@@ -16,13 +16,13 @@ from torch import Tensor
 import bozzetto
 from bozzetto import cli
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.compare import CompareSettings
+from bozzetto.evaluate.compare import CompareSettings, compare
 from bozzetto.evaluate.evaluation import EVALUATION, EvaluateSettings, evaluate, evaluation_table, to_json
 from bozzetto.evaluate.metrics import Comparison, Interval, interval
 from bozzetto.evaluate.quality import ClassProbe
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import read_samples
+from bozzetto.shards import RUN, read_run, read_samples
 
 pytest.importorskip("torchmetrics")
 
@@ -182,3 +182,23 @@ def test_numbers_of_images_have_limits(count, tiny_model, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", "--model", str(tiny_model), "--count", str(count)]) == 2
     assert f"count = {count}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", "x"), ("seed", None), ("weights", 5), ("guidance", [1]), ("rule", {}), ("classes", "a")]
+)
+def test_a_comparison_with_a_folder_whose_run_is_no_run_is_refused(key, value, pipe, tmp_path):
+    run = SampleRun(tmp_path / "run", pipe, method_settings("none", GenerateSettings(batch=8)), seed=3)
+    sample(run, 8)
+    content = read_run(run.folder)
+    content["settings"][key] = value
+    (run.folder / RUN).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"run\.json: settings lack {key}"):
+        compare(pipe, CompareSettings("none", str(run.folder), 8), Means(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["count", "rounds", "waves", "threads", "batch"])
+def test_a_benchmark_has_limits(name, capsys):
+    assert cli.main(["bench", f"--{name}", "1000000000000"]) == 2
+    assert f"{name} = 1000000000000 is not allowed: a whole number from" in capsys.readouterr().err

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bozzetto.classes import labels_of
-from bozzetto.errors import UsageError, check_number
+from bozzetto.errors import UsageError, brief, check_number
 from bozzetto.files import write_text
 from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 from bozzetto.provenance import provenance
@@ -111,7 +111,7 @@ class SampleRun:
         mine, theirs = self.description(), self._in_our_words(read_run(self.folder)["settings"])
         odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if odd:
-            different = "; ".join(f"{k} = {theirs.get(k)!r} there, {mine.get(k)!r} asked" for k in odd)
+            different = "; ".join(f"{k} = {brief(theirs.get(k))} there, {brief(mine.get(k))} asked" for k in odd)
             if "weights" in odd and theirs.get("weights") == "unknown":
                 different += "; an earlier version did not note the weights, so nobody knows whether they are these"
             raise UsageError(f"{self.folder} holds samples of another run ({different}): choose another folder")

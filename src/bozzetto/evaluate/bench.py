@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bozzetto.engine.loop import Decoder
 from bozzetto.engine.state import BatchResult
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.files import write_text
 from bozzetto.output import table
@@ -34,6 +34,8 @@ from bozzetto.sampling import method_settings
 
 BARE, SEQUENTIAL = "bare", "none"
 _WARM_UP_PASSES = 4
+_MOST = 1_000_000
+_RANGES = {"count": (1, _MOST), "rounds": (1, _MOST), "threads": (0, 4096), "waves": (1, _MOST)}
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class BenchSettings:
     waves: int = 1
 
     def __post_init__(self) -> None:
-        for name, lowest in (("count", 1), ("rounds", 1), ("seed", 0), ("threads", 0), ("waves", 1)):
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a whole number >= {lowest}")
-        if self.seed >= 2**63:
-            raise UsageError(f"seed = {self.seed} is not allowed: a whole number from 0 to 2^63 - 1")
+        for name, (low, high) in _RANGES.items():
+            check_number(name, getattr(self, name), low, high, f"a whole number from {low} to {high}", whole=True)
+        check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1", whole=True)
+        for batch in self.batches:
+            check_number("batch", batch, 1, _MOST, f"a whole number from 1 to {_MOST}", whole=True)
         for name in ("methods", "batches", "guidances", "windows", "top_ks"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: at least one value is wanted")

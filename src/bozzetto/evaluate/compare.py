@@ -7,7 +7,6 @@ seed is counted as well.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import surprisal
+from bozzetto.evaluate.evaluation import to_json
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.reference import LEAST, MOST
 from bozzetto.evaluate.samelaw import (
@@ -39,6 +39,12 @@ from bozzetto.shards import RUN, Samples, read_run, read_samples
 
 COMPARISON = "comparison.json"
 _IDENTICAL = 64
+_NEEDED: dict[str, Any] = {
+    "seed": int,
+    "classes": list,
+    **dict.fromkeys(("weights", "model", "method", "drafter", "rule"), str),
+}
+_NEEDED |= {"top_k": int, **dict.fromkeys(("guidance", "temperature", "top_p"), int | float)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def compare(
     """Sample what is missing, test, write `comparison.json` into `out`; returns its content."""
     seeds = _seeds(settings)
     for folder in filter(is_folder, (settings.a, settings.b)):
-        _check_weights(pipe, read_run(folder)["settings"])
+        _check_weights(pipe, _settings_of(folder))
     drawn = [
         _samples(pipe, settings, spec, seed, out, progress)
         for spec, seed in zip((settings.a, settings.b), seeds, strict=True)
@@ -98,7 +104,7 @@ def compare(
         "identity": _identity(pipe, settings, drawn, out, progress),
         "rejected": rejected(tests),
     }
-    write_text(out / COMPARISON, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(out / COMPARISON, to_json(report))
     return report
 
 
@@ -114,9 +120,19 @@ def _tests(
     return surprise, [surprisal_test(surprise[0], surprise[1]), *token_tests(a.long(), b.long(), pipe.target.vocab)]
 
 
+def _settings_of(folder: str) -> dict[str, Any]:
+    """Settings of a folder of samples. Raises UsageError where one that is asked for here is missing, or is of another
+    kind."""
+    found: dict[str, Any] = read_run(folder)["settings"]
+    wrong = [key for key, kind in _NEEDED.items() if not isinstance(found.get(key), kind)]
+    if wrong:
+        raise UsageError(f"{Path(folder) / RUN}: settings lack {', '.join(wrong)}, or hold something else there")
+    return found
+
+
 def _seeds(settings: CompareSettings) -> list[int]:
     """The seed that each side is sampled with: those of the folders, other ones for methods."""
-    given = [int(read_run(s)["settings"]["seed"]) if is_folder(s) else None for s in (settings.a, settings.b)]
+    given = [_settings_of(s)["seed"] if is_folder(s) else None for s in (settings.a, settings.b)]
     first = given[0] if given[0] is not None else settings.seed + (given[1] == settings.seed)
     second = given[1] if given[1] is not None else first + 1
     if first == second:

@@ -116,7 +116,7 @@ class RedrawFromTheTarget(Exact):
         right = super().verify(draft, log_p, noise)
         if draft.length == 0:
             return right
-        redrawn = weighted_draw(log_p[:, :-1].exp(), noise.uniforms[:, :-1, 1])
+        redrawn, _ = weighted_draw(log_p[:, :-1].exp(), noise.uniforms[:, :-1, 1])
         tokens = right.tokens.clone()
         tokens[:, :-1] = torch.where(tokens[:, :-1] == draft.tokens, draft.tokens, redrawn)
         return Verdict(tokens, leading(tokens[:, :-1] == draft.tokens))

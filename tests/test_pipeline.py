@@ -108,9 +108,9 @@ def test_accounts_add_up(pipe: Pipeline) -> None:
     assert result.seconds["total"] >= result.seconds["target"] > 0
 
 
-def test_margins_belong_to_deterministic_rules_only(pipe: Pipeline) -> None:
-    assert pipe.generate(["rose"], rule="exact", window=4).images[0].margin is None
-    for options in ({"drafter": "none", "rule": "exact"}, {"rule": "seed-exact"}):
+def test_every_rule_of_codes_has_a_margin(pipe: Pipeline) -> None:
+    ways = ({"drafter": "none"}, {"window": 4}, {"window": 4, "temperature": 0.0}, {"window": 4, "rule": "grouped"})
+    for options in ({"rule": "exact", **way} for way in ways):
         margin = pipe.generate(["rose"], **options).images[0].margin
         assert margin is not None and 0 <= margin < float("inf")
 

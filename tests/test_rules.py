@@ -34,7 +34,7 @@ def one_position(rule: Rule, q: Tensor, coupled: bool) -> tuple[Draft, Tensor, T
         gumbel(fold(positions[..., None], torch.arange(V))),
         uniform(fold(positions[..., None], torch.arange(100, 102))),
     )
-    free = weighted_draw(q.expand(TRIALS, V), uniform(fold(keys, 99)))
+    free, _ = weighted_draw(q.expand(TRIALS, V), uniform(fold(keys, 99)))
     tokens = gumbel_argmax(q.log(), noise.gumbel[:, 0]) if coupled else free
     draft = Draft(tokens[:, None], q.log().expand(TRIALS, 1, V))
     verdict = rule.verify(draft, torch.stack([P, AFTER]).log().expand(TRIALS, 2, V), noise)

@@ -216,7 +216,7 @@ class RedrawWithoutTheSecondGuess(Exact):
         chain, count = draft.chain, draft.beside
         tokens, x, y = right.tokens, draft.tokens[:, :count], draft.tokens[:, chain:]
         rest = (log_p[:, :count].exp() - draft.log_q[:, :count].exp()).clamp_min(1e-12)
-        redrawn = weighted_draw(rest, noise.uniforms[:, :count, 1])
+        redrawn, _ = weighted_draw(rest, noise.uniforms[:, :count, 1])
         old = tokens[:, :count]
         place = torch.arange(count)
         behind = leading(old == x)[:, None] < place  # what is committed there is not of this place's test

@@ -18,11 +18,11 @@ MOST = 2**63  # seeds and indices are below
 
 @dataclass
 class GeneratedImage:
-    """One image and how it came about. tokens: int64 [N] or float32 [N, D]; sha256: of the RGB pixel bytes; margin:
-    smallest Gumbel margin of a token (None where the rule flips coins); near_tie: margin within float rounding; spent:
-    bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and largest distance of continuous
-    tokens from the target's own samples, in token units (0 where the rule measures none); trace: what each target pass
-    offered and kept."""
+    """One image and how it came about. tokens: int64 [N] or float32 [N, D]; sha256: of the RGB pixel bytes; margin: the
+    least log-probability by which a draw or coin would have fallen otherwise (None: not measured); near_tie: that is
+    within float rounding; spent: bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and
+    largest distance of continuous tokens from the target's own samples, in token units (0 where the rule measures
+    none); trace: what each target pass offered and kept."""
 
     image: Image.Image
     tokens: Tensor

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.grow import Sketcher
-from bozzetto.drafters.jacobi import Jacobi
+from bozzetto.drafters.jacobi import Jacobi, smallest
 from bozzetto.drafts import Layout
-from bozzetto.laws.categorical import LawSettings, gumbel_argmax, law_of
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
 
 
 class FilledJacobi(Jacobi):
@@ -33,22 +33,25 @@ class FilledJacobi(Jacobi):
         super().keep(rows)
         self.sketcher.keep(rows)
 
-    def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         width = seen.laws.shape[1]
         rows = torch.arange(len(column), device=column.device)[:, None]
         known = (column < width) & (torch.arange(column.shape[1], device=column.device) >= self.fresh)
         old = seen.verdict.tokens.gather(1, column.clamp_max(width - 1))
         noise = self.noise.rows(seen.start[:, None] + column)
         fill = self._at_once if hasattr(self.sketcher, "bases") else self._one_by_one
-        tokens, laws = fill(seen, old, known, noise)
+        tokens, laws, margins = fill(seen, old, known, noise)
         if not self.with_laws:
-            return tokens, None
+            return tokens, None, None
         kept = seen.laws[rows, column.clamp_max(width - 1)]
-        return tokens, torch.where(known[..., None], kept, laws)
+        settled = known | (seen.start[:, None] + column >= self.length)
+        return tokens, torch.where(known[..., None], kept, laws), smallest(margins.masked_fill(settled, torch.inf))
 
-    def _one_by_one(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B, L], `old` where known bool [B, L], and the sketcher's laws [B, L, V], each drawn after the
-        token before it. noise: [B, L, V]."""
+    def _one_by_one(
+        self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int64 [B, L], `old` where known bool [B, L], the sketcher's laws [B, L, V], each drawn after the token
+        before it, and the margins [B, L]. noise: [B, L, V]."""
         tokens, laws, length = [], [], old.shape[1]
         logits, _ = self.sketcher.extend(seen)
         for slot in range(length):
@@ -59,9 +62,10 @@ class FilledJacobi(Jacobi):
                 at = torch.full((1, 1), slot, device=old.device)
                 sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=old.device)
                 logits, _ = self.sketcher.grow(tokens[-1], at, slot, Layout(at, at, sees))
-        return torch.cat(tokens, 1), torch.cat(laws, 1)
+        law = torch.cat(laws, 1)
+        return torch.cat(tokens, 1), law, gumbel_margin(law, noise)
 
-    def _at_once(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_once(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same of a sketcher that knows all places at once: what it learns from the token before, it learns from a
         first guess at it, drawn with the same noise, unfiltered, and so mostly the same."""
         sketcher: Any = self.sketcher
@@ -69,7 +73,9 @@ class FilledJacobi(Jacobi):
         place = torch.arange(old.shape[1], device=old.device).clamp_max(base.shape[1] - 1)  # behind the last: its law
         base = base[:, place]
         unfiltered = LawSettings(self.settings.guidance, self.settings.temperature or 1.0)
-        guess = torch.where(known, old, gumbel_argmax(law_of(base, unfiltered), noise))
+        first = law_of(base, unfiltered)
+        guess = torch.where(known, old, gumbel_argmax(first, noise))
         last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
         laws = law_of(base + sketcher.after(torch.cat([last, guess[:, :-1]], 1)), self.settings)
-        return torch.where(known, old, gumbel_argmax(laws, noise)), laws
+        margins = torch.minimum(gumbel_margin(first, noise), gumbel_margin(laws, noise))
+        return torch.where(known, old, gumbel_argmax(laws, noise)), laws, margins

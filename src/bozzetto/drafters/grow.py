@@ -127,12 +127,22 @@ class TreeDrafter:
         keys = fold(fold(self.keys, self.passes)[:, None], number)
         return gumbel(fold(keys[..., None], torch.arange(vocab, device=keys.device)))
 
+    def _nearer(self, margin: Tensor, scores: Tensor, count: int) -> Tensor:
+        """margin [B], or less: the smallest gap between one of the `count` best of scores [B, I, V] and the next, which
+        may change places by rounding. A rule that compares tokens does not mind."""
+        if self.start.fixed_noise or scores.shape[-1] == 1:
+            return margin
+        values = scores.topk(min(count + 1, scores.shape[-1]), -1).values
+        gaps = (values[..., :-1] - values[..., 1:]).nan_to_num(nan=torch.inf, posinf=torch.inf)  # nan: both impossible
+        return torch.minimum(margin, gaps.flatten(1).amin(1))
+
     def _static(self, tree: Tree, logits: Tensor, hidden: Tensor) -> Draft:
         """Level by level: laws of the mothers, draws of their children, hidden states of those that go on."""
         device, greedy, all_grow = self.keys.device, self.start.settings.temperature == 0, self.start.with_hidden
         tokens = torch.zeros(len(self.keys), tree.nodes + 1, dtype=torch.int64, device=device)
         grown = torch.zeros(1, dtype=torch.int64, device=device)  # scored indices in the order of growing, root first
         level, laws, states, row = grown, [], [self._cond(hidden)], 0
+        margin = torch.full((len(self.keys),), torch.inf, device=device)
         noise = None if greedy else self._noise(tree, logits.shape[-1])
         if self.outlook is not None:
             self.outlook.begin(tree.nodes)
@@ -144,6 +154,7 @@ class TreeDrafter:
             laws.append(log_q)
             scores = log_q if noise is None else log_q + noise[:, row : row + len(mothers)]
             drawn = scores.topk(width, -1).indices  # [B, I, C], in the order of the draws
+            margin = self._nearer(margin, scores, width)
             kids = tree.child[0, mothers, :width].flatten()
             tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
             row += len(mothers)
@@ -174,6 +185,7 @@ class TreeDrafter:
             None if chain else tree,
             certain=greedy,
             hidden=torch.cat(states, 1) if all_grow else None,
+            margin=margin,
         )
 
     def _dynamic(self, shape: Dynamic, logits: Tensor) -> Draft:
@@ -183,12 +195,16 @@ class TreeDrafter:
         expanded = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # their numbers in the pool (0: the root)
         sees = torch.zeros(batch, 0, 0, dtype=torch.bool, device=device)  # among the grown nodes
         number = expanded  # of the expanded nodes among the grown ones (0: the root)
+        margin = torch.full((batch,), torch.inf, device=device)
         for depth in range(shape.depth):
-            likely, tokens = self._law(logits).topk(beam, -1)  # [B, n, beam]
+            laws = self._law(logits)
+            likely, tokens = laws.topk(beam, -1)  # [B, n, beam]
             pool.add(tokens, joint[..., None] + likely, expanded)
+            margin = self._nearer(margin, laws, beam)
             if depth + 1 == shape.depth:
                 break
             chosen = pool.level_scores.topk(min(beam, pool.level_scores.shape[1]), -1).indices  # [B, n']
+            margin = self._nearer(margin, pool.level_scores[:, None], chosen.shape[1])
             joint, expanded = pool.level_scores.gather(1, chosen), pool.first + chosen
             parent, first = number.gather(1, chosen // beam), sees.shape[1]
             sees = _with_children(sees, parent)
@@ -196,7 +212,7 @@ class TreeDrafter:
             at = number[:1] - 1
             layout = Layout(at, torch.full_like(at, depth), sees[:, first:])
             logits, _ = self.sketcher.grow(pool.level_tokens.gather(1, chosen), parent, first, layout)
-        return pool.best(shape, beam)
+        return pool.best(shape, beam, margin)
 
 
 class _Pool:
@@ -221,13 +237,16 @@ class _Pool:
         rank = torch.arange(beam, device=self.device).repeat(parents.shape[1])
         self.ranks.append(rank.expand(self.batch, -1))
 
-    def best(self, shape: Dynamic, beam: int) -> Draft:
+    def best(self, shape: Dynamic, beam: int, margin: Tensor) -> Draft:
         """The nodes of largest joint probability. Ancestors are at least as likely as their descendants and come
         earlier in the pool, and the sort is stable, so the chosen nodes hang together; of siblings a leading run is
         chosen."""
         scores, parents = torch.cat(self.scores, 1), torch.cat(self.parents, 1)
         nodes = min(shape.nodes, scores.shape[1])
-        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :nodes].sort(1).values  # [B, M]
+        ranked, order = scores.sort(dim=1, descending=True, stable=True)
+        chosen = order[:, :nodes].sort(1).values  # [B, M]
+        if nodes < scores.shape[1]:
+            margin = torch.minimum(margin, ranked[:, nodes - 1] - ranked[:, nodes])
         # New numbers of the pool's nodes; those left out go to a spare number that nothing asks for.
         number = torch.zeros(self.batch, scores.shape[1] + 1, dtype=torch.int64, device=self.device)
         number.scatter_(1, chosen + 1, torch.arange(1, nodes + 1, device=self.device).expand(self.batch, -1))
@@ -236,7 +255,7 @@ class _Pool:
         families = [self._mothers(number, parents, nodes) for parents in self._expanded(beam)]
         row = torch.zeros(self.batch, nodes + 1, dtype=torch.int64, device=self.device)
         tree = make_tree(parent, rank, row, families, [beam] * len(self.tokens))
-        return Draft(torch.cat(self.tokens, 1).gather(1, chosen), None, tree, certain=True)
+        return Draft(torch.cat(self.tokens, 1).gather(1, chosen), None, tree, certain=True, margin=margin)
 
     def _expanded(self, beam: int) -> list[Tensor]:
         """Pool numbers of the nodes expanded at each depth."""

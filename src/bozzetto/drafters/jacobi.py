@@ -15,7 +15,12 @@ from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Draft
-from bozzetto.laws.categorical import gumbel_argmax
+from bozzetto.laws.categorical import gumbel_argmax, gumbel_margin
+
+
+def smallest(margins: Tensor) -> Tensor:
+    """[B, n] -> [B]; inf where there are none."""
+    return margins.amin(1) if margins.shape[1] else torch.full_like(margins.sum(1), torch.inf)
 
 
 class Jacobi:
@@ -39,7 +44,7 @@ class Jacobi:
         return self.max_nodes
 
     def begin(self, start: Start) -> None:
-        self.noise, self.with_laws = start.noise, start.with_laws
+        self.noise, self.with_laws, self.length = start.noise, start.with_laws, start.length
         self.seen: Observation | None = None
 
     def propose(self, batch: int, limit: int) -> Draft:
@@ -49,19 +54,24 @@ class Jacobi:
             return Draft(torch.empty(batch, 0, dtype=torch.int64, device=device))
         # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
         column = seen.committed[:, None] + torch.arange(length, device=device)  # [B, L]
-        return Draft(*self._window(seen, column), window=True)
+        tokens, laws, margin = self._window(seen, column)
+        return Draft(tokens, laws, window=True, margin=margin)
 
-    def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens int64 [B, L] of the window's slots and, where the rule asks for them, their laws [B, L, V]."""
+    def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Tokens int64 [B, L] of the window's slots and, where the rule asks for them, their laws [B, L, V] and the
+        margin [B] of those drawn here."""
         width, length = seen.laws.shape[1], column.shape[1]
         new = max(0, seen.longest + length - width)
         position = seen.start[:, None] + torch.arange(width, width + new, device=column.device)
-        entering = gumbel_argmax(seen.laws[:, -1:], self.noise.rows(position))
-        tokens = torch.cat([seen.verdict.tokens, entering], 1).gather(1, column)
+        last, noise = seen.laws[:, -1:], self.noise.rows(position)
+        tokens = torch.cat([seen.verdict.tokens, gumbel_argmax(last, noise)], 1).gather(1, column)
         if not self.with_laws:
-            return tokens, None
+            return tokens, None, None
         rows = torch.arange(len(column), device=column.device)[:, None]
-        return tokens, seen.laws[rows, column.clamp_max(width - 1)]
+        # The images of a batch reach differently far: what nobody reads, or lies behind the end, does not count.
+        unread = (position >= self.length) | (torch.arange(new, device=column.device) > column[:, -1:] - width)
+        margin = gumbel_margin(last, noise).masked_fill(unread, torch.inf)
+        return tokens, seen.laws[rows, column.clamp_max(width - 1)], smallest(margin)
 
     def observe(self, seen: Observation) -> None:
         self.seen = seen

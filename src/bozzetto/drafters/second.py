@@ -18,7 +18,7 @@ from bozzetto.drafters.grow import Sketcher
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Layout
 from bozzetto.drafts.tree import comb_tree
-from bozzetto.laws.categorical import gumbel_argmax, law_of
+from bozzetto.laws.categorical import gumbel_argmax, gumbel_margin, law_of
 from bozzetto.laws.noise import fold, gumbel
 
 
@@ -72,15 +72,16 @@ class SecondGuess(Jacobi):
         if self.whole is None or not draft.length:
             return draft
         count = min(self.places, draft.length)
-        tokens, laws = self._beside(self.whole, draft.tokens[:, :count])
+        tokens, laws, near = self._beside(self.whole, draft.tokens[:, :count])
         log_q = None if draft.log_q is None else torch.cat([draft.log_q, *laws], 1)
+        margin = None if draft.margin is None else torch.minimum(draft.margin, near)
         comb = comb_tree(draft.length, count, self.reach, draft.tokens.device)
         tokens = [draft.tokens, *tokens]
-        return Draft(torch.cat(tokens, 1), log_q, comb, window=True, beside=count, reach=self.reach)
+        return Draft(torch.cat(tokens, 1), log_q, comb, window=True, beside=count, reach=self.reach, margin=margin)
 
-    def _beside(self, seen: Observation, chain: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _beside(self, seen: Observation, chain: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Second guesses, and what follows them, level by level: tokens int64 [B, n] beside the window's, int64 [B, n],
-        and the laws [B, n, V] they follow."""
+        the laws [B, n, V] they follow, and the margin [B] of the draws."""
         count = chain.shape[1]
         place, logits = torch.arange(count, device=chain.device), []
         logits.append(self.sketcher.extend(seen)[0])
@@ -88,19 +89,22 @@ class SecondGuess(Jacobi):
             at = place[None, slot : slot + 1]
             sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=chain.device)
             logits.append(self.sketcher.grow(chain[:, slot : slot + 1], at, slot, Layout(at, at, sees))[0])
-        after, tokens, laws = torch.cat(logits, 1), [], []
+        after, tokens, laws, margins = torch.cat(logits, 1), [], [], []
         parent, sees = place[None], place < place[:, None]  # the window's tokens before each place
         sees = sees[:, : count - 1]
         for step in range(self.reach):
             laws.append(law_of(after, self.settings))
-            tokens.append(gumbel_argmax(laws[-1], self._noise(seen, place, step)))
+            noise = self._noise(seen, place, step)
+            tokens.append(gumbel_argmax(laws[-1], noise))
+            outside = (seen.start + seen.committed)[:, None] + place + step >= self.length
+            margins.append(gumbel_margin(laws[-1], noise).masked_fill(outside, torch.inf))
             if step + 1 < self.reach:
                 first = count - 1 + step * count  # grown before
                 sees = torch.cat([sees, torch.eye(count, dtype=torch.bool, device=chain.device)], 1)
                 layout = Layout(first + place[None], place[None] + step, sees[None])
                 after, _ = self.sketcher.grow(tokens[-1], parent, first, layout)
                 parent = first + 1 + place[None]
-        return tokens, laws
+        return tokens, laws, torch.cat(margins, 1).amin(1)
 
     def _noise(self, seen: Observation, place: Tensor, step: int) -> Tensor:
         """Gumbel noise [B, n, V] of the guesses `step` tokens behind the second ones. It does not depend on how many

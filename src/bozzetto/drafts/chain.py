@@ -22,6 +22,7 @@ class Draft:
     window: what the places behind the first refused token would have been is the next draft, so that it is wanted.
     beside: of a window, how many of its first places have second guesses, branches of `reach` tokens. These are the
     last nodes, level by level (tree: a comb), and log_q has a row for every node.
+    margin: float32 [B], how far the draws of this draft were from other ends, in log-probability (None: not measured).
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class Draft:
     window: bool = False
     beside: int = 0
     reach: int = 1
+    margin: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -58,12 +60,15 @@ class Verdict:
     """tokens: int64 [B, D + 1], along the accepted path: the first `accepted` are drafts, the next one is the rule's
     own; on a chain or comb what follows is a suggestion for later drafts, on a tree it means nothing. accepted: int64
     [B]. path: int64 [B, D + 1], scored index of each place on the path (0: root; repeats its last node), None on a
-    chain. spent: float32 [B], bound of the bias of this pass, from rules that are not exact."""
+    chain. spent: float32 [B], bound of the bias of this pass, from rules that are not exact. margin: float32 [B, K],
+    how far the coins and draws of this pass were from falling otherwise, in log-probability, those of the k-th place
+    behind what is committed in column k (None: the rule throws none)."""
 
     tokens: Tensor
     accepted: Tensor
     path: Tensor | None = None
     spent: Tensor | None = None
+    margin: Tensor | None = None
 
     @property
     def along(self) -> Tensor | None:

@@ -77,7 +77,7 @@ class Advance(nn.Module):
         changed in place.
 
         Returns the next inputs, count, passes and drafted; a report float32 [3, B]: committed tokens, accepted drafts
-        and the smallest Gumbel margin of what was committed; and the next laws, where the rule needs them.
+        and the margin of this pass's draws and coins; and the next laws, where the rule needs them.
         """
         s = SlotState(*state)
         batch, width = len(s.count), logits.shape[1]
@@ -86,19 +86,25 @@ class Advance(nn.Module):
         position = s.count[:, None] + place
         gumbel = s.noise[row, position % s.noise.shape[1]]
         inside = (place < s.drafted[:, None])[:, : width - 1]
-        tokens, accepted = self._verify(s, log_p, gumbel, inside)
+        tokens, accepted, margins = self._verify(s, log_p, gumbel, inside)
         left = self.length - s.count
         committed = torch.minimum(accepted + 1, left)
         s.tokens[row, position] = tokens
-        gaps = gumbel_margin(log_p, gumbel).masked_fill(place >= committed[:, None], float("inf"))
-        inputs, laws = self._next(s, log_p, hidden, tokens, committed)
-        report = torch.stack([committed.float(), torch.minimum(accepted, left).float(), gaps.amin(1)])
+        if self.rule.seed_exact:
+            margins = gumbel_margin(log_p, gumbel).masked_fill(place >= committed[:, None], float("inf"))
+        inputs, laws, entering = self._next(s, log_p, hidden, tokens, committed)
+        margin = _least(margins, position >= self.length)
+        if self.filtered:  # greedy rows choose by their logits
+            lead = _least(self._lead(s, logits), place >= committed[:, None])
+            margin = torch.where(s.top_k < 0, lead, margin)
+        margin = margin if entering is None else torch.minimum(margin, entering)
+        report = torch.stack([committed.float(), torch.minimum(accepted, left).float(), margin])
         drafted = torch.full_like(s.drafted, self.widest - 1)
         found = (inputs, s.count + committed, s.passes + 1, drafted, report)
         return found if laws is None else (*found, laws)
 
-    def _verify(self, s: SlotState, log_p: Tensor, gumbel: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens int64 [B, W] and accepted int64 [B]."""
+    def _verify(self, s: SlotState, log_p: Tensor, gumbel: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens int64 [B, W], accepted int64 [B] and the margins [B, W] of the rule's coins."""
         rule, width = self.rule, log_p.shape[1]
         uniforms = None
         if rule.needs_uniforms:
@@ -106,21 +112,32 @@ class Advance(nn.Module):
             uniforms = uniform(fold(fresh[..., None], torch.arange(2, device=s.count.device)))
         draft = Draft(s.inputs[:, 1:width], s.laws[:, : width - 1] if rule.needs_law else None)
         verdict = rule.verify(draft, log_p, RuleNoise(gumbel, uniforms))
+        margins = torch.full_like(log_p[..., 0], float("inf")) if verdict.margin is None else verdict.margin
         if width == 1:
-            return verdict.tokens, verdict.accepted
+            return verdict.tokens, verdict.accepted, margins
         # A draft that only fills up is none: its place gets the target's own draw, and nothing after it counts.
         first = torch.where(inside[:, 0], verdict.tokens[:, 0], gumbel_argmax(log_p[:, 0], gumbel[:, 0]))
         tokens = torch.cat([first[:, None], verdict.tokens[:, 1:]], 1)
-        return tokens, torch.minimum(verdict.accepted, s.drafted)
+        if verdict.margin is not None:
+            none, real = s.drafted == 0, torch.nn.functional.pad(inside, (0, 1), value=True)
+            alone = torch.where(none, gumbel_margin(log_p[:, 0], gumbel[:, 0]), float("inf"))
+            margins = torch.minimum(margins.masked_fill(~real | none[:, None], float("inf")), alone[:, None])
+        return tokens, torch.minimum(verdict.accepted, s.drafted), margins
+
+    def _lead(self, s: SlotState, logits: Tensor) -> Tensor:
+        """Margins [B, W] of greedy choices."""
+        plain = row_laws(logits, s.guidance, torch.ones_like(s.temperature))
+        return gumbel_margin(plain, torch.zeros_like(plain))
 
     def _laws(self, s: SlotState, logits: Tensor) -> Tensor:
         return row_laws(logits, s.guidance, s.temperature, *([s.top_k, s.top_p] if self.filtered else [None, None]))
 
     def _next(
         self, s: SlotState, log_p: Tensor, hidden: Tensor | None, tokens: Tensor, committed: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Column j of this pass stands `committed` places further to the left in the next; columns past the real ones
-        are drawn by the filler, or from a copy of their last law."""
+        are drawn by the filler, or from a copy of their last law. The margin [B] of these draws is the third, where the
+        rule needs laws: others compare tokens."""
         batch, width = tokens.shape
         row = torch.arange(batch, device=tokens.device)[:, None]
         last = torch.minimum(s.drafted, torch.full_like(s.drafted, width - 1))[:, None]  # [B, 1], the last real column
@@ -128,27 +145,44 @@ class Advance(nn.Module):
         column = (committed[:, None] - 1).clamp_min(0) + torch.arange(self.widest, device=tokens.device)
         known = tokens.gather(1, torch.minimum(column, last))
         if self.widest == 1:
-            return known, None
-        noise = s.noise[row, (s.count[:, None] + column) % s.noise.shape[1]]
+            return known, None, None
+        position = s.count[:, None] + column
+        noise, outside = s.noise[row, position % s.noise.shape[1]], position >= self.length
         if self.filler is not None and hidden is not None:
             base = self.filler(hidden, s.kept, s.tokens, s.count, committed, self.widest - 1)
             old = (column <= last) & (torch.arange(self.widest, device=row.device) > self.filler.fresh)
-            inputs, filled = self._fill(s, base, known, old, noise)
+            inputs, filled, margins = self._fill(s, base, known, old, noise)
+            if not self.rule.needs_law:
+                return inputs, None, None
             kept = log_p[row, torch.minimum(column, last)[:, 1:]]
-            return inputs, torch.where(old[:, 1:, None], kept, filled) if self.rule.needs_law else None
-        entering = gumbel_argmax(log_p.gather(1, last[..., None].expand(-1, -1, log_p.shape[-1])), noise)
-        laws = log_p[row, torch.minimum(column, last)[:, 1:]] if self.rule.needs_law else None
-        return torch.where(column <= last, known, entering), laws
+            return inputs, torch.where(old[:, 1:, None], kept, filled), _least(margins, outside[:, 1:])
+        law = log_p.gather(1, last[..., None].expand(-1, -1, log_p.shape[-1]))
+        inputs = torch.where(column <= last, known, gumbel_argmax(law, noise))
+        if not self.rule.needs_law:
+            return inputs, None, None
+        margin = _least(gumbel_margin(law, noise), outside | (column <= last))
+        return inputs, log_p[row, torch.minimum(column, last)[:, 1:]], margin
 
-    def _fill(self, s: SlotState, base: Tensor, known: Tensor, old: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The next inputs int64 [B, W], `known` where old or first, and the filler's laws [B, W - 1, V] of all drafts.
+    def _fill(
+        self, s: SlotState, base: Tensor, known: Tensor, old: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next inputs int64 [B, W], `known` where old or first, the filler's laws [B, W - 1, V] of all drafts, and
+        the margins [B, W - 1] of what it drew.
         base: its logits [R, K, V]; noise: of the inputs' positions, [B, W, V]. What a law learns from the token before
         is of a first guess at it, drawn with the same noise, unfiltered: one by one they would be a row of small
         kernels for each place."""
         copies, known, first = len(base) // len(known), known[:, 1:], known[:, :1]
         old, noise = old[:, 1:], noise[:, 1:]
         base = base[:, torch.arange(self.widest - 1, device=base.device).clamp_max(base.shape[1] - 1)]
-        guess = torch.where(old, known, gumbel_argmax(row_laws(base, s.guidance, s.temperature), noise))
+        unfiltered = row_laws(base, s.guidance, s.temperature)
+        guess = torch.where(old, known, gumbel_argmax(unfiltered, noise))
         before = self.filler.bias(torch.cat([first, guess[:, :-1]], 1))
         laws = self._laws(s, base + before.repeat(copies, 1, 1))
-        return torch.cat([first, torch.where(old, known, gumbel_argmax(laws, noise))], 1), laws
+        margins = torch.minimum(gumbel_margin(unfiltered, noise), gumbel_margin(laws, noise))
+        inputs = torch.cat([first, torch.where(old, known, gumbel_argmax(laws, noise))], 1)
+        return inputs, laws, margins.masked_fill(old, float("inf"))
+
+
+def _least(margins: Tensor, without: Tensor) -> Tensor:
+    """The smallest of [B, n] but for those of a mask."""
+    return margins.masked_fill(without, float("inf")).amin(1)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation
-from bozzetto.drafts import Draft, PathDraft, PathVerdict
+from bozzetto.drafts import Draft, PathDraft, PathVerdict, Verdict
 from bozzetto.engine.state import DecodeState
 from bozzetto.errors import UsageError
-from bozzetto.laws.categorical import LawSettings, gumbel_margin, law_of
+from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
 from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
 from bozzetto.models.base import Scores, Target
 from bozzetto.models.flow_cache import FlowTarget
@@ -49,7 +49,7 @@ class TokenKind(Protocol):
         """What the rule may use besides draft and law."""
         ...
 
-    def record(self, state: DecodeState, seen: Observation, given: Any, fresh: Tensor) -> dict[str, Tensor]:
+    def record(self, state: DecodeState, draft: Any, seen: Observation, given: Any, fresh: Tensor) -> dict[str, Tensor]:
         """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
         ...
 
@@ -85,6 +85,7 @@ class Codes:
         # A relaxed rule makes its greedy choice from the plain law.
         self.greedy = self.settings.temperature == 0 and bool(self.rule.bias)
         self.scored = LawSettings(guidance=self.settings.guidance) if self.greedy else self.settings
+        self.lead: Tensor | None = None  # in greedy decoding: margins of the choices at the scored places
         rule = self.rule
         self.asks = {"with_laws": rule.needs_law, "fixed_noise": rule.seed_exact, "with_hidden": rule.needs_hidden}
 
@@ -101,6 +102,8 @@ class Codes:
     def law(self, scores: Scores, done: int) -> Tensor:
         if scores.logits is None:
             raise UsageError("this target draws continuous tokens: a rule for codes cannot verify them")
+        if self.settings.temperature == 0 and not self.greedy:
+            self.lead = greedy_margin(scores.logits, self.settings)
         return law_of(scores.logits, self.scored)
 
     def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> RuleNoise:
@@ -117,11 +120,22 @@ class Codes:
             slack = (self.budget - state.spent).clamp_min(0)
         return RuleNoise(gumbel, uniforms, slack, self.greedy)
 
-    def record(self, state: DecodeState, seen: Observation, given: RuleNoise, fresh: Tensor) -> dict[str, Tensor]:
+    def record(
+        self, state: DecodeState, draft: Draft, seen: Observation, given: RuleNoise, fresh: Tensor
+    ) -> dict[str, Tensor]:
         out, verdict = {}, seen.verdict
-        if self.rule.seed_exact and given.gumbel is not None and seen.log_p is not None:
+        inf = float("inf")
+        if self.lead is not None:
+            gaps = along(verdict.along, self.lead[..., None], seen.longest)[..., 0]
+            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
+        elif self.rule.seed_exact and given.gumbel is not None and seen.log_p is not None:
             gaps = gumbel_margin(*(along(verdict.along, part, seen.longest) for part in (seen.log_p, given.gumbel)))
-            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, float("inf")).amin(1))
+            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
+        elif isinstance(verdict, Verdict) and verdict.margin is not None:
+            place = torch.arange(verdict.margin.shape[1], device=state.count.device)
+            outside = state.count[:, None] + place >= self.target.length
+            margin = torch.minimum(state.margin, verdict.margin.masked_fill(outside, inf).amin(1))
+            out["margin"] = margin if draft.margin is None else torch.minimum(margin, draft.margin)
         if verdict.spent is not None:
             out["spent"] = state.spent + verdict.spent
         return out
@@ -164,7 +178,9 @@ class Vectors:
         fixed = noise.rows(state.count[:, None] + place) if self.rule.uses_fixed else noise.table[:, :0]
         return PathNoise(fixed, _place_keys(state, draft.length + 1))
 
-    def record(self, state: DecodeState, seen: Observation, given: PathNoise, fresh: Tensor) -> dict[str, Tensor]:
+    def record(
+        self, state: DecodeState, draft: PathDraft, seen: Observation, given: PathNoise, fresh: Tensor
+    ) -> dict[str, Tensor]:
         verdict = seen.verdict
         if not isinstance(verdict, PathVerdict) or verdict.distance is None:
             return {}

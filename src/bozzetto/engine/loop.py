@@ -157,7 +157,7 @@ class Decoder:
             passes=state.passes + 1,
             drafted=state.drafted + left.clamp_max(draft.depth),
             accepted=state.accepted + torch.minimum(seen.verdict.accepted, left),
-            **self.kind.record(state, seen, given, fresh),
+            **self.kind.record(state, draft, seen, given, fresh),
         )
 
     def _drop_finished(self, state: DecodeState, session: Session, noise: NoiseField, counts: list[int]) -> DecodeState:

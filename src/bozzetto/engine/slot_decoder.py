@@ -42,14 +42,14 @@ class SlotDecoder:
         self.result = self._result(images)
 
     def _result(self, images: list[SlotImage]) -> BatchResult:
-        measured, nothing = self.lane.rule.seed_exact, torch.zeros(len(images))
+        nothing = torch.zeros(len(images))
         found = [image.tokens for image in images if image.tokens is not None]
         return BatchResult(
             tokens=torch.stack(found),
             passes=torch.tensor([image.passes for image in images]),
             drafted=torch.tensor([image.drafted for image in images]),
             accepted=torch.tensor([image.accepted for image in images]),
-            margin=torch.tensor([image.margin if measured else float("inf") for image in images]),
+            margin=torch.tensor([image.margin for image in images]),
             spent=nothing,
             moved=nothing,
             farthest=nothing,

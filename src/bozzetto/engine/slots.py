@@ -38,7 +38,7 @@ class ImageRequest:
 
 @dataclass
 class SlotImage:
-    """An image in a slot. count: committed tokens; margin: smallest Gumbel margin so far."""
+    """An image in a slot. count: committed tokens; margin: of its draws and coins so far (see DecodeState)."""
 
     request: ImageRequest
     count: int = 0

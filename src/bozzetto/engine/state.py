@@ -18,8 +18,9 @@ class DecodeState:
     committed; slot: int64 [B], where the image stands in the caller's batch; keys: int64 [B], noise keys of the
     verifier; passes, drafted, accepted: int64 [B].
 
-    Statistics, float32 [B]: margin, smallest Gumbel margin of a committed token; spent, bias bound summed over tokens
-    (relaxed rules); moved, farthest: distance of continuous tokens from the target's own samples, sum and largest.
+    Statistics, float32 [B]: margin, how near any draw or coin came to falling otherwise; spent, bias bound summed over
+    tokens (relaxed rules); moved, farthest: distance of continuous tokens from the target's own samples, sum and
+    largest.
     """
 
     tokens: Tensor

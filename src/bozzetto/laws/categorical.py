@@ -72,6 +72,12 @@ def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
     return log_p
 
 
+def greedy_margin(logits: Tensor, settings: LawSettings) -> Tensor:
+    """What greedy decoding chooses by: best guided logit less the second best, [B, W]; logits as in `law_of`."""
+    logits = logits.float()
+    return _lead(guide(*logits.chunk(2), settings.guidance) if settings.guided else logits)
+
+
 def row_laws(
     logits: Tensor, guidance: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None
 ) -> Tensor:
@@ -123,12 +129,25 @@ def gumbel_argmax(log_p: Tensor, noise: Tensor) -> Tensor:
 
 def gumbel_margin(log_p: Tensor, noise: Tensor) -> Tensor:
     """Gap between the best and the second best perturbed log-probability (inf when only one token is possible)."""
-    perturbed = log_p + noise
+    return _lead(log_p + noise)
+
+
+def _lead(perturbed: Tensor) -> Tensor:
+    """The best of [..., V] less the second best; inf where there is none."""
+    if perturbed.shape[-1] == 1:
+        return torch.full_like(perturbed[..., 0], math.inf)
     if torch.compiler.is_compiling():
         index, best = _best(perturbed)
         return best.squeeze(-1) - perturbed.masked_fill(_numbers(perturbed) == index, -math.inf).amax(-1)
     best, second = perturbed.topk(2, dim=-1).values.unbind(-1)
     return best - second
+
+
+def coin_margin(u: Tensor, log_chance: Tensor) -> Tensor:
+    """How far the test u < chance is from going the other way, in log-probability: float32 [...]. u: in (0, 1);
+    log_chance: may be above 0, or infinite: no rounding moves that."""
+    gap = (u.double().log() - log_chance.double()).abs()
+    return gap.nan_to_num(nan=math.inf, posinf=math.inf).float()
 
 
 def _best(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,9 +161,10 @@ def _numbers(x: Tensor) -> Tensor:
     return torch.arange(x.shape[-1], dtype=torch.float32, device=x.device)
 
 
-def weighted_draw(weights: Tensor, u: Tensor) -> Tensor:
+def weighted_draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw from unnormalised weights [..., V] >= 0; never a token of zero weight. u: float64 [...], uniforms in (0, 1)
-    that nothing else depends on.
+    that nothing else depends on -> (tokens int64 [...], margin float32 [...]: how far the races were from other ends,
+    in log-weight).
 
     Two exponential races, one of about sqrt(V) groups and one within the group that won, whose noise is hashed from u.
     Rounding changes the token only where two entrants all but tie. An inverse distribution function has V boundaries,
@@ -156,6 +176,8 @@ def weighted_draw(weights: Tensor, u: Tensor) -> Tensor:
     parts = F.pad(weights, (0, groups * size - vocab)).unflatten(-1, (groups, size))
     keys = (u * 2.0**53).long()[..., None]
     noise = gumbel(fold(keys, torch.arange(groups + size, device=u.device)))
-    group = gumbel_argmax(parts.sum(-1).log(), noise[..., :groups])
+    races = parts.sum(-1).log(), noise[..., :groups]
+    group = gumbel_argmax(*races)
     inside = parts.gather(-2, group[..., None, None].expand(*group.shape, 1, size)).squeeze(-2)
-    return group * size + gumbel_argmax(inside.log(), noise[..., groups:])
+    last = inside.log(), noise[..., groups:]
+    return group * size + gumbel_argmax(*last), torch.minimum(gumbel_margin(*races), gumbel_margin(*last))

@@ -21,7 +21,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, greedy_choice, nobody, step_bias, walk
+from bozzetto.rules.walk import Family, Judgement, greedy_choice, no_coin, nobody, step_bias, toss, walk
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Cascade(Rule):
     def _judge(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
         """pool: bool [B, C, C], who counts for whom; lift: float [B, C]."""
         p, q = family.p, family.q
-        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
         for rank in range(family.tokens.shape[1]):
             if nobody(family.present[:, rank] & (pick < 0)):
                 break
@@ -89,13 +89,13 @@ class Cascade(Rule):
             bias = step_bias(x, keep, after, exact, after)
             dear = bias > family.slack - spent
             keep = torch.where(dear, exact, keep)
-            stays = tried & (family.u[:, rank] < keep)
+            stays, margin = toss(family.u[:, rank], keep, tried, margin)
             pick = torch.where(stays, rank, pick)
             spent = torch.where(tried & ~dear, spent + bias, spent)
             failed = (tried & ~stays)[:, None]
             p = torch.where(failed, after, p)
             q = q if q is None or left_over is None else torch.where(failed, left_over, q)
-        return Judgement(pick, p, spent)
+        return Judgement(pick, p, spent, margin)
 
     def _greedy(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
         own = family.p.gather(1, family.tokens)

@@ -24,7 +24,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, nobody, normalised, step_bias, walk, without
+from bozzetto.rules.walk import Family, Judgement, no_coin, nobody, normalised, step_bias, toss, walk, without
 
 RESIDUALS = ("paper", "optimal", "released")
 _ROUNDING = 1e-6  # a budget is not refused for a rounding error
@@ -113,7 +113,7 @@ class Lantern(Rule):
 
     def _judge(self, family: Family, table: Tensor) -> Judgement:
         p, q = family.p, family.q
-        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
         everyone = torch.ones_like(pick, dtype=torch.bool)[:, None]
         for rank in range(family.tokens.shape[1]):
             if nobody(family.present[:, rank] & (pick < 0)):
@@ -130,13 +130,13 @@ class Lantern(Rule):
             dear = bias > left + _ROUNDING
             keep, rest = torch.where(dear, exact, keep), torch.where(dear[:, None], plain, rest)
             tried = family.present[:, rank] & (qx > 0) & (pick < 0)
-            stays = tried & (family.u[:, rank] < keep)
+            stays, margin = toss(family.u[:, rank], keep, tried, margin)
             pick = torch.where(stays, rank, pick)
             spent = torch.where(tried & ~dear, spent + torch.minimum(bias, left), spent)
             failed = (tried & ~stays)[:, None]
             p = torch.where(failed, rest, p)
             q = q if q is None else torch.where(failed, without(q, x[:, 0]), q)
-        return Judgement(pick, p, spent)
+        return Judgement(pick, p, spent, margin)
 
     def _rest(self, seen: _Refused, table: Tensor, exact: Tensor) -> Tensor:
         """The law [B, V] after x was refused; exact: what the exact rule would go on with."""
@@ -170,7 +170,7 @@ class Lantern(Rule):
             keep = family.present[:, rank] & (pick < 0) & (own + mass >= best)
             pick = torch.where(keep, rank, pick)
             spent = torch.where(keep & (own < best), spent + mass, spent)  # the likeliest code needs no leave
-        return Judgement(pick, p, spent)
+        return Judgement(pick, p, spent, no_coin(family))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.rules.base import Rule, RuleNoise
-from bozzetto.rules.walk import Family, Judgement, greedy_choice, nobody, normalised, walk, without
+from bozzetto.rules.walk import Family, Judgement, greedy_choice, no_coin, nobody, normalised, toss, walk, without
 
 _MOST = 1 << 20  # codes in a group: no model has more
 
@@ -55,7 +55,7 @@ class KeepingRule(Rule):
 
     def _judge(self, family: Family) -> Judgement:
         p, q = family.p, family.q
-        pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)
+        pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
         for rank in range(family.tokens.shape[1]):
             if nobody(family.present[:, rank] & (pick < 0)):
                 break
@@ -63,13 +63,13 @@ class KeepingRule(Rule):
             law = torch.zeros_like(p).scatter_(1, x[:, None], 1.0) if q is None else q
             keep, rest, bias = self.decide(p, law, family.depth, family.slack - spent)
             tried = family.present[:, rank] & (law.gather(1, x[:, None])[:, 0] > 0) & (pick < 0)
-            stays = tried & (family.u[:, rank] < keep.gather(1, x[:, None])[:, 0])
+            stays, margin = toss(family.u[:, rank], keep.gather(1, x[:, None])[:, 0], tried, margin)
             pick = torch.where(stays, rank, pick)
             spent = torch.where(tried, spent + bias, spent)
             failed = (tried & ~stays)[:, None]
             p = torch.where(failed, rest, p)
             q = q if q is None else torch.where(failed, without(q, x), q)
-        return Judgement(pick, p, spent)
+        return Judgement(pick, p, spent, margin)
 
     def _greedy(self, family: Family) -> Judgement:
         """a(x) of every child as if it had been certain."""

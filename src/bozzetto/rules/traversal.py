@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import weighted_draw
+from bozzetto.laws.categorical import coin_margin, weighted_draw
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.walk import normalised
 
@@ -40,19 +40,24 @@ class Traversal(Rule):
         batch, device = len(log_p), log_p.device
         rows = torch.arange(batch, device=device)
         if draft.length == 0:
-            own = weighted_draw(log_p[:, 0].exp(), noise.uniforms[:, 0, 1])
-            return Verdict(own[:, None], torch.zeros_like(own))
+            own, margin = weighted_draw(log_p[:, 0].exp(), noise.uniforms[:, 0, 1])
+            return Verdict(own[:, None], torch.zeros_like(own), margin=margin[:, None])
         tree = draft.shape()
         weight, rest = _weights(draft, log_p)
         accepted = noise.uniforms[..., 0] < weight
         accepted[:, 0] = True  # the root
-        node = torch.where(accepted, tree.order, torch.iinfo(torch.int64).max).argmin(1)
-        own = weighted_draw(rest[rows, node], noise.uniforms[rows, node, 1])
+        order = tree.order.expand(batch, -1)
+        node = torch.where(accepted, order, torch.iinfo(torch.int64).max).argmin(1)
+        own, margin = weighted_draw(rest[rows, node], noise.uniforms[rows, node, 1])
+        # Coins of the nodes that were visited; a node that an image's tree lacks has none.
+        coins = coin_margin(noise.uniforms[..., 0], weight.log())[:, 1:]
+        coins = coins.masked_fill(order[:, 1:] > order[rows, node][:, None], torch.inf)
+        margin = torch.minimum(margin, coins.amin(1))[:, None]
         path = tree.path.expand(batch, -1, -1)[rows, node]
         depth = tree.depth.expand(batch, -1)[rows, node]
         tokens = torch.nn.functional.pad(draft.tokens, (1, 0)).gather(1, path)
         out = torch.nn.functional.pad(tokens[:, 1:], (0, 1)).scatter(1, depth[:, None], own[:, None])
-        return Verdict(out, depth, None if draft.tree is None else path)
+        return Verdict(out, depth, None if draft.tree is None else path, margin=margin)
 
 
 @dataclass(frozen=True)

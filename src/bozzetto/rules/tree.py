@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.rules.base import Rule, RuleNoise
-from bozzetto.rules.walk import Family, Judgement, nobody, normalised, walk, without
+from bozzetto.rules.walk import Family, Judgement, no_coin, nobody, normalised, toss, walk, without
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TreeRejection(Rule):
 def judge(family: Family) -> Judgement:
     """The rule at one node."""
     p, q = family.p, family.q
-    pick = torch.full_like(family.node, -1)
+    pick, margin = torch.full_like(family.node, -1), no_coin(family)
     for rank in range(family.tokens.shape[1]):
         if nobody(family.present[:, rank] & (pick < 0)):
             break
@@ -41,11 +41,11 @@ def judge(family: Family) -> Judgement:
         px = p.gather(1, x)[:, 0]
         qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
         tried = family.present[:, rank] & (qx > 0) & (pick < 0)
-        keep = tried & (family.u[:, rank] * qx < px)
+        keep, margin = toss(family.u[:, rank] * qx, px, tried, margin)
         pick = torch.where(keep, rank, pick)
         failed = (tried & ~keep)[:, None]
         p, q = after_reject(p, q, x[:, 0], failed)
-    return Judgement(pick, p, torch.zeros_like(family.slack))
+    return Judgement(pick, p, torch.zeros_like(family.slack), margin)
 
 
 def after_reject(p: Tensor, q: Tensor | None, x: Tensor, failed: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import weighted_draw
+from bozzetto.laws.categorical import coin_margin, weighted_draw
 from bozzetto.rules.base import RuleNoise
 from bozzetto.rules.exact import couple
 
@@ -39,11 +39,12 @@ class Family:
 @dataclass
 class Judgement:
     """pick: int64 [B], rank of the child that is kept, -1 for none; rest: [B, V] >= 0, what to draw from if none is;
-    spent: float32 [B], bound of the bias that this decision cost."""
+    spent: float32 [B], bound of the bias that this decision cost; margin: float32 [B], of its coins (inf: none)."""
 
     pick: Tensor
     rest: Tensor
     spent: Tensor
+    margin: Tensor
 
 
 class Judge(Protocol):
@@ -66,6 +67,7 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
     spent = torch.zeros(batch, device=device)
     slack = torch.full_like(spent, torch.inf) if noise.slack is None else noise.slack
     rest, going, path = log_p[:, 0].exp(), torch.ones_like(node, dtype=torch.bool), [node]
+    coins = [torch.full_like(spent, torch.inf)] * (draft.depth + 1)  # margins by level
     if draft.length:
         tree = draft.shape()
         tokens = torch.nn.functional.pad(draft.tokens, (1, 0))
@@ -80,6 +82,7 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
             moved = going & (found.pick >= 0)
             rest = torch.where(going[:, None], found.rest, rest)
             spent = torch.where(going, spent + found.spent, spent)
+            coins[depth - 1] = found.margin.masked_fill(~going, torch.inf)
             node = torch.where(moved, kids.gather(1, found.pick.clamp_min(0)[:, None])[:, 0], node)
             going = moved
             path.append(node)
@@ -92,26 +95,43 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
         accepted = depths[rows, node]
     else:
         accepted, tokens = node, torch.zeros_like(node)[:, None]
-    own = rest.argmax(-1) if noise.greedy else weighted_draw(rest, noise.uniforms[rows, node, 1])
+    margin = torch.stack(coins, 1)
+    if noise.greedy:
+        own = rest.argmax(-1)
+    else:
+        own, near = weighted_draw(rest, noise.uniforms[rows, node, 1])
+        margin = margin.scatter_reduce(1, accepted[:, None], near[:, None], "amin")
     way = torch.stack(path, 1)
     drafted = torch.nn.functional.pad(tokens.gather(1, way)[:, 1:], (0, 1))
     out = drafted.scatter(1, accepted[:, None], own[:, None])
     if draft.window and draft.length:
         behind = torch.arange(out.shape[1], device=device) > accepted[:, None]
-        out = torch.where(behind, _behind(draft, log_p, noise), out)
-    return Verdict(out, accepted, None if draft.tree is None else way, spent)
+        tokens, further = _behind(draft, log_p, noise)
+        out, margin = torch.where(behind, tokens, out), torch.where(behind, further, margin)
+    return Verdict(out, accepted, None if draft.tree is None else way, spent, margin)
 
 
-def _behind(draft: Draft, log_p: Tensor, noise: RuleNoise) -> Tensor:
-    """A token of every place of a chain given what was drafted before it: int64 [B, M + 1]."""
+def _behind(draft: Draft, log_p: Tensor, noise: RuleNoise) -> tuple[Tensor, Tensor]:
+    """A token of every place of a chain given what was drafted before it, int64 [B, M + 1], and the margins."""
     if noise.greedy:
-        return log_p.argmax(-1)
+        return log_p.argmax(-1), torch.full_like(log_p[..., 0], torch.inf)
     if draft.log_q is None or noise.uniforms is None:
         raise ValueError("a window needs the draft's laws and fresh uniforms")
     # Of the walk's uniforms: those of later nodes, and the root's, for which there is no test.
-    tokens, _ = couple(draft.tokens, log_p[:, :-1], draft.log_q, noise.uniforms[:, 1:])
-    after = weighted_draw(log_p[:, -1].exp(), noise.uniforms[:, 0, 0])
-    return torch.cat([tokens, after[:, None]], 1)
+    tokens, _, margins = couple(draft.tokens, log_p[:, :-1], draft.log_q, noise.uniforms[:, 1:])
+    after, margin = weighted_draw(log_p[:, -1].exp(), noise.uniforms[:, 0, 0])
+    return torch.cat([tokens, after[:, None]], 1), torch.cat([margins, margin[:, None]], 1)
+
+
+def toss(u: Tensor, chance: Tensor, tried: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Who of those tried bool [B] stays, u < chance [B], and the smaller of `margin` and that of the coins thrown."""
+    coin = coin_margin(u, chance.double().log())
+    return tried & (u < chance), torch.where(tried, torch.minimum(margin, coin), margin)
+
+
+def no_coin(family: Family) -> Tensor:
+    """The margin [B] of a decision without coins."""
+    return torch.full_like(family.slack, torch.inf)
 
 
 def step_bias(x: Tensor, keep: Tensor, rest: Tensor, keep_exact: Tensor, rest_exact: Tensor) -> Tensor:
@@ -134,7 +154,7 @@ def greedy_choice(family: Family, keep: Tensor) -> Judgement:
     rank = fine.long().argmax(1)
     kept = fine.any(1)
     spent = torch.where(kept, cost.gather(1, rank[:, None])[:, 0], 0.0)
-    return Judgement(torch.where(kept, rank, -1), family.p, spent)
+    return Judgement(torch.where(kept, rank, -1), family.p, spent, no_coin(family))
 
 
 def nobody(mask: Tensor) -> bool:

@@ -94,10 +94,10 @@ class Advance(nn.Module):
             margins = gumbel_margin(log_p, gumbel).masked_fill(place >= committed[:, None], float("inf"))
         inputs, laws, entering = self._next(s, log_p, hidden, tokens, committed)
         margin = _least(margins, position >= self.length)
-        if self.filtered:  # greedy rows choose by their logits
+        margin = margin if entering is None else torch.minimum(margin, entering)
+        if self.filtered:  # greedy rows choose by their logits, whatever was drafted
             lead = _least(self._lead(s, logits), place >= committed[:, None])
             margin = torch.where(s.top_k < 0, lead, margin)
-        margin = margin if entering is None else torch.minimum(margin, entering)
         report = torch.stack([committed.float(), torch.minimum(accepted, left).float(), margin])
         drafted = torch.full_like(s.drafted, self.widest - 1)
         found = (inputs, s.count + committed, s.passes + 1, drafted, report)

@@ -119,8 +119,8 @@ def _run(result: GenerateResult, settings: Mapping[str, object]) -> dict[str, An
 
 
 def _entry(image: GeneratedImage) -> dict[str, Any]:
-    """What manifest.json says of an image. A margin is null where it was not measured (rule exact) or where no second
-    candidate had any probability; so is any figure that is not finite."""
+    """What manifest.json says of an image. A margin is null where it was not measured (continuous tokens, greedy
+    relaxed rules) or where no second candidate had any probability; so is any figure that is not finite."""
     content = {
         "file": file_name(image.index, image.class_name),
         "class": image.class_name,

@@ -11,9 +11,13 @@ from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.second import SecondGuess
+from bozzetto.engine.batch_lane import BatchLane
+from bozzetto.engine.loop import Decoder
+from bozzetto.engine.slots import ImageRequest
 from bozzetto.laws.categorical import LawSettings, coin_margin
 from bozzetto.models.sketch import TargetSketcher
 from bozzetto.models.tabular import TabularTarget
+from bozzetto.registry import make_rule
 from toys import EXACT_RULES, PLAIN, decode, sketched
 
 IMAGES, V, N = 20_000, 6, 5
@@ -78,3 +82,15 @@ def test_a_coin_is_as_far_from_its_edge_as_the_logarithms_are() -> None:
     u = torch.tensor([0.5, 0.5, 0.5, 0.25], dtype=torch.float64)
     chance = torch.tensor([0.5, 0.0, 2.0, 0.5]).log()
     assert coin_margin(u, chance).tolist() == pytest.approx([0.0, float("inf"), 2 * 0.6931472, 0.6931472], abs=1e-7)
+
+
+def test_images_that_leave_a_batch_early_have_their_margin() -> None:
+    wanted = decode(TARGET, "tree", DRAFTERS["tree"](SKETCH), index=range(6))
+    decoder = Decoder(TARGET, DRAFTERS["tree"](SKETCH), make_rule("tree"), PLAIN)
+    lane = BatchLane(decoder, N, 6, TARGET.device)
+    lane.admit([ImageRequest(1, 0, index, PLAIN) for index in range(6)])
+    found = {}
+    while lane.active:
+        for image in lane.step():
+            found[image.request.index] = image.margin
+    assert [found[index] for index in range(6)] == wanted.margin.tolist()

@@ -51,9 +51,6 @@ class BatchLane:
             return []
         done = [image for row, image in enumerate(self.images) if self._take(image, row, event)]
         if not self.active:
-            for _ in () if self.unwanted else self.events:  # so that the decoder's result is there
-                pass
-            self._record()
             self.clear()
         return [image for image in done if not image.cancelled]
 
@@ -71,16 +68,10 @@ class BatchLane:
         image.accepted, image.drafted = accepted, drafted
         image.partial = event.tokens[row]
         image.known = None if event.known is None else event.known[row]
+        image.margin = image.margin if event.margin is None else float(event.margin[row])
         if image.count == self.length:
             image.tokens = event.tokens[row].clone()
         return image.tokens is not None
-
-    def _record(self) -> None:
-        """What is known in the end only."""
-        result = getattr(self.decoder, "result", None)
-        for row, image in enumerate(self.images):
-            if result is not None and image.tokens is not None:
-                image.margin = float(result.margin[row])
 
     def cancel(self, image: SlotImage) -> None:
         """An image is not wanted any more; its batch goes on while somebody wants another."""

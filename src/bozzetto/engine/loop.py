@@ -31,7 +31,7 @@ class PassEvent:
     is committed); count: int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and positions
     drafted so far (a tree drafts as many positions as it is deep); spent: float32 [B], bias bound so far; number:
     passes so far; width: places scored in this pass; seconds: wall time of this pass; known: bool [B, N], which places
-    are committed (masked models; None: the first `count`)."""
+    are committed (masked models; None: the first `count`); margin: float32 [B], see DecodeState (None: not known)."""
 
     tokens: Tensor
     count: Tensor
@@ -42,6 +42,7 @@ class PassEvent:
     width: int
     seconds: float
     known: Tensor | None = None
+    margin: Tensor | None = None
 
 
 class Clock:
@@ -137,7 +138,8 @@ class Decoder:
             number, (calls, rows) = number + 1, kind.head_work(law, draft)
             head_calls, head_rows = head_calls + calls, head_rows + rows
             whole = (final.tokens, final.count, final.accepted, final.drafted, final.spent)
-            yield PassEvent(*whole, number, draft.length + 1, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            yield PassEvent(*whole, number, draft.length + 1, seconds, margin=final.margin)
             clock.resume()
             if max(counts) == target.length:
                 state = self._drop_finished(state, session, noise, counts)

@@ -173,6 +173,7 @@ def about(event: Finished, order: Order) -> dict[str, Any]:
         "accepted": event.accepted,
         "drafted": event.drafted,
         "seconds": round(event.seconds, 4),
+        "near_tie": event.near_tie,
     }
 
 

@@ -45,7 +45,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """An image. seconds: from its first pass to its last; trace: tokens that each pass committed."""
+    """An image. seconds: from its first pass to its last; trace: tokens that each pass committed; near_tie: whether
+    rounding in other company could have turned it into another one (None: not measured)."""
 
     index: int
     picture: Image.Image
@@ -55,6 +56,7 @@ class Finished:
     drafted: int
     seconds: float
     trace: list[int]
+    near_tie: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from bozzetto.admission import Admission, Ticket
 from bozzetto.errors import UsageError
 from bozzetto.images import one_core
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline import ROUNDING, Pipeline
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
 from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, Progress, TooLong
@@ -336,10 +336,12 @@ class Worker(threading.Thread):
         pipe, tokens, told = self.pipes[job.order.model], drawn.ticket.tokens, list(image.trace.committed)
         self._over(job, 1)
 
+        near = None if image.margin == float("inf") else image.margin < ROUNDING[pipe.dtype]
+
         def paint() -> None:
             picture = pipe.decode_here(tokens)
             counts = (len(tokens), image.passes, image.accepted, image.drafted)
-            job.post(Finished(drawn.index, picture, *counts, seconds, told))
+            job.post(Finished(drawn.index, picture, *counts, seconds, told, near))
 
         self._paint(drawn, paint)
 

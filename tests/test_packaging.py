@@ -51,6 +51,7 @@ FLOORS = {
     "__init__": 7,  # the public face: the pipeline's names and the version
     "provenance": 8,
     "output": 9,
+    "listing": 9.5,
     "shards": 9,
     "sampling": 10,
     "sampling_ray": 10.5,

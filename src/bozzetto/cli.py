@@ -324,7 +324,7 @@ def _needs(extra: str) -> Iterator[None]:
 
 
 def _models(options: Models) -> None:
-    from bozzetto.output import list_models
+    from bozzetto.listing import list_models
 
     print(list_models(options.folder))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bozzetto.checks import clipped, config_from
 from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
 from bozzetto.models.captions import read_captions
@@ -18,10 +19,13 @@ from bozzetto.models.llamagen import LlamaGenConfig
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler
-from bozzetto.models.store import CONFIG, config_from, load_llamagen, load_tokenizer, read_config
+from bozzetto.models.sentence import SentenceEncoder
+from bozzetto.models.store import CONFIG, load_llamagen, load_tokenizer, read_config
 from bozzetto.pipeline import DTYPES, Pipeline, is_hosted, model_folder
 from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
 from bozzetto.prompts import ENCODER, CaptionPipeline
+
+_LONGEST = 200  # characters of a name
 
 
 def load(
@@ -80,8 +84,10 @@ def _load_codes(
     if network.config.captioned:
         if captions is None and config.get("encoder") == ENCODER:
             prompts = config.get("prompts")
-            if not isinstance(prompts, list) or not prompts:
-                raise UsageError(f"{folder}: prompts must list one text or more")
+            if not _texts(prompts) or not prompts:
+                raise UsageError(f"{folder / CONFIG}: prompts must list one text or more")
+            if network.config.caption_dim != SentenceEncoder.dim:
+                raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
             _check_codes(folder, tokenizer.config, network.config)
             return CaptionPipeline(_name(folder, config), target, tokenizer, prompts, dtype, folder, network)
         if captions is None:
@@ -111,7 +117,7 @@ def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str)
     drift: DriftModel | None = None
     own, name = folder, _name(folder, config)
     if config.get("family") == DRIFT:
-        folder = model_folder(str(config.get("base")))
+        folder = _base(own, config)
         config, drift = read_config(folder), load_drift(own, folder).to(device)
     network = load_continuous(folder).to(device) if drift is None else drift.flow
     tokenizer = load_latents(folder).to(device)
@@ -132,12 +138,26 @@ def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str)
     return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
 
 
+def _base(folder: Path, config: dict[str, Any]) -> Path:
+    try:
+        return model_folder(str(config.get("base")))
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG}: base: {error}") from error
+
+
 def _name(folder: Path, config: dict[str, Any]) -> str:
-    return str(config.get("name", folder.name))
+    name = config.get("name", folder.name)
+    if not isinstance(name, str) or not name.isprintable() or not len(name) <= _LONGEST:
+        raise UsageError(f"{folder / CONFIG}: name = {clipped(name)} is not allowed: a text of one line")
+    return name
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _class_names(folder: Path, config: dict[str, Any], classes: int) -> list[Any]:
     names = config.get("class_names")
-    if not isinstance(names, list) or len(names) != classes:
-        raise UsageError(f"{folder}: class_names must list {classes} names")
+    if not isinstance(names, list) or not _texts(names) or len(names) != classes:
+        raise UsageError(f"{folder / CONFIG}: class_names must list {classes} names")
     return names

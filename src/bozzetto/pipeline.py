@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.checks import clipped
 from bozzetto.classes import labels_of
 from bozzetto.engine.batch_lane import BatchLane
 from bozzetto.engine.state import BatchResult
@@ -24,11 +27,12 @@ from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.images import one_core, to_picture
-from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config
+from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config, tokenizer_weights
 from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent / "assets"
+_ON_HUB, _OURS = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII), ("runs", "out")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
@@ -289,8 +293,8 @@ def model_files(folder: Path) -> list[Path]:
     """The files that say what a model draws; some models have the weights of their tokenizer from a folder beside."""
     names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
     own = [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
-    other = read_config(folder, TOKENIZER_CONFIG).get("same_as") if folder / TOKENIZER_CONFIG in own else None
-    return own if other is None else [*own, folder.parent / str(other) / TOKENIZER_WEIGHTS]
+    pixels = tokenizer_weights(folder, read_config(folder, TOKENIZER_CONFIG)) if own[2:] else own[-1]
+    return own if pixels in own else [*own, pixels]
 
 
 def model_folder(name_or_folder: str | Path) -> Path:
@@ -299,18 +303,21 @@ def model_folder(name_or_folder: str | Path) -> Path:
     if str(name_or_folder) in shipped_models():
         return shipped
     folder = Path(name_or_folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, not an error, for a name that no file could have
         return folder
-    raise UsageError(
-        f"unknown model {str(name_or_folder)!r} (shipped: {', '.join(shipped_models()) or 'none'}; "
-        "or a folder with a config.json)"
-    )
+    what = "not a folder but a file:" if os.path.isfile(folder) else "unknown model"
+    shipped_here = ", ".join(shipped_models()) or "none"
+    raise UsageError(f"{what} {clipped(str(folder), 300)} (shipped: {shipped_here}; or a folder with a config.json)")
 
 
 def is_hosted(name_or_folder: str | Path) -> bool:
-    """In the Hugging Face layout: config.json has a model type, not a family; or ORGANISATION/NAME, no folder here."""
+    """In the Hugging Face layout: config.json has a model type, not a family; or ORGANISATION/NAME as the hub writes
+    it, where neither that nor a folder called ORGANISATION is here. `runs` and `out` are folders, here or not."""
     name, folder = str(name_or_folder), Path(name_or_folder)
-    if (folder / CONFIG).is_file():
+    if os.path.isfile(folder / CONFIG):
         content = read_config(folder)
         return "model_type" in content and "family" not in content
-    return not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-1] != "/"
+    organisation = folder.parts[0] if folder.parts else ""
+    if os.path.exists(folder) or os.path.isdir(organisation) or organisation in _OURS:
+        return False
+    return isinstance(name_or_folder, str) and _ON_HUB.fullmatch(name) is not None

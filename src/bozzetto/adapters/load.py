@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bozzetto.adapters.chameleon import ChameleonTarget, LuminaPrompts, LuminaTarget
+from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.emu3 import Emu3Target
 from bozzetto.adapters.janus import JanusTarget, janus_prompt
 from bozzetto.adapters.pictures import HostedPictures, emu3_pictures, janus_pictures
@@ -54,12 +55,13 @@ def load_hosted(model: str | Path, dtype: torch.dtype, device: str, image_size: 
             "LlamaGen and MAR checkpoints: bozzetto convert)"
         )
     class_name, build = FAMILIES[kind]
-    processor = _processor(model)
     import transformers
 
-    network, notes = _read(
-        model, "weights", getattr(transformers, class_name).from_pretrained, dtype=dtype, output_loading_info=True
-    )
+    network_kind = getattr(transformers, class_name)
+    if Path(model).is_dir():  # what comes from the hub was compared with its digests on the way
+        check_folder(Path(model), lambda: network_kind(network_kind.config_class.from_pretrained(str(model))))
+    processor = _processor(model)
+    network, notes = _read(model, "weights", network_kind.from_pretrained, dtype=dtype, output_loading_info=True)
     _check_whole(model, network, notes)
     hosted = build(network.to(device).eval().requires_grad_(False), processor, model, image_size)
     return replace(hosted, ask=_of_words(hosted.ask, processor.tokenizer, hosted.target))
@@ -90,9 +92,10 @@ def _read(model: str | Path, what: str, read: Callable[..., Any], **options: Any
     """Call a from_pretrained. Its many kinds of error all mean that a file is missing or does not fit."""
     try:
         return read(str(model), **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{model}: its {what} could not be read: {reason}") from error
+    except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
+        where = "" if Path(model).is_dir() else " from the hub (there is no such folder here)"
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"{model}: its {what} could not be read{where}: {reason}") from error
 
 
 def _model_type(model: str | Path) -> str:

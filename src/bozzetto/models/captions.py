@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bozzetto.errors import UsageError
+from bozzetto.files import parse_json
 from bozzetto.models.llamagen import LlamaGenConfig, left_pad
+from bozzetto.models.store import FLOATS, WHOLE, Held, header_of, open_tensors
 
 
 def read_captions(path: str | Path, config: LlamaGenConfig) -> tuple[list[str], Tensor, Tensor]:
@@ -23,26 +24,34 @@ def read_captions(path: str | Path, config: LlamaGenConfig) -> tuple[list[str], 
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"captions not found: {path}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            found = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-            names = json.loads((f.metadata() or {}).get("captions", "null"))
-    except (SafetensorError, ValueError) as error:
-        raise UsageError(f"{path}: not a readable safetensors file of captions: {error}") from error
-    missing = {"features", "mask"} - set(found)
-    if missing:
-        raise UsageError(f"{path}: missing {', '.join(sorted(missing))} (wanted: features [K, T, C] and mask [K, T])")
-    features, mask = found["features"].float(), found["mask"].bool()
-    wanted = (len(features), config.condition_tokens, config.caption_dim)
-    if tuple(features.shape) != wanted or tuple(mask.shape) != wanted[:2] or not wanted[0]:
-        raise UsageError(
-            f"{path}: features {tuple(features.shape)} and mask {tuple(mask.shape)} do not fit this target: "
-            f"[K, {wanted[1]}, {wanted[2]}] and [K, {wanted[1]}]"
-        )
+    with open_tensors(path) as content:
+        _check_header(path, header_of(content), config)
+        features, mask = (content.get_tensor(name) for name in ("features", "mask"))
+        listed = (content.metadata() or {}).get("captions", "null")
+    features, mask = features.to(torch.float32, copy=True), mask.bool()
     if not bool(torch.isfinite(features).all()):
         raise UsageError(f"{path}: features have non-finite values")
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise UsageError(f"{path}: mask has a real token after padding (wanted: padding on the right)")
+    names = parse_json(listed, f"{path}: captions in its metadata", (list, type(None)))
     if names is None:
         names = [str(i) for i in range(len(features))]
-    if not isinstance(names, list) or len(names) != len(features):
+    if len(names) != len(features) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{path}: its metadata lists captions that are not {len(features)} texts")
-    return [str(name) for name in names], *left_pad(features, mask)
+    return names, *left_pad(features, mask)
+
+
+def _check_header(path: Path, held: Mapping[str, Held], config: LlamaGenConfig) -> None:
+    """Before anything is read: what there is, of which type and shape."""
+    if missing := sorted({"features", "mask"} - held.keys()):
+        raise UsageError(f"{path}: missing {', '.join(missing)} (wanted: features [K, T, C] and mask [K, T])")
+    for name, allowed in (("features", FLOATS), ("mask", (*FLOATS, *WHOLE))):
+        if held[name].type not in allowed:
+            raise UsageError(f"{path}: {name} of type {held[name].type} are not allowed: {', '.join(allowed)}")
+    features, mask = held["features"].shape, held["mask"].shape
+    wanted = (max(1, features[0]) if features else 1, config.condition_tokens, config.caption_dim)
+    if features != wanted or mask != wanted[:2]:
+        raise UsageError(
+            f"{path}: features {features} and mask {mask} do not fit this target: "
+            f"[K, {wanted[1]}, {wanted[2]}] and [K, {wanted[1]}]"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from bozzetto.autoencoders.kl16 import KL16Config, kl16_latents
 from bozzetto.autoencoders.latents import KL16, TINY, LatentConfig, LatentDecoder, tiny_latents
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS
-from bozzetto.checks import clipped, config_from
+from bozzetto.checks import config_from
 from bozzetto.errors import UsageError
 from bozzetto.models.flow import FlowConfig, FlowModel
 from bozzetto.models.mar import MAR, MARConfig
@@ -28,12 +28,13 @@ from bozzetto.models.store import (
     load_module,
     read_config,
     save_state,
+    tokenizer_weights,
     write_config,
 )
 
 FLOW, MASKED = "flow", "mar"
-_FAMILIES: dict[str, tuple[type, type]] = {FLOW: (FlowConfig, FlowModel), MASKED: (MARConfig, MAR)}
-_DECODERS: dict[str, tuple[type[LatentConfig], Callable[[Any], LatentDecoder]]] = {
+FAMILIES: dict[str, tuple[type, type]] = {FLOW: (FlowConfig, FlowModel), MASKED: (MARConfig, MAR)}
+DECODERS: dict[str, tuple[type[LatentConfig], Callable[[Any], LatentDecoder]]] = {
     TINY: (LatentConfig, lambda config: tiny_latents(config.image_size)),
     KL16: (KL16Config, kl16_latents),
 }
@@ -68,7 +69,7 @@ def load_continuous(folder: Path) -> FlowModel | MAR:
     Raises UsageError for another family, and for missing, misshapen or non-finite weights.
     """
     content, source = read_config(folder), folder / CONFIG
-    config_kind, kind = choose(content, "family", _FAMILIES, source)
+    config_kind, kind = choose(content, "family", FAMILIES, source)
     config = config_from(config_kind, content.get("config"), source)
     model: FlowModel | MAR = load_module(lambda: kind(config), folder / WEIGHTS)
     return model
@@ -79,20 +80,11 @@ def load_latents(folder: Path) -> LatentDecoder:
     those of the folder of that name beside it. Raises UsageError as load_continuous does, and for a missing extra
     package."""
     content, source = read_config(folder, TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG
-    config_kind, make = choose(content, "kind", _DECODERS, source)
+    config_kind, make = choose(content, "kind", DECODERS, source)
     config = config_from(config_kind, content.get("config"), source)
     if config_kind is LatentConfig and (config.token_dim, config.downsample) != (LATENT_CHANNELS, DOWNSAMPLE):
         raise UsageError(f"{source}: {TINY!r} has token_dim {LATENT_CHANNELS} and downsample {DOWNSAMPLE}")
-    return load_module(lambda: make(config), _weights_of(folder, content) / TOKENIZER_WEIGHTS)
-
-
-def _weights_of(folder: Path, content: dict[str, Any]) -> Path:
-    if "same_as" not in content:
-        return folder
-    name = content["same_as"]
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name:  # "", "..", other places
-        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {clipped(name)} is not allowed: a folder's name")
-    return folder.parent / name
+    return load_module(lambda: make(config), tokenizer_weights(folder, content))
 
 
 def notes_of(folder: Path) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from bozzetto.checks import Count, Layers, Size
@@ -39,8 +40,8 @@ class DriftConfig:
 
     width: Size = 384
     depth: Layers = 3
-    largest: float = 0.5
-    heat: float = 2.0
+    largest: Annotated[float, Field(gt=0, le=100)] = 0.5
+    heat: Annotated[float, Field(ge=0.02, le=1e6)] = 2.0  # exp(1 / heat) is a float32
     tuned: Count = 0
 
     def __post_init__(self) -> None:

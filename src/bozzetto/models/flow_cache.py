@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bozzetto.checks import Count, Steps
@@ -25,8 +26,8 @@ class FlowSampler:
     models/annealed.py."""
 
     steps: Steps = 16
-    last_std: float = 0.05
-    shift: float = 1.0
+    last_std: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    shift: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     last_steps: Count = 0
 
     def __post_init__(self) -> None:

@@ -31,8 +31,9 @@ TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 _SCALE = ".scale"
 OWN = "own"  # how to store: every tensor in the type that it has
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_FLOATS, _WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
+FLOATS, WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
+CODECS: dict[str, type] = {TINY: VQConfig, PUBLISHED: LlamaGenVQConfig}
 Tokenizer = VQTokenizer | LlamaGenVQ
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,6 +89,17 @@ def check_target(folder: Path, content: Mapping[str, Any], config: Any, target: 
         )
 
 
+def tokenizer_weights(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Where the weights of a tokenizer.json lie: beside it, or in the neighbouring folder that `same_as` names.
+
+    Raises UsageError where that is no folder's name.
+    """
+    name = content.get("same_as", folder.name)
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name:  # "", "..", a path to somewhere else
+        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {clipped(name)} is not allowed: a folder's name")
+    return (folder.parent / name if "same_as" in content else folder) / TOKENIZER_WEIGHTS
+
+
 @contextlib.contextmanager
 def open_tensors(path: str | Path) -> Iterator[Any]:
     """A safetensors file, open. Raises UsageError for one that is missing or damaged, also while it is read."""
@@ -117,15 +129,21 @@ def read_weights(path: str | Path, wanted: Mapping[str, Tensor] | None = None) -
     with open_tensors(path) as content:
         held = header_of(content)
         compact = {key for key in held if key + _SCALE in held}
-        for key, (kind, shape) in held.items():
-            if key in compact and (kind != "I8" or len(shape) != 2 or held[key + _SCALE].shape != (shape[0], 1)):
+        for key, (kind, _) in held.items():
+            if key in compact and not _is_compact(held[key], held[key + _SCALE]):
                 raise UsageError(f"{path}: {key + _SCALE!r} does not hold one scale for each row of an int8 matrix")
-            if kind not in _FLOATS and key not in compact and (wanted is not None or kind not in _WHOLE):
-                raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(_FLOATS)})")
+            if kind not in FLOATS and key not in compact and (wanted is not None or kind not in WHOLE):
+                raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(FLOATS)})")
         names = held.keys() - {key + _SCALE for key in compact}
         if wanted is not None:
             check_fit(wanted, {key: held[key] for key in held if key in names}, path)
         return {key: _read(content, key, key in compact, path) for key in held if key in names}
+
+
+def _is_compact(matrix: Held, scale: Held) -> bool:
+    """Whether they fit; otherwise a product could be much larger than the file."""
+    rows = (*matrix.shape[:1], 1)
+    return matrix.type == "I8" and len(matrix.shape) == 2 and scale.type in FLOATS and scale.shape == rows
 
 
 def _read(content: Any, key: str, compact: bool, path: str | Path) -> Tensor:
@@ -261,7 +279,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     source, weights = Path(folder) / TOKENIZER_CONFIG, Path(folder) / TOKENIZER_WEIGHTS
     content = {"kind": TINY, **read_config(folder, TOKENIZER_CONFIG)}  # folders of before there were kinds
-    kind = choose(content, "kind", {TINY: VQConfig, PUBLISHED: LlamaGenVQConfig}, source)
+    kind = choose(content, "kind", CODECS, source)
     config = config_from(kind, content.get("config"), source)
     if isinstance(config, VQConfig):
         return load_module(lambda: VQTokenizer(config), weights)

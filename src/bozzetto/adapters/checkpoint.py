@@ -1,0 +1,76 @@
+"""Is a folder in the Hugging Face layout whole? Looked at before transformers reads it, which says little of what it
+finds, and takes the memory that config.json asks for before it compares that with the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bozzetto.checks import clipped
+from bozzetto.errors import UsageError
+from bozzetto.files import pointer_note, read_json
+from bozzetto.models.store import CONFIG, WEIGHTS, open_tensors, read_config
+
+_INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
+_COUNTS, _MOST = re.compile(r"(num|n)_\w*(layers|blocks|heads)"), 1024
+
+
+def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
+    """Raise UsageError naming the file for a shard that is missing, cut, or a Git LFS pointer, for an index that names
+    files elsewhere, and for a config.json that describes a larger network than the weights could be.
+
+    make: builds the network that config.json describes; it is called on the meta device.
+    """
+    _check_counts(read_config(folder), folder / CONFIG)
+    files = _weight_files(folder)
+    for path in files:
+        if path.suffix == ".safetensors":
+            with open_tensors(path):
+                pass  # its header says how long it must be
+        elif note := pointer_note(path):
+            raise UsageError(f"{path}: {note}")
+    try:
+        with torch.device("meta"):
+            wanted = sum(weight.numel() for weight in make().parameters())
+    except Exception as error:  # the library's own code on values that it does not check
+        raise UsageError(f"{folder / CONFIG}: not a network: {' '.join(str(error).split())[:200]}") from error
+    held = sum(path.stat().st_size for path in files)
+    if wanted > 2 * held:  # four bits are the fewest that a weight is stored in
+        raise UsageError(f"{folder / CONFIG}: describes {wanted} weights, but its files hold {held} bytes")
+
+
+def _check_counts(content: dict[str, Any], source: Path) -> None:
+    """A million layers without weights take gigabytes, too."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_counts(value, source)
+        elif _COUNTS.fullmatch(key) and isinstance(value, int) and value > _MOST:
+            raise UsageError(f"{source}: {key} = {value} is not allowed: at most {_MOST}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read."""
+    for name in (WEIGHTS, _PICKLE):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}{_INDEX}").is_file():
+            return _shards(index)
+    raise UsageError(f"{folder}: no weights ({WEIGHTS} or its shards with {WEIGHTS}{_INDEX})")
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UsageError(f"{index}: weight_map is {clipped(shards)} (allowed: names of weights with their files)")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise UsageError(f"{index}: {clipped(name)} is not allowed: the name of a file in this folder")
+    files = [index.parent / name for name in sorted(set(shards.values()))]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise UsageError(f"{index.parent}: {', '.join(missing[:4])} missing ({len(missing)} of {len(files)} shards)")
+    return files

@@ -1,0 +1,87 @@
+"""`bozzetto models`: what lies in a folder of models, by their JSON files and the headers of their weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bozzetto.checks import config_from
+from bozzetto.errors import UsageError
+from bozzetto.models.continuous_store import DECODERS
+from bozzetto.models.continuous_store import FAMILIES as CONTINUOUS
+from bozzetto.models.drift import DriftConfig
+from bozzetto.models.drift_store import DRIFT
+from bozzetto.models.eagle_store import FAMILIES as DRAFTERS
+from bozzetto.models.llamagen import LlamaGenConfig
+from bozzetto.models.path_sketch import SketchConfig
+from bozzetto.models.sketch_store import SKETCH
+from bozzetto.models.store import (
+    CODECS,
+    CONFIG,
+    TINY,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    choose,
+    header_of,
+    open_tensors,
+    read_config,
+)
+from bozzetto.output import table
+from bozzetto.pipeline import ASSETS, is_hosted, model_folder
+
+_TARGETS: dict[str, Any] = {"llamagen": LlamaGenConfig, **{name: kinds[0] for name, kinds in CONTINUOUS.items()}}
+_DRAFTERS: dict[str, Any] = {SKETCH: SketchConfig, **{name: kinds[0] for name, kinds in DRAFTERS.items()}}
+_PIXELS: dict[str, Any] = {**CODECS, **{name: kinds[0] for name, kinds in DECODERS.items()}}
+
+
+def list_models(folder: str | Path | None) -> str:
+    """A table of the models shipped (None), or of `folder` and the folders right below it."""
+    root = ASSETS if folder is None else Path(folder)
+    if folder is not None and not root.is_dir():
+        raise UsageError(f"folder {str(folder)!r} not found (allowed: a model folder, or one that holds model folders)")
+    found = [p.parent for p in [root / CONFIG, *sorted(root.glob(f"*/{CONFIG}"))] if p.is_file()]
+    if not found:
+        return f"no models found in {root}"
+    header = ("name", "family", "parameters", "image", "tokens", "classes", "where")
+    return table(header, [_row(path) for path in found])
+
+
+def _row(folder: Path) -> tuple[str, ...]:
+    """One row of the table; a folder that cannot be read says so in place of its figures."""
+    try:
+        content = read_config(folder)
+        return (str(content.get("name", folder.name)), *_figures(folder, content), str(folder))
+    except (UsageError, OSError) as error:
+        return (folder.name, "unreadable", "-", "-", "-", "-", f"{folder} ({str(error).splitlines()[0]})")
+
+
+def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    """Family, parameters, pixels, tokens and classes."""
+    if is_hosted(folder):
+        return (f"{content['model_type']} (of transformers)", "-", "-", "-", "prompts")
+    kinds = {**_TARGETS, **_DRAFTERS, DRIFT: DriftConfig}
+    source = folder / CONFIG
+    config = config_from(choose(content, "family", kinds, source), content.get("config"), source)
+    family, own = content["family"], f"{_parameters(folder) / 1e6:.2f} M"
+    if family in _DRAFTERS:
+        return (f"{family} (a drafter)", own, "-", str(config.grid**2), "-")
+    if family == DRIFT:  # it has its own head, and the rest from another model
+        base = model_folder(str(content.get("base")))
+        inner = read_config(base)
+        if inner.get("family") == DRIFT:
+            raise UsageError(f"{source}: base = {content['base']!r} is a variant itself")
+        _, parameters, *rest = _figures(base, inner)
+        return (f"drift (of {content['base']})", f"{own} and {parameters}", *rest)
+    pixels = read_config(folder, TOKENIZER_CONFIG)
+    place = folder / TOKENIZER_CONFIG
+    size = config_from(choose({"kind": TINY, **pixels}, "kind", _PIXELS, place), pixels.get("config"), place).image_size
+    labels = "captions" if getattr(config, "captioned", False) else str(config.classes)
+    return (family, own, f"{size}x{size}", str(config.length), labels)
+
+
+def _parameters(folder: Path) -> int:
+    with open_tensors(folder / WEIGHTS) as content:
+        held = header_of(content)
+    scales = {key for key in held if key.endswith(".scale") and key.removesuffix(".scale") in held}
+    return sum(math.prod(held[key].shape) for key in held.keys() - scales)

@@ -146,6 +146,7 @@ def weight_mutations(path: Path) -> Iterator[tuple[str, Write]]:
         if value.ndim > 1 and ".scale" not in key
     )
     flat, compact_too, matrix = not matrices[0][0], matrices[0][1], matrices[0][2]
+    plain = next(key for key in sorted(state) if ".scale" not in key and key + ".scale" not in state)
 
     def put(**changes: torch.Tensor | None) -> Write:
         fresh = {k: v for k, v in {**state, **changes}.items() if v is not None}
@@ -181,9 +182,9 @@ def weight_mutations(path: Path) -> Iterator[tuple[str, Write]]:
         yield f"weights of type {kind}", with_header(header, body + b"\0" * (end - len(body)))
     yield "no file", Path.unlink
     yield "a folder in its place", lambda at: (at.unlink(), at.mkdir())
-    yield "not finite", put(**{matrix: torch.full_like(state[matrix], torch.nan)})
-    yield "infinite", put(**{matrix: torch.full_like(state[matrix], torch.inf)})
-    yield "beyond float32", put(**{matrix: torch.full(state[matrix].shape, 1e300, dtype=torch.float64)})
+    yield "not finite", put(**{plain: torch.full_like(state[plain], torch.nan)})
+    yield "infinite", put(**{plain: torch.full_like(state[plain], torch.inf)})
+    yield "beyond float32", put(**{plain: torch.full(state[plain].shape, 1e300, dtype=torch.float64)})
     yield "another shape", put(**{matrix: state[matrix][:-1].clone()})
     yield "turned", put(**{matrix: state[matrix].flatten().clone()})
     yield "one missing", put(**{matrix: None})
@@ -198,7 +199,7 @@ def weight_mutations(path: Path) -> Iterator[tuple[str, Write]]:
         ("scales of columns", rows, torch.ones(1, rows.shape[1])),
         ("one scale", rows, torch.ones(())),
         ("scales of whole numbers", rows, torch.ones(len(rows), 1, dtype=torch.int64)),
-        ("scales of floats", state[matrix], torch.ones(len(rows), 1)),
+        ("scales of floats", state[matrix].float(), torch.ones(len(rows), 1)),
     ):
         yield name, put(**{matrix: compact, matrix + ".scale": scale})
 
@@ -213,7 +214,7 @@ def caption_mutations(path: Path) -> Iterator[tuple[str, Write]]:
         "features of type int8": {"features": features.to(torch.int8)},
         "features of type float8": {"features": features.to(torch.float8_e4m3fn)},
         "a mask of type float8": {"mask": mask.to(torch.float8_e4m3fn)},
-        "padded on the left": {"mask": mask.tril(-2)[:, :5]},
+        "padded on the left": {"mask": mask.triu(2)},
         "padded in between": {"mask": torch.tensor([[1, 0, 1, 0, 0]] * 2)},
     }.items():
         yield name, lambda at, changes=changes: write_captions(at, **changes)

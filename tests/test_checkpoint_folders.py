@@ -92,7 +92,22 @@ def test_a_whole_folder_lacks_its_processor_only(folder: Path) -> None:
         "a/b c",
         "a/b\0",
         f"a/{'b' * 300}",
-        *"./a/b ../b a/b/c /a/b ~/b ~a/b a\\b a/b/ .a/b here/nothing runs/nothing out/x flowers a//b".split(),
+        *[
+            "./a/b",
+            "../b",
+            "a/b/c",
+            "/a/b",
+            "~/b",
+            "~a/b",
+            "a\\b",
+            "a/b/",
+            ".a/b",
+            "here/nothing",
+            "runs/nothing",
+            "out/x",
+            "flowers",
+            "a//b",
+        ],
     ],
 )
 def test_what_looks_like_a_path_is_no_name_on_the_hub(

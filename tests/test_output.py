@@ -17,7 +17,7 @@ from bozzetto.cli import main
 from bozzetto.engine.trace import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.images import MOST_PIXELS, ContactSheet, contact_sheet
-from bozzetto.output import RunWriter, check_free, check_writable, file_name, list_models, table
+from bozzetto.output import RunWriter, check_free, check_writable, file_name, table
 from bozzetto.report.runs import read_any
 from bozzetto.results import GeneratedImage, GenerateResult
 from bozzetto.settings import GenerateSettings
@@ -188,17 +188,3 @@ def test_check_writable_names_the_obstacle(tmp_path):
 
 def test_table_columns_line_up_with_numbers_to_the_right():
     assert table(("name", "n"), [("a", "1"), ("bcdef", "10")]) == "name    n\na       1\nbcdef  10"
-
-
-def test_a_broken_model_does_not_hide_the_others(tiny_model, tmp_path):
-    (tmp_path / "fine").symlink_to(tiny_model)
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_text("{")
-    lines = list_models(tmp_path).splitlines()
-    assert lines[1].startswith("tiny")
-    assert "unreadable" in lines[2]
-    assert "not valid JSON" in lines[2]
-
-
-def test_an_empty_folder_is_not_an_error(tmp_path):
-    assert list_models(tmp_path) == f"no models found in {tmp_path}"

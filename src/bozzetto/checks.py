@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,16 @@ def _said(item: Any) -> str:
         return f"missing config key {where!r}"
     message = item["msg"].removeprefix("Value error, ")  # of a dataclass that looks at several values together
     return f"{where} = {clipped(item['input'])} is not allowed: {message}" if where else message
+
+
+@contextlib.contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """What is wrong inside is said with the file that it comes from."""
+    try:
+        yield
+    except UsageError as error:
+        known = str(error).startswith(str(source))
+        raise UsageError(str(error) if known else f"{source}: {error}") from error
 
 
 def clipped(value: object, most: int = 80) -> str:

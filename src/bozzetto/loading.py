@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bozzetto.checks import clipped, config_from
+from bozzetto.checks import clipped, config_from, naming
 from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
 from bozzetto.models.captions import read_captions
@@ -128,21 +128,20 @@ def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str)
             f"{folder}: the decoder takes {have.token_dim} numbers on a {have.grid}x{have.grid} grid, the target draws "
             f"{want.token_dim} on {want.grid}x{want.grid}"
         )
-    sampler = config.get("sampler", {})
-    if isinstance(network, MAR):
-        masked = config_from(MARSampler, sampler, folder / CONFIG)
-        return MaskedPipeline(name, network, masked, tokenizer, classes, dtype, folder)
-    if drift is not None:
-        return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
-    made = config_from(FlowSampler, sampler, folder / CONFIG)
-    return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
+    sampler, source = config.get("sampler", {}), folder / CONFIG
+    with naming(source):
+        if isinstance(network, MAR):
+            masked = config_from(MARSampler, sampler, source)
+            return MaskedPipeline(name, network, masked, tokenizer, classes, dtype, folder)
+        if drift is not None:
+            return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
+        made = config_from(FlowSampler, sampler, source)
+        return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
 
 
 def _base(folder: Path, config: dict[str, Any]) -> Path:
-    try:
+    with naming(folder / CONFIG):
         return model_folder(str(config.get("base")))
-    except UsageError as error:
-        raise UsageError(f"{folder / CONFIG}: base: {error}") from error
 
 
 def _name(folder: Path, config: dict[str, Any]) -> str:

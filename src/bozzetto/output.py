@@ -17,13 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError, safe_open
 
 from bozzetto.errors import UsageError
 from bozzetto.files import read_json
 from bozzetto.images import ContactSheet
-from bozzetto.models.store import CONFIG, WEIGHTS, read_config
-from bozzetto.pipeline import ASSETS
 from bozzetto.provenance import provenance
 from bozzetto.results import GeneratedImage, GenerateResult
 from bozzetto.staging import LAST
@@ -255,31 +252,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for line in lines
     ]
     return "\n".join(text.rstrip() for text in texts)
-
-
-def list_models(folder: str | Path | None) -> str:
-    """A table of the models shipped (None), or of `folder` and the folders right below it."""
-    root = ASSETS if folder is None else Path(folder)
-    if folder is not None and not root.is_dir():
-        raise UsageError(f"folder {str(folder)!r} not found (allowed: a model folder, or one that holds model folders)")
-    found = [p.parent for p in [root / CONFIG, *sorted(root.glob(f"*/{CONFIG}"))] if p.is_file()]
-    if not found:
-        return f"no models found in {root}"
-    header = ("name", "family", "parameters", "image", "tokens", "classes", "where")
-    return table(header, [_describe(path) for path in found])
-
-
-def _describe(folder: Path) -> tuple[str, ...]:
-    """One row of the table; a folder that cannot be read says so in place of its figures."""
-    try:
-        content = read_config(folder)
-        config, family = content.get("config", {}), str(content.get("family", "?"))
-        with safe_open(folder / WEIGHTS, framework="pt") as f:
-            names = [key for key in f.keys() if not key.endswith(".scale")]  # noqa: SIM118  (not a dict)
-            parameters = sum(math.prod(f.get_slice(key).get_shape()) for key in names)
-        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        size, tokens = tokenizer["config"]["image_size"], config["grid"] ** 2
-        figures = (f"{parameters / 1e6:.2f} M", f"{size}x{size}", str(tokens), str(config["classes"]))
-        return (str(content.get("name", folder.name)), family, *figures, str(folder))
-    except (UsageError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        return (folder.name, "unreadable", "-", "-", "-", "-", f"{folder} ({error})")

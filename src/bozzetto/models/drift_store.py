@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bozzetto.checks import clipped, config_from
+from bozzetto.checks import clipped, config_from, naming
 from bozzetto.errors import UsageError
 from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.drift import DriftConfig, DriftModel
@@ -56,9 +56,7 @@ def load_drift(folder: Path, base_folder: Path) -> DriftModel:
             f"({clipped(content.get('base_weights'))}) than those in {base_folder} ({found})"
         )
     base = load_base(base_folder)
-    try:
+    with naming(source):  # more tuned blocks than the base has
         model = on_meta(lambda: DriftModel(base, config))
-    except UsageError as error:  # more tuned blocks than the base has
-        raise UsageError(f"{source}: {error}") from error
     state = read_weights(folder / WEIGHTS, model.own_state())
     return fill(model, {**model.state_dict(), **state})

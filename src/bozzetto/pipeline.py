@@ -32,7 +32,7 @@ from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEv
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent / "assets"
-_ON_HUB, _OURS = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII), ("runs", "out")
+_ON_HUB, _OURS = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII), ("runs", "out", "checkpoints")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
@@ -312,7 +312,8 @@ def model_folder(name_or_folder: str | Path) -> Path:
 
 def is_hosted(name_or_folder: str | Path) -> bool:
     """In the Hugging Face layout: config.json has a model type, not a family; or ORGANISATION/NAME as the hub writes
-    it, where neither that nor a folder called ORGANISATION is here. `runs` and `out` are folders, here or not."""
+    it, where neither that nor a folder called ORGANISATION is here. `runs`, `out` and `checkpoints` are
+    folders, here or not."""
     name, folder = str(name_or_folder), Path(name_or_folder)
     if os.path.isfile(folder / CONFIG):
         content = read_config(folder)

@@ -25,7 +25,7 @@ from torch import Tensor
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, infer_config
 from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
-from bozzetto.files import write_text
+from bozzetto.files import pointer_note, write_text
 from bozzetto.models.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
 from bozzetto.models.store import (
     CONFIG,
@@ -130,7 +130,7 @@ def _open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[st
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        why = pointer_note(path) or " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"{path}: not a checkpoint that can be read safely: {why}") from error
     found = ""
     if isinstance(content, dict):

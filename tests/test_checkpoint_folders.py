@@ -14,6 +14,7 @@ import hf_toys
 from bozzetto import UsageError
 from bozzetto.adapters.load import load_hosted
 from bozzetto.loading import load
+from bozzetto.models.convert import read_state
 from bozzetto.pipeline import is_hosted
 
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -132,3 +133,10 @@ def test_names_of_the_hub_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_file_is_no_folder(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"not a folder but a file: .*config\.json"):
         load(folder / CONFIG)
+
+
+def test_a_pointer_given_to_convert_is_called_one(tmp_path: Path) -> None:
+    for name in ("c2i_B_256.pt", "drafter.safetensors"):
+        (tmp_path / name).write_text(POINTER)
+        with pytest.raises(UsageError, match=rf"{name}: .*Git LFS pointer"):
+            read_state(tmp_path / name)

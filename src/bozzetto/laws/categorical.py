@@ -75,7 +75,10 @@ def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
 def greedy_margin(logits: Tensor, settings: LawSettings) -> Tensor:
     """What greedy decoding chooses by: best guided logit less the second best, [B, W]; logits as in `law_of`."""
     logits = logits.float()
-    return _lead(guide(*logits.chunk(2), settings.guidance) if settings.guided else logits)
+    if settings.guided:
+        cond, uncond = logits.chunk(2)
+        logits = guide(cond, uncond, settings.guidance)
+    return _lead(logits)
 
 
 def row_laws(

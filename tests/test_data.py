@@ -116,11 +116,7 @@ def test_rows_without_picture_or_class_are_left_out_and_counted(tmp_path, capsys
         ({"image": struct(range(2)), "label": [0.5, 1.0]}, None, "row 0: label 0.5 is not allowed"),
         ({"image": struct(range(2)), "label": [[0], [1]]}, None, "row 0: label [0] is not allowed"),
         ({"image": struct(range(2)), "label": [0, 0], "class_name": ["a", "b"]}, None, "is called 'a' and 'b'"),
-        (
-            {"image": struct(range(1)), "caption": [["a", "b"]]},
-            None,
-            "row 0: caption \"['a', 'b']\" is not allowed: a text",
-        ),
+        ({"image": struct(range(1)), "label": [float("inf")]}, None, "row 0: label inf is not allowed"),
         ({"image": struct(range(1)), "split": [3]}, None, "row 0: split '3' is not allowed: a text"),
         ({"image": [{"bytes": None, "path": "/data/x.png"}]}, None, "row 0 has only the path of a picture, '/data/x.p"),
         ({"image": ["x.png"]}, None, "column 'image' is string"),
@@ -326,8 +322,8 @@ def test_metadata_may_hold_the_classes(tmp_path):
         ("metadata.csv", "name,text\na.png,hello\n", "file_name = None"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "hello"}\n{', "metadata.jsonl: not readable"),
         ("metadata.jsonl", "[" * 100_000, "metadata.jsonl: not readable"),
-        ("metadata.csv", "file_name,text\na.png,\n", "a.png has no caption (allowed: a column caption"),
-        ("notes.md", "", "a.png has no caption (allowed: a column caption"),
+        ("metadata.csv", "file_name,text\na.png,\n", "a.png has no caption (allowed: a text in a column"),
+        ("notes.md", "", "a.png has no caption (allowed: a text in a column"),
     ],
 )
 def test_captions_that_are_not_there_are_named(tmp_path, name, text, said):
@@ -336,6 +332,14 @@ def test_captions_that_are_not_there_are_named(tmp_path, name, text, said):
     with pytest.raises(UsageError) as error:
         read_captions(tmp_path, None)
     assert said in str(error.value)
+
+
+def test_columns_that_nobody_asks_for_may_hold_anything(tmp_path):
+    columns = {"image": struct(range(2)), "label": [1, 0], "caption": [["a", "b"], ["c"]], "style": [3, 4]}
+    path = save(tmp_path / "data.parquet", columns)
+    assert found(path) == [(0, "1"), (1, "0")]
+    with pytest.raises(UsageError, match=r"row 0 has no caption \(allowed: a text"):
+        read_captions(path, None)
 
 
 def test_parquet_without_captions_is_named_with_its_row(tmp_path):

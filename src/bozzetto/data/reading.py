@@ -29,17 +29,6 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    @staticmethod
-    def concat(sets: list[ImageSet]) -> ImageSet:
-        """Join sets of equal image size; labels of later sets are shifted past the earlier ones."""
-        shift, labels, classes = 0, [], []
-        for s in sets:
-            labels.append(s.labels + shift)
-            classes += s.classes
-            shift += len(s.classes)
-        images, enlarged = np.concatenate([s.images for s in sets]), sum(s.enlarged for s in sets)
-        return ImageSet(images, np.concatenate(labels), classes, enlarged)
-
 
 def _source(path: Path) -> Source:
     """What is found at a path. Raises UsageError where that is nothing, or two things."""
@@ -125,7 +114,7 @@ def read_captions(path: str | Path, split: str | None) -> list[tuple[str, str]]:
             continue
         if row.caption is None:
             raise UsageError(
-                f"{row.where} has no caption (allowed: a column caption or text of a parquet file, or of a "
+                f"{row.where} has no caption (allowed: a text in a column caption or text of a parquet file, or of a "
                 "metadata.csv or metadata.jsonl with file_name; or a .txt file beside each picture)"
             )
         found.append((row.caption, row.style))

@@ -140,7 +140,7 @@ def _label(value: Any, where: str) -> int | str | None:
         return value
     if isinstance(value, float) and value != value:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == int(value) and value >= -1:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0 and value >= -1:
         return int(value) if value >= 0 else None
     if isinstance(value, bool):
         return str(value)
@@ -148,8 +148,11 @@ def _label(value: Any, where: str) -> int | str | None:
 
 
 def _words(kind: str, value: Any, where: str) -> str | None:
+    """A text; None for null, and for captions and styles that are none: not everybody asks for them."""
     if value is None or isinstance(value, str):
         return value
+    if kind in ("caption", "style"):
+        return None
     raise UsageError(f"{where}: {kind} {str(value)[:60]!r} is not allowed: a text")
 
 

@@ -11,10 +11,13 @@ from safetensors.torch import save_file
 
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.cli import main
+from bozzetto.errors import UsageError
 from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.store import save_llamagen
+from bozzetto.train.conditions import conditions_of
+from bozzetto.train.fields import DataSource
 from toys import tiny_llamagen
 
 T, C = 5, 6
@@ -99,6 +102,12 @@ def test_convert_names_the_options_that_are_missing(tmp_path: Path, capsys: pyte
     )
     assert "checkpoint not found" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_does_not_say_its_prompts_gets_no_drafter() -> None:
+    network = tiny_llamagen(classes=0, condition_tokens=T, caption_dim=C)
+    with pytest.raises(UsageError, match=r"recipe\.prompts of its config\.json"):
+        conditions_of(network, DataSource("nowhere"), torch.zeros(1), ())
 
 
 def captioned_target(compiled: bool) -> LlamaGenTarget:

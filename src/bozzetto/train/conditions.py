@@ -126,9 +126,12 @@ def prompt_features(encoder: SentenceEncoder, source: DataSource, prompts: Seque
 
 
 def conditions_of(target: LlamaGen, source: DataSource, labels: Tensor, prompts: Sequence[str]) -> Conditions:
-    """Of a trained target's pictures. prompts: what a text-conditional one calls them."""
+    """Of a trained target's pictures. prompts: what a text-conditional one calls them. Raises UsageError where it does
+    not say so."""
     embedding = target.cls_embedding
     if not isinstance(embedding, CaptionEmbedding):
         return Classes(labels, target.config.classes)
+    if not prompts:
+        raise UsageError("this target does not say what it calls pictures (recipe.prompts of its config.json)")
     encoder = SentenceEncoder(target.config.condition_tokens)
     return Prompts(*prompt_features(encoder, source, prompts), embedding.uncond_embedding.detach())

@@ -99,7 +99,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 def read_shard(path: Path, settings: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
     """All arrays of a shard, checked. settings: those of run.json, which labels and pixels have to fit. Raises
-    DamagedShard; OSError where the file cannot be opened."""
+    DamagedShard, and UsageError for one that may not be read."""
     with _damaged(path), zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
         arrays = {name: _member(archive, name) for name in _ARRAYS}
         signed = f"{_DIGEST}.npy" in archive.namelist()  # shards of earlier versions are not

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bozzetto.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
+from bozzetto.models.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
 
 Rows = Literal["tokens", "head"]  # of the target that stand for a token
 
@@ -167,8 +167,3 @@ def _roll_out_mask(at: Tensor, step: int) -> Tensor:
 
 def _as_target(config: EagleConfig) -> LlamaGenConfig:
     return LlamaGenConfig(config.dim, 1, config.heads, config.vocab, config.grid, rope_base=config.rope_base)
-
-
-def token_rows(target: LlamaGen, config: EagleConfig) -> Tensor:
-    """The frozen rows [V, d] that stand for tokens."""
-    return (target.tok_embeddings if config.embedding == "tokens" else target.output).weight

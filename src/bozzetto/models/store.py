@@ -1,8 +1,8 @@
 """Folders that hold a model: config.json, safetensors, MODEL_CARD.md. Strict about keys, shapes and finite numbers.
 
-Weights are stored as float16, or in the types of a published file they come from, and computed with as float32 or
-bfloat16. A compact file holds matrices as int8 with one
-scale per row, under the name of the matrix and `.scale`: half the size, rounded to 1/254 of a row's largest weight.
+Weights are stored as float16, or in the types of the published file that they come from, and computed with as float32
+or bfloat16. A compact file holds matrices as int8 with one scale per row, under the name of the matrix and `.scale`:
+half the size, rounded to 1/254 of a row's largest weight.
 """
 
 from __future__ import annotations
@@ -242,11 +242,6 @@ def stored_type(dtype: torch.dtype, store: str) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> str:
     """float16 of torch.float16."""
     return str(dtype).removeprefix("torch.")
-
-
-def save_weights(path: str | Path, module: nn.Module) -> None:
-    """`save_state` of a module."""
-    save_state(path, module.state_dict())
 
 
 def save_tokenizer(folder: str | Path, model: Tokenizer, notes: dict[str, Any]) -> None:

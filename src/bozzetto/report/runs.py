@@ -252,8 +252,9 @@ def _manifest_folder(name: str, folder: Path) -> Run:
         scattered=_scattered(settings, vectors),
     )
     run = Run(name, GENERATE, settings, provenance, drawn=[drawn])
-    assert not traced or drawn.grid  # raises ValueError for what is no grid
-    if not traced:
+    if traced:
+        _side(length)  # raises ValueError for what is no grid
+    else:
         run.notes.append(
             f"{name}: its {MANIFEST} holds no traces of the target passes (an older version wrote it), so acceptance "
             "maps, acceptance by offset and passes are left out for it."

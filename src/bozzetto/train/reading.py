@@ -42,11 +42,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
     except RecursionError:
         raise UsageError(f"{path}: not valid YAML here: nested too deep") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:  # dates that are none, numbers too long, keys that are lists
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # also dates that are none, and keys that are lists
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,8 @@ def labelled(rows: list[Row]) -> list[Row]:
 
 
 def classes_of(rows: Sequence[Row], names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Classes int64 [N] of rows and names by class: the declared ones; else those that occur, in order.
+    """Classes int64 [N] of rows and names by class: the declared ones; else those that occur, in order. Where numbers
+    are missing among these, names of several have theirs behind: crane (134).
 
     Raises UsageError for a label beyond the declared names, and for one with two names.
     """
@@ -103,4 +105,8 @@ def classes_of(rows: Sequence[Row], names: list[str] | None) -> tuple[np.ndarray
     if len({type(label) for label in called}) > 1:
         raise UsageError(f"{rows[0].where} and others: some labels are numbers, some are words")
     order = {label: i for i, label in enumerate(sorted(called))}  # type: ignore[type-var]
-    return np.array([order[row.label] for row in rows], np.int64), [called[label] for label in order]  # type: ignore[index]
+    found = [called[label] for label in order]
+    if list(order) != list(range(len(order))):
+        often = Counter(found)
+        found = [f"{name} ({label})" if often[name] > 1 else name for name, label in zip(found, order, strict=True)]
+    return np.array([order[row.label] for row in rows], np.int64), found  # type: ignore[index]

@@ -9,7 +9,6 @@ share it. An image depends on its seed and index only (in float32; see README).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_b
 from bozzetto.provenance import provenance
 from bozzetto.registry import split_method, split_spec
 from bozzetto.shards import PARTS, RUN, TRACE, DamagedShard, read_index, read_run, read_shard, shard_files, write_shard
+from bozzetto.staging import locked
 
 _WARM_UP_PASSES = 4
 _MOST = 10**12  # images of a run
@@ -137,18 +137,11 @@ class SampleRun:
         """Nobody else samples into the folder meanwhile, but for the other processes where there are several. Raises
         UsageError where somebody does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if world > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(self.folder, shared=world > 1) as held:
+            if held is False:  # where there are no locks: what is drawn twice does no harm
                 way = "wait until it has finished, or choose another folder"
-                raise UsageError(f"another process is sampling into {self.folder}: {way}") from None
-            except OSError:  # a file system without locks: what is drawn twice does no harm
-                pass
+                raise UsageError(f"another process is sampling into {self.folder}: {way}")
             yield
-        finally:
-            os.close(handle)
 
     def done(self, rank: int = 0, world: int = 1) -> set[int]:
         """Indices that are sampled already. Shards with images of this rank are read to the last byte; a damaged one is

@@ -56,7 +56,7 @@ def recover(folder: Path) -> None:
     except OSError:  # there is no such folder, or it is not for us to look into
         return
     for path in found:
-        with contextlib.suppress(OSError), _locked(path) as free:
+        with contextlib.suppress(OSError), locked(path) as free:
             if free and path.name.endswith(_DONE):
                 _move_all(path, folder)
             elif free:
@@ -89,7 +89,7 @@ def _publish(staging: Path, out: Path, ours: Callable[[Path], bool]) -> None:
 
 def _move_all(done: Path, out: Path) -> None:
     """Move every file into its place; may be begun again by anybody."""
-    with _locked(out, wait=True):
+    with locked(out, wait=True):
         if (done / LAST).exists():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(out / LAST)
@@ -106,7 +106,7 @@ def _locked_folder(place: Path) -> Iterator[Path]:
         path.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
             try:
-                held = stack.enter_context(_locked(path))
+                held = stack.enter_context(locked(path))
             except FileNotFoundError:  # swept between the two
                 continue
             if held is not False and path.is_dir():
@@ -116,9 +116,9 @@ def _locked_folder(place: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
+def locked(folder: Path, wait: bool = False, shared: bool = False) -> Iterator[bool | None]:
     """Hold the lock of a folder, which ends with the process whatever ends that; False where another one holds it, None
-    where there are no such locks (and nothing is swept)."""
+    where there are no such locks. shared: others that want it shared may hold it too."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system
@@ -128,7 +128,7 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
     held: bool | None = True
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             held = False
         except OSError:  # a file system without

@@ -123,6 +123,17 @@ def test_numbers_that_the_wanted_type_cannot_hold_are_refused_only_then(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_tied_weights_are_kept_apart(tmp_path: Path) -> None:
+    """A torch pickle of tied weights holds them once; safetensors 0.8 refuses to write tensors that share memory."""
+
+    def tie(state: State) -> State:
+        return state | {key: state["tok_embeddings.weight"] for key in ("output.weight",) if key in state}
+
+    made = made_llamagen(tmp_path, tie, "own")["model"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["output.weight"], made["tok_embeddings.weight"])
+
+
 def test_a_file_of_several_types_keeps_each(tmp_path: Path) -> None:
     """float64 becomes float32, which is what everything here computes in at most."""
     state = dict(network().state_dict())

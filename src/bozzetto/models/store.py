@@ -205,7 +205,7 @@ def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = Fa
 
     Raises UsageError when a weight is not finite in the type that it is stored in.
     """
-    kept = {}
+    kept, places = {}, set()
     for key, value in state.items():
         if compact and value.ndim == 2 and bool(torch.isfinite(value).all()):
             scale = (value.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
@@ -215,6 +215,9 @@ def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = Fa
         stored = value.to(stored_type(value.dtype, store))
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
             raise UsageError(f"{path}: weight {key!r} has values that {name_of(stored.dtype)} cannot hold")
+        if stored.data_ptr() in places:  # tied weights, which safetensors refuses
+            stored = stored.clone()
+        places.add(stored.data_ptr())
         kept[key] = stored.contiguous(memory_format=torch.contiguous_format)
     save_tensors(path, kept)
 

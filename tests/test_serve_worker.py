@@ -72,6 +72,19 @@ def test_who_watches_is_told_tokens_that_only_grow_and_the_end(worker: Worker) -
     assert isinstance(events[-1], Finished) and events[-1].passes == 16
 
 
+def test_two_who_watch_lanes_of_their_own_both_see_their_pictures(worker: Worker) -> None:
+    told: list[queue.Queue[Any]] = [queue.Queue(), queue.Queue()]
+    batches = GenerateSettings("jacobi", "grouped", window=2)  # not in slots: a lane for each seed
+    with worker.wake:  # both come in one turn, and only one of their lanes has it
+        for seed, events in enumerate(told):
+            worker.submit(order(seed=seed, settings=batches, watched=True), events.put)
+    for events in told:
+        found = [events.get(timeout=20)]
+        while not isinstance(found[-1], Failed | Finished):
+            found.append(events.get(timeout=20))
+        assert isinstance(found[0], Progress) and found[0].done > 0 and isinstance(found[-1], Finished)
+
+
 def test_partial_pictures_come_once_each(worker: Worker) -> None:
     events = collected(worker, order(settings=GenerateSettings("none", "seed-exact"), partials=3, count=2))
     told = [(event.index, event.number) for event in events if isinstance(event, Partial)]

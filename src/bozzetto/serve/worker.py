@@ -304,8 +304,8 @@ class Worker(threading.Thread):
         now = time.monotonic()
         self.metrics.passed(name, loop.active + sum(ticket.error is None for ticket in over), now - began)
         for drawn in [d for d in self.drawn.values() if d.order.order.model == name]:
-            if drawn.ticket.image is None:
-                drawn.began = None  # it waits, for the first time or again
+            if drawn.ticket.image is None or not drawn.ticket.image.passes:
+                drawn.began = None  # it waits, for a place (perhaps again) or for its lane's turn
             elif drawn.began is None:
                 drawn.began = began
         for ticket in over:

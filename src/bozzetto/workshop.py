@@ -39,6 +39,7 @@ class TargetWorkshop:
 
     def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None):
         self.target, self.codebook, self.folder = target, codebook, folder
+        self._net = functools.cache(self._load_net)
         self._trained = functools.cache(self._load_trained)
         self._smaller = functools.cache(self._load_smaller)
         self._table: Tensor | None = None
@@ -57,7 +58,7 @@ class TargetWorkshop:
             raise UsageError(f"{where} comes without a trained drafter (write {name}:folder=DIR, or train one)")
         return self.folder / name
 
-    def _net(self, name: str, folder: str) -> Any:
+    def _load_net(self, name: str, folder: str) -> Any:
         weights = "" if self.folder is None else target_digest(self.folder)
         return load_drafter(folder, name, self.target.config, weights).to(self.target.device)
 

@@ -113,7 +113,6 @@ def _generate(options: Generate) -> None:
 
     settings = settings_from(options, GenerateSettings)
     _check_request(options, settings)
-    request: dict[str, Any] = {"classes": options.classes, "seed": options.seed, "count": options.count}
     out, show = options.out, _wants_progress(options.progress)
     with staged_folder(out, written_before(out)) as folder:
         pipe = load(options.model, dtype=options.dtype, captions=options.captions, image_size=options.image_size)
@@ -121,9 +120,9 @@ def _generate(options: Generate) -> None:
         count, side = options.count or len(labels), pipe.tokenizer.config.image_size
         check_free(out, count, [pipe.classes[label] for label in labels])
         with RunWriter(folder, count, (side, side)) as writer:
+            request: dict[str, Any] = {"classes": list(options.classes), "seed": options.seed, "count": count}
             result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
-            asked = {"model": options.model, "dtype": options.dtype, "seed": options.seed, "count": count}
-            writer.finish(result, {**asked, "classes": list(options.classes)})
+            writer.finish(result, {"model": options.model, "dtype": options.dtype, **request})
     print(writer.summary(result, out))
 
 

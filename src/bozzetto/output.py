@@ -101,10 +101,8 @@ class RunWriter:
         text += f"contact sheet: {out / SHEET}{first}"
         if self.ties:
             more = f" and {self.ties - len(self.near)} more" * (self.ties > len(self.near))
-            text += (
-                f"\nnote: images {', '.join(map(str, self.near))}{more} hold a token whose runner-up was within float "
-            )
-            text += "rounding; another batch or window may swap the two"
+            text += f"\nnote: images {', '.join(map(str, self.near))}{more} hold a choice that another batch or window "
+            text += "may turn: it was within float rounding of another one"
         return text
 
 
@@ -128,7 +126,7 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "accepted": image.accepted,
         "drafted": image.drafted,
         "margin": image.margin,
-        "near_tie": bool(image.near_tie),
+        "near_tie": image.near_tie,
         "tv_spent": image.spent,
         "trace": vars(image.trace),
         **({"tokens": image.tokens.tolist()} if image.tokens.ndim == 1 else _vectors(image)),

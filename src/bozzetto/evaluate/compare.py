@@ -42,9 +42,10 @@ _IDENTICAL = 64
 _NEEDED: dict[str, Any] = {
     "seed": int,
     "classes": list,
+    "top_k": int,
     **dict.fromkeys(("weights", "model", "method", "drafter", "rule"), str),
+    **dict.fromkeys(("guidance", "temperature", "top_p"), int | float),
 }
-_NEEDED |= {"top_k": int, **dict.fromkeys(("guidance", "temperature", "top_p"), int | float)}
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _identity(
     """Share of images that B's method draws like A's when it is given A's seed; None unless both are seed-exact."""
     a, b = (s.settings for s in drawn)
     same = {k: a[k] for k in a if k not in ("method", "drafter", "rule", "window", "seed", "dtype")}
-    if a["rule"] != "seed-exact" or b["rule"] != "seed-exact" or any(b[k] != v for k, v in same.items()):
+    if a["rule"] != "seed-exact" or b["rule"] != "seed-exact" or any(b.get(k) != v for k, v in same.items()):
         return None
     law = {k: b[k] for k in GenerateSettings.__dataclass_fields__ if k in b and k not in ("drafter", "rule")}
     count = min(_IDENTICAL, settings.count)

@@ -237,6 +237,19 @@ def test_classes_are_the_folders_below_the_split(tmp_path, files, split, classes
     assert sorted(name for _, name in found(tmp_path, split)) == sorted(classes)
 
 
+def test_rows_without_a_split_are_counted(tmp_path, capsys):
+    columns = {"image": struct(range(3)), "label": ["a", "b", "a"], "split": ["train", None, "train"]}
+    assert found(save(tmp_path / "x.parquet", columns), "train") == [(0, "a"), (2, "a")]
+    assert "left out: rows without a split (1)" in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    draw(tmp_path, "rose/a.png")
+    (tmp_path / "rose" / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UsageError, match=r"b\.png cannot be read: No such file"):
+        found(tmp_path)
+
+
 def test_what_is_passed_over_is_said_with_its_number(tmp_path, capsys):
     draw(tmp_path, "rose/a.png", "rose/.ipynb_checkpoints/a.png", "tulip/b.png", "loose.png", "__MACOSX/c.png")
     (tmp_path / "rose" / "._a.png").write_bytes(b"\0\5\26\7")  # AppleDouble

@@ -122,6 +122,12 @@ def test_missing_classes_and_left_out_rows_are_named(pipe, tmp_path):
     assert report["settings"]["photographs"]["count"] == {"test": 18, "train": 3}
 
 
+def test_photographs_of_other_classes_are_noted(pipe, tmp_path):
+    data = write(tmp_path / "data", train={"cat": 8, "dog": 8}, test={"cat": 8, "dog": 8})
+    notes = " ".join(evaluate(pipe, wanted(data), Means(), tmp_path / "out")["notes"])
+    assert "no class of the photographs is one of the model's (daisy, rose, tulip" in notes
+
+
 def test_features_that_are_all_the_same_give_figures(pipe, tmp_path):
     report = evaluate(pipe, wanted(write(tmp_path / "data", train=ALL, test=ALL)), Constant(), tmp_path / "out")
     row = next(r for r in report["results"] if r["method"] == "none")

@@ -39,6 +39,10 @@ def test_a_text_is_one_class_and_not_a_list_of_letters(pipe: Pipeline, tmp_path:
     assert SampleRun(tmp_path / "run", pipe, GenerateSettings(), classes="tulip").classes == [2]
     with pytest.raises(UsageError, match="unknown class 'tul'"):
         pipe.generate("tul")
+    assert [i.class_name for i in pipe.generate(name for name in ("rose", "tulip")).images] == ["rose", "tulip"]
+    for wrong in (None, 1.0, b"rose"):
+        with pytest.raises(UsageError, match="names, numbers or prompts"):
+            pipe.generate(wrong)
 
 
 def test_a_number_of_images_without_end_begins_at_once(pipe: Pipeline) -> None:

@@ -145,6 +145,7 @@ def test_without_a_seed_pictures_differ_and_the_answer_names_it(server: Live, pi
         ({}, "prompt", "required"),
         ({"prompt": "rose", "quality": "hd"}, "quality", "quality = 'hd': Input should be 'auto' or 'standard'"),
         ({"prompt": "rose", "partial_images": 4}, "partial_images", "3"),
+        ({"prompt": "rose", "partial_images": 2}, "partial_images", "2 pictures on the way need stream: true"),
         ({"prompt": "rose", "seed": -1}, "seed", "0"),
         ({"prompt": "rose", "seed": 2**63}, "seed", str(2**63)),
         ({"prompt": "rose", "guidance_scale": 0.5}, "guidance_scale", "1"),
@@ -276,7 +277,7 @@ def test_a_client_that_leaves_frees_its_slot(pipe: Pipeline, stream: bool) -> No
 
     with live({"tiny": pipe}) as server:
         slowed(server.worker, 0.2)
-        body = {"prompt": "rose", "n": 4, "stream": stream, "partial_images": 3, "speculation": {"drafter": "none"}}
+        body = {"prompt": "rose", "n": 4, "stream": stream, "speculation": {"drafter": "none"}}
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=0.7)
         assert server.worker.held == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bozzetto.engine.loop import PassEvent
 from bozzetto.engine.trace import PassTrace
-from bozzetto.errors import check_number, check_text
+from bozzetto.errors import UsageError, check_number, check_text
 from bozzetto.settings import GenerateSettings
 
 MOST = 2**63  # seeds and indices are below
@@ -118,10 +118,12 @@ def plan_batches(
     return BatchPlan(labels, range(first_index, first_index + count) if indices is None else indices, batch)
 
 
-def listed(asked: str | int | Sequence[str | int]) -> Sequence[str | int]:
-    """One text or number as a list of one (a text is a sequence too, of letters). Raises UsageError for what is no text
-    that can be written: bytes of a command line that are not UTF-8."""
-    found = (asked,) if isinstance(asked, str | int) else asked
+def listed(asked: str | int | Iterable[str | int]) -> Sequence[str | int]:
+    """One text or number as a list of one (a text is a sequence too, of letters); an iterator as what it gives. Raises
+    UsageError for what is neither, and for a text that cannot be written: bytes of a command line that are not UTF-8."""
+    if isinstance(asked, bytes) or not isinstance(asked, str | int | Iterable):
+        raise UsageError(f"classes = {asked!r} is not allowed: names, numbers or prompts, one or a list of them")
+    found = (asked,) if isinstance(asked, str | int) else tuple(asked)
     for item in found:
         if isinstance(item, str):
             check_text("class or prompt", item)

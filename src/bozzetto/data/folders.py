@@ -65,7 +65,14 @@ def folder_source(root: Path, files: Sequence[Path], hidden: Sequence[tuple[Part
         else:
             known = label or (UNCLASSED if classed else None)
             rows.append(Row(str(file), (file, 0), split, known, None, own.get("caption"), own.get("style", "")))
-    return Source(root, rows, lambda wanted: (row.at[0].read_bytes() for row in wanted), None, left_out)
+    return Source(root, rows, lambda wanted: (_bytes(row.at[0]) for row in wanted), None, left_out)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:  # a link to nothing, for one
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _strange(file: Path) -> bool:

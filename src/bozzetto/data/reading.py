@@ -55,6 +55,7 @@ def _rows(path: Path, split: str | None) -> tuple[Source, list[Row], Counter[str
         kind for part, kind in source.left_out if part is None or split is None or same_split(part, split)
     )
     left_out.update({"pictures without a class": len(rows) - len(chosen)})
+    left_out.update({"rows without a split": split is not None and sum(row.split is None for row in source.rows)})
     return source, chosen, left_out
 
 

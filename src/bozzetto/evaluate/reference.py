@@ -50,6 +50,11 @@ class Reference:
         self.accuracy: float | None = None
         if self.photographs["train"].classed:
             self._learn_classes()
+        elif not pipe.takes_prompts:
+            self.notes.append(
+                f"no class of the photographs is one of the model's ({', '.join(pipe.classes[:_NAMED])}, ...): "
+                "there is no share of right classes, and what they show may be something else."
+            )
 
     def features_of(self, name: str, images: np.ndarray) -> Tensor:
         """Features of uint8 images [n, H, W, 3]: float64 [n, d]. name: for the progress bar."""

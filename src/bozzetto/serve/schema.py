@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 MOST_IMAGES, MOST_PARTIALS, PROMPT_CHARACTERS = 10, 3, 1000
 _NAME = re.compile(r"[a-z]+(?:[+-][a-z]*)*")
@@ -89,3 +89,10 @@ class ImageGeneration(Drawing):
     user: str | None = Field(None, max_length=200, description="taken, and neither used nor kept")
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=MOST_PARTIALS, description="with stream: pictures on the way")
+
+    @field_validator("partial_images")
+    @classmethod
+    def _on_the_way(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("stream") is False:
+            raise ValueError(f"{value} pictures on the way need stream: true")
+        return value

@@ -120,7 +120,7 @@ def plan_batches(
 
 def listed(asked: str | int | Iterable[str | int]) -> Sequence[str | int]:
     """One text or number as a list of one (a text is a sequence too, of letters); an iterator as what it gives. Raises
-    UsageError for what is neither, and for a text that cannot be written: bytes of a command line that are not UTF-8."""
+    UsageError for what is neither, and for a text that cannot be written (not UTF-8 on the command line)."""
     if isinstance(asked, bytes) or not isinstance(asked, str | int | Iterable):
         raise UsageError(f"classes = {asked!r} is not allowed: names, numbers or prompts, one or a list of them")
     found = (asked,) if isinstance(asked, str | int) else tuple(asked)

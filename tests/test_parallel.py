@@ -207,7 +207,7 @@ def test_slots_that_enter_a_window_follow_the_drafters_law() -> None:
     drafter_._window = lambda seen, column: asked.append((seen, column, inner(seen, column))) or asked[-1][2]  # type: ignore[func-returns-value, method-assign]
     Decoder(TARGET, drafter_, make_rule("exact"), settings).run(LABELS, 3, torch.arange(3))
     found = 0
-    for seen_, column, (tokens, laws) in asked:
+    for seen_, column, (tokens, laws, _) in asked:
         width = seen_.laws.shape[1]
         for row, at in (column < width).nonzero().tolist():
             assert torch.equal(laws[row, at], seen_.laws[row, column[row, at]])

@@ -98,7 +98,7 @@ def monotone_redraws() -> Iterator[None]:
 def _along_the_sum(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.double().cumsum(-1)
     found = torch.searchsorted(total, (u * total[..., -1])[..., None], right=True).squeeze(-1)
-    return found.clamp_max(weights.shape[-1] - 1), torch.full_like(u, torch.inf)
+    return found.clamp_max(weights.shape[-1] - 1), torch.full(u.shape, torch.inf)
 
 
 class _Node:

@@ -301,7 +301,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         good = [item for item in asked if item.leaves is None and item.bad is None]
         loaded(url, good[: 2 * options.slots], options.concurrent, "warming up")  # measures widths, and keeps them
         told, seconds = loaded(url, asked, options.concurrent, f"{options.concurrent} clients")
-        single, single_seconds = loaded(url, good[: options.alone], 1, "one at a time")
+        single, single_seconds = loaded(url, good[: max(1, options.alone)], 1, "one at a time")
     found = figures(options, asked, told, seconds) | {"p50_alone": statistics.median(a["seconds"] for a in single)}
     found["images_per_second_alone"] = len(single) / single_seconds
     found["ratio"] = found["images_per_second"] / found["images_per_second_alone"]
@@ -372,7 +372,7 @@ def main() -> int:
     parser.add_argument("--model", default="flowers")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--concurrent", type=int, default=16)
-    parser.add_argument("--alone", type=int, default=40, help="requests sent one at a time")
+    parser.add_argument("--alone", type=int, default=40, help="requests sent one at a time, 1 or more")
     parser.add_argument("--disconnects", type=float, default=0.05)
     parser.add_argument("--bad", type=float, default=0.0, help="share of requests that cannot be drawn")
     parser.add_argument("--slots", type=int, default=8)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import hf_toys
 from bozzetto import UsageError
 from bozzetto.adapters.load import load_hosted
+from bozzetto.load_settings import LoadSettings
 from bozzetto.loading import load
 from bozzetto.models.convert import read_state
 from bozzetto.pipeline import is_hosted
@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_whole_says_which_file(folder: Path, spoil: Callabl
 
 def test_a_whole_folder_lacks_its_processor_only(folder: Path) -> None:
     with pytest.raises(UsageError, match="its processor could not be read"):
-        load_hosted(folder, torch.float32, "cpu")
+        load_hosted(folder, LoadSettings())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from bozzetto.evaluate.bench import BenchSettings
 from bozzetto.evaluate.compare import CompareSettings
 from bozzetto.evaluate.evaluation import EvaluateSettings
 from bozzetto.evaluate.profile import ProfileSettings
-from bozzetto.options import Bench, Evaluate, Generate, Law, Profile, Sample
+from bozzetto.options import Bench, Evaluate, Generate, Profile, Sample
+from bozzetto.options_shared import Law, Loading
 from bozzetto.settings import GenerateSettings
 
 LAW: dict[str, Any] = {
@@ -34,7 +35,7 @@ LAW: dict[str, Any] = {
     "deterministic": True,
     "batch": 11,
 }
-ENGINE = {"dtype", "progress"}  # of loading and of the terminal
+ENGINE = {"progress", *(f.name for f in fields(Loading))}  # of loading and of the terminal
 GENERATE = {k: v for k, v in LAW.items() if k != "seed"}
 
 
@@ -114,8 +115,8 @@ def test_bench_and_its_suites(suite, monkeypatch, tmp_path):
     words = ["bench", *typed(own), *typed(lists)]
     if not suite:
         assert arrived(monkeypatch, words, "bozzetto.evaluate.bench.bench", BenchSettings) == right
-        fixed = {"model", "suite", "images", "quality_batch", "data", "extractor", "out", "dtype", "json", "progress"}
-        assert {f.name for f in fields(Bench)} == {*own, *lists, *fixed}
+        fixed = {"model", "suite", "images", "quality_batch", "data", "extractor", "out", "json"}
+        assert {f.name for f in fields(Bench)} == {*own, *lists, *fixed, *ENGINE}
         return
     words += ["--suite", "continuous", "--images", "30", "--quality-batch", "5", "--data", "d", "--out", str(tmp_path)]
     where = "bozzetto.evaluate.suites.run_suite"
@@ -130,4 +131,4 @@ def test_profile(monkeypatch):
     own |= {"compile": "max", "deterministic": True}
     found = arrived(monkeypatch, ["profile", *typed(own)], "bozzetto.evaluate.profile.profile", ProfileSettings)
     assert found == replace(ProfileSettings(), **own)
-    assert {f.name for f in fields(Profile)} - {"model", "dtype", "json", "progress"} == set(own)
+    assert {f.name for f in fields(Profile)} - {"model", "json"} - ENGINE == set(own)

@@ -26,6 +26,8 @@ FLOORS = {
     "images": 0,
     "staging": 0.5,
     "classes": 1,
+    "load_settings": 1,
+    "own_sampling": 1,
     "laws": 1,
     "drafts": 1.5,  # drafts of continuous tokens carry laws
     "rules": 2,
@@ -58,6 +60,7 @@ FLOORS = {
     "train": 11,
     "evaluate": 11,
     "report": 12,
+    "options_shared": 11.5,
     "options": 12,
     "doctor": 12,
     "serve": 12.5,

@@ -17,6 +17,7 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings
 from bozzetto.options import (
     COMMANDS,
     Bench,
@@ -25,7 +26,6 @@ from bozzetto.options import (
     Doctor,
     Evaluate,
     Generate,
-    Law,
     Models,
     Profile,
     Report,
@@ -33,6 +33,7 @@ from bozzetto.options import (
     Serve,
     Train,
 )
+from bozzetto.options_shared import Law, settings_from
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 # Packages of extras.
@@ -114,8 +115,9 @@ def _generate(options: Generate) -> None:
     settings = settings_from(options, GenerateSettings)
     _check_request(options, settings)
     out, show = options.out, _wants_progress(options.progress)
+    loading = settings_from(options, LoadSettings)
     with staged_folder(out, written_before(out)) as folder:
-        pipe = load(options.model, dtype=options.dtype, captions=options.captions, image_size=options.image_size)
+        pipe = load(options.model, loading)
         labels = pipe.labels(options.classes, settings)
         count, side = options.count or len(labels), pipe.tokenizer.config.image_size
         check_free(out, count, [pipe.classes[label] for label in labels])
@@ -130,10 +132,8 @@ def _check_request(options: Generate, settings: Any) -> None:
     """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
     from bozzetto.classes import distinct, labels_of
     from bozzetto.models.store import read_config
-    from bozzetto.pipeline import DTYPES, is_hosted, model_folder, plan_batches
+    from bozzetto.pipeline import is_hosted, model_folder, plan_batches
 
-    if options.dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {options.dtype!r} (allowed: {', '.join(DTYPES)})")
     plan_batches([0], options.count, options.seed, 0, settings.batch)
     if is_hosted(options.model):
         return
@@ -162,7 +162,7 @@ def _bench(options: Bench) -> None:
     if options.suite is not None:
         report = _suite(options, settings)
     else:
-        pipe = load(options.model, dtype=options.dtype)
+        pipe = load(options.model, settings_from(options, LoadSettings))
         if options.methods == AUTO:
             settings = replace(settings, methods=pipe.default_methods)
         report = bench(pipe, settings, progress=_wants_progress(options.progress))
@@ -188,7 +188,8 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         chosen = suite_models(options.suite, options.model)
-        parts = [(load(model, dtype=options.dtype), part.methods) for model, part in chosen]
+        loading = settings_from(options, LoadSettings)
+        parts = [(load(model, loading), part.methods) for model, part in chosen]
         show = _wants_progress(options.progress)
         report = run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
     print(suite_table(report))
@@ -204,7 +205,7 @@ def _profile(options: Profile) -> None:
     settings = settings_from(options, ProfileSettings)
     if options.json is not None:
         check_writable(options.json)
-    pipe = load(options.model, dtype=options.dtype)
+    pipe = load(options.model, settings_from(options, LoadSettings))
     report = profile(pipe, settings, progress=_wants_progress(options.progress))
     print(profile_table(report))
     if options.json is not None:
@@ -221,12 +222,6 @@ def _listed(name: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
     except ValueError as error:
         wanted = "whole numbers" if kind is int else "numbers"
         raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error
-
-
-def settings_from(options: Any, kind: Any, **own: Any) -> Any:
-    """A dataclass of settings, with every option of its name, and `own` where they are not typed under that name."""
-    names = [name for name in kind.__dataclass_fields__ if hasattr(options, name) and name not in own]
-    return kind(**{name: getattr(options, name) for name in names}, **own)
 
 
 def _base(options: Law) -> Any:
@@ -246,14 +241,15 @@ def _sample(options: Sample) -> None:
     if options.ray and world > 1:
         raise UsageError(f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment")
     show = _wants_progress(options.progress) and rank == 0
+    loading = settings_from(options, LoadSettings)
     with _resumable(options.out), gathered(world):
-        pipe = load(options.model, dtype=options.dtype)
+        pipe = load(options.model, loading)
         named = None if options.method == "auto" else options.method
         run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes, method=named)
         if options.ray:
             with _needs("ray"):
                 from bozzetto.sampling_ray import sample_by_ray
-            sample_by_ray(run, options.count, options.model, options.ray)
+            sample_by_ray(run, options.count, options.model, loading, options.ray)
         else:
             sample(run, options.count, rank=rank, world=world, progress=show)
     if rank == 0:
@@ -282,7 +278,7 @@ def _evaluate(options: Evaluate) -> None:
         wanted = settings_from(options, CompareSettings, a=first, b=second, base=base)
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
-        pipe = load(options.model, dtype=options.dtype)
+        pipe = load(options.model, settings_from(options, LoadSettings))
         if options.methods == AUTO and options.compare is None:
             wanted = replace(wanted, methods=pipe.default_methods)
         work: Any = evaluate if options.compare is None else compare

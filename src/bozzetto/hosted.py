@@ -14,8 +14,8 @@ from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings
 from bozzetto.models.eagle_store import load_eagle
-from bozzetto.pipeline import DTYPES
 from bozzetto.pipelines import CodePipeline
 from bozzetto.prompts import PromptBook
 from bozzetto.settings import GenerateSettings
@@ -90,7 +90,6 @@ class HostedPipeline(CodePipeline):
         return self.target
 
 
-def load_prompted(model: str | Path, dtype: str, device: str, image_size: int = 0) -> HostedPipeline:
+def load_prompted(model: str | Path, wanted: LoadSettings) -> HostedPipeline:
     """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does."""
-    hosted = load_hosted(model, DTYPES[dtype], device, image_size)
-    return HostedPipeline(Path(str(model)).name, hosted, dtype, model)
+    return HostedPipeline(Path(str(model)).name, load_hosted(model, wanted), wanted.dtype, model)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bozzetto.checks import clipped, config_from, naming
 from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
 from bozzetto.models.drift import DriftModel
@@ -21,66 +20,62 @@ from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import CONFIG, load_llamagen, load_tokenizer, read_config
-from bozzetto.pipeline import DTYPES, Pipeline, is_hosted, model_folder
+from bozzetto.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
 from bozzetto.prompts import ENCODER, CaptionPipeline
 
 _LONGEST = 200  # characters of a name
 
 
-def load(
-    model: str | Path = "flowers",
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    captions: str | Path | None = None,
-    image_size: int = 0,
-) -> Pipeline:
+def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **options: Any) -> Pipeline:
     """Load a shipped model by name, a model folder, or a checkpoint in the Hugging Face layout (a folder, or its name
-    on the hub). dtype: float32 or bfloat16 (the target's passes only).
+    on the hub). options: fields of LoadSettings, in place of `settings`.
 
-    captions: features file of a text-conditional model (models/captions.py); its captions then stand for the classes.
-    image_size: pixels per side, where a model has a choice (0: its usual one).
-    Raises UsageError for an unknown model, dtype or device and for files that do not fit together.
+    Raises UsageError for an unknown model or option and for files that do not fit together.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r} (allowed: {', '.join(DTYPES)})")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from error
+    wanted = load_settings_of(settings, options)
     if is_hosted(model):
-        if captions is not None:
-            raise UsageError(f"{model} takes prompts: --captions is for LlamaGen models")
-        return _load_hosted(model, dtype, device, image_size)
+        return _load_hosted(model, wanted)
     folder = model_folder(model)
     config = read_config(folder)
-    if image_size:
-        raise UsageError(f"image_size = {image_size} is not allowed: {folder} draws pictures of one size")
+    if wanted.image_size:
+        raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     if config.get("family") in (FLOW, MASKED, DRIFT):
-        if captions is not None:
+        if wanted.captions is not None:
             raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
-        return _load_vectors(folder, config, dtype, device)
-    return _load_codes(folder, config, dtype, device, captions)
+        return _load_vectors(folder, config, wanted)
+    return _load_codes(folder, config, wanted)
 
 
-def _load_hosted(model: str | Path, dtype: str, device: str, image_size: int) -> Pipeline:
+def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> LoadSettings:
+    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
+    if settings is not None and options:
+        raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
+    allowed = LoadSettings.__dataclass_fields__
+    for name in options:
+        if name not in allowed:
+            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
+    return LoadSettings(**options) if settings is None else settings
+
+
+def _load_hosted(model: str | Path, wanted: LoadSettings) -> Pipeline:
+    if wanted.captions is not None:
+        raise UsageError(f"{model} takes prompts: --captions is for LlamaGen models")
     try:
         from bozzetto.hosted import load_prompted
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "transformers":
             raise
         raise UsageError(f"{model} needs transformers, which is not installed: pip install 'bozzetto[hf]'") from error
-    return load_prompted(model, dtype, device, image_size)
+    return load_prompted(model, wanted)
 
 
-def _load_codes(
-    folder: Path, config: dict[str, Any], dtype: str, device: str, captions: str | Path | None
-) -> CodePipeline:
+def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> CodePipeline:
+    dtype, device, captions = wanted.dtype, wanted.device, wanted.captions
     network = load_llamagen(folder).to(device)
     tokenizer = load_tokenizer(folder).to(device)
     names = config.get("class_names")
-    target = LlamaGenTarget(network, DTYPES[dtype])
+    target = LlamaGenTarget(network, wanted.torch_dtype)
     if network.config.captioned:
         if captions is None and config.get("encoder") == ENCODER:
             prompts = config.get("prompts")
@@ -113,7 +108,8 @@ def _check_codes(folder: Path, have: Any, want: LlamaGenConfig) -> None:
         )
 
 
-def _load_vectors(folder: Path, config: dict[str, Any], dtype: str, device: str) -> Pipeline:
+def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> Pipeline:
+    dtype, device = wanted.dtype, wanted.device
     drift: DriftModel | None = None
     own, name = folder, _name(folder, config)
     if config.get("family") == DRIFT:

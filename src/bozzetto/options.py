@@ -6,58 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
-_STRICT = ConfigDict(extra="forbid")
+from bozzetto.options_shared import STRICT, Law, Loading
 
 
-@checked(frozen=True, config=_STRICT)
-class Law:
-    """What every verb that draws images can be told about the law and the engine."""
-
-    seed: int = 0
-    """Image i of a seed is the same picture in any batch and with any number of images or processes around it."""
-    window: int = 0
-    """Positions scored in one pass. 0: chosen for the batch."""
-    guidance: float = 2.0
-    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
-    temperature: float = 1.0
-    """Above 0; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the K likeliest tokens. 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
-    tv_budget: float | None = None
-    """Most bias (total variation, summed over an image's tokens) that a relaxed rule may spend before it decides
-    exactly. Not given: no limit."""
-    steps: int = 0
-    """Continuous tokens: denoising steps per token. 0: as the model says."""
-    last_steps: int = 0
-    """Continuous tokens without drafts: denoising steps of the last token, to which they fall evenly from --steps. It
-    is another sampler. 0: as of the first."""
-    passes: int = 0
-    """Masked models: autoregressive steps, up to one per token. 0: as the model says."""
-    guidance_schedule: str = ""
-    """Masked models: linear (guidance grows as the image fills) or constant. Not given: as the model says."""
-    negative_prompt: str = ""
-    """Models in the Hugging Face layout: what guidance leads away from. Not given: what the model has for no prompt."""
-    compile: str = "off"
-    """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
-    half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to
-    rounding."""
-    deterministic: bool = False
-    """With --compile: passes of any width and batch agree to the last bit, so that seed-exact images are the same bytes
-    in bfloat16 too, whatever the batch."""
-    batch: int = 8
-    """Images decoded together."""
-    dtype: str = "float32"
-    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
-    progress: bool = False
-    """Show progress bars even where no terminal is attached."""
-
-
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Generate(Law):
     """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
 
@@ -83,18 +37,14 @@ class Generate(Law):
     coupled (without a drafter), chains, joint, block (exact) and pathwise, cspd (lossy): pathwise:epsilon=0.1."""
     batch: int = 4
     """Images decoded together."""
-    captions: Path | None = None
-    """For a text-conditional model: safetensors file with the captions' features."""
-    image_size: int = 0
-    """Pixels per side, for models that have a choice (Emu3). 0: the model's usual size."""
     out: Path = Path("out")
     """Folder for the results. It appears, or changes, only when everything is done."""
     config: Path | None = None
     """YAML file with any of these options (top_k: 100). Options on the command line win over it."""
 
 
-@checked(frozen=True, config=_STRICT)
-class Bench:
+@checked(frozen=True, config=STRICT)
+class Bench(Loading):
     """Measure decoding methods against our own sequential engine: interleaved rounds, medians and ranges.
 
     Example: bozzetto bench --batch 1,4 --guidance 1,2 --json bench.json
@@ -136,8 +86,6 @@ class Bench:
     """Shared by all methods."""
     seed: int = 0
     """Seed of the images."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
     compile: str = "off"
     """off, default or max, of all methods but those with @compile= (none@compile=off)."""
     deterministic: bool = False
@@ -152,8 +100,8 @@ class Bench:
     """Show the progress bar even where no terminal is attached."""
 
 
-@checked(frozen=True, config=_STRICT)
-class Profile:
+@checked(frozen=True, config=STRICT)
+class Profile(Loading):
     """Show where a target pass spends its time, against the roofline of this machine, and what would help most.
 
     Example: bozzetto profile --model flowers --dtype bfloat16 --compile max
@@ -163,8 +111,6 @@ class Profile:
     """A shipped model by name, or a model folder. Not for masked models."""
     method: str = "auto"
     """none, DRAFTER/RULE, or auto: the model's default. Sequential decoding always takes part."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
     batch: int = 1
     """Images decoded together."""
     guidance: float = 2.0
@@ -185,7 +131,7 @@ class Profile:
     """Show the progress bar even where no terminal is attached."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Sample(Law):
     """Sample many images into a folder of shards: resumable, and by any number of processes under torchrun.
 
@@ -213,7 +159,7 @@ class Sample(Law):
     """Folder of the samples. The same command goes on where it stopped."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Evaluate(Law):
     """Measure picture quality and speed of methods in one run, or test whether two samplers draw from the same law.
 
@@ -245,7 +191,7 @@ class Evaluate(Law):
     """Also write the results to this file."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Report:
     """Put runs together on one HTML page: pictures, acceptance maps, speed and quality, where it all came from.
 
@@ -260,7 +206,7 @@ class Report:
     """Show the progress bar even where no terminal is attached."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Models:
     """List the models that are shipped, or those found in a folder."""
 
@@ -268,7 +214,7 @@ class Models:
     """A model folder, or a folder that holds model folders."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Convert:
     """Turn published checkpoints into a folder that the other verbs read.
 
@@ -307,7 +253,7 @@ class Convert:
     round them; what it cannot hold is refused."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Train:
     """Train a tokenizer, a target, a drafter or a drift variant from a YAML recipe. Interrupt at will: the same
     command resumes."""
@@ -321,8 +267,8 @@ class Train:
     """Begin anew; an earlier run in the recipe's `out` is put aside as `out`.1. README says what a run may change."""
 
 
-@checked(frozen=True, config=_STRICT)
-class Serve:
+@checked(frozen=True, config=STRICT)
+class Serve(Loading):
     """Serve models over HTTP as the OpenAI Images API does, with a page to look at.
 
     Example: bozzetto serve --model flowers --model emoji --port 8000
@@ -352,8 +298,6 @@ class Serve:
     to all who reach the address."""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Names under which the server may be asked. None: those of this machine for a loopback address, else any."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
     compile: str = "off"
     """off, default or max, see `generate`."""
     deterministic: bool = False
@@ -368,12 +312,12 @@ class Serve:
     """With --ray and --max-replicas: requests per replica that Ray aims at."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Doctor:
     """Check the installation and say what to fix. Exit code 1 where something does not work."""
 
 
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=STRICT)
 class Completion:
     """Print a completion script for a shell.
 

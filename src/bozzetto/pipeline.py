@@ -27,13 +27,13 @@ from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.images import one_core, to_picture
+from bozzetto.load_settings import DTYPES as DTYPES
 from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config, tokenizer_weights
 from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent / "assets"
 _ON_HUB, _OURS = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII), ("runs", "out", "checkpoints")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
 _GREY = 0.5  # of what is not drawn yet

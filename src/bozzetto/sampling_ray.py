@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings
 from bozzetto.loading import load
 from bozzetto.sampling import SampleRun, batched, check_count
 from bozzetto.settings import GenerateSettings
@@ -27,9 +28,15 @@ class ShardWriter:
     """What a Ray Data worker does: draws the batches it is given. Arguments as in `sample_by_ray`."""
 
     def __init__(
-        self, folder: str, model: str, dtype: str, settings: GenerateSettings, seed: int, classes: Sequence[str | int]
+        self,
+        folder: str,
+        model: str,
+        loading: LoadSettings,
+        settings: GenerateSettings,
+        seed: int,
+        classes: Sequence[str | int],
     ):
-        self.run = SampleRun(Path(folder), load(model, dtype=dtype), settings, seed=seed, classes=classes)
+        self.run = SampleRun(Path(folder), load(model, loading), settings, seed=seed, classes=classes)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """batch: `indices`, one list of image numbers per row; tells the seconds of each."""
@@ -37,9 +44,10 @@ class ShardWriter:
         return {"seconds": np.array(seconds)}
 
 
-def sample_by_ray(run: SampleRun, count: int, model: str, workers: int) -> int:
+def sample_by_ray(run: SampleRun, count: int, model: str, loading: LoadSettings, workers: int) -> int:
     """Sample what is missing of images 0..count-1 with this many workers of one processor each; returns how many images
-    that were. model: what the workers load. Joins the cluster that RAY_ADDRESS names, or starts one of this machine."""
+    that were. model, loading: what the workers load, and how. Joins the cluster that RAY_ADDRESS names, or
+    starts one of this machine."""
     if workers < 1:
         raise UsageError(f"ray = {workers} is not allowed: a whole number >= 1")
     check_count(count)
@@ -56,19 +64,19 @@ def sample_by_ray(run: SampleRun, count: int, model: str, workers: int) -> int:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             while some := list(islice(blocks, _AT_A_TIME)):
-                _map(run, some, model, min(workers, len(some)))
+                _map(run, some, model, loading, min(workers, len(some)))
         finally:
             if ours:
                 ray.shutdown()
     return count - there
 
 
-def _map(run: SampleRun, blocks: list[list[int]], model: str, workers: int) -> None:
+def _map(run: SampleRun, blocks: list[list[int]], model: str, loading: LoadSettings, workers: int) -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    settings = (str(run.folder.resolve()), model, run.pipe.dtype, run.settings, run.seed, tuple(run.classes))
+    settings = (str(run.folder.resolve()), model, loading, run.settings, run.seed, tuple(run.classes))
     rows = ray.data.from_items([{"indices": block} for block in blocks], override_num_blocks=len(blocks))
     done = rows.map_batches(
         ShardWriter,

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,8 @@ from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.vqgan import chameleon_pictures
 from bozzetto.errors import UsageError, brief
 from bozzetto.files import digest
+from bozzetto.load_settings import LoadSettings
+from bozzetto.own_sampling import OwnSampling
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 _EMU3_FACTOR = 8  # pixels per token and side
@@ -34,16 +36,16 @@ _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", "
 
 @dataclass
 class Hosted:
-    """What was loaded. ask: from texts to tokens."""
+    """What was loaded. ask: from texts to tokens; own: how its authors sample it."""
 
     target: PromptedCodes
     pictures: HostedPictures
     ask: Ask
+    own: OwnSampling = field(default_factory=OwnSampling)
 
 
-def load_hosted(model: str | Path, dtype: torch.dtype, device: str, image_size: int = 0) -> Hosted:
-    """Load a checkpoint in the Hugging Face layout. image_size: pixels per side, where the family has a choice (0: its
-    usual one).
+def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
+    """Load a checkpoint in the Hugging Face layout.
 
     Raises UsageError for a checkpoint that is not an image generator of a known family, that is incomplete, or that
     lacks its tokenizer.
@@ -61,9 +63,11 @@ def load_hosted(model: str | Path, dtype: torch.dtype, device: str, image_size: 
     if Path(model).is_dir():  # what comes from the hub was compared with its digests on the way
         check_folder(Path(model), lambda: network_kind(network_kind.config_class.from_pretrained(str(model))))
     processor = _processor(model)
-    network, notes = _read(model, "weights", network_kind.from_pretrained, dtype=dtype, output_loading_info=True)
+    network, notes = _read(
+        model, "weights", network_kind.from_pretrained, dtype=wanted.torch_dtype, output_loading_info=True
+    )
     _check_whole(model, network, notes)
-    hosted = build(network.to(device).eval().requires_grad_(False), processor, model, image_size)
+    hosted = build(network.to(wanted.device).eval().requires_grad_(False), processor, model, wanted)
     return replace(hosted, ask=_of_words(hosted.ask, processor.tokenizer, hosted.target))
 
 
@@ -159,10 +163,10 @@ def _numbers(tokens: Any) -> list[int]:
     return torch.as_tensor(tokens["input_ids"]).view(-1).tolist()
 
 
-def _build_janus(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+def _build_janus(network: Any, processor: Any, model: str | Path, wanted: LoadSettings) -> Hosted:
     target, known = JanusTarget(network), network.generation_config
     pictures = janus_pictures(network, math.isqrt(target.length))
-    _fixed_size(model, image_size, pictures.config.image_size)
+    _fixed_size(model, wanted.image_size, pictures.config.image_size)
     begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
 
     def tokens(text: str) -> list[int]:
@@ -180,7 +184,8 @@ def _build_janus(network: Any, processor: Any, model: str | Path, image_size: in
     return Hosted(target, pictures, ask)
 
 
-def _build_emu3(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+def _build_emu3(network: Any, processor: Any, model: str | Path, wanted: LoadSettings) -> Hosted:
+    image_size = wanted.image_size
     area = (image_size or math.isqrt(processor.image_area)) ** 2
     height, width = processor.calculate_generate_size("1:1", area, _EMU3_FACTOR)
     if height != width or height < 1 or (image_size and height * _EMU3_FACTOR != image_size):
@@ -200,8 +205,8 @@ def _build_emu3(network: Any, processor: Any, model: str | Path, image_size: int
     return Hosted(target, pictures, lambda text, negative: Prompt(tokens(text), tokens(negative)))
 
 
-def _build_lumina(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
-    ask = LuminaPrompts(processor.tokenizer, str(model), image_size)
+def _build_lumina(network: Any, processor: Any, model: str | Path, wanted: LoadSettings) -> Hosted:
+    ask = LuminaPrompts(processor.tokenizer, str(model), wanted.image_size)
     target = LuminaTarget(network, ask.end, ask.grid)
     if target.length >= target.context:
         raise UsageError(
@@ -212,12 +217,12 @@ def _build_lumina(network: Any, processor: Any, model: str | Path, image_size: i
     return Hosted(target, pictures, ask)
 
 
-def _build_chameleon(network: Any, processor: Any, model: str | Path, image_size: int) -> Hosted:
+def _build_chameleon(network: Any, processor: Any, model: str | Path, wanted: LoadSettings) -> Hosted:
     if any("XLLMX" in name for name in network.config.architectures or ()):  # what Lumina-mGPT's checkpoints say
-        return _build_lumina(network, processor, model, image_size)
+        return _build_lumina(network, processor, model, wanted)
     grid = math.isqrt(processor.image_seq_length)
     target, pictures = ChameleonTarget(network, grid), chameleon_pictures(model, network, grid)
-    _fixed_size(model, image_size, pictures.config.image_size)
+    _fixed_size(model, wanted.image_size, pictures.config.image_size)
     begin, first = processor.image_start_token_id, processor.tokenizer.bos_token_id
 
     def tokens(text: str) -> tuple[int, ...]:

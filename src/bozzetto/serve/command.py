@@ -11,8 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings
 from bozzetto.loading import load
 from bozzetto.options import Serve
+from bozzetto.options_shared import settings_from
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve.app import make_app
 from bozzetto.serve.guard import read_keys
@@ -119,8 +121,9 @@ def _loopback(host: str) -> bool:
 def make_worker(options: Serve) -> Worker:
     """Load the models and make the worker, which is not started yet."""
     pipes: dict[str, Pipeline] = {}
+    loading = settings_from(options, LoadSettings)
     for name, model in tqdm(models_of(options).items(), desc="loading", disable=None):
-        pipes[name] = load(model, dtype=options.dtype)
+        pipes[name] = load(model, loading)
     base = GenerateSettings(compile=options.compile, deterministic=options.deterministic)
     for pipe in pipes.values():
         pipe.resolve(base)

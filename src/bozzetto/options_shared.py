@@ -1,0 +1,74 @@
+"""What several verbs can be told: how to load a model, and how to draw with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@checked(frozen=True, config=STRICT)
+class Loading:
+    """What every verb that loads a model can be told about it: the fields of LoadSettings."""
+
+    dtype: str = "float32"
+    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
+    device: str = "cpu"
+    """Where the passes run, as torch names it: cpu, cuda, cuda:1."""
+    captions: Path | None = None
+    """For a text-conditional model: safetensors file with the captions' features."""
+    image_size: int = 0
+    """Pixels per side, for models that have a choice (Emu3). 0: the model's usual size."""
+
+
+@checked(frozen=True, config=STRICT)
+class Law(Loading):
+    """What every verb that draws images can be told about the law and the engine."""
+
+    seed: int = 0
+    """Image i of a seed is the same picture in any batch and with any number of images or processes around it."""
+    window: int = 0
+    """Positions scored in one pass. 0: chosen for the batch."""
+    guidance: float = 2.0
+    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
+    temperature: float = 1.0
+    """Above 0; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Keep only the K likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
+    tv_budget: float | None = None
+    """Most bias (total variation, summed over an image's tokens) that a relaxed rule may spend before it decides
+    exactly. Not given: no limit."""
+    steps: int = 0
+    """Continuous tokens: denoising steps per token. 0: as the model says."""
+    last_steps: int = 0
+    """Continuous tokens without drafts: denoising steps of the last token, to which they fall evenly from --steps. It
+    is another sampler. 0: as of the first."""
+    passes: int = 0
+    """Masked models: autoregressive steps, up to one per token. 0: as the model says."""
+    guidance_schedule: str = ""
+    """Masked models: linear (guidance grows as the image fills) or constant. Not given: as the model says."""
+    negative_prompt: str = ""
+    """Models in the Hugging Face layout: what guidance leads away from. Not given: what the model has for no prompt."""
+    compile: str = "off"
+    """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
+    half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to
+    rounding."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit, so that seed-exact images are the same bytes
+    in bfloat16 too, whatever the batch."""
+    batch: int = 8
+    """Images decoded together."""
+    progress: bool = False
+    """Show progress bars even where no terminal is attached."""
+
+
+def settings_from(options: Any, kind: Any, **own: Any) -> Any:
+    """A dataclass of settings, with every option of its name, and `own` where they are not typed under that name."""
+    names = [name for name in kind.__dataclass_fields__ if hasattr(options, name) and name not in own]
+    return kind(**{name: getattr(options, name) for name in names}, **own)

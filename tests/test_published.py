@@ -1,0 +1,80 @@
+"""Every published family, from its files as they are laid out to pictures, figures and a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bozzetto
+from bozzetto.cli import main
+from published import Published, families
+from serving import live
+
+ALL = families()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What --model is given, by family; written when it is first asked for."""
+    return {}
+
+
+@pytest.fixture(params=ALL)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(name: str, written: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if name not in written:
+        folder = tmp_path_factory.mktemp("published") / name
+        folder.mkdir()
+        written[name] = ALL[name].write(folder)
+    return written[name]
+
+
+@pytest.fixture
+def family(name: str) -> Published:
+    return ALL[name]
+
+
+def split(method: str) -> dict[str, str]:
+    drafter, _, rule = method.partition("/")
+    return {"drafter": drafter, "rule": rule or "auto"}
+
+
+def test_it_draws_with_every_method_in_batches_of_one_and_three(family: Published, model: Any) -> None:
+    pipe = bozzetto.load(model, **family.options)
+    alone = [image.sha256 for image in pipe.generate(family.asked, drafter="none", batch=1).images]
+    for method in family.methods:
+        many = pipe.generate(family.asked, batch=3, **split(method))
+        assert len(many.images) == 3 and min(i.target_passes for i in many.images) >= 1
+        if method in ("none", "jacobi/seed-exact"):
+            assert [image.sha256 for image in many.images] == alone
+            assert [i.sha256 for i in pipe.generate(family.asked[:1], batch=1, **split(method)).images] == alone[:1]
+
+
+def test_greedy_decoding_is_the_reference_implementations(family: Published, model: Any) -> None:
+    pipe = bozzetto.load(model, **family.options)
+    asked = family.asked[0]
+    law = {"guidance": family.own.get("guidance", 1.0), "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    made = pipe.generate([asked], drafter="none", **law)
+    assert made.images[0].tokens.tolist() == family.reference(Path(model), asked)
+
+
+def test_it_is_benched(family: Published, model: Any, tmp_path: Path) -> None:
+    options = [w for k, v in family.options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    arguments = ["bench", "--model", str(model), *options, "--methods", "none", "--count", "1", "--rounds", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
+
+
+def test_it_is_served(family: Published, model: Any) -> None:
+    pipe = bozzetto.load(model, **family.options)
+    with live({"it": pipe}, slots=2) as server:
+        text = str(family.asked[0])
+        served = server.client().images.generate(model="it", prompt=text, extra_body={"seed": 0})
+        drawn = bozzetto.load(model, **family.options).generate([family.asked[0]], batch=1)
+        assert served.data and served.data[0].b64_json
+        assert served.model_dump()["data"][0].get("sha256", drawn.images[0].sha256) == drawn.images[0].sha256

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import transformers
 
-from bozzetto.adapters.chameleon import ChameleonTarget, LuminaTarget
+from bozzetto.adapters.chameleon import ChameleonTarget
 from bozzetto.adapters.emu3 import Emu3Target
 from bozzetto.adapters.janus import JanusTarget, janus_prompt
+from bozzetto.adapters.lumina import LuminaTarget
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 
 WORDS = 24  # of text, in every vocabulary

@@ -291,4 +291,4 @@ def test_a_name_on_the_hub_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatc
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused("nobody/nothing-of-this-name", "config.json could not be read")
+    refused("nobody/nothing-of-this-name", "could not be read from the hub")

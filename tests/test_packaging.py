@@ -26,6 +26,7 @@ FLOORS = {
     "images": 0,
     "staging": 0.5,
     "classes": 1,
+    "hub": 1,
     "load_settings": 1,
     "own_sampling": 1,
     "laws": 1,

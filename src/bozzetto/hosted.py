@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.load import Hosted, checkpoint_digest, load_hosted
+from bozzetto.adapters.load import checkpoint_digest, load_hosted
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle
+from bozzetto.adapters.source import Hosted
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings

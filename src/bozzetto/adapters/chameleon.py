@@ -1,5 +1,4 @@
-"""Models of Chameleon's architecture (arXiv 2405.09818) as transformers holds them: Anole (arXiv 2407.06135), and
-Lumina-mGPT (arXiv 2408.02657), whose pictures are of any size and have words for it.
+"""Models of Chameleon's architecture (arXiv 2405.09818) as transformers holds them, such as Anole (arXiv 2407.06135).
 
 Image tokens are words of the one vocabulary. transformers hides them (its forward masks their logits), so the decoder
 and the rows of the head are called here.
@@ -7,16 +6,19 @@ and the rows of the head are called here.
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import ChameleonForConditionalGeneration
 
-from bozzetto.adapters.lined import LinedTarget
+from bozzetto.adapters.lumina import codes_of, load_lumina
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
-from bozzetto.errors import UsageError
+from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.adapters.vqgan import chameleon_pictures
+from bozzetto.load_settings import LoadSettings
 
 
 class ChameleonTarget(PromptedCodes):
@@ -38,49 +40,21 @@ class ChameleonTarget(PromptedCodes):
         return F.linear(hidden, self.head).float()
 
 
-class LuminaTarget(LinedTarget):
-    """model: as above, with Lumina-mGPT's weights; end: the word that ends a line; grid: of the picture in tokens."""
+def load_chameleon(source: Source, wanted: LoadSettings) -> Hosted:
+    """Chameleon's architecture as transformers' conversion lays it out; Lumina-mGPT says what it is."""
+    if any("XLLMX" in str(name) for name in source.config.get("architectures") or ()):
+        return load_lumina(source, wanted)
+    source.check(ChameleonForConditionalGeneration)
+    processor, network = source.processor(), source.network(ChameleonForConditionalGeneration, wanted)
+    grid = math.isqrt(processor.image_seq_length)
+    target, pictures = ChameleonTarget(network, grid), chameleon_pictures(source.folder, network, grid)
+    fixed_size(source, wanted.image_size, pictures.config.image_size)
+    begin, first = processor.image_start_token_id, processor.tokenizer.bos_token_id
 
-    def __init__(self, model: Any, end: int, grid: int):
-        super().__init__(model.model, model.lm_head.weight, codes_of(model), end, grid, grid)
+    def tokens(text: str) -> tuple[int, ...]:
+        return (*numbers(processor(text=text, return_tensors="pt")), begin)
 
+    def ask(text: str, negative: str) -> Prompt:
+        return Prompt(tokens(text), tokens(negative) if negative else (first, begin))
 
-def codes_of(model: Any) -> list[int]:
-    """Words of the image tokens, in the order of the codebook."""
-    codes = model.model.vocabulary_mapping.img2bpe
-    return [codes[i] for i in range(len(codes))]
-
-
-_PIXELS = 32  # one of Lumina-mGPT's grids, per side: two tokens
-_SIZES = ("512", "768", "1024")
-
-
-class LuminaPrompts:
-    """Lumina-mGPT's own grammar: the task in words, a separator, begin of image, and the picture's size in two words.
-    Without a prompt it begins at the begin of image. pixels: per side of the picture. Raises UsageError."""
-
-    def __init__(self, tokenizer: Any, model: str, pixels: int):
-        self.tokenizer = tokenizer
-        asked = pixels or int(next((size for size in _SIZES if size in Path(model).name), "768"))
-        if asked % _PIXELS or asked < _PIXELS:
-            raise UsageError(f"image_size = {asked} is not allowed: a multiple of {_PIXELS}")
-        self.pixels, self.grid = asked, asked // (_PIXELS // 2)
-        size = self.word(f"<reserved{8800 + asked // _PIXELS:05d}>")
-        self.begin, self.end = (self.word("<racm3:break>"), size, size), self.word("<reserved08799>")
-        self.separator = self.word("<reserved08706>")
-
-    def word(self, name: str) -> int:
-        """The number of a word that has to be there."""
-        found = self.tokenizer.convert_tokens_to_ids(name)
-        if found is None or found == self.tokenizer.unk_token_id:
-            raise UsageError(f"the tokenizer has no word {name!r}: Lumina-mGPT's own tokenizer files are needed")
-        return int(found)
-
-    def __call__(self, text: str, negative: str) -> Prompt:
-        return Prompt(self.tokens(text), self.tokens(negative) if negative else self.begin)
-
-    def tokens(self, text: str) -> tuple[int, ...]:
-        """Words of the whole prompt."""
-        task = f"Generate an image of {self.pixels}x{self.pixels} according to the following prompt:\n{text}"
-        said = self.tokenizer.encode(task, add_special_tokens=False)
-        return (self.tokenizer.bos_token_id, *said, self.separator, *self.begin)
+    return Hosted(target, pictures, ask, tokenizer=processor.tokenizer)

@@ -7,12 +7,17 @@ begin-of-image one replaced by padding, as the model's own image loop does.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import JanusForConditionalGeneration
 
+from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
+from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.load_settings import LoadSettings
 
 
 class JanusTarget(PromptedCodes):
@@ -40,3 +45,27 @@ def janus_prompt(tokens: list[int], begin_text: int, begin_image: int, padding: 
     """tokens: of the prompt, the begin-of-image one last."""
     kept = (begin_text, begin_image)
     return Prompt(tuple(tokens), tuple(token if token in kept else padding for token in tokens))
+
+
+def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
+    """Janus as transformers' conversion lays it out."""
+    source.check(JanusForConditionalGeneration)
+    processor, network = source.processor(), source.network(JanusForConditionalGeneration, wanted)
+    target, known = JanusTarget(network), network.generation_config
+    pictures = janus_pictures(network, math.isqrt(target.length))
+    fixed_size(source, wanted.image_size, pictures.config.image_size)
+    begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
+
+    def tokens(text: str) -> list[int]:
+        if processor.chat_template:
+            said = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+            text = processor.apply_chat_template(said, add_generation_prompt=True)
+        return numbers(processor(text=text, generation_mode="image", return_tensors="pt"))
+
+    def ask(text: str, negative: str) -> Prompt:
+        given = tokens(text)
+        if negative:
+            return Prompt(tuple(given), tuple(tokens(negative)))
+        return janus_prompt(given, known.bos_token_id, begin, known.pad_token_id)
+
+    return Hosted(target, pictures, ask, tokenizer=processor.tokenizer)

@@ -1,0 +1,126 @@
+"""What families of transformers checkpoints share: the folder that they are read from, and what is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bozzetto.adapters.checkpoint import check_folder
+from bozzetto.adapters.pictures import HostedPictures
+from bozzetto.adapters.prompted import Prompt, PromptedCodes
+from bozzetto.errors import UsageError, brief
+from bozzetto.load_settings import LoadSettings
+from bozzetto.own_sampling import OwnSampling
+
+Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
+
+
+@dataclass
+class Hosted:
+    """What was loaded. ask: from texts to tokens; own: how its authors sample it; tokenizer: of transformers, whose
+    special tokens no prompt may hold."""
+
+    target: PromptedCodes
+    pictures: HostedPictures
+    ask: Ask
+    own: OwnSampling = field(default_factory=OwnSampling)
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint in the Hugging Face layout. name: as it was asked for; folder: where its files lie; config: what
+    its config.json holds."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+
+    def read(self, what: str, read: Callable[..., Any], **options: Any) -> Any:
+        """Call a from_pretrained, which never runs code of the checkpoint. Its many kinds of error all mean that a file
+        is missing or does not fit: UsageError."""
+        try:
+            return read(str(self.folder), trust_remote_code=False, **options)
+        except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UsageError(f"{self.name}: its {what} could not be read: {reason}") from error
+
+    def check(self, kind: Any) -> None:
+        """Raise UsageError as `check_folder`. kind: the class of transformers whose network config.json describes."""
+        check_folder(self.folder, lambda: kind(kind.config_class.from_pretrained(str(self.folder))))
+
+    def network(self, kind: Any, wanted: LoadSettings) -> Any:
+        """A network of this class of transformers with the folder's weights, all there, of the right shape and finite.
+        Raises UsageError for weights that do not fit."""
+        network, notes = self.read("weights", kind.from_pretrained, dtype=wanted.torch_dtype, output_loading_info=True)
+        check_weights(self.name, network, notes)
+        return network.to(wanted.device).eval().requires_grad_(False)
+
+    def processor(self) -> Any:
+        """The folder's processor, which has a tokenizer. Raises UsageError without one."""
+        from transformers import AutoProcessor
+
+        processor = self.read("processor", AutoProcessor.from_pretrained)
+        if getattr(processor, "tokenizer", None) is None:
+            raise UsageError(
+                f"{self.name}: no tokenizer: put its files (tokenizer.json or the like, tokenizer_config.json, "
+                "processor_config.json, preprocessor_config.json) beside the weights"
+            )
+        return processor
+
+
+def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
+    """Weights are all there, of the right shape, and finite. notes: transformers' loading info."""
+    for key, what in (("missing_keys", "missing"), ("mismatched_keys", "misshapen")):
+        if found := sorted(map(str, notes.get(key, ()))):
+            raise UsageError(f"{name}: {what} in its weights: {', '.join(found[:4])} ({len(found)} in all)")
+    for key, weight in network.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UsageError(f"{name}: {key} has non-finite values")
+
+
+def of_words(ask: Ask, tokenizer: Any, target: PromptedCodes) -> Ask:
+    """`ask` for prompts that are words: to the model its special tokens (<image>, an end of text, padding, an image
+    token) are no words, whoever wrote them."""
+    special = {*tokenizer.all_special_ids, *getattr(target, "numbers", ())}
+    special |= {number for number, word in tokenizer.added_tokens_decoder.items() if word.special}
+    special -= {tokenizer.unk_token_id}
+
+    def checked(text: str, negative: str) -> Prompt:
+        for said in (text, negative):
+            odd = next((i for i in tokenizer.encode(said, add_special_tokens=False) if i in special), None)
+            if odd is not None:
+                word = tokenizer.convert_ids_to_tokens(odd)
+                raise UsageError(f"prompt {brief(said)} is not allowed: {word!r} in it is a special token of the model")
+        try:
+            return ask(text, negative)
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"prompt {brief(text)} is not allowed: {brief(' '.join(str(error).split()))}") from error
+
+    return checked
+
+
+def fixed_size(source: Source, asked: int, own: int) -> None:
+    """Raise UsageError where another size is asked for than the only one."""
+    if asked not in (0, own):
+        raise UsageError(f"image_size = {asked} is not allowed: {source.name} draws {own} pixels per side")
+
+
+def fits_context(target: PromptedCodes, pixels: int) -> None:
+    """Raise UsageError for a picture that leaves no room for a prompt."""
+    if target.length >= target.context:
+        raise UsageError(
+            f"image_size = {pixels} is not allowed: {target.length} image tokens, the model's context is "
+            f"{target.context}"
+        )
+
+
+def numbers(tokens: Any) -> list[int]:
+    """The one row of a processor's result."""
+    return torch.as_tensor(tokens["input_ids"]).view(-1).tolist()

@@ -1,0 +1,22 @@
+"""Models by their name on the hub: fetched by huggingface_hub, which keeps to its cache and HF_HUB_OFFLINE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bozzetto.errors import UsageError
+
+_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.ckpt"]
+
+
+def fetched(model: str | Path) -> Path:
+    """The folder itself, or the one that a name on the hub was fetched into. Raises UsageError where it cannot be."""
+    if Path(model).is_dir():
+        return Path(model)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_WANTED))
+    except Exception as error:  # of the name, the network, the disk; each library has classes of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"{model}: could not be read from the hub (there is no such folder here): {reason}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bozzetto
 from bozzetto.cli import main
@@ -45,23 +46,31 @@ def split(method: str) -> dict[str, str]:
     return {"drafter": drafter, "rule": rule or "auto"}
 
 
+def agree(one: Any, other: Any) -> None:
+    """Two images: codes to the byte, vectors up to rounding, which depends on the shape of a batch."""
+    torch.testing.assert_close(one.tokens, other.tokens, atol=1e-4, rtol=0)
+    assert one.tokens.is_floating_point() or one.sha256 == other.sha256
+
+
 def test_it_draws_with_every_method_in_batches_of_one_and_three(family: Published, model: Any) -> None:
     pipe = bozzetto.load(model, **family.options)
-    alone = [image.sha256 for image in pipe.generate(family.asked, drafter="none", batch=1).images]
+    alone = pipe.generate(family.asked, drafter="none", batch=1).images
     for method in family.methods:
         many = pipe.generate(family.asked, batch=3, **split(method))
         assert len(many.images) == 3 and min(i.target_passes for i in many.images) >= 1
         if method in ("none", "jacobi/seed-exact"):
-            assert [image.sha256 for image in many.images] == alone
-            assert [i.sha256 for i in pipe.generate(family.asked[:1], batch=1, **split(method)).images] == alone[:1]
+            single = pipe.generate(family.asked[:1], batch=1, **split(method)).images
+            for one, other in zip([*many.images, *single], [*alone, alone[0]], strict=True):
+                agree(one, other)
 
 
 def test_greedy_decoding_is_the_reference_implementations(family: Published, model: Any) -> None:
     pipe = bozzetto.load(model, **family.options)
     asked = family.asked[0]
-    law = {"guidance": family.own.get("guidance", 1.0), "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    law = {"guidance": family.own.get("guidance", 1.0), "temperature": family.temperature, "top_k": 0, "top_p": 1.0}
     made = pipe.generate([asked], drafter="none", **law)
-    assert made.images[0].tokens.tolist() == family.reference(Path(model), asked)
+    wanted = torch.as_tensor(family.reference(Path(model), asked))
+    torch.testing.assert_close(made.images[0].tokens, wanted, atol=1e-4, rtol=0)
 
 
 def test_it_is_benched(family: Published, model: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CODES = ("none", "jacobi/seed-exact", "jacobi/exact", "jacobi/lantern:k=3")
-VECTORS = ("none", "jacobi/block", "jacobi/joint", "jacobi/pathwise:epsilon=0.1")
+VECTORS = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,19 @@ class Published:
     converts them where `bozzetto convert` is the way -> what --model is given. asked: three prompts or classes.
     reference(folder, text): tokens of the first image in greedy decoding with the authors' guidance, float32, by their
     own implementation (transformers') or a slow one that is written beside the stand-in; folder: what `write` gave.
+    Vectors have no greedy choice: theirs are drawn at temperature 1 with the noise of seed 0, and agree up to rounding.
     own: what the authors publish, as fields of OwnSampling, where it is not that of no guidance; source: where.
-    options: of LoadSettings; methods: what is drawn with.
+    options: of LoadSettings; methods: what is drawn with; temperature: of the comparison with the reference.
     """
 
     write: Callable[[Path], str | Path]
     asked: tuple[str | int, ...]
-    reference: Callable[[Path, str], list[int]]
+    reference: Callable[[Path, str], Any]
     own: dict[str, Any]
     source: str
     options: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = CODES
+    temperature: float = 0.0
 
 
 def families() -> dict[str, Published]:

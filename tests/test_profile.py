@@ -353,7 +353,7 @@ def test_the_command_knows_continuous_tokens_and_bfloat16(tiny_flow, capsys):
         (("--deterministic",), "deterministic is not allowed with compile = 'off'"),
         (("--method", "oracle/exact"), "unknown drafter 'oracle'"),
         (("--method", "jacobi/chains"), "is for continuous tokens"),
-        (("--dtype", "float16"), "unknown dtype 'float16' (allowed: float32, bfloat16)"),
+        (("--dtype", "float8"), "unknown dtype 'float8' (allowed: auto, float32, bfloat16, float16)"),
         (("--model", "no-such"), "no-such"),
     ],
 )

@@ -17,7 +17,6 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings
 from bozzetto.options import (
     COMMANDS,
     Bench,
@@ -33,7 +32,7 @@ from bozzetto.options import (
     Serve,
     Train,
 )
-from bozzetto.options_shared import Law, settings_from
+from bozzetto.options_shared import Law, loading_of, settings_from
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 # Packages of extras.
@@ -112,10 +111,9 @@ def _generate(options: Generate) -> None:
     from bozzetto.pipeline import GenerateSettings
     from bozzetto.staging import staged_folder
 
-    settings = settings_from(options, GenerateSettings)
+    settings, loading = settings_from(options, GenerateSettings), loading_of(options)
     _check_request(options, settings)
     out, show = options.out, _wants_progress(options.progress)
-    loading = settings_from(options, LoadSettings)
     with staged_folder(out, written_before(out)) as folder:
         pipe = load(options.model, loading)
         labels = pipe.labels(options.classes, settings)
@@ -124,7 +122,7 @@ def _generate(options: Generate) -> None:
         with RunWriter(folder, count, (side, side)) as writer:
             request: dict[str, Any] = {"classes": list(options.classes), "seed": options.seed, "count": count}
             result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
-            writer.finish(result, {"model": options.model, "dtype": options.dtype, **request})
+            writer.finish(result, {"model": options.model, "dtype": pipe.dtype, "device": loading.device, **request})
     print(writer.summary(result, out))
 
 
@@ -162,7 +160,7 @@ def _bench(options: Bench) -> None:
     if options.suite is not None:
         report = _suite(options, settings)
     else:
-        pipe = load(options.model, settings_from(options, LoadSettings))
+        pipe = load(options.model, loading_of(options))
         if options.methods == AUTO:
             settings = replace(settings, methods=pipe.default_methods)
         report = bench(pipe, settings, progress=_wants_progress(options.progress))
@@ -185,10 +183,10 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
     own = {"methods": ("none",), "count": options.images, "recitation": False}  # the methods are the suite's
     quality = settings_from(options, EvaluateSettings, base=settings_from(options, GenerateSettings, **law), **own)
     assert options.suite is not None
+    loading = loading_of(options)
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         chosen = suite_models(options.suite, options.model)
-        loading = settings_from(options, LoadSettings)
         parts = [(load(model, loading), part.methods) for model, part in chosen]
         show = _wants_progress(options.progress)
         report = run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
@@ -205,7 +203,7 @@ def _profile(options: Profile) -> None:
     settings = settings_from(options, ProfileSettings)
     if options.json is not None:
         check_writable(options.json)
-    pipe = load(options.model, settings_from(options, LoadSettings))
+    pipe = load(options.model, loading_of(options))
     report = profile(pipe, settings, progress=_wants_progress(options.progress))
     print(profile_table(report))
     if options.json is not None:
@@ -241,7 +239,7 @@ def _sample(options: Sample) -> None:
     if options.ray and world > 1:
         raise UsageError(f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment")
     show = _wants_progress(options.progress) and rank == 0
-    loading = settings_from(options, LoadSettings)
+    loading = loading_of(options)
     with _resumable(options.out), gathered(world):
         pipe = load(options.model, loading)
         named = None if options.method == "auto" else options.method
@@ -276,9 +274,10 @@ def _evaluate(options: Evaluate) -> None:
     if options.compare is not None:
         first, second = options.compare
         wanted = settings_from(options, CompareSettings, a=first, b=second, base=base)
+    loading = loading_of(options)
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
-        pipe = load(options.model, settings_from(options, LoadSettings))
+        pipe = load(options.model, loading)
         if options.methods == AUTO and options.compare is None:
             wanted = replace(wanted, methods=pipe.default_methods)
         work: Any = evaluate if options.compare is None else compare

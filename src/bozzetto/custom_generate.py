@@ -145,7 +145,7 @@ def _target(model: Any, height: int, width: int) -> Any:
 
 def _decoder(target: PromptedCodes, settings: GenerateSettings, law: LawSettings, batch: int) -> Decoder:
     dtype = str(target.dtype).removeprefix("torch.")
-    places = settings.window or max(2, min(16, (128 if dtype == "bfloat16" else 64) // (2 * batch)))
+    places = settings.window or max(2, min(16, (128 if dtype != "float32" else 64) // (2 * batch)))
     rule = "seed-exact" if settings.drafter == "none" else settings.rule  # without drafts all rules are one
     return Decoder(target, make_drafter(settings.drafter, places), make_rule(rule), law)
 

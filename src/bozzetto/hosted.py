@@ -17,6 +17,7 @@ from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.eagle_store import load_eagle
+from bozzetto.models.store import name_of
 from bozzetto.pipelines import CodePipeline
 from bozzetto.prompts import PromptBook
 from bozzetto.settings import GenerateSettings
@@ -93,4 +94,5 @@ class HostedPipeline(CodePipeline):
 
 def load_prompted(model: str | Path, wanted: LoadSettings) -> HostedPipeline:
     """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does."""
-    return HostedPipeline(Path(str(model)).name, load_hosted(model, wanted), wanted.dtype, model)
+    hosted = load_hosted(model, wanted)
+    return HostedPipeline(Path(str(model)).name, hosted, name_of(hosted.target.dtype), model)

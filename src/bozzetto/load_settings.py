@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief, check_text
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+MAPS = ("", "auto", "balanced", "sequential")
 
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How to load a model. dtype: of the target's passes; device: as torch names it; captions: features file of a
-    text-conditional model (models/captions.py), whose captions then stand for the classes; image_size: pixels per
-    side, where a model has a choice (0: its usual one).
+    """How to load a model.
 
-    Raises UsageError for an unknown dtype and for a device that is not there.
+    dtype: of the target's passes (`auto`: float32 on a CPU, where equal bytes are promised, else the type of the
+    weights in their files); device: as torch names it (`auto`, which becomes the device here: a GPU where there is
+    one, of several that of torchrun's LOCAL_RANK; else cpu); device_map: how accelerate spreads a model of transformers
+    over all devices ("": not at all); captions: features file of a text-conditional model (models/captions.py), whose
+    captions then stand for the classes; image_size: pixels per side, where a model has a choice (0: its usual one).
+
+    Raises UsageError for an unknown dtype or map and for a device that is not there.
     """
 
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: str = AUTO
+    device: str = AUTO
     captions: str | Path | None = None
     image_size: int = 0
+    device_map: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {self.dtype!r} (allowed: {', '.join(DTYPES)})")
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"device {self.device!r} is not available here: {reason}") from error
+        if self.dtype not in (AUTO, *DTYPES):
+            raise UsageError(f"unknown dtype {brief(self.dtype)} (allowed: {', '.join((AUTO, *DTYPES))})")
+        if self.device_map not in MAPS:
+            known = ", ".join(name for name in MAPS if name)
+            raise UsageError(f"device_map = {brief(self.device_map)} is not allowed: {known}")
+        check_text("device", self.device)
+        if self.device == AUTO:
+            object.__setattr__(self, "device", best_device())
+        _check_device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """Of settings that `for_weights` gave."""
         return DTYPES[self.dtype]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the passes run on a processor only."""
+        return torch.device(self.device).type == "cpu" and not (self.device_map and torch.cuda.is_available())
+
+    def for_weights(self, stored: Callable[[], str]) -> LoadSettings:
+        """With dtype `auto` replaced. stored: tells the type of the weights in their files."""
+        if self.dtype != AUTO:
+            return self
+        own = "float32" if self.on_cpu else stored()
+        return replace(self, dtype=own if own in DTYPES else "float32")
+
+
+def best_device() -> str:
+    """What `auto` means here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return "cuda" if count else "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(rank) % count}" if rank.isdecimal() else "cuda"
+
+
+def devices_here() -> list[str]:
+    """Devices by torch's names."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{i}" for i in range(count))]
+
+
+def _check_device(name: str) -> None:
+    try:  # seeds are drawn in float64, which not every device computes with (mps)
+        torch.zeros(1, dtype=torch.float64, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        here = ", ".join((AUTO, *devices_here()))
+        raise UsageError(f"device {brief(name)} is not available here (there is: {here}): {reason}") from error

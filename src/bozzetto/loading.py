@@ -19,7 +19,7 @@ from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler
 from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.models.store import CONFIG, load_llamagen, load_tokenizer, read_config
+from bozzetto.models.store import CONFIG, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
 from bozzetto.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
 from bozzetto.prompts import ENCODER, CaptionPipeline
@@ -40,6 +40,9 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     config = read_config(folder)
     if wanted.image_size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
+    if wanted.device_map:
+        raise UsageError(f"device_map = {wanted.device_map!r} is not allowed: {folder} is no model of transformers")
+    wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
     if config.get("family") in (FLOW, MASKED, DRIFT):
         if wanted.captions is not None:
             raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
+
+from bozzetto.load_settings import AUTO, LoadSettings
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -15,10 +18,14 @@ STRICT = ConfigDict(extra="forbid")
 class Loading:
     """What every verb that loads a model can be told about it: the fields of LoadSettings."""
 
-    dtype: str = "float32"
-    """float32 or bfloat16, for the target's passes. The byte-for-byte promise holds in float32."""
-    device: str = "cpu"
-    """Where the passes run, as torch names it: cpu, cuda, cuda:1."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16, for the target's passes; auto: float32 on a processor, on a GPU as the weights are
+    stored. The byte-for-byte promise holds in float32."""
+    device: str = "auto"
+    """Where the passes run: auto (a GPU where there is one), cpu, cuda, cuda:1, ..."""
+    device_map: str = ""
+    """Spread a model of transformers over several GPUs (with accelerate): auto, balanced or
+    sequential. Not given: one device."""
     captions: Path | None = None
     """For a text-conditional model: safetensors file with the captions' features."""
     image_size: int = 0
@@ -66,6 +73,14 @@ class Law(Loading):
     """Images decoded together."""
     progress: bool = False
     """Show progress bars even where no terminal is attached."""
+
+
+def loading_of(options: Any) -> Any:
+    """LoadSettings of a verb's options; a GPU that nobody named is said in one line."""
+    found = settings_from(options, LoadSettings)
+    if options.device == AUTO and found.device != "cpu":
+        print(f"device: {found.device} (--device cpu for the processor)", file=sys.stderr, flush=True)
+    return found
 
 
 def settings_from(options: Any, kind: Any, **own: Any) -> Any:

@@ -35,7 +35,7 @@ from bozzetto.settings import GenerateSettings
 ASSETS = Path(__file__).parent / "assets"
 _ON_HUB, _OURS = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII), ("runs", "out", "checkpoints")
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.25}
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.04}
 _GREY = 0.5  # of what is not drawn yet
 _WAVES = 64  # of images that follow each other into slots, before pictures are made of them
 

@@ -149,7 +149,7 @@ def default_window(sequences: int, dtype: str, widest: int = 16, compiled: bool 
     """
     cheap = cheap_rows()
     fused, short, full = _ROWS[cheap]
-    rows = fused if compiled else short if dtype == "bfloat16" else full
+    rows = fused if compiled else short if dtype != "float32" else full
     if cheap == max(_ROWS):
         return max(2, min(widest, rows // sequences))
     return max(1, min(8 if compiled else widest, widest, rows // sequences))

@@ -44,7 +44,7 @@ def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
             f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
             "LlamaGen and MAR checkpoints: bozzetto convert)"
         )
-    hosted = FAMILIES[kind](source, wanted)
+    hosted = FAMILIES[kind](source, wanted.for_weights(source.stored))
     return replace(hosted, ask=of_words(hosted.ask, hosted.tokenizer, hosted.target))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bozzetto.adapters.pictures import HostedPictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.errors import UsageError, brief
 from bozzetto.load_settings import LoadSettings
+from bozzetto.models.store import usual_type
 from bozzetto.own_sampling import OwnSampling
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
@@ -49,6 +51,15 @@ class Source:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(f"{self.name}: its {what} could not be read: {reason}") from error
 
+    def stored(self) -> str:
+        """The type of the weights: what config.json says of the whole or of its language model, else what most weights
+        of the first file have."""
+        parts = (self.config, self.config.get("text_config"), self.config.get("language_config"))
+        said = [part.get(key) for part in parts if isinstance(part, Mapping) for key in ("dtype", "torch_dtype")]
+        files = sorted(self.folder.glob("*.safetensors"))
+        found = next((word for word in said if word), None) or (usual_type(files[0]) if files else "")
+        return str(found).removeprefix("torch.")
+
     def check(self, kind: Any) -> None:
         """Raise UsageError as `check_folder`. kind: the class of transformers whose network config.json describes."""
         check_folder(self.folder, lambda: kind(kind.config_class.from_pretrained(str(self.folder))))
@@ -56,9 +67,15 @@ class Source:
     def network(self, kind: Any, wanted: LoadSettings) -> Any:
         """A network of this class of transformers with the folder's weights, all there, of the right shape and finite.
         Raises UsageError for weights that do not fit."""
-        network, notes = self.read("weights", kind.from_pretrained, dtype=wanted.torch_dtype, output_loading_info=True)
+        options: dict[str, Any] = {"dtype": wanted.torch_dtype, "output_loading_info": True}
+        if wanted.device_map:
+            options["device_map"] = wanted.device_map
+        if wanted.device_map and find_spec("accelerate") is None:
+            raise UsageError(f"device_map = {wanted.device_map!r} needs accelerate: pip install accelerate")
+        network, notes = self.read("weights", kind.from_pretrained, **options)
         check_weights(self.name, network, notes)
-        return network.to(wanted.device).eval().requires_grad_(False)
+        network = network if wanted.device_map else network.to(wanted.device)
+        return network.eval().requires_grad_(False)
 
     def processor(self) -> Any:
         """The folder's processor, which has a tokenizer. Raises UsageError without one."""
@@ -79,6 +96,8 @@ def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
         if found := sorted(map(str, notes.get(key, ()))):
             raise UsageError(f"{name}: {what} in its weights: {', '.join(found[:4])} ({len(found)} in all)")
     for key, weight in network.named_parameters():
+        if weight.is_meta:
+            raise UsageError(f"{name}: the devices here are too small for it: {key} found no place on them")
         if not bool(torch.isfinite(weight).all()):
             raise UsageError(f"{name}: {key} has non-finite values")
 

@@ -21,7 +21,8 @@ _LEAST_CALLS = 3
 @dataclass(frozen=True)
 class Machine:
     """read, copy: bytes per second of main memory (a copied byte counts twice, read and written); float32, bfloat16:
-    floating point operations per second of a square matrix product in that dtype; dtype: the one asked for."""
+    floating point operations per second of a square matrix product in that dtype; dtype: the one asked for, own: in it,
+    if it is neither."""
 
     processor: str
     device: str
@@ -31,6 +32,7 @@ class Machine:
     copy: float
     float32: float
     bfloat16: float
+    own: float = 0.0
 
     @property
     def bandwidth(self) -> float:
@@ -39,7 +41,7 @@ class Machine:
 
     def rate(self, dtype: str) -> float:
         """Operations per second in a dtype."""
-        return float(getattr(self, dtype))
+        return float(getattr(self, dtype, self.own))
 
     def roof(self, work: Work, dtype: str = "") -> float:
         """Seconds in which work of this machine's dtype cannot be outdone as long as it reads main memory; dtype: the
@@ -88,11 +90,20 @@ def measure_machine(dtype: str, device: torch.device, seconds: float) -> Machine
     read = min(fastest(memory.sum), fastest(partial(torch.mv, memory.view(-1, 1024), ones)))
     copy = fastest(partial(memory[:half].copy_, memory[half:]))
     rates = {}
-    for name in ("float32", "bfloat16"):
+    for name in {"float32", "bfloat16", dtype}:
         square = torch.randn(SIDE, SIDE, device=device).to(getattr(torch, name))
         rates[name] = 2 * SIDE**3 / fastest(partial(torch.mm, square, square))
     where = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return Machine(where, str(device), torch.get_num_threads(), dtype, LARGE / read, LARGE / copy, **rates)
+    return Machine(
+        where,
+        str(device),
+        torch.get_num_threads(),
+        dtype,
+        LARGE / read,
+        LARGE / copy,
+        own=rates.pop("float16", 0.0),
+        **rates,
+    )
 
 
 def timed(call: Callable[[], Any], seconds: float, device: torch.device) -> list[float]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +33,7 @@ TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 _SCALE = ".scale"
 OWN = "own"  # how to store: every tensor in the type that it has
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_NAMED = {"F16": "float16", "BF16": "bfloat16", "I8": "bfloat16"}
 FLOATS, WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
 CODECS: dict[str, type] = {TINY: VQConfig, PUBLISHED: LlamaGenVQConfig}
@@ -117,6 +120,15 @@ def header_of(content: Any) -> dict[str, Held]:
     """The tensors of an open safetensors file."""
     parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118  (not a dict)
     return {key: Held(part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
+
+
+def usual_type(path: str | Path) -> str:
+    """The type that most weights of a file have; int8 rows have no more digits than bfloat16. Raises UsageError."""
+    counts: Counter[str] = Counter()
+    with open_tensors(path) as content:
+        for kind, shape in header_of(content).values():
+            counts[_NAMED.get(kind, "float32")] += math.prod(shape)
+    return max(counts, key=lambda name: counts[name], default="float32")
 
 
 def read_weights(path: str | Path, wanted: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

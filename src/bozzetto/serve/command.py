@@ -11,10 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings
 from bozzetto.loading import load
 from bozzetto.options import Serve
-from bozzetto.options_shared import settings_from
+from bozzetto.options_shared import loading_of
 from bozzetto.pipeline import Pipeline
 from bozzetto.serve.app import make_app
 from bozzetto.serve.guard import read_keys
@@ -121,7 +120,7 @@ def _loopback(host: str) -> bool:
 def make_worker(options: Serve) -> Worker:
     """Load the models and make the worker, which is not started yet."""
     pipes: dict[str, Pipeline] = {}
-    loading = settings_from(options, LoadSettings)
+    loading = loading_of(options)
     for name, model in tqdm(models_of(options).items(), desc="loading", disable=None):
         pipes[name] = load(model, loading)
     base = GenerateSettings(compile=options.compile, deterministic=options.deterministic)

@@ -9,6 +9,7 @@ import transformers
 
 from bozzetto.adapters.chameleon import ChameleonTarget
 from bozzetto.adapters.emu3 import Emu3Target
+from bozzetto.adapters.glm_image import GlmImageTarget
 from bozzetto.adapters.janus import JanusTarget, janus_prompt
 from bozzetto.adapters.lumina import LuminaTarget
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
@@ -97,6 +98,37 @@ def tiny_chameleon() -> Any:
     return _ready(transformers.ChameleonForConditionalGeneration, config)
 
 
+GRIDS = ((1, 3), (2, 3))  # GLM-Image's preview and picture: as many tokens as the others draw
+
+
+def tiny_glm(words: int = WORDS, pad: int = PADDING) -> Any:
+    """Image tokens are the first words, after them the two that begin and end a picture."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+    text = {**_TEXT, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
+    text |= {"vocab_size": words + CODES, "vision_vocab_size": CODES + 4, "pad_token_id": pad}
+    text |= {"eos_token_id": CODES + 2, "max_position_embeddings": 512}
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 64,
+        "patch_size": 16,
+    }
+    config = transformers.GlmImageConfig(
+        text_config=text,
+        vision_config=vision,
+        vq_config={"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32},
+        image_token_id=words + CODES - 1,
+        image_start_token_id=CODES,
+        image_end_token_id=CODES + 2,
+    )
+    model = _ready(transformers.GlmImageForConditionalGeneration, config)
+    model.lm_head.weight[CODES:] = 0  # nothing but image tokens is likely, as in a trained model
+    model.generation_config.update(eos_token_id=CODES + 2, pad_token_id=pad)
+    return model
+
+
 def janus() -> PromptedCodes:
     """A tiny Janus that knows PROMPTS as labels 0, 1, 2."""
     target = JanusTarget(tiny_janus())
@@ -120,11 +152,16 @@ def lumina() -> PromptedCodes:
     return _with_prompts(LuminaTarget(tiny_chameleon(), LINE, GRID))
 
 
+def glm() -> PromptedCodes:
+    """A tiny GLM-Image that knows PROMPTS as labels 0, 1, 2."""
+    return _with_prompts(GlmImageTarget(tiny_glm(), *GRIDS))
+
+
 def _with_prompts(target: PromptedCodes) -> PromptedCodes:
     for tokens in PROMPTS:
         target.add(Prompt(tuple(tokens), tuple(NEGATIVE)))
     return target
 
 
-TARGETS = {"janus": janus, "emu3": emu3, "chameleon": chameleon, "lumina": lumina}
+TARGETS = {"janus": janus, "emu3": emu3, "chameleon": chameleon, "lumina": lumina, "glm": glm}
 LINED = ("emu3", "lumina")  # families whose rows of tokens have an end

@@ -37,7 +37,8 @@ def target_of(family: str) -> PromptedCodes:
 
 @functools.cache
 def model_of(family: str) -> Any:
-    return {"janus": hf_toys.tiny_janus, "emu3": hf_toys.tiny_emu3}.get(family, hf_toys.tiny_chameleon)()
+    made = {"janus": hf_toys.tiny_janus, "emu3": hf_toys.tiny_emu3, "glm": hf_toys.tiny_glm}
+    return made.get(family, hf_toys.tiny_chameleon)()
 
 
 def plain_logits(family: str, prompt: tuple[int, ...], tokens: list[int]) -> Tensor:
@@ -53,9 +54,18 @@ def plain_logits(family: str, prompt: tuple[int, ...], tokens: list[int]) -> Ten
     whole = torch.cat([words, numbers[tokens][None]], 1)
     if family == "emu3":
         logits = model(input_ids=whole, use_cache=False).logits
+    elif family == "glm":
+        before, _ = model.model.get_rope_index(words, glm_grids(1))
+        places = torch.cat([before, model.model._cached_decode_position_ids.transpose(0, 1)], -1)
+        logits = model(input_ids=whole, position_ids=places[..., : whole.shape[1]], use_cache=False).logits
     else:
         logits = model.lm_head(model.model(input_ids=whole, use_cache=False).last_hidden_state)
     return logits[0, len(prompt) - 1 :][:, numbers]
+
+
+def glm_grids(rows: int) -> Tensor:
+    """What GLM-Image's processor says of the grids: the picture, then its preview."""
+    return torch.tensor([[1, *grid] for grid in reversed(hf_toys.GRIDS)] * rows)
 
 
 def some_tokens(family: str, count: int, seed: int = 0) -> Tensor:
@@ -198,10 +208,27 @@ def greedy_emu3(label: int, guidance: float) -> list[int]:
 
 
 @functools.cache
+def greedy_glm() -> list[list[int]]:
+    """transformers' generate of all prompts at once, padded, and of each alone."""
+    model, longest = model_of("glm"), max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    found = []
+    for rows, real in ((ids, mask), *((torch.tensor([p]), torch.ones(1, len(p), dtype=torch.int64)) for p in PROMPTS)):
+        grids = {"image_grid_thw": glm_grids(len(rows)), "images_per_sample": torch.tensor([2] * len(rows))}
+        out = model.generate(rows, attention_mask=real, **grids, do_sample=False, max_new_tokens=9)
+        found.append(out[:, rows.shape[1] :])
+    assert found[0].tolist() == torch.cat(found[1:]).tolist()
+    return found[0].tolist()
+
+
+@functools.cache
 def greedy(family: str, label: int, guidance: float) -> list[int]:
     """What the model draws by itself."""
     if family == "janus" and guidance != 1:  # its image loop always has guidance
         return greedy_janus(label, guidance)
+    if family == "glm" and guidance == 1:  # transformers' guidance knows no grids
+        return greedy_glm()[label]
     return greedy_emu3(label, guidance) if family == "emu3" else greedy_alone(family, label, guidance)
 
 

@@ -73,6 +73,51 @@ class Shown:
         self.ended = True
 
 
+GLM = {"image_grid_thw": torch.tensor([[1, *grid] for grid in reversed(hf_toys.GRIDS)] * 3)}
+GLM |= {"images_per_sample": torch.tensor([2, 2, 2])}
+
+
+def glm(grids: tuple[int, int] = hf_toys.GRIDS[1], **asked: Any) -> Tensor:
+    """Greedy tokens of GLM-Image for the padded prompts; with `custom_generate` given, by that."""
+    longest = max(map(len, PROMPTS))
+    ids, mask = (
+        torch.tensor([[0] * (longest - len(p)) + row for p, row in zip(PROMPTS, rows, strict=True)])
+        for rows in (PROMPTS, [[1] * len(p) for p in PROMPTS])
+    )
+    given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 9, **GLM, **asked}
+    return glm_model().generate(ids, **{k: v for k, v in given.items() if v is not None})
+
+
+@functools.cache
+def glm_model() -> Any:
+    return hf_toys.tiny_glm()
+
+
+@pytest.mark.parametrize("drafter", ["none", "jacobi"])
+def test_glm_image_draws_what_generate_draws(drafter: str) -> None:
+    loop = bozzetto.generate_fn(*hf_toys.GRIDS[1], drafter=drafter)
+    assert torch.equal(glm(custom_generate=loop), glm())
+    # what its generation_config asks for: as many words as there are, of which some are no image tokens
+    law: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_p": 0.75, "top_k": hf_toys.CODES + 4}
+    slow = bozzetto.generate_fn(*hf_toys.GRIDS[1], drafter="none")
+    assert torch.equal(glm(custom_generate=loop, **law), glm(custom_generate=slow, **law))
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"image_grid_thw": None}, "image_grid_thw = None .* all that the processor returns"),
+        ({"image_grid_thw": GLM["image_grid_thw"][:3]}, "two grids for each prompt"),
+        ({"images_per_sample": torch.tensor([3, 2, 1])}, "two grids for each prompt"),
+        ({"image_grid_thw": GLM["image_grid_thw"] + 1}, "pictures of 1 x 2 x 3 are"),
+        ({"guidance_scale": 2.0}, "guidance_scale = 2.0 .* nothing of its grids"),
+    ],
+)
+def test_glm_image_refuses_other_grids(asked: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        glm(custom_generate=bozzetto.generate_fn(*hf_toys.GRIDS[1]), **asked)
+
+
 def never(ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
     return torch.zeros(len(ids), dtype=torch.bool)
 

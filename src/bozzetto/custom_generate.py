@@ -1,7 +1,8 @@
 """Speculative decoding inside transformers' own generate: `model.generate(..., custom_generate=generate_fn(...))`.
 
 generate prepares the prompts, the guidance and the sampling options as ever; this runs the decode loop in place of its
-own. For Emu3 and Chameleon. Janus draws images in a loop of its own that takes no other: use `bozzetto.load`.
+own. For Emu3, Chameleon and GLM-Image (the autoregressive stage: its preview and its picture). Janus draws images in a
+loop of its own that takes no other: use `bozzetto.load`.
 
 What generate was asked is honoured, or refused by its name (`_refuse_rest`): nothing is passed over.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from bozzetto.adapters.chameleon import ChameleonTarget
 from bozzetto.adapters.emu3 import Emu3Target
+from bozzetto.adapters.glm_image import GlmImageTarget
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
@@ -27,7 +29,11 @@ from bozzetto.registry import TREES, drafter_options, make_drafter, make_rule
 from bozzetto.rules.lantern import Lantern
 from bozzetto.settings import GenerateSettings
 
-_TARGETS = {"emu3": "Emu3ForConditionalGeneration", "chameleon": "ChameleonForConditionalGeneration"}
+_TARGETS = {
+    "emu3": "Emu3ForConditionalGeneration",
+    "chameleon": "ChameleonForConditionalGeneration",
+    "glm_image": "GlmImageForConditionalGeneration",
+}
 _GUIDANCE, _PREFIX = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "PrefixConstrainedLogitsProcessor"
 # What shapes the law, in the order in which ours does it, and where each keeps its number.
 _WARPERS = {"TemperatureLogitsWarper": "temperature", "TopKLogitsWarper": "top_k", "TopPLogitsWarper": "top_p"}
@@ -50,6 +56,7 @@ _CACHES = (None, "dynamic", "static", "offloaded", "offloaded_static")  # quanti
 # Inputs of the model that generate prepares itself.
 _PREPARED = {"attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", "tokenizer", "streamer"}
 _CACHE_NAMES = ("cache", "past_key_values")
+_GRIDS = ("image_grid_thw", "images_per_sample")  # GLM-Image's, from its processor
 
 
 def generate_fn(
@@ -86,13 +93,15 @@ def generate_fn(
         generation_config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        target = _target(model, height, width)
+        target = _target(model, height, width, kwargs)
         asked = {**_arguments_of_generate(model), **kwargs}
         length = target.length + len(ending)
         _refuse_rest(target, generation_config, asked, kwargs)
         _check_lengths(generation_config, stopping_criteria, asked, input_ids.shape[1], length)
         _check_stops(target, stopping_criteria)
         law, without = _law(logits_processor, generation_config, input_ids)
+        if law.guided and isinstance(target, GlmImageTarget):
+            _refuse("guidance_scale", law.guidance, "generate's guidance tells this model nothing of its grids")
         given = _rows(input_ids, kwargs.get("attention_mask"))
         _check_prefix(target, logits_processor, input_ids)
         prompts = [Prompt(words, other or words) for words, other in zip(given, without, strict=True)]
@@ -132,7 +141,7 @@ def _settings(settings: GenerateSettings) -> GenerateSettings:
     return settings
 
 
-def _target(model: Any, height: int, width: int) -> Any:
+def _target(model: Any, height: int, width: int, kwargs: dict[str, Any]) -> Any:
     kind = type(model).__name__
     if kind == _TARGETS["emu3"]:
         return Emu3Target(model, height, width)
@@ -140,7 +149,26 @@ def _target(model: Any, height: int, width: int) -> Any:
         if height != width:
             raise UsageError(f"height = {height}, width = {width} are not allowed: {kind} draws squares")
         return ChameleonTarget(model, height)
+    if kind == _TARGETS["glm_image"]:
+        return GlmImageTarget(
+            model, _preview(height, width, *(kwargs.pop(name, None) for name in _GRIDS)), (height, width)
+        )
     raise UsageError(f"{kind} is not allowed here: {', '.join(_TARGETS.values())} (others: bozzetto.load)")
+
+
+def _preview(height: int, width: int, grids: Any, counts: Any) -> tuple[int, int]:
+    """Rows and columns of GLM-Image's preview, from what its processor says of the grids of each row: the picture's,
+    then the preview's."""
+    if grids is None:
+        _refuse("image_grid_thw", None, "give all that the processor returns")
+    rows = torch.as_tensor(grids).view(-1, 2, 3) if len(grids) % 2 == 0 else torch.as_tensor(grids)[:, None]
+    if rows.shape[1] == 1 or (counts is not None and set(torch.as_tensor(counts).tolist()) != {2}):
+        _refuse("image_grid_thw", torch.as_tensor(grids).tolist(), "two grids for each prompt are: text to image only")
+    found = {tuple(map(tuple, row)) for row in rows.tolist()}
+    picture, preview = next(iter(found))
+    if len(found) > 1 or picture != (1, height, width):
+        _refuse("image_grid_thw", sorted(found), f"pictures of 1 x {height} x {width} are, of one size")
+    return int(preview[1]), int(preview[2])
 
 
 def _decoder(target: PromptedCodes, settings: GenerateSettings, law: LawSettings, batch: int) -> Decoder:

@@ -129,6 +129,11 @@ class PromptedTarget:
         """Embeddings [..., d] of a prompt's tokens int64 [...]."""
         raise NotImplementedError
 
+    def places(self, lead: Tensor, number: Tensor) -> Tensor:
+        """Positions that the decoder is told of inputs `number` int64 [R, W] of the image (below 0: of the prompt), in
+        rows with lead int64 [R] slots before input 0: [R, W], or whatever the decoder takes for several axes."""
+        return lead[:, None] + number
+
     def add(self, prompt: Prompt, label: int | None = None) -> int:
         """A label for a prompt, or another prompt for a label; equal prompts have equal labels, unless one is the next
         number. Raises UsageError for one that does not fit."""
@@ -215,15 +220,17 @@ class PromptedSession:
         t = self.target
         ids = torch.tensor([[*p[:-1], *[p[-1]] * (longest + 1 - len(p))] for p in self.prompts], device=t.device)
         at = torch.arange(longest, device=t.device).expand(len(ids), -1)
-        self._run(t.words(ids).to(t.dtype), at, at, at[:1, None, :] <= at[:, :, None], longest)
+        place = t.places(self.lead, at - self.lead[:, None])
+        self._run(t.words(ids).to(t.dtype), at, place, at[:1, None, :] <= at[:, :, None], longest)
 
-    def _run(self, x: Tensor, slot: Tensor, position: Tensor, seen: Tensor, reach: int) -> Tensor:
-        """One call of the decoder: x [R, W, d]; slot, position int64 [R, W]; seen bool [R, W, reach] -> [R, W, d]."""
+    def _run(self, x: Tensor, slot: Tensor, place: Tensor, seen: Tensor, reach: int) -> Tensor:
+        """One call of the decoder: x [R, W, d]; slot int64 [R, W]; place: as `places` gives it; seen bool
+        [R, W, reach] -> [R, W, d]."""
         first = torch.arange(self.rows, device=x.device)[:, None] * self.cache.slots
         self.cache.flat, self.cache.reach = (first + slot).flatten(), reach
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
         cache = {self.target.cache_name: self.cache}
-        out = self.target.body(inputs_embeds=x, position_ids=position, attention_mask=mask, use_cache=True, **cache)
+        out = self.target.body(inputs_embeds=x, position_ids=place, attention_mask=mask, use_cache=True, **cache)
         return out.last_hidden_state
 
     @torch.no_grad()
@@ -240,11 +247,10 @@ class PromptedSession:
             past = width if layout is None else layout.sees.shape[-1]
             reach = whole_blocks(int(self.lead.max()) + furthest + past, reach)
         seen = visible(torch.arange(reach, device=inputs.device), begin, width, layout)
-        position = begin[:, None] + deep
-        number = position - self.lead[:, None]  # of the input among the image's
+        number = start.repeat(self.copies)[:, None] + deep  # of the input among the image's
         x = copied(t.embed(inputs), self.copies)
         x = torch.where(number[..., None] == 0, self.condition, x)
-        hidden = self._run(x, begin[:, None] + hop, position, seen, reach)
+        hidden = self._run(x, begin[:, None] + hop, t.places(self.lead, number), seen, reach)
         return t.read_out(hidden, number)
 
     @torch.no_grad()

@@ -149,7 +149,7 @@ def chameleon() -> PromptedCodes:
 
 def lumina() -> PromptedCodes:
     """The tiny Chameleon with an end of line, that knows PROMPTS as labels 0, 1, 2."""
-    return _with_prompts(LuminaTarget(tiny_chameleon(), LINE, GRID))
+    return _with_prompts(LuminaTarget(tiny_chameleon(), LINE, GRID, GRID))
 
 
 def glm() -> PromptedCodes:

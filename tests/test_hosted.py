@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -25,9 +27,12 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 
 import bozzetto
 import hf_toys
+from bozzetto.adapters.lumina import lumina_sizes
 from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, to_published
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
+from bozzetto.report.figures import offset_colours, overlay
+from bozzetto.report.runs import read_any
 from hf_toys import GRID, IMAGE
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop
@@ -77,6 +82,11 @@ def write_chameleon(folder: Path, codes: torch.Tensor | None = None, words: list
 def write_lumina(folder: Path) -> None:
     """Chameleon's network and processor under the name of Lumina-mGPT's class, with its words."""
     write_chameleon(folder, words=[LUMINA.get(word, word) for word in TEXT])
+    set_class(folder)
+
+
+def set_class(folder: Path) -> None:
+    """As Lumina-mGPT's checkpoints call theirs."""
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["ChameleonXLLMXForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -167,6 +177,68 @@ def test_lumina_is_told_the_task_and_the_size_in_its_own_words(checkpoints: dict
     assert prompt.without == begin and prompt.given[-4:] == (known.index("<reserved08706>"), *begin)
     assert prompt.given[0] == 1 and prompt.given[-6:-4] == (known.index("a"), known.index("dog"))
     assert pipe.target.length == 2 * 3 and pipe.codes_drawn(4) == 3
+
+
+WIDE = "32x16"  # to Emu3's grammar two rows of four codes, of which the tiny one's decoder makes 8 x 4 pixels
+
+
+def test_one_loaded_model_draws_pictures_of_several_sizes(checkpoints: dict[str, Path]) -> None:
+    pipe = load(checkpoints, "emu3")
+    wide = pipe.in_size((32, 16))
+    assert wide.target.body is pipe.target.body and (wide.grid, wide.size) == ((2, 4), (8, 4))
+    assert pipe.sizes[1] == (720, 720) and (832, 624) in pipe.sizes and (624, 832) in pipe.sizes
+    made, own = wide.generate(["a dog"]), bozzetto.load(checkpoints["emu3"], image_size=WIDE).generate(["a dog"])
+    assert made.images[0].sha256 == own.images[0].sha256 and made.images[0].image.size == (8, 4)
+    with pytest.raises(UsageError, match=r"image_size = 7x7 is not allowed: .*draws 6x6"):
+        load(checkpoints, "janus").in_size((7, 7))
+
+
+def test_lumina_is_told_height_before_width(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Its repository's loader reads the word of the height first, and says the size as width x height in words."""
+    folder = tmp_path / "lumina"
+    folder.mkdir()
+    words = ["<reserved08802>" if word == "dog" else LUMINA.get(word, word) for word in TEXT]
+    write_chameleon(folder, words=words)
+    set_class(folder)
+    pipe = bozzetto.load(folder, image_size="64x32")
+    pipe.labels(["a house"])
+    assert pipe.target.prompts[-1].without == tuple(
+        map(words.index, ("<racm3:break>", "<reserved08801>", "<reserved08802>"))
+    )
+    assert (pipe.grid, pipe.size, pipe.target.length) == ((2, 4), (8, 4), 2 * 5)
+
+
+@pytest.mark.parametrize("side", [512, 768, 1024])
+def test_lumina_offers_the_sizes_that_it_was_trained_on(side: int) -> None:
+    """As its repository lists them: a walk along the largest pictures."""
+    most, wanted = (side // 32) ** 2, set()
+    width, height = most, 1
+    while width:
+        if max(width, height) <= 4 * min(width, height):
+            wanted.add((32 * width, 32 * height))
+        width, height = (width, height + 1) if (height + 1) * width <= most else (width - 1, height)
+    found = lumina_sizes(side)
+    assert found[0] == (side, side) and set(found) == wanted and len(found) == len(wanted)
+
+
+def test_pictures_of_another_shape_go_through_every_verb(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    model = ["--model", str(checkpoints["emu3"]), "--image-size", WIDE]
+    assert main(["generate", "a red tulip", *model, "--out", str(tmp_path / "drawn")]) == 0
+    assert main(["sample", *model, "--count", "3", "--method", "jacobi", "--npz", "--out", str(tmp_path / "many")]) == 0
+    picture = next((tmp_path / "drawn").glob("000000*.png"))
+    assert Image.open(picture).size == (8, 4)
+    for folder in ("drawn", "many"):
+        (drawn,) = read_any(tmp_path / folder)[0].drawn
+        assert drawn.grid == (2, 4) and drawn.load(0).shape == (4, 8, 3)
+        assert overlay(drawn.traces[0], drawn.grid, offset_colours(4)).shape == (2, 4, 4)
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "drawn"), str(tmp_path / "many"), "--out", str(page)]) == 0
+    assert "4 \u00d7 2 tokens each" in page.read_text()
+    pipe = bozzetto.load(checkpoints["emu3"], image_size=WIDE)
+    drawn = pipe.generate(["a dog"]).images[0]
+    half = np.asarray(pipe.preview(drawn.tokens, 3))
+    assert half.shape == (4, 8, 3) and (half[2:] == 128).all() and (half[:2, 6:] == 128).all()
+    assert not (half[:2, :6] == 128).all()
 
 
 def test_the_command_line_draws_prompts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -268,11 +340,14 @@ def test_what_transformers_runs_is_not_profiled(checkpoints: dict[str, Path], ca
 
 
 def test_sizes_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None:
-    refused(checkpoints["emu3"], "image_size = 720 .*the model's context is 64", image_size=720)
-    refused(checkpoints["emu3"], "image_size = 21 is not allowed: a multiple of 8", image_size=21)
-    refused(checkpoints["janus"], "image_size = 7 is not allowed", image_size=7)
-    refused(checkpoints["lumina"], "image_size = 40 is not allowed: a multiple of 32", image_size=40)
-    refused(checkpoints["lumina"], "image_size = -32 is not allowed: a multiple of 32", image_size=-32)
+    refused(checkpoints["emu3"], "image_size = 720x720 .*the model's context is 64", image_size=720)
+    refused(checkpoints["emu3"], "image_size = 21x21 is not allowed: multiples of 8", image_size=21)
+    refused(checkpoints["emu3"], "image_size = 24x20 is not allowed: multiples of 8", image_size="24x20")
+    refused(checkpoints["janus"], "image_size = 7x7 is not allowed: .*draws 6x6 pixels", image_size=7)
+    refused(checkpoints["chameleon"], "image_size = 6x8 is not allowed", image_size="6x8")
+    refused(checkpoints["lumina"], "image_size = 40x40 is not allowed: multiples of 32", image_size=40)
+    for odd in (-32, "32x", "0x32", "x", "32X32", " 32", 10**6):
+        refused(checkpoints["lumina"], "is not allowed: pixels per side, or WIDTHxHEIGHT", image_size=odd)
     refused(checkpoints["lumina"], "no word '<reserved08824>'", image_size=768)
 
 

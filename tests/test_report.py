@@ -174,7 +174,7 @@ def test_map_cells_are_the_traces_offsets(run, page):
 def test_an_overlay_has_one_colour_for_each_offset():
     trace = PassTrace([1, 3, 5], [0, 2, 4], [0, 3, 4])
     colours = draw.offset_colours(3)
-    found = draw.overlay(trace, 3, colours).reshape(9, 4)
+    found = draw.overlay(trace, (3, 3), colours).reshape(9, 4)
     assert found[:, 3].tolist() == [0, 255, 255, 0, 255, 255, 255, 255, 0]
     assert found[1, :3].tolist() == colours[0].tolist() and found[7, :3].tolist() == colours[2].tolist()
 

@@ -59,17 +59,22 @@ def test_runs_of_generate_of_every_kind_of_model_are_read(family, method, models
     (drawn,) = run.drawn
     trace = drawn.traces[0]
     assert drawn.method == method.replace("none/plain", "none") and len(drawn.index) == 2
-    assert drawn.length == len(trace.offsets()) and draw.cells(trace, drawn.grid).shape == (drawn.grid, drawn.grid)
+    assert drawn.length == len(trace.offsets()) and draw.cells(trace, drawn.grid).shape == drawn.grid
     build_report([tmp_path / "gen"], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert (f"{drawn.grid} × {drawn.grid} tokens each" in page) == (drafter == "jacobi")
+    assert (f"{drawn.grid[1]} × {drawn.grid[0]} tokens each" in page) == (drafter == "jacobi")
     rate = json.loads((tmp_path / "gen" / "manifest.json").read_text())["tokens_per_pass"]
     assert drawn.tokens_per_pass == pytest.approx(rate)
 
 
 def test_ends_of_lines_have_no_place_on_a_map():
     trace = PassTrace([2, 3, 1], [1, 2, 0], [1, 2, 0])  # two lines of two codes and an end each
-    assert draw.cells(trace, 2).tolist() == [[1, 0], [2, 0]] and trace.offsets().tolist() == [1, 0, 1, 2, 0, 0]
+    assert draw.cells(trace, (2, 2)).tolist() == [[1, 0], [2, 0]] and trace.offsets().tolist() == [1, 0, 1, 2, 0, 0]
+
+
+def test_a_preview_before_the_picture_has_no_place_on_a_map():
+    trace = PassTrace([2, 3, 1], [1, 2, 0], [1, 2, 0])  # two tokens, then two lines of two codes
+    assert draw.cells(trace, (1, 4)).tolist() == [[1, 2, 0, 0]]
 
 
 def test_drafts_of_a_masked_model_have_traces_and_no_maps(models, tmp_path):

@@ -117,12 +117,13 @@ def _generate(options: Generate) -> None:
     with staged_folder(out, written_before(out)) as folder:
         pipe = load(options.model, loading)
         labels = pipe.labels(options.classes, settings)
-        count, side = options.count or len(labels), pipe.tokenizer.config.image_size
+        count = options.count or len(labels)
         check_free(out, count, [pipe.classes[label] for label in labels])
-        with RunWriter(folder, count, (side, side)) as writer:
+        with RunWriter(folder, count, pipe.size) as writer:
             request: dict[str, Any] = {"classes": list(options.classes), "seed": options.seed, "count": count}
             result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
-            writer.finish(result, {"model": options.model, "dtype": pipe.dtype, "device": loading.device, **request})
+            about = {"model": options.model, "dtype": pipe.dtype, "device": loading.device, "grid": list(pipe.grid)}
+            writer.finish(result, {**about, **request})
     print(writer.summary(result, out))
 
 

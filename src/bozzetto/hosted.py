@@ -15,6 +15,7 @@ from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.adapters.source import Hosted
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
+from bozzetto.hub import model_name
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.eagle_store import load_eagle
 from bozzetto.models.store import name_of
@@ -59,7 +60,7 @@ class HostedPipeline(CodePipeline):
     target: PromptedCodes
 
     def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path):
-        target, self.source = hosted.target, source
+        target, self.source, self.hosted = hosted.target, source, hosted
         super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
         self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
 
@@ -70,6 +71,20 @@ class HostedPipeline(CodePipeline):
         self.book = PromptBook(self.classes, add)
         for text in EXAMPLES:
             self.book.label(text, "")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return tuple(dict.fromkeys([self.size, *self.hosted.sizes]))
+
+    def in_size(self, size: tuple[int, int]) -> HostedPipeline:
+        """The same model, with the same weights, for pictures of another size (width, height). Raises UsageError for
+        one that it does not draw."""
+        if size == self.size:
+            return self
+        if self.hosted.sized is None:
+            only = f"{self.size[0]}x{self.size[1]}"
+            raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
+        return HostedPipeline(self.name, self.hosted.sized(size), self.dtype, self.source)
 
     def _fingerprint(self) -> str:
         return checkpoint_digest(self.source)
@@ -95,4 +110,4 @@ class HostedPipeline(CodePipeline):
 def load_prompted(model: str | Path, wanted: LoadSettings) -> HostedPipeline:
     """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does."""
     hosted = load_hosted(model, wanted)
-    return HostedPipeline(Path(str(model)).name, hosted, name_of(hosted.target.dtype), model)
+    return HostedPipeline(model_name(model), hosted, name_of(hosted.target.dtype), model)

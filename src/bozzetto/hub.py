@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bozzetto.errors import UsageError
@@ -20,3 +21,11 @@ def fetched(model: str | Path) -> Path:
     except Exception as error:  # of the name, the network, the disk; each library has classes of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"{model}: could not be read from the hub (there is no such folder here): {reason}") from error
+
+
+def model_name(model: str | Path) -> str:
+    """What a model is called: NAME of ORGANISATION/NAME@REVISION, of a folder, or of one in the hub's cache
+    (models--ORGANISATION--NAME/snapshots/REVISION)."""
+    parts = Path(str(model)).parts or ("",)
+    cached = [part.split("--")[-1] for part in parts if re.fullmatch(r"models--.+", part)]
+    return cached[-1] if cached else parts[-1].partition("@")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from torch import Tensor
 MOST_PIXELS = 2**25  # of a contact sheet, 100 MB
 _GAP, _LINE = 4, 14  # around a tile; of a caption
 _SMALLEST, _READABLE = 16, 64  # tiles, and those that are wide enough for a caption
+
+
+def grid_of(config: Any) -> tuple[int, int]:
+    """Rows and columns of codes of a picture, of a tokenizer's config (`rows` and `columns`, or `grid` of a square)."""
+    return (config.rows, config.columns) if hasattr(config, "rows") else (config.grid, config.grid)
+
+
+def size_of(config: Any) -> tuple[int, int]:
+    """Width and height of a picture in pixels, of a tokenizer's config (`width` and `height`, or `image_size`)."""
+    if hasattr(config, "width") and hasattr(config, "height"):
+        return config.width, config.height
+    return config.image_size, config.image_size
 
 
 def one_core() -> None:

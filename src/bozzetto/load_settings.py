@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +25,16 @@ class LoadSettings:
     weights in their files); device: as torch names it (`auto`, which becomes the device here: a GPU where there is
     one, of several that of torchrun's LOCAL_RANK; else cpu); device_map: how accelerate spreads a model of transformers
     over all devices ("": not at all); captions: features file of a text-conditional model (models/captions.py), whose
-    captions then stand for the classes; image_size: pixels per side, where a model has a choice (0: its usual one).
+    captions then stand for the classes; image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0:
+    its usual one).
 
-    Raises UsageError for an unknown dtype or map and for a device that is not there.
+    Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
     """
 
     dtype: str = AUTO
     device: str = AUTO
     captions: str | Path | None = None
-    image_size: int = 0
+    image_size: int | str = 0
     device_map: str = ""
 
     def __post_init__(self) -> None:
@@ -41,6 +43,7 @@ class LoadSettings:
         if self.device_map not in MAPS:
             known = ", ".join(name for name in MAPS if name)
             raise UsageError(f"device_map = {brief(self.device_map)} is not allowed: {known}")
+        size_of(self.image_size)
         check_text("device", self.device)
         if self.device == AUTO:
             object.__setattr__(self, "device", best_device())
@@ -50,6 +53,11 @@ class LoadSettings:
     def torch_dtype(self) -> torch.dtype:
         """Of settings that `for_weights` gave."""
         return DTYPES[self.dtype]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height that are asked for, in pixels; None: the model's usual ones."""
+        return size_of(self.image_size)
 
     @property
     def on_cpu(self) -> bool:
@@ -86,3 +94,12 @@ def _check_device(name: str) -> None:
         reason = str(error).splitlines()[0]
         here = ", ".join((AUTO, *devices_here()))
         raise UsageError(f"device {brief(name)} is not available here (there is: {here}): {reason}") from error
+
+
+def size_of(asked: int | str) -> tuple[int, int] | None:
+    """(width, height) of `512` or `512x768`; None for 0. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(asked), re.ASCII)
+    if not found or (found[2] and not (int(found[1]) and int(found[2]))):
+        raise UsageError(f"image_size = {brief(asked)} is not allowed: pixels per side, or WIDTHxHEIGHT")
+    width = int(found[1])
+    return (width, int(found[2] or width)) if width else None

@@ -38,7 +38,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         return _load_hosted(model, wanted)
     folder = model_folder(model)
     config = read_config(folder)
-    if wanted.image_size:
+    if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     if wanted.device_map:
         raise UsageError(f"device_map = {wanted.device_map!r} is not allowed: {folder} is no model of transformers")

@@ -28,8 +28,8 @@ class Loading:
     sequential. Not given: one device."""
     captions: Path | None = None
     """For a text-conditional model: safetensors file with the captions' features."""
-    image_size: int = 0
-    """Pixels per side, for models that have a choice (Emu3). 0: the model's usual size."""
+    image_size: int | str = 0
+    """Pixels per side, or WIDTHxHEIGHT, for models that have a choice (Emu3, Lumina-mGPT). 0: the usual size."""
 
 
 @checked(frozen=True, config=STRICT)

@@ -26,7 +26,7 @@ from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
-from bozzetto.images import one_core, to_picture
+from bozzetto.images import grid_of, one_core, size_of, to_picture
 from bozzetto.load_settings import DTYPES as DTYPES
 from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config, tokenizer_weights
 from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
@@ -43,7 +43,7 @@ _WAVES = 64  # of images that follow each other into slots, before pictures are 
 class Pipeline(ABC):
     """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `decoder_for`, `resolve`.
 
-    target: has length and device; tokenizer: has decode and config (grid, image_size).
+    target: has length and device; tokenizer: has decode and config (`grid_of` and `size_of` read it).
     """
 
     default_methods: tuple[str, ...]
@@ -54,6 +54,21 @@ class Pipeline(ABC):
         self.classes, self.dtype, self.folder = classes, dtype, folder
         self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
         self._known = ""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the codes of a picture."""
+        return grid_of(self.tokenizer.config)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a picture in pixels."""
+        return size_of(self.tokenizer.config)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (width, height) that the model can be asked for, its own first."""
+        return (self.size,)
 
     @abstractmethod
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
@@ -253,10 +268,10 @@ class Pipeline(ABC):
     def preview(self, tokens: Tensor, count: int, known: Tensor | None = None) -> Image.Image:
         """A picture of the first `count` tokens int64 [N], or of those that are `known`, bool [N]; the rest is grey."""
         pixels = self.tokenizer.decode(tokens[None].to(self.target.device))[0]
-        grid = self.tokenizer.config.grid
-        first = torch.arange(grid * grid, device=pixels.device) < self.codes_drawn(count)
-        drawn = (first if known is None else known.to(pixels.device)).view(1, grid, grid).float()
-        drawn = drawn.repeat_interleave(pixels.shape[1] // grid, 1).repeat_interleave(pixels.shape[2] // grid, 2)
+        rows, columns = self.grid
+        first = torch.arange(rows * columns, device=pixels.device) < self.codes_drawn(count)
+        drawn = (first if known is None else known.to(pixels.device)).view(1, rows, columns).float()
+        drawn = drawn.repeat_interleave(pixels.shape[1] // rows, 1).repeat_interleave(pixels.shape[2] // columns, 2)
         return to_picture(pixels * drawn + _GREY * (1 - drawn))
 
     def codes_drawn(self, count: int) -> int:

@@ -98,7 +98,7 @@ class SampleRun:
         """What fixes the images: everything but the batch size."""
         law = {k: v for k, v in asdict(self.settings).items() if k != "batch" and (k, v) not in _PLAIN}
         model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
-        grid, size = self.pipe.tokenizer.config.grid, self.pipe.tokenizer.config.image_size
+        grid, size = (pair[0] if pair[0] == pair[1] else list(pair) for pair in (self.pipe.grid, self.pipe.size))
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}
         drafter = {"drafter_weights": self.pipe.drafter_weights(self.settings.drafter)}
         return {"method": self.method, **model, **drafter, **law, "seed": self.seed, "classes": self.classes, **shape}

@@ -166,8 +166,9 @@ def _check_values(arrays: dict[str, np.ndarray], settings: dict[str, Any], signe
     numbers = asked if isinstance(asked, list) and all(type(c) is int for c in asked) else []  # not prompts
     if numbers and [numbers[i % len(numbers)] for i in index.tolist()] != label.tolist():
         raise ValueError("labels are not those of its images")
-    if isinstance(size, int) and arrays["pixels"].shape[1:3] != (size, size):
-        raise ValueError(f"pixels are {list(arrays['pixels'].shape)}, the run's are {size} x {size}")
+    width, height = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    if isinstance(width, int) and arrays["pixels"].shape[1:3] != (height, width):
+        raise ValueError(f"pixels are {list(arrays['pixels'].shape)}, the run's are {width} x {height}")
     finite = ["moved", "farthest", "spent", "seconds", *(["tokens"] if tokens.dtype == np.float32 else [])]
     if not all(np.isfinite(arrays[name]).all() for name in finite):
         raise ValueError("numbers that are not finite")

@@ -18,6 +18,7 @@ from bozzetto.adapters.lumina import codes_of, load_lumina
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
 from bozzetto.adapters.vqgan import chameleon_pictures
+from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
 
 
@@ -47,8 +48,8 @@ def load_chameleon(source: Source, wanted: LoadSettings) -> Hosted:
     source.check(ChameleonForConditionalGeneration)
     processor, network = source.processor(), source.network(ChameleonForConditionalGeneration, wanted)
     grid = math.isqrt(processor.image_seq_length)
-    target, pictures = ChameleonTarget(network, grid), chameleon_pictures(source.folder, network, grid)
-    fixed_size(source, wanted.image_size, pictures.config.image_size)
+    target, pictures = ChameleonTarget(network, grid), chameleon_pictures(source.folder, network, grid, grid)
+    fixed_size(source, wanted, size_of(pictures.config))
     begin, first = processor.image_start_token_id, processor.tokenizer.bos_token_id
 
     def tokens(text: str) -> tuple[int, ...]:

@@ -3,7 +3,6 @@ language model's vocabulary."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import Emu3ForConditionalGeneration
@@ -11,11 +10,13 @@ from transformers import Emu3ForConditionalGeneration
 from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.pictures import emu3_pictures
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.adapters.source import Hosted, Source, fits_context, numbers
+from bozzetto.adapters.source import Ask, Hosted, Source, fits_context, numbers, written
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
 
 _FACTOR = 8  # pixels per token and side
+# Width to height: the shapes that its paper's training data come in and that its processor's examples ask for.
+RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 
 
 class Emu3Target(LinedTarget):
@@ -32,20 +33,33 @@ def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
     """Emu3 as transformers' conversion lays it out."""
     source.check(Emu3ForConditionalGeneration)
     processor, network = source.processor(), source.network(Emu3ForConditionalGeneration, wanted)
-    image_size = wanted.image_size
-    area = (image_size or math.isqrt(processor.image_area)) ** 2
-    height, width = processor.calculate_generate_size("1:1", area, _FACTOR)
-    if height != width or height < 1 or (image_size and height * _FACTOR != image_size):
-        raise UsageError(f"image_size = {image_size} is not allowed: a multiple of {_FACTOR}")
-    target, own = Emu3Target(network, height, width), processor.image_processor
-    fits_context(target, height * _FACTOR)
-    pictures = emu3_pictures(network, width, list(own.image_mean), list(own.image_std))
+    sizes = tuple(_size(processor, ratio) for ratio in RATIOS)
+
+    def sized(size: tuple[int, int]) -> Hosted:
+        columns, rows = (pixels // _FACTOR for pixels in size)
+        if (columns * _FACTOR, rows * _FACTOR) != size:
+            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {_FACTOR}")
+        target, own = Emu3Target(network, rows, columns), processor.image_processor
+        fits_context(target, size)
+        pictures = emu3_pictures(network, rows, columns, list(own.image_mean), list(own.image_std))
+        ask = _grammar(processor, size)
+        return Hosted(target, pictures, ask, tokenizer=processor.tokenizer, sizes=sizes, sized=sized)
+
+    return sized(wanted.size or sizes[0])
+
+
+def _size(processor: Any, ratio: str) -> tuple[int, int]:
+    """Width and height of a picture of this ratio, WIDTH:HEIGHT, in the model's own area."""
+    height, width = processor.calculate_generate_size(ratio, processor.image_area, _FACTOR)
+    return width * _FACTOR, height * _FACTOR
+
+
+def _grammar(processor: Any, size: tuple[int, int]) -> Ask:
+    """The processor's prompts for pictures of this size: its ratio in tokens, and its area."""
+    ratio, area = f"{size[0] // _FACTOR}:{size[1] // _FACTOR}", size[0] * size[1]
 
     def tokens(text: str) -> tuple[int, ...]:
-        asked = {"return_for_image_generation": True, "ratio": "1:1", "image_area": area}
+        asked = {"return_for_image_generation": True, "ratio": ratio, "image_area": area}
         return tuple(numbers(processor(text=[text], return_tensors="pt", **asked)))
 
-    def ask(text: str, negative: str) -> Prompt:
-        return Prompt(tokens(text), tokens(negative))
-
-    return Hosted(target, pictures, ask, tokenizer=processor.tokenizer)
+    return lambda text, negative: Prompt(tokens(text), tokens(negative))

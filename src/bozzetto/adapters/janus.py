@@ -17,6 +17,7 @@ from transformers import JanusForConditionalGeneration
 from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
 
 
@@ -53,7 +54,7 @@ def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
     processor, network = source.processor(), source.network(JanusForConditionalGeneration, wanted)
     target, known = JanusTarget(network), network.generation_config
     pictures = janus_pictures(network, math.isqrt(target.length))
-    fixed_size(source, wanted.image_size, pictures.config.image_size)
+    fixed_size(source, wanted, size_of(pictures.config))
     begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
 
     def tokens(text: str) -> list[int]:

@@ -44,8 +44,14 @@ def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
             f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
             "LlamaGen and MAR checkpoints: bozzetto convert)"
         )
-    hosted = FAMILIES[kind](source, wanted.for_weights(source.stored))
-    return replace(hosted, ask=of_words(hosted.ask, hosted.tokenizer, hosted.target))
+    return _for_words(FAMILIES[kind](source, wanted.for_weights(source.stored)))
+
+
+def _for_words(hosted: Hosted) -> Hosted:
+    """In any size with prompts that are words."""
+    made = hosted.sized
+    sized = None if made is None else lambda size: _for_words(made(size))
+    return replace(hosted, ask=of_words(hosted.ask, hosted.tokenizer, hosted.target), sized=sized)
 
 
 def checkpoint_digest(model: str | Path) -> str:

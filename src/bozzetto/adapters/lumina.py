@@ -3,25 +3,26 @@ end of each line."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
 from transformers import ChameleonForConditionalGeneration
 
 from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.adapters.source import Hosted, Source, fits_context
+from bozzetto.adapters.source import Hosted, Source, fits_context, written
 from bozzetto.adapters.vqgan import chameleon_pictures
 from bozzetto.errors import UsageError
+from bozzetto.hub import model_name
 from bozzetto.load_settings import LoadSettings
 
 
 class LuminaTarget(LinedTarget):
     """model: transformers ChameleonForConditionalGeneration in evaluation mode, with Lumina-mGPT's weights; end: the
-    word that ends a line; grid: of the picture in tokens."""
+    word that ends a line; rows, columns: of the picture in tokens."""
 
-    def __init__(self, model: Any, end: int, grid: int):
-        super().__init__(model.model, model.lm_head.weight, codes_of(model), end, grid, grid)
+    def __init__(self, model: Any, end: int, rows: int, columns: int):
+        super().__init__(model.model, model.lm_head.weight, codes_of(model), end, rows, columns)
 
 
 def codes_of(model: Any) -> list[int]:
@@ -30,22 +31,22 @@ def codes_of(model: Any) -> list[int]:
     return [codes[i] for i in range(len(codes))]
 
 
-_PIXELS = 32  # one of Lumina-mGPT's grids, per side: two tokens
-_SIZES = ("512", "768", "1024")
+_PIXELS, _CODES = 32, 2  # of one of Lumina-mGPT's cells, per side: its pixels and its codes
+_MOST_RATIO = 4  # of the sides of a picture
+_SIZES = (512, 768, 1024)  # what checkpoints are called by and trained for
 
 
 class LuminaPrompts:
-    """Lumina-mGPT's own grammar: the task in words, a separator, begin of image, and the picture's size in two words.
-    Without a prompt it begins at the begin of image. pixels: per side of the picture. Raises UsageError."""
+    """Lumina-mGPT's own grammar: the task in words, a separator, begin of image, and the picture's height and width in
+    a word each. Without a prompt it begins at the begin of image. size: (width, height) of the picture in pixels.
+    Raises UsageError."""
 
-    def __init__(self, tokenizer: Any, model: str, pixels: int):
-        self.tokenizer = tokenizer
-        asked = pixels or int(next((size for size in _SIZES if size in Path(model).name), "768"))
-        if asked % _PIXELS or asked < _PIXELS:
-            raise UsageError(f"image_size = {asked} is not allowed: a multiple of {_PIXELS}")
-        self.pixels, self.grid = asked, asked // (_PIXELS // 2)
-        size = self.word(f"<reserved{8800 + asked // _PIXELS:05d}>")
-        self.begin, self.end = (self.word("<racm3:break>"), size, size), self.word("<reserved08799>")
+    def __init__(self, tokenizer: Any, size: tuple[int, int]):
+        if any(side % _PIXELS or side < _PIXELS for side in size):
+            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {_PIXELS}")
+        self.tokenizer, self.size = tokenizer, size
+        width, height = (self.word(f"<reserved{8800 + side // _PIXELS:05d}>") for side in size)
+        self.begin, self.end = (self.word("<racm3:break>"), height, width), self.word("<reserved08799>")
         self.separator = self.word("<reserved08706>")
 
     def word(self, name: str) -> int:
@@ -60,17 +61,46 @@ class LuminaPrompts:
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Words of the whole prompt."""
-        task = f"Generate an image of {self.pixels}x{self.pixels} according to the following prompt:\n{text}"
+        task = f"Generate an image of {written(self.size)} according to the following prompt:\n{text}"
         said = self.tokenizer.encode(task, add_special_tokens=False)
         return (self.tokenizer.bos_token_id, *said, self.separator, *self.begin)
 
 
+def lumina_sizes(side: int) -> tuple[tuple[int, int], ...]:
+    """(width, height) of the pictures that a checkpoint for squares of `side` pixels is trained on, the square first:
+    those of no more cells than the square that have more when both sides grow by one, sides up to 4 to 1."""
+    cells = (side // _PIXELS) ** 2
+    pairs = ((w, h) for w in range(1, cells + 1) for h in range(max(1, cells // (w + 1)), cells // w + 1))
+    allowed = [pair for pair in pairs if max(pair) <= _MOST_RATIO * min(pair)]
+    allowed.sort(key=lambda pair: (abs(pair[0] - pair[1]), -pair[0] * pair[1]))
+    return tuple((width * _PIXELS, height * _PIXELS) for width, height in allowed)
+
+
+def trained_side(source: Source) -> int:
+    """The side of the squares that the checkpoint is trained for, which only its name says. 0: unknown."""
+    words = re.split(r"[-_.]", model_name(source.name))
+    return next((side for side in _SIZES if str(side) in words), 0)
+
+
 def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
     """Lumina-mGPT."""
+    side = trained_side(source)
+    if not (side or wanted.size):
+        allowed = ", ".join(map(str, _SIZES))
+        raise UsageError(
+            f"{source.name}: its name does not say for which pictures it was trained: give --image-size "
+            f"(Lumina-mGPT's are {allowed})"
+        )
     source.check(ChameleonForConditionalGeneration)
     processor, network = source.processor(), source.network(ChameleonForConditionalGeneration, wanted)
-    ask = LuminaPrompts(processor.tokenizer, source.name, wanted.image_size)
-    target = LuminaTarget(network, ask.end, ask.grid)
-    fits_context(target, ask.pixels)
-    pictures = chameleon_pictures(source.folder, network, ask.grid, lined=True)
-    return Hosted(target, pictures, ask, tokenizer=processor.tokenizer)
+    sizes = lumina_sizes(side) if side else ()
+
+    def sized(size: tuple[int, int]) -> Hosted:
+        ask = LuminaPrompts(processor.tokenizer, size)
+        columns, rows = (pixels // _PIXELS * _CODES for pixels in size)
+        target = LuminaTarget(network, ask.end, rows, columns)
+        fits_context(target, size)
+        pictures = chameleon_pictures(source.folder, network, rows, columns, lined=True)
+        return Hosted(target, pictures, ask, tokenizer=processor.tokenizer, sizes=sizes, sized=sized)
+
+    return sized(wanted.size or (side, side))

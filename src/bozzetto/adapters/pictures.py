@@ -15,10 +15,17 @@ from bozzetto.adapters.lined import without_line_ends
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """grid: tokens per side of the picture; image_size: pixels per side."""
+    """rows, columns: of codes; width, height: of the picture in pixels."""
 
-    grid: int
-    image_size: int
+    rows: int
+    columns: int
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, scale: int) -> PictureConfig:
+        """scale: pixels per code and side."""
+        return cls(rows, columns, columns * scale, rows * scale)
 
 
 class HostedPictures:
@@ -42,7 +49,7 @@ class LinedPictures(HostedPictures):
     """Pictures whose tokens hold an end of line after each row."""
 
     def codes_drawn(self, count: int) -> int:
-        return count - count // (self.config.grid + 1)
+        return count - count // (self.config.columns + 1)
 
 
 def janus_pictures(model: Any, grid: int) -> HostedPictures:
@@ -54,17 +61,17 @@ def janus_pictures(model: Any, grid: int) -> HostedPictures:
         return (vq.decode(tokens) + 1) / 2
 
     codebook = F.normalize(vq.quantize.embedding.weight.detach(), dim=-1)
-    return HostedPictures(PictureConfig(grid, grid * scale), codebook, pixels)
+    return HostedPictures(PictureConfig.of(grid, grid, scale), codebook, pixels)
 
 
-def emu3_pictures(model: Any, grid: int, mean: list[float], std: list[float]) -> HostedPictures:
-    """model: transformers Emu3ForConditionalGeneration; mean, std: of its image processor."""
+def emu3_pictures(model: Any, rows: int, columns: int, mean: list[float], std: list[float]) -> HostedPictures:
+    """model: transformers Emu3ForConditionalGeneration; rows, columns: of codes; mean, std: of its image processor."""
     vq = model.model.vqmodel.float()
     shift, scale = (torch.tensor(part).view(-1, 1, 1) for part in (mean, std))
 
     def pixels(tokens: Tensor) -> Tensor:
-        made = vq.decode(without_line_ends(tokens, grid))
+        made = vq.decode(without_line_ends(tokens, columns))
         return made * scale.to(made) + shift.to(made)
 
     codebook = vq.quantize.embedding.weight.detach()
-    return LinedPictures(PictureConfig(grid, grid * vq.spatial_scale_factor), codebook, pixels)
+    return LinedPictures(PictureConfig.of(rows, columns, vq.spatial_scale_factor), codebook, pixels)

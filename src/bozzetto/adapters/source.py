@@ -24,13 +24,16 @@ Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 @dataclass
 class Hosted:
     """What was loaded. ask: from texts to tokens; own: how its authors sample it; tokenizer: of transformers, whose
-    special tokens no prompt may hold."""
+    special tokens no prompt may hold; sizes: (width, height) that its authors draw; sized: the same model, and the same
+    weights, for pictures of another size."""
 
     target: PromptedCodes
     pictures: HostedPictures
     ask: Ask
     own: OwnSampling = field(default_factory=OwnSampling)
     tokenizer: Any = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    sized: Callable[[tuple[int, int]], Hosted] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,19 +128,25 @@ def of_words(ask: Ask, tokenizer: Any, target: PromptedCodes) -> Ask:
     return checked
 
 
-def fixed_size(source: Source, asked: int, own: int) -> None:
-    """Raise UsageError where another size is asked for than the only one."""
-    if asked not in (0, own):
-        raise UsageError(f"image_size = {asked} is not allowed: {source.name} draws {own} pixels per side")
+def fixed_size(source: Source, wanted: LoadSettings, own: tuple[int, int]) -> None:
+    """Raise UsageError where another size (width, height) is asked for than the only one."""
+    if wanted.size not in (None, own):
+        asked, only = written(wanted.size or own), written(own)
+        raise UsageError(f"image_size = {asked} is not allowed: {source.name} draws {only} pixels")
 
 
-def fits_context(target: PromptedCodes, pixels: int) -> None:
-    """Raise UsageError for a picture that leaves no room for a prompt."""
+def fits_context(target: PromptedCodes, size: tuple[int, int]) -> None:
+    """Raise UsageError for a picture that leaves no room for a prompt. size: width, height."""
     if target.length >= target.context:
         raise UsageError(
-            f"image_size = {pixels} is not allowed: {target.length} image tokens, the model's context is "
+            f"image_size = {written(size)} is not allowed: {target.length} image tokens, the model's context is "
             f"{target.context}"
         )
+
+
+def written(size: tuple[int, int]) -> str:
+    """WIDTHxHEIGHT, as sizes are asked for."""
+    return f"{size[0]}x{size[1]}"
 
 
 def numbers(tokens: Any) -> list[int]:

@@ -24,9 +24,9 @@ NAMES = ("vqgan.safetensors", "vqgan.ckpt")
 _CODES = "quantize.embedding.weight"
 
 
-def chameleon_pictures(model: str | Path, network: Any, grid: int, lined: bool = False) -> HostedPictures:
-    """Pictures of a Chameleon model in a folder that also holds the tokenizer's checkpoint under one of NAMES. lined:
-    whether each row of tokens has an end.
+def chameleon_pictures(model: str | Path, network: Any, rows: int, columns: int, lined: bool = False) -> HostedPictures:
+    """Pictures of a Chameleon model in a folder that also holds the tokenizer's checkpoint under one of NAMES. rows,
+    columns: of codes; lined: whether each row of tokens has an end.
 
     Raises UsageError where it is missing, of another family, or of other codes than the model's.
     """
@@ -42,18 +42,18 @@ def chameleon_pictures(model: str | Path, network: Any, grid: int, lined: bool =
     codebook, own = state[_CODES].float(), network.model.vqmodel.quantize.embedding.weight.detach().float().cpu()
     if codebook.shape != own.shape or not torch.allclose(codebook, own, rtol=1e-2, atol=1e-2):
         raise UsageError(f"{path}: its codes are not those of {model}")
-    config = decoder_config(state, grid)
+    config = decoder_config(state, columns)
     decoder = KL16Decoder(config)
     load_strict(decoder, from_published(decoder_part(state), len(config.widths)), path)
     decoder = decoder.to(network.device).eval().requires_grad_(False)
     codebook = codebook.to(network.device)
 
     def pixels(tokens: Tensor) -> Tensor:
-        codes = without_line_ends(tokens, grid).flatten(1) if lined else tokens
-        return decoder(codebook[codes].transpose(1, 2).unflatten(2, (grid, grid)))
+        codes = without_line_ends(tokens, columns).flatten(1) if lined else tokens
+        return decoder(codebook[codes].transpose(1, 2).unflatten(2, (rows, columns)))
 
     made = LinedPictures if lined else HostedPictures
-    return made(PictureConfig(grid, config.image_size), codebook, pixels)
+    return made(PictureConfig.of(rows, columns, config.downsample), codebook, pixels)
 
 
 def decoder_config(state: Mapping[str, Tensor], grid: int) -> KL16Config:

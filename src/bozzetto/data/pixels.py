@@ -25,7 +25,8 @@ _BITS_PER_SAMPLE = 258  # of TIFF
 
 @dataclass(frozen=True)
 class Square:
-    """pixels: uint8 [S, S, 3]; side: of the square in the file; profile_ignored: it has one that cannot be used."""
+    """pixels: uint8 [H, W, 3]; side: width of what was cut out of the file; profile_ignored: it has one that
+    cannot be used."""
 
     pixels: np.ndarray
     side: int
@@ -45,15 +46,16 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
-def square(raw: bytes, size: int, where: str) -> Square:
-    """The centre square of a picture's bytes at `size` x `size`. where: names the picture in errors.
+def square(raw: bytes, size: int | tuple[int, int], where: str) -> Square:
+    """The centre square of a picture's bytes at `size` x `size`, or the centre of another shape (width, height). where:
+    names the picture in errors.
 
     Raises UsageError for what is no picture, is cut, is larger than Pillow's limit or has no agreed white.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # below twice Image.MAX_IMAGE_PIXELS Pillow only warns; so it does of EXIF
-            return _square(raw, size)
+            return _centre(raw, (size, size) if isinstance(size, int) else size)
     except UnidentifiedImageError as error:
         raise UsageError(f"{where}: not a picture (read are {', '.join(formats())})") from error
     except Image.DecompressionBombError as error:
@@ -62,16 +64,22 @@ def square(raw: bytes, size: int, where: str) -> Square:
         raise UsageError(f"{where}: cannot be read ({error or type(error).__name__})") from error
 
 
-def _square(raw: bytes, size: int) -> Square:
+def _centre(raw: bytes, size: tuple[int, int]) -> Square:
     image: Image.Image = Image.open(io.BytesIO(raw), formats=formats())
     image.load()
     _turn(image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    rgb, ignored = _rgb(_eight_bits(image.crop((left, top, left + side, top + side)), image))
-    if side != size:
-        rgb = rgb.resize((size, size), Image.Resampling.LANCZOS)
-    return Square(np.asarray(rgb), side, ignored)
+    width, height = _largest(image.size, size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    rgb, ignored = _rgb(_eight_bits(image.crop((left, top, left + width, top + height)), image))
+    if (width, height) != size:
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    return Square(np.asarray(rgb), width, ignored)
+
+
+def _largest(room: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """The largest width and height in the ratio of `shape`, in whole pixels."""
+    width = min(room[0], max(1, room[1] * shape[0] // shape[1]))
+    return width, min(room[1], max(1, width * shape[1] // shape[0]))
 
 
 def _turn(image: Image.Image) -> None:

@@ -18,7 +18,7 @@ from bozzetto.errors import UsageError
 
 @dataclass
 class ImageSet:
-    """Square images of one size. images: uint8 [N, S, S, 3]; labels: int64 [N]; classes: names by label; enlarged: how
+    """Images of one size. images: uint8 [N, H, W, 3]; labels: int64 [N]; classes: names by label; enlarged: how
     many of the files held smaller squares."""
 
     images: np.ndarray
@@ -59,15 +59,17 @@ def _rows(path: Path, split: str | None) -> tuple[Source, list[Row], Counter[str
     return source, chosen, left_out
 
 
-def read_images(path: str | Path, split: str | None, size: int = 160) -> ImageSet:
-    """Pictures of a parquet file, of a folder of parquet files or of a folder of pictures, as squares of `size`; split:
-    None reads all. What is left out is said in one line on stderr.
+def read_images(path: str | Path, split: str | None, size: int | tuple[int, int] = 160) -> ImageSet:
+    """Pictures of a parquet file, of a folder of parquet files or of a folder of pictures, as squares of `size` or in
+    another shape (width, height); split: None reads all. What is left out is said in one line on stderr.
 
     Raises UsageError for data that are not there, cannot be read or lack the split; the file is named.
     """
     path = Path(path)
     source, rows, left_out = _rows(path, split)
-    images, notes = _room(path, len(rows), size), Counter[str]()
+    width, height = (size, size) if isinstance(size, int) else size
+    images, notes = _room(path, len(rows), width, height), Counter[str]()
+    smaller = f"smaller than {width} x {height}, enlarged"
     kept: list[Row] = []
     for row, raw in zip(rows, source.raw(rows), strict=True):
         if raw is None:
@@ -76,20 +78,20 @@ def read_images(path: str | Path, split: str | None, size: int = 160) -> ImageSe
         found = square(raw, size, row.where)
         images[len(kept)] = found.pixels
         kept.append(row)
-        notes[f"smaller than {size} x {size}, enlarged"] += found.side < size
+        notes[smaller] += found.side < width
         notes["with a colour profile that cannot be used, read without it"] += found.profile_ignored
     if not kept:
         raise UsageError(f"{path}: no pictures" + (f" of split {split!r}" if split else ""))
     labels, classes = classes_of(kept, source.names)
     _say(path, split, len(kept), left_out, notes)
-    return ImageSet(images[: len(kept)], labels, classes, notes[f"smaller than {size} x {size}, enlarged"])
+    return ImageSet(images[: len(kept)], labels, classes, notes[smaller])
 
 
-def _room(path: Path, count: int, size: int) -> np.ndarray:
+def _room(path: Path, count: int, width: int, height: int) -> np.ndarray:
     try:
-        return np.empty((count, size, size, 3), np.uint8)
+        return np.empty((count, height, width, 3), np.uint8)
     except (MemoryError, ValueError) as error:
-        raise UsageError(f"{path}: {count} pictures of {size} x {size} do not fit into memory") from error
+        raise UsageError(f"{path}: {count} pictures of {width} x {height} do not fit into memory") from error
 
 
 def _say(path: Path, split: str | None, count: int, left_out: Counter[str], notes: Counter[str]) -> None:

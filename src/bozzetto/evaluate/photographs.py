@@ -63,8 +63,7 @@ def data_path(pipe: Pipeline, asked: str | Path | None) -> Path:
 def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
     """One split of a parquet file or of a folder, read straight at the model's size: samples are held against what the
     files show. Raises UsageError as `read_images` does."""
-    size = pipe.tokenizer.config.image_size
-    found = read_images(path, split, size)
+    found = read_images(path, split, pipe.size)
     known = [class_named(pipe.classes, name) for name in distinct(found.classes)]
     label = np.array([-1 if number is None else number for number in known], np.int64)
     return Photographs(found.images, label[found.labels], found.enlarged)

@@ -87,7 +87,7 @@ class Reference:
         """What a report says of the photographs."""
         found = self.photographs
         enlarged = {split: photos.enlarged for split, photos in found.items()}
-        return {"size": found["test"].images.shape[1], "count": self.counts, "enlarged": enlarged}
+        return {"size": found["test"].images.shape[2], "count": self.counts, "enlarged": enlarged}
 
 
 def few(count: int, what: str) -> str:

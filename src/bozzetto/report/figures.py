@@ -171,8 +171,8 @@ def strip_figure(traces: Mapping[str, PassTrace], styles: Mapping[str, Style], n
 
 
 def mean_map(share: np.ndarray, top: float, label: str, name: str) -> str:
-    """Heat map of the share of images in which each token was a kept draft. share: float [g, g]; top: end of the
-    scale."""
+    """Heat map of the share of images in which each token was a kept draft. share: float [rows, columns]; top: end
+    of the scale."""
     figure = _empty(2.7, width=3.2)
     axes = figure.subplots()
     shown = axes.imshow(share, vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
@@ -298,16 +298,20 @@ def offset_colours(count: int) -> np.ndarray:
     return (matplotlib.colormaps["plasma"](scale)[:, :3] * 255).round().astype(np.uint8)
 
 
-def cells(trace: PassTrace, grid: int) -> np.ndarray:
-    """`trace.offsets()` by place, int16 [grid, grid]; ends of lines, where the tokens hold some, are left out."""
-    return trace.offsets().reshape(grid, -1)[:, :grid]
+def cells(trace: PassTrace, grid: tuple[int, int]) -> np.ndarray:
+    """`trace.offsets()` by place, int16 [rows, columns]; ends of lines, where the tokens hold some, are left out, and
+    so are tokens before those of the picture."""
+    rows, columns = grid
+    offsets = trace.offsets()
+    line = columns + 1 if len(offsets) == rows * (columns + 1) else columns
+    return offsets[len(offsets) - rows * line :].reshape(rows, line)[:, :columns]
 
 
-def overlay(trace: PassTrace, grid: int, colours: np.ndarray) -> np.ndarray:
-    """Where each token came from, uint8 RGBA [grid, grid, 4]: the target's own draws are clear, a kept draft has the
+def overlay(trace: PassTrace, grid: tuple[int, int], colours: np.ndarray) -> np.ndarray:
+    """Where each token came from, uint8 RGBA [rows, columns, 4]: the target's own draws are clear, a kept draft has the
     colour of its offset. colours: uint8 [n, 3]; later offsets share the last."""
     offset = np.minimum(cells(trace, grid), len(colours))
-    pixels = np.zeros((grid, grid, 4), np.uint8)
+    pixels = np.zeros((*grid, 4), np.uint8)
     kept = offset > 0
     pixels[kept, :3], pixels[kept, 3] = colours[offset[kept] - 1], 255
     return pixels
@@ -319,7 +323,7 @@ def picture_uri(pixels: np.ndarray) -> str:
 
 
 def overlay_uri(pixels: np.ndarray) -> str:
-    """A mask, uint8 [g, g, 4], as the address of a PNG."""
+    """A mask, uint8 [rows, columns, 4], as the address of a PNG."""
     return _uri(pixels, "PNG", optimize=True)
 
 

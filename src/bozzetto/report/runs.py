@@ -48,7 +48,7 @@ class Drawn:
     image, or None where the run kept none; length: tokens of an image, those of a grid line by line, which may hold an
     end each; total: images in the run, of which `index` lists those read; draft_share: share of the decoding time that
     went into drafting and verifying; budget: most bias that an image could spend; scattered: tokens are drawn in an
-    order of their own, as masked models do."""
+    order of their own, as masked models do; grid: rows and columns of its codes."""
 
     method: str
     index: list[int]
@@ -57,14 +57,10 @@ class Drawn:
     traces: list[PassTrace] | None
     length: int
     total: int
+    grid: tuple[int, int]
     draft_share: float | None = None
     budget: float | None = None
     scattered: bool = False
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side of the picture."""
-        return _side(self.length)
 
     @property
     def tokens_per_pass(self) -> float | None:
@@ -219,6 +215,7 @@ def _drawn(folder: Path, count: int | None) -> tuple[Drawn, dict[str, Any]]:
         traces=samples.traces,
         length=samples.tokens.shape[1],
         total=total,
+        grid=_grid(samples.settings, samples.tokens.shape[1]),
         draft_share=drafting / (drafting + decoding) if drafting + decoding else None,
         budget=_number(samples.settings.get("tv_budget")),
         scattered=_scattered(samples.settings, samples.tokens.ndim == 3),
@@ -247,14 +244,13 @@ def _manifest_folder(name: str, folder: Path) -> Run:
         traces=[_trace(entry, length) for entry in images] if traced else None,
         length=length,
         total=len(images),
+        grid=_grid(settings, length) if traced else (0, 0),
         draft_share=seconds.get("draft", 0.0) / decoding if decoding else None,
         budget=_number(settings.get("tv_budget")),
         scattered=_scattered(settings, vectors),
     )
     run = Run(name, GENERATE, settings, provenance, drawn=[drawn])
-    if traced:
-        _side(length)  # raises ValueError for what is no grid
-    else:
+    if not traced:
         run.notes.append(
             f"{name}: its {MANIFEST} holds no traces of the target passes (an older version wrote it), so acceptance "
             "maps, acceptance by offset and passes are left out for it."
@@ -289,12 +285,15 @@ def _count(value: Any) -> int:
     return value
 
 
-def _side(tokens: int) -> int:
-    """Lines of a square grid, whose lines may hold an end of line more."""
-    side = math.isqrt(tokens)
-    if not side or tokens not in (side * side, side * (side + 1)):
-        raise ValueError(f"{tokens} tokens do not make a square grid")
-    return side
+def _grid(settings: Mapping[str, Any], tokens: int) -> tuple[int, int]:
+    """Rows and columns: what a run says, else those of a square, whose rows may hold an end of line more."""
+    said = settings.get("grid")
+    side = math.isqrt(tokens) if said is None else said
+    rows, columns = map(_count, said if isinstance(said, list) and len(said) == 2 else (side, side))
+    fits = tokens in (rows * columns, rows * (columns + 1)) if said is None else tokens >= rows * columns
+    if not (rows and columns and fits):
+        raise ValueError(f"{tokens} tokens do not make a grid of {rows} by {columns}")
+    return rows, columns
 
 
 def _scattered(settings: Mapping[str, Any], vectors: bool) -> bool:

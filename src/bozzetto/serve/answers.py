@@ -28,10 +28,10 @@ _JPEG = 90  # quality, where none is asked for
 
 @dataclass(frozen=True)
 class Form:
-    """How pictures are sent. side: their width and height; scaled: whether the model draws another size; kind: png,
+    """How pictures are sent. pixels: their width and height; scaled: whether the model draws another size; kind: png,
     jpeg or webp; link: as a data URL; strength: quality from 0 to 100, None: what suits the kind."""
 
-    side: int
+    pixels: tuple[int, int]
     scaled: bool = False
     kind: str = "png"
     link: bool = False
@@ -39,12 +39,12 @@ class Form:
 
     @property
     def size(self) -> str:
-        return f"{self.side}x{self.side}"
+        return f"{self.pixels[0]}x{self.pixels[1]}"
 
     def pictured(self, picture: Image.Image) -> dict[str, str]:
         """A picture in the response format."""
         if self.scaled:
-            picture = picture.resize((self.side, self.side), Image.Resampling.LANCZOS)
+            picture = picture.resize(self.pixels, Image.Resampling.LANCZOS)
         text = base64.b64encode(encoded(picture, self.kind, self.strength)).decode()
         return {"url": f"data:image/{self.kind};base64,{text}"} if self.link else {"b64_json": text}
 

@@ -82,29 +82,33 @@ class Terms:
 
     def _form(self, name: str, asked: ImageGeneration | None) -> Form:
         """How pictures are sent. Raises ApiError for a size or a compression that they cannot have."""
-        side = self.worker.pipes[name].tokenizer.config.image_size
+        drawn = self.worker.pipes[name].size
         if asked is None:
-            return Form(side)
+            return Form(drawn)
         kind, strength = asked.output_format, asked.output_compression
         if kind == "png" and strength not in (None, 100):
             raise refused(f"output_compression = {strength} is not allowed for png: 100", "output_compression")
         link = asked.response_format == "url"
         if asked.response_format is None:
             link = (asked.model or "").startswith(_OURS)
-        wanted = self._side(asked.size, side)
-        return Form(wanted, wanted != side, kind, link, strength)
+        wanted = self._size(asked.size, drawn)
+        return Form(wanted, wanted != drawn, kind, link, strength)
 
-    def _side(self, size: str, drawn: int) -> int:
-        """The side of a picture of the size that is asked for."""
-        if size in ("auto", f"{drawn}x{drawn}"):
+    def _size(self, size: str, drawn: tuple[int, int]) -> tuple[int, int]:
+        """Width and height that are asked for."""
+        own = f"{drawn[0]}x{drawn[1]}"
+        if size in ("auto", own):
             return drawn
         if not self.resize:
-            raise refused(f"size {size!r} is not allowed: auto or {drawn}x{drawn}", "size")
-        found = re.fullmatch(r"([1-9][0-9]{1,3})x\1", size)
-        if not found or not SMALLEST <= int(found[1]) <= LARGEST:
-            allowed = f"auto, or a square from {SMALLEST}x{SMALLEST} to {LARGEST}x{LARGEST}"
+            raise refused(f"size {size!r} is not allowed: auto or {own}", "size")
+        found = re.fullmatch(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})", size)
+        wanted = (int(found[1]), int(found[2])) if found else (0, 0)
+        same = wanted[0] * drawn[1] == wanted[1] * drawn[0]  # another shape would distort the picture
+        if not same or not min(wanted) >= SMALLEST or not max(wanted) <= LARGEST:
+            what = "a square" if drawn[0] == drawn[1] else f"a picture of the shape of {own}"
+            allowed = f"auto, or {what} from {SMALLEST}x{SMALLEST} to {LARGEST}x{LARGEST}"
             raise refused(f"size {size!r} is not allowed: {allowed}", "size")
-        return int(found[1])
+        return wanted
 
     def listed(self) -> list[dict[str, Any]]:
         """What is served, by every name."""
@@ -113,14 +117,17 @@ class Terms:
     def described(self, asked: str) -> dict[str, Any]:
         """One model. Raises ApiError for one that is not served."""
         name = self.model(asked)
-        config, rules = self.worker.pipes[name].tokenizer.config, self.worker.rules[name]
+        pipe, rules = self.worker.pipes[name], self.worker.rules[name]
+        rows, columns = pipe.grid
         told = {
             "id": asked,
             "object": "model",
             "created": int(time.time()),
             "owned_by": "bozzetto",
-            "size": f"{config.image_size}x{config.image_size}",
-            "grid": config.grid,
+            "size": f"{pipe.size[0]}x{pipe.size[1]}",
+            "grid": rows,
+            "columns": columns,
+            "tokens": pipe.target.length,
             "takes_prompts": self.worker.pipes[name].takes_prompts,
             "prompts": list(self.worker.examples[name][:_LISTED]),
             "rules": rules,

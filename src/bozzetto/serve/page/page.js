@@ -114,8 +114,9 @@ function laneOf(id, title) {
   root.hidden = false;
   root.classList.remove("won");
   root.querySelector("h2").textContent = title;
+  root.style.setProperty("--shape", `${current().columns} / ${current().grid}`);
   const lane = {
-    title, grid: current().grid, picture: root.querySelector(".picture"), map: root.querySelector(".map"), root,
+    title, model: current(), picture: root.querySelector(".picture"), map: root.querySelector(".map"), root,
     bar: root.querySelector("progress"), figures: root.querySelector(".figures"), frames: [], result: null,
   };
   lane.picture.removeAttribute("src");
@@ -130,7 +131,7 @@ const words = (seconds, passes, tokens) =>
   `${seconds.toFixed(2)} s, ${passes} passes, ${(tokens / Math.max(1, passes)).toFixed(2)} tokens per pass`;
 
 async function drawInto(lane, body, signal) {
-  const total = lane.grid * lane.grid;
+  const total = lane.model.tokens;
   for await (const event of events(body, signal)) {
     if (event.type === "progress") {
       lane.frames.push(event);
@@ -154,17 +155,20 @@ function finish(lane, body) {
   paintMap(lane, done.committed, Infinity);
 }
 
-// Tokens in raster order, coloured by how many came out of their pass.
+// Tokens in raster order, coloured by how many came out of their pass. Not shown: ends of lines, and a preview before
+// the picture's own tokens.
 function paintMap(lane, committed, passes) {
-  const canvas = lane.map, g = lane.grid, paint = canvas.getContext("2d");
+  const canvas = lane.map, { grid: rows, columns, tokens } = lane.model, line = tokens === rows * (columns + 1) ? columns + 1 : columns;
+  const paint = canvas.getContext("2d");
   const style = getComputedStyle(document.documentElement);
-  canvas.width = canvas.height = g;
-  paint.clearRect(0, 0, g, g);
-  let at = 0;
+  canvas.width = columns;
+  canvas.height = rows;
+  paint.clearRect(0, 0, columns, rows);
+  let at = rows * line - tokens;
   committed.slice(0, passes).forEach((count) => {
     const level = count < 2 ? 0 : count < 4 ? 1 : count < 8 ? 2 : 3;
     paint.fillStyle = style.getPropertyValue(COLOURS[level]);
-    for (let i = 0; i < count; i += 1, at += 1) paint.fillRect(at % g, Math.floor(at / g), 1, 1);
+    for (let i = 0; i < count; i += 1, at += 1) paint.fillRect(at % line, Math.floor(at / line), 1, 1);
   });
   $("legend").hidden = !committed.length;
 }

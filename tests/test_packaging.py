@@ -28,8 +28,9 @@ FLOORS = {
     "classes": 1,
     "hub": 1,
     "load_settings": 1,
-    "own_sampling": 1,
     "laws": 1,
+    "own_sampling": 1.2,
+    "published": 1.3,
     "drafts": 1.5,  # drafts of continuous tokens carry laws
     "rules": 2,
     "drafters": 2,

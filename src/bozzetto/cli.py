@@ -37,7 +37,7 @@ from bozzetto.options_shared import Law, loading_of, settings_from
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 # Packages of extras.
 _OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
-AUTO, _LONGEST = "auto", 2000  # characters of an error
+AUTO, OWN, _LONGEST = "auto", "own", 2000  # characters of an error
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
 
@@ -108,6 +108,7 @@ def _wants_progress(asked: bool) -> bool:
 def _generate(options: Generate) -> None:
     from bozzetto.loading import load
     from bozzetto.output import RunWriter, check_free, written_before
+    from bozzetto.own_sampling import sampling_line
     from bozzetto.pipeline import GenerateSettings
     from bozzetto.staging import staged_folder
 
@@ -119,11 +120,13 @@ def _generate(options: Generate) -> None:
         labels = pipe.labels(options.classes, settings)
         count = options.count or len(labels)
         check_free(out, count, [pipe.classes[label] for label in labels])
+        sampling = pipe.sampling(settings)
+        print(sampling_line(sampling), flush=True)
         with RunWriter(folder, count, pipe.size) as writer:
             request: dict[str, Any] = {"classes": list(options.classes), "seed": options.seed, "count": count}
             result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
             about = {"model": options.model, "dtype": pipe.dtype, "device": loading.device, "grid": list(pipe.grid)}
-            writer.finish(result, {**about, **request})
+            writer.finish(result, {**about, **request}, sampling)
     print(writer.summary(result, out))
 
 
@@ -152,9 +155,9 @@ def _bench(options: Bench) -> None:
         BenchSettings,
         methods=("none",) if options.methods == AUTO else _listed("methods", options.methods, str),
         batches=_listed("batch", options.batch, int),
-        guidances=_listed("guidance", options.guidance, float),
+        guidances=_listed("guidance", options.guidance, float, own=True),
         windows=_listed("window", options.window, int),
-        top_ks=_listed("top_k", options.top_k, int),
+        top_ks=_listed("top_k", options.top_k, int, own=True),
     )
     if options.json is not None:
         check_writable(options.json)
@@ -214,12 +217,13 @@ def _profile(options: Profile) -> None:
 N = TypeVar("N", str, int, float)
 
 
-def _listed(name: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
-    """Values separated by commas."""
+def _listed(name: str, text: str, kind: Callable[[str], N], own: bool = False) -> tuple[Any, ...]:
+    """Values separated by commas. own: `own`, or nothing, is None, for the model's own."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        return tuple(None if own and part == OWN else kind(part) for part in parts or [OWN] * own)
     except ValueError as error:
-        wanted = "whole numbers" if kind is int else "numbers"
+        wanted = ("whole numbers" if kind is int else "numbers") + f" or {OWN}" * own
         raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error
 
 
@@ -232,6 +236,7 @@ def _base(options: Law) -> Any:
 
 def _sample(options: Sample) -> None:
     from bozzetto.loading import load
+    from bozzetto.own_sampling import sampling_line
     from bozzetto.sampling import SampleRun, gathered, method_settings, sample, world_of
     from bozzetto.shards import write_adm
 
@@ -245,6 +250,8 @@ def _sample(options: Sample) -> None:
         pipe = load(options.model, loading)
         named = None if options.method == "auto" else options.method
         run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes, method=named)
+        if rank == 0:
+            print(sampling_line(run.sampling), flush=True)
         if options.ray:
             with _needs("ray"):
                 from bozzetto.sampling_ray import sample_by_ray

@@ -63,6 +63,7 @@ class HostedPipeline(CodePipeline):
         target, self.source, self.hosted = hosted.target, source, hosted
         super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
         self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
+        self.own = hosted.own
 
         def add(text: str, negative: str, label: int | None) -> int:
             # Texts that are the same tokens (of words that the model does not know) are called what they are.
@@ -90,7 +91,12 @@ class HostedPipeline(CodePipeline):
         return checkpoint_digest(self.source)
 
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
-        return self.book.labels(asked, "" if settings is None else settings.negative_prompt)
+        words = (settings or GenerateSettings()).with_own(self.own)
+        suffix = self.own.suffix if words.quality_words else ""
+        return self.book.labels(asked, words.negative_prompt or "", suffix)
+
+    def prompt_of(self, label: int) -> str:
+        return self.book.asked[label]
 
     def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
         self.book.remember(prompts, busy)

@@ -20,9 +20,11 @@ from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import CONFIG, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
+from bozzetto.own_sampling import SAMPLING, own_from
 from bozzetto.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
 from bozzetto.prompts import ENCODER, CaptionPipeline
+from bozzetto.settings import GenerateSettings
 
 _LONGEST = 200  # characters of a name
 
@@ -38,6 +40,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         return _load_hosted(model, wanted)
     folder = model_folder(model)
     config = read_config(folder)
+    own = own_from(config, folder / CONFIG)
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     if wanted.device_map:
@@ -46,8 +49,14 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     if config.get("family") in (FLOW, MASKED, DRIFT):
         if wanted.captions is not None:
             raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
-        return _load_vectors(folder, config, wanted)
-    return _load_codes(folder, config, wanted)
+        pipe = _load_vectors(folder, config, wanted)
+    else:
+        pipe = _load_codes(folder, config, wanted)
+    pipe.own = own
+    if SAMPLING in config:
+        with naming(folder / CONFIG):  # what it says is allowed for this kind of model
+            pipe.decoder_for(GenerateSettings(drafter="none"), 1)
+    return pipe
 
 
 def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> LoadSettings:

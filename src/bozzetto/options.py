@@ -74,16 +74,16 @@ class Bench(Loading):
     """At least this many rounds, a batch each."""
     batch: str = "1"
     """Batch sizes, separated by commas."""
-    guidance: str = "2"
-    """Guidance scales, separated by commas."""
+    guidance: str = "own"
+    """Guidance scales, separated by commas. own: the model's."""
     window: str = "0"
     """Windows, separated by commas. 0: chosen for the batch."""
-    top_k: str = "0"
-    """Values of top-k, separated by commas. 0: all tokens."""
-    temperature: float = 1.0
-    """Shared by all methods."""
-    top_p: float = 1.0
-    """Shared by all methods."""
+    top_k: str = "own"
+    """Values of top-k, separated by commas. 0: all tokens; own: the model's."""
+    temperature: float | None = None
+    """Shared by all methods. Not given: the model's own."""
+    top_p: float | None = None
+    """Shared by all methods. Not given: the model's own."""
     seed: int = 0
     """Seed of the images."""
     compile: str = "off"
@@ -113,8 +113,8 @@ class Profile(Loading):
     """none, DRAFTER/RULE, or auto: the model's default. Sequential decoding always takes part."""
     batch: int = 1
     """Images decoded together."""
-    guidance: float = 2.0
-    """Classifier-free guidance, 1 or more. 1: off."""
+    guidance: float | None = None
+    """Classifier-free guidance, 1 or more. 1: off. Not given: the model's own."""
     window: int = 0
     """Positions scored in one pass of drafter jacobi. 0: chosen for the batch."""
     compile: str = "off"

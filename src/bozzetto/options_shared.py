@@ -40,14 +40,15 @@ class Law(Loading):
     """Image i of a seed is the same picture in any batch and with any number of images or processes around it."""
     window: int = 0
     """Positions scored in one pass. 0: chosen for the batch."""
-    guidance: float = 2.0
-    """Classifier-free guidance, 1 or more. 1: off, which halves the work."""
-    temperature: float = 1.0
-    """Above 0; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Keep only the K likeliest tokens. 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all."""
+    guidance: float | None = None
+    """Classifier-free guidance, 1 or more. 1: off, which halves the work. Not given: the model's own."""
+    temperature: float | None = None
+    """Above 0; 0 always takes the likeliest token. Not given: the model's own."""
+    top_k: int | None = None
+    """Keep only the K likeliest tokens. 0: all. Not given: the model's own."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that make up this probability, above 0 and up to 1. 1: all. Not given: the model's
+    own."""
     tv_budget: float | None = None
     """Most bias (total variation, summed over an image's tokens) that a relaxed rule may spend before it decides
     exactly. Not given: no limit."""
@@ -60,8 +61,12 @@ class Law(Loading):
     """Masked models: autoregressive steps, up to one per token. 0: as the model says."""
     guidance_schedule: str = ""
     """Masked models: linear (guidance grows as the image fills) or constant. Not given: as the model says."""
-    negative_prompt: str = ""
-    """Models in the Hugging Face layout: what guidance leads away from. Not given: what the model has for no prompt."""
+    negative_prompt: str | None = None
+    """Models in the Hugging Face layout: what guidance leads away from. Not given: what the model has for no prompt, or
+    with --quality-words what its authors publish."""
+    quality_words: bool = False
+    """Append to every prompt what the model's authors append to theirs (Emu3, NextStep-1), and take their negative
+    prompt where none is given."""
     compile: str = "off"
     """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
     half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to

@@ -84,11 +84,14 @@ class RunWriter:
         with _named(self.folder / VECTORS):
             self.vectors.writestr(f"{file_name(image.index, image.class_name)}.npy", content.getvalue())
 
-    def finish(self, result: GenerateResult, settings: Mapping[str, object]) -> None:
-        """Write what is known in the end. `settings` are added to those the result knows."""
+    def finish(
+        self, result: GenerateResult, settings: Mapping[str, object], sampling: Mapping[str, object] | None = None
+    ) -> None:
+        """Write what is known in the end. `settings` are added to those the result knows; sampling: see
+        Pipeline.sampling."""
         _write(self.folder / SHEET, _png(self.sheet.picture))
         with _named(self.folder / MANIFEST):
-            self.text.write(f"\n ],\n{_members(_finite(_run(result, settings)), 1, 2)}\n}}\n")
+            self.text.write(f"\n ],\n{_members(_finite(_run(result, settings, sampling)), 1, 2)}\n}}\n")
             self.text.flush()
             os.fsync(self.text.fileno())
             self.files.close()
@@ -106,11 +109,14 @@ class RunWriter:
         return text
 
 
-def _run(result: GenerateResult, settings: Mapping[str, object]) -> dict[str, Any]:
+def _run(
+    result: GenerateResult, settings: Mapping[str, object], sampling: Mapping[str, object] | None
+) -> dict[str, Any]:
     """What manifest.json says of the whole run."""
     own = {**vars(result.settings), "window": result.windows[0], "windows": result.windows}
     figures = {name: getattr(result, name) for name in ("tokens_per_pass", "seconds", "head_calls", "head_rows")}
-    return {**figures, "settings": {**own, **settings}, **provenance()}
+    used = {} if sampling is None else {"sampling": dict(sampling)}
+    return {**figures, "settings": {**own, **settings}, **used, **provenance()}
 
 
 def _entry(image: GeneratedImage) -> dict[str, Any]:
@@ -119,6 +125,7 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
     content = {
         "file": file_name(image.index, image.class_name),
         "class": image.class_name,
+        **({"prompt": image.prompt} if image.prompt not in ("", image.class_name) else {}),
         "seed": image.seed,
         "index": image.index,
         "sha256": image.sha256,

@@ -29,6 +29,7 @@ from bozzetto.files import digest
 from bozzetto.images import grid_of, one_core, size_of, to_picture
 from bozzetto.load_settings import DTYPES as DTYPES
 from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config, tokenizer_weights
+from bozzetto.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.settings import GenerateSettings
 
@@ -53,6 +54,7 @@ class Pipeline(ABC):
         self.name, self.target, self.tokenizer = name, target, tokenizer
         self.classes, self.dtype, self.folder = classes, dtype, folder
         self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
+        self.own = OwnSampling()  # how its authors sample it
         self._known = ""
 
     @property
@@ -74,14 +76,36 @@ class Pipeline(ABC):
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
         """A decoder (run, stream, result) for resolved settings and this many images, and its window."""
 
-    @abstractmethod
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        """With `auto` replaced. Raises UsageError for a method or an option of the other kind of token."""
+        """With `auto` replaced, and with the model's own values where nothing is asked for. Raises UsageError for a
+        method or an option of the other kind of token."""
+        if settings.quality_words and not (self.own.suffix or self.own.negative_prompt):
+            raise UsageError(f"quality_words is not allowed here: none are published for {self.name}")
+        return settings.with_own(self.own)
+
+    def sampling(self, settings: GenerateSettings | None = None) -> dict[str, Any]:
+        """How images of these settings (None: those that say nothing) are sampled, ready for JSON: the law, the head's
+        steps, the words around prompts; asked: what is not the model's own; source: where that was published."""
+        given = GenerateSettings() if settings is None else settings
+        used, unset = self.resolve(given), GenerateSettings()
+        shown: dict[str, Any] = {name: getattr(used, name) for name in LAW} | self.head_sampling(used)
+        words = {"suffix": self.own.suffix * used.quality_words, "negative_prompt": used.negative_prompt}
+        names = (*LAW, *HEAD, "negative_prompt", "quality_words")
+        asked = [name for name in names if getattr(given, name) != getattr(unset, name)]
+        return {**shown, **words, "asked": asked, "source": self.own.source}
+
+    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
+        """Of resolved settings: steps, passes and guidance schedule, where there are."""
+        return {}
 
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for one that is
         unknown, or that does not say which of several classes is meant."""
         return labels_of(self.classes, listed(asked))
+
+    def prompt_of(self, label: int) -> str:
+        """What the model is asked for a label."""
+        return self.classes[label]
 
     def refuse_negative(self, settings: GenerateSettings) -> None:
         """Raise UsageError for a negative prompt, which models of other libraries have."""
@@ -228,6 +252,7 @@ class Pipeline(ABC):
             image=picture,
             tokens=made.tokens[row].cpu(),
             class_name=self.classes[label],
+            prompt=self.prompt_of(label),
             label=label,
             seed=seed,
             index=index,

@@ -35,6 +35,7 @@ from bozzetto.models.mar_target import MARSampler, MARTarget
 from bozzetto.models.path_sketch import PathSketcher
 from bozzetto.models.sketch_store import SKETCH, load_sketch
 from bozzetto.models.store import WEIGHTS, Tokenizer, target_digest
+from bozzetto.own_sampling import HEAD
 from bozzetto.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
 from bozzetto.pipeline import DTYPES, Pipeline, model_files
 from bozzetto.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
@@ -91,7 +92,7 @@ class CodePipeline(_CausalPipeline):
         self.workshop = TargetWorkshop(target, tokenizer.codebook, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        settings = settings.with_method("jacobi", self.default_rules)
+        settings = super().resolve(settings).with_method("jacobi", self.default_rules)
         if is_path_method(settings.drafter, settings.rule):
             raise UsageError(f"rule {settings.rule!r} is for continuous tokens: {self.name} draws codes")
         self.refuse_negative(settings)
@@ -161,6 +162,7 @@ class FlowPipeline(_CausalPipeline):
         return FlowTarget(self.network, sampler, dtype)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = super().resolve(settings)
         self.refuse_negative(settings)
         settings = vector_settings(self.name, settings, "jacobi", self.default_rules)
         for option in ("passes", "guidance_schedule"):
@@ -168,6 +170,9 @@ class FlowPipeline(_CausalPipeline):
                 raise UsageError(f"{option} is not allowed here: {self.name} is causal, not masked")
         _check_annealed(settings)
         return settings
+
+    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
+        return {"steps": settings.steps or self.target.sampler.steps}
 
     def blank_inputs(self, labels: Tensor) -> Tensor:
         return torch.zeros(len(labels), 1, self.target.token_dim, device=labels.device)
@@ -271,6 +276,7 @@ class MaskedPipeline(Pipeline):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = super().resolve(settings)
         if settings.compile == "default" or settings.deterministic:
             asked = "deterministic" if settings.deterministic else f"compile = {settings.compile!r}"
             raise UsageError(
@@ -280,6 +286,10 @@ class MaskedPipeline(Pipeline):
         settings = vector_settings(self.name, settings, "none", self.default_rules)
         _check_annealed(settings)
         return settings
+
+    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
+        sampler = self.sampler_for(settings)
+        return {name: getattr(sampler, name) for name in HEAD}
 
     def sampler_for(self, settings: GenerateSettings) -> MARSampler:
         """The model's sampler with what the settings change."""

@@ -23,31 +23,35 @@ ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through mode
 class PromptBook:
     """Prompts and their labels. names: what is listed as classes, grown here; add(text, negative, None): makes a label
     for a new prompt, which has to be the next number or that of an equal one; add(text, negative, label): puts it in
-    the place of an old one. most: prompts that are remembered (None: all); beyond, the one that was asked for longest
-    ago gives way, unless `busy` says that it is still drawn."""
+    the place of an old one. asked: what was added for each label, which ends in the suffix that it was given. most:
+    prompts that are remembered (None: all); beyond, the one that was asked for longest ago gives way, unless `busy`
+    says that it is still drawn."""
 
     def __init__(self, names: list[str], add: Callable[[str, str, int | None], int]):
         self.names, self.add = names, add
         self.most: int | None = None
         self.busy: Callable[[], set[int]] = set
+        self.asked: list[str] = []
         self.known: dict[tuple[str, str], int] = {}
         self.used: dict[int, None] = {}  # labels, the one used last at the end
 
-    def label(self, text: str, negative: str) -> int:
+    def label(self, text: str, negative: str, suffix: str = "") -> int:
         """Raises UsageError for an empty prompt, or one that does not fit."""
         text, negative = " ".join(text.split()), " ".join(negative.split())
         if not text:
             raise UsageError("prompt '' is not allowed: say what to draw")
-        if (text, negative) not in self.known:
+        whole = text + suffix
+        if (whole, negative) not in self.known:
             old = self._oldest()
-            label = self.add(text, negative, old)
+            label = self.add(whole, negative, old)
             if label == len(self.names):
                 self.names.append(text)
+                self.asked.append(whole)
             elif old is not None:
                 self.known = {key: other for key, other in self.known.items() if other != label}
-                self.names[label] = text
-            self.known[text, negative] = label
-        label = self.known[text, negative]
+                self.names[label], self.asked[label] = text, whole
+            self.known[whole, negative] = label
+        label = self.known[whole, negative]
         self.used.pop(label, None)
         self.used[label] = None
         return label
@@ -63,7 +67,7 @@ class PromptBook:
         """See Pipeline.remember."""
         self.most, self.busy = most, busy
 
-    def labels(self, asked: str | int | Sequence[str | int], negative: str) -> list[int]:
+    def labels(self, asked: str | int | Sequence[str | int], negative: str, suffix: str = "") -> list[int]:
         """Labels of prompts, or of numbers of known ones; none given: all known ones in turn."""
         found = []
         for item in listed(asked):
@@ -71,8 +75,8 @@ class PromptBook:
                 if not 0 <= item < len(self.names):
                     raise UsageError(f"prompt {item} is not allowed: a text, or a number up to {len(self.names) - 1}")
                 item = self.names[item]
-            found.append(self.label(item, negative))
-        return found or [self.label(name, negative) for name in list(self.names)]
+            found.append(self.label(item, negative, suffix))
+        return found or [self.label(name, negative, suffix) for name in list(self.names)]
 
 
 class CaptionPipeline(CodePipeline):

@@ -22,7 +22,8 @@ class GeneratedImage:
     least log-probability by which a draw or coin would have fallen otherwise (None: not measured); near_tie: that is
     within float rounding; spent: bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and
     largest distance of continuous tokens from the target's own samples, in token units (0 where the rule measures
-    none); trace: what each target pass offered and kept."""
+    none); trace: what each target pass offered and kept; prompt: what the model was asked, which may be more than
+    class_name."""
 
     image: Image.Image
     tokens: Tensor
@@ -40,6 +41,7 @@ class GeneratedImage:
     trace: PassTrace
     moved: float = 0.0
     farthest: float = 0.0
+    prompt: str = ""
 
 
 @dataclass

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from bozzetto.classes import labels_of
 from bozzetto.errors import UsageError, brief, check_number
 from bozzetto.files import write_text
+from bozzetto.own_sampling import SAMPLING, OwnSampling
 from bozzetto.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 from bozzetto.provenance import provenance
 from bozzetto.registry import split_method, split_spec
@@ -41,7 +42,8 @@ _SUFFIXES: dict[str, type] = {
     **dict.fromkeys(("window", "steps", "last_steps", "passes"), int),
     **dict.fromkeys(("guidance_schedule", "compile"), str),
 }
-_PLAIN = (("compile", "off"), ("deterministic", False), ("negative_prompt", ""))  # what needs no mention
+# What needs no mention.
+_PLAIN = (("compile", "off"), ("deterministic", False), ("negative_prompt", ""), ("quality_words", False))
 
 
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
@@ -82,6 +84,9 @@ class SampleRun:
         method: str | None = None,
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
+        if self._early():
+            settings = settings.with_own(OwnSampling())
+        self.sampling = pipe.sampling(settings)
         labels = pipe.labels(classes, settings)
         # What asks for the same in any process: a prompt has a number in this one only, a name may be of two classes.
         self.classes: list[str | int] = [pipe.classes[i] for i in labels] if pipe.takes_prompts else list(labels)
@@ -93,6 +98,10 @@ class SampleRun:
         self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
         plan_batches([0], 1, seed, 0, settings.batch)  # refuses a seed out of range
         self._check_folder()
+
+    def _early(self) -> bool:
+        """Whether the folder is of a version in which what was not asked for was the same for all models."""
+        return (self.folder / RUN).exists() and SAMPLING not in read_run(self.folder)
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""
@@ -129,7 +138,8 @@ class SampleRun:
         """Write run.json, or check that it says the same."""
         self._check_folder()
         if not (self.folder / RUN).exists():
-            content = {"kind": "samples", "settings": self.description(), "provenance": provenance()}
+            content = {"kind": "samples", "settings": self.description(), SAMPLING: self.sampling}
+            content |= {"provenance": provenance()}
             write_text(self.folder / RUN, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @contextlib.contextmanager

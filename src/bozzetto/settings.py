@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bozzetto.errors import UsageError, brief, check_number, check_text
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.models.graphs import check_mode
 from bozzetto.models.native import cheap_rows
+from bozzetto.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.path_registry import (
     ALONE,
     PATH_DRAFTERS,
@@ -35,15 +37,16 @@ class GenerateSettings:
 
     drafter, rule: NAME or NAME:key=value:... (see registry.py and path_registry.py), or `auto`: what suits the model
     and the other of the two, without bias; window: scored positions per pass of drafter jacobi (0: chosen for the
-    batch); guidance, temperature, top_k, top_p: the law (see LawSettings); batch: images decoded together; tv_budget:
-    most bias per image that a relaxed rule may spend (None: no limit).
+    batch); guidance, temperature, top_k, top_p: the law (see LawSettings), None: the model's own; batch: images decoded
+    together; tv_budget: most bias per image that a relaxed rule may spend (None: no limit).
 
     For continuous tokens: steps, denoising steps per token; last_steps, those of the last token, to which they fall
     (without drafts only); passes, autoregressive steps of a masked model; guidance_schedule: `linear` (guidance grows
     from 1 with the share of known tokens) or `constant`, for a masked model. 0 and "": as the model says.
 
-    negative_prompt: what stands for no prompt under guidance ("": what the model has for that), where the model draws
-    prompts of its own.
+    negative_prompt: what stands for no prompt under guidance, where the model draws prompts of its own ("": what the
+    model has for that; None: that too, or with quality_words what its authors publish); quality_words: append to every
+    prompt what the model's authors append to theirs, where they do.
 
     compile: `off`, `default` or `max`, how passes of a causal model are compiled; deterministic: compiled passes of any
     width and batch agree to the last bit, so that seed-exact images are the same in bfloat16 too.
@@ -52,17 +55,18 @@ class GenerateSettings:
     drafter: str = AUTO
     rule: str = AUTO
     window: int = 0
-    guidance: float = 2.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    guidance: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     batch: int = 1
     tv_budget: float | None = None
     steps: int = 0
     last_steps: int = 0
     passes: int = 0
     guidance_schedule: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
+    quality_words: bool = False
     compile: str = "off"
     deterministic: bool = False
 
@@ -75,14 +79,14 @@ class GenerateSettings:
             allowed = f"a whole number >= 1, at most {_MOST}, or 0: the model's"
             check_number(name, getattr(self, name), 0, _MOST, allowed, whole=True)
         for name in ("drafter", "rule", "negative_prompt", "guidance_schedule", "compile"):
-            check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name) or "")
         if self.guidance_schedule not in SCHEDULES:
             allowed = ", ".join(s for s in SCHEDULES if s)
             raise UsageError(f"guidance_schedule = {brief(self.guidance_schedule)} is not allowed: {allowed}")
         if check_mode(self.compile) == "off" and self.deterministic:
             raise UsageError("deterministic is not allowed with compile = 'off': default, max")
         self._check_method()
-        self.law  # noqa: B018  (validates its own numbers)
+        LawSettings(**{name: value for name, value in self._numbers().items() if value is not None})
 
     def _check_method(self) -> None:
         """What can be said before the model is known; `auto` is checked when it is replaced."""
@@ -121,9 +125,24 @@ class GenerateSettings:
         """Whether this is the sequential sampler: no drafts, and no speculation inside a token."""
         return self.drafter == "none" and self.rule in (SeedExact.name, Plain.name)
 
+    def with_own(self, own: OwnSampling) -> GenerateSettings:
+        """With the model's own values in place of what is not set."""
+        known: dict[str, Any] = {k: getattr(own, k) for k, v in self._numbers().items() if v is None}
+        known |= {k: getattr(self, k) or getattr(own, k) for k in HEAD}
+        if self.negative_prompt is None:
+            known["negative_prompt"] = own.negative_prompt if self.quality_words else ""
+        return replace(self, **known)
+
+    def _numbers(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in LAW}
+
     @property
     def law(self) -> LawSettings:
-        return LawSettings(self.guidance, self.temperature, self.top_k, self.top_p)
+        """Of settings in which nothing is left to the model (`Pipeline.resolve`). Raises ValueError for others."""
+        numbers = self._numbers()
+        if unset := [name for name, value in numbers.items() if value is None]:
+            raise ValueError(f"{', '.join(unset)}: not set, and only the model knows its own (Pipeline.resolve)")
+        return LawSettings(**numbers)
 
     def window_for(self, batch: int, length: int, dtype: str, widest: int = 16) -> int:
         """Places scored in a pass for a batch of this size; widest: the most that are chosen for a batch of one."""

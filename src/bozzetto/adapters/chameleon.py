@@ -58,4 +58,4 @@ def load_chameleon(source: Source, wanted: LoadSettings) -> Hosted:
     def ask(text: str, negative: str) -> Prompt:
         return Prompt(tokens(text), tokens(negative) if negative else (first, begin))
 
-    return Hosted(target, pictures, ask, tokenizer=processor.tokenizer)
+    return Hosted(target, pictures, ask, source.sampling("chameleon"), processor.tokenizer)

@@ -33,17 +33,18 @@ def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
     """Emu3 as transformers' conversion lays it out."""
     source.check(Emu3ForConditionalGeneration)
     processor, network = source.processor(), source.network(Emu3ForConditionalGeneration, wanted)
+    own = source.sampling("emu3")
     sizes = tuple(_size(processor, ratio) for ratio in RATIOS)
 
     def sized(size: tuple[int, int]) -> Hosted:
         columns, rows = (pixels // _FACTOR for pixels in size)
         if (columns * _FACTOR, rows * _FACTOR) != size:
             raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {_FACTOR}")
-        target, own = Emu3Target(network, rows, columns), processor.image_processor
+        target, look = Emu3Target(network, rows, columns), processor.image_processor
         fits_context(target, size)
-        pictures = emu3_pictures(network, rows, columns, list(own.image_mean), list(own.image_std))
+        pictures = emu3_pictures(network, rows, columns, list(look.image_mean), list(look.image_std))
         ask = _grammar(processor, size)
-        return Hosted(target, pictures, ask, tokenizer=processor.tokenizer, sizes=sizes, sized=sized)
+        return Hosted(target, pictures, ask, own, processor.tokenizer, sizes, sized)
 
     return sized(wanted.size or sizes[0])
 

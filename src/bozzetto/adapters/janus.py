@@ -69,4 +69,4 @@ def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
             return Prompt(tuple(given), tuple(tokens(negative)))
         return janus_prompt(given, known.bos_token_id, begin, known.pad_token_id)
 
-    return Hosted(target, pictures, ask, tokenizer=processor.tokenizer)
+    return Hosted(target, pictures, ask, source.sampling("janus"), processor.tokenizer)

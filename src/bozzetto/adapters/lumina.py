@@ -93,7 +93,7 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
         )
     source.check(ChameleonForConditionalGeneration)
     processor, network = source.processor(), source.network(ChameleonForConditionalGeneration, wanted)
-    sizes = lumina_sizes(side) if side else ()
+    own, sizes = source.sampling("lumina-mgpt"), lumina_sizes(side) if side else ()
 
     def sized(size: tuple[int, int]) -> Hosted:
         ask = LuminaPrompts(processor.tokenizer, size)
@@ -101,6 +101,6 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
         target = LuminaTarget(network, ask.end, rows, columns)
         fits_context(target, size)
         pictures = chameleon_pictures(source.folder, network, rows, columns, lined=True)
-        return Hosted(target, pictures, ask, tokenizer=processor.tokenizer, sizes=sizes, sized=sized)
+        return Hosted(target, pictures, ask, own, processor.tokenizer, sizes, sized)
 
     return sized(wanted.size or (side, side))

@@ -14,9 +14,11 @@ from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.pictures import HostedPictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.errors import UsageError, brief
+from bozzetto.files import read_json
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.store import usual_type
-from bozzetto.own_sampling import OwnSampling
+from bozzetto.own_sampling import OwnSampling, with_stated
+from bozzetto.published import STATED, published
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 
@@ -53,6 +55,14 @@ class Source:
         except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(f"{self.name}: its {what} could not be read: {reason}") from error
+
+    def sampling(self, family: str) -> OwnSampling:
+        """How the authors of a family (published.py) sample it, with what the folder's generation_config.json says of
+        pictures: the file itself, for transformers puts its own usual values (top-k 50) beside."""
+        own, file = published(family), self.folder / "generation_config.json"
+        if family not in STATED or not file.exists():
+            return own
+        return with_stated(own, STATED[family], read_json(file), file)
 
     def stored(self) -> str:
         """The type of the weights: what config.json says of the whole or of its language model, else what most weights

@@ -27,6 +27,7 @@ from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.files import write_text
 from bozzetto.output import table
+from bozzetto.own_sampling import OwnSampling
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
 from bozzetto.registry import make_rule
@@ -42,19 +43,20 @@ _RANGES = {"count": (1, _MOST), "rounds": (1, _MOST), "threads": (0, 4096), "wav
 class BenchSettings:
     """methods: none, or DRAFTER/RULE, each with settings of its own (see `method_settings`); batches, guidances,
     windows (0: chosen for the batch), top_ks: every combination is a cell of the table; count: images per method and
-    cell, rounded up to whole batches; rounds: at least so many; temperature, top_p: shared by all; seed: of the images;
+    cell, rounded up to whole batches; rounds: at least so many; temperature, top_p: shared by all (None, as among
+    guidances and top_ks: the model's own); seed: of the images;
     threads: CPU threads (0: as they are); compile, deterministic: see GenerateSettings; waves: images per round for
     each place in the batch: with more than one, images enter as others finish where the engine can do that."""
 
     methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/seed-exact", "jacobi/exact")
     batches: tuple[int, ...] = (1,)
-    guidances: tuple[float, ...] = (2.0,)
+    guidances: tuple[float | None, ...] = (None,)
     windows: tuple[int, ...] = (0,)
-    top_ks: tuple[int, ...] = (0,)
+    top_ks: tuple[int | None, ...] = (None,)
     count: int = 4
     rounds: int = 3
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int = 0
     threads: int = 0
     compile: str = "off"
@@ -72,6 +74,16 @@ class BenchSettings:
                 raise UsageError(f"{name} is empty: at least one value is wanted")
         for cell in self.cells():
             self.entries(cell)  # every combination validates its own numbers and names
+
+    def with_own(self, own: OwnSampling) -> BenchSettings:
+        """With the model's own values in place of what is not set."""
+        return replace(
+            self,
+            guidances=tuple(own.guidance if value is None else value for value in self.guidances),
+            top_ks=tuple(own.top_k if value is None else value for value in self.top_ks),
+            temperature=own.temperature if self.temperature is None else self.temperature,
+            top_p=own.top_p if self.top_p is None else self.top_p,
+        )
 
     def cells(self) -> list[GenerateSettings]:
         """Sequential settings of every cell."""
@@ -152,8 +164,8 @@ class BenchRow:
 
 def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) -> dict[str, Any]:
     """Measure every method in every cell; returns {settings, results}, ready for JSON."""
-    before = torch.get_num_threads()
-    cells = settings.cells()
+    before, settings = torch.get_num_threads(), settings.with_own(pipe.own)
+    cells = [cell.with_own(pipe.own) for cell in settings.cells()]
     work = sum(len(settings.entries(cell)) * (1 + _rounds(settings, cell)) for cell in cells)
     try:
         if settings.threads:
@@ -280,9 +292,9 @@ def _row(
     return BenchRow(
         method=method,
         batch=cell.batch,
-        guidance=cell.guidance,
+        guidance=cell.law.guidance,
         window=1 if entry is None else pipe.decoder_for(entry, cell.batch)[1],
-        top_k=cell.top_k,
+        top_k=cell.law.top_k,
         tokens_per_pass=sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
         passes=sum(t.passes for t in timings),
         ms_per_pass=median(ms),

@@ -75,6 +75,7 @@ def compare(
     pipe: Pipeline, settings: CompareSettings, extractor: FeatureExtractor, out: Path, *, progress: bool = False
 ) -> dict[str, Any]:
     """Sample what is missing, test, write `comparison.json` into `out`; returns its content."""
+    settings = replace(settings, base=settings.base.with_own(pipe.own))
     seeds = _seeds(settings)
     for folder in filter(is_folder, (settings.a, settings.b)):
         _check_weights(pipe, _settings_of(folder))

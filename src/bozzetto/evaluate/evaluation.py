@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def evaluate(
     pipe: Pipeline, settings: EvaluateSettings, extractor: FeatureExtractor, out: Path, *, progress: bool = False
 ) -> dict[str, Any]:
     """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
+    settings = replace(settings, base=settings.base.with_own(pipe.own))
     path = data_path(pipe, settings.data)
     run_of = partial(SampleRun, pipe=pipe, seed=settings.seed, classes=prompts_for(pipe, path)[: settings.count])
     runs = [

@@ -36,14 +36,14 @@ _SHOW_AFTER = 2.0  # seconds until the progress bar appears
 @dataclass(frozen=True)
 class ProfileSettings:
     """method: none, DRAFTER/RULE or auto, with settings of its own (see `method_settings`); window: of drafter jacobi
-    (0: chosen for the batch); batch: images decoded together; compile, deterministic: see GenerateSettings; seconds:
-    spent on measuring each part, at least; threads: CPU threads (0: as they are). Raises UsageError for a value out of
-    range."""
+    (0: chosen for the batch); batch: images decoded together; guidance (None: the model's own), compile, deterministic:
+    see GenerateSettings; seconds: spent on measuring each part, at least; threads: CPU threads (0: as they are). Raises
+    UsageError for a value out of range."""
 
     method: str = "auto"
     window: int = 0
     batch: int = 1
-    guidance: float = 2.0
+    guidance: float | None = None
     compile: str = "off"
     deterministic: bool = False
     seconds: float = 0.3
@@ -77,7 +77,7 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
             torch.set_num_threads(settings.threads)
         with tqdm(total=5, unit="part", disable=not progress, delay=_SHOW_AFTER) as bar:
             figures = _measured(pipe, method, settings.seconds, bar.update)
-        return _as_json(pipe, settings, figures)
+        return _as_json(pipe, settings, figures, method)
     finally:
         torch.set_num_threads(before)
 
@@ -146,11 +146,12 @@ def _decoded(
     )
 
 
-def _as_json(pipe: Pipeline, settings: ProfileSettings, figures: Figures) -> dict[str, Any]:
+def _as_json(pipe: Pipeline, settings: ProfileSettings, figures: Figures, method: GenerateSettings) -> dict[str, Any]:
     plain = asdict(figures)
     for entry, measured in zip(plain["passes"], figures.passes, strict=True):
         entry["share"] = measured.share
-    known = {"model": pipe.name, **asdict(settings), "dtype": pipe.dtype, "compile": plain.pop("compile")}
+    known = {"model": pipe.name, **asdict(settings), **asdict(method.law)}
+    known |= {"dtype": pipe.dtype, "compile": plain.pop("compile")}
     return {"settings": {**known, **provenance()}, **plain, "advice": [asdict(hint) for hint in advise(figures)]}
 
 

@@ -38,6 +38,8 @@ from bozzetto.models.store import (
     stored_type,
     write_tokenizer,
 )
+from bozzetto.own_sampling import SAMPLING
+from bozzetto.published import published
 
 IMAGE_SIZES = (256, 384, 512)
 GPT, VQ = "a LlamaGen transformer", "a LlamaGen VQ tokenizer"
@@ -91,10 +93,12 @@ def convert_llamagen(
     for source, part in ((vq, pixels), (gpt, network)):
         check_storable(source, part, store)
     condition = "t2i" if config.captioned else "c2i"
+    own = published("llamagen-t2i" if config.captioned else f"llamagen-c2i-{size}")
     content = {
         "family": "llamagen",
         "config": dataclasses.asdict(config),
         "class_names": names,
+        SAMPLING: own.recorded(),
         "converted": {"size": size, "condition": condition, "gpt": gpt.name, "vq": vq.name},
     }
 

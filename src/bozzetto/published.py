@@ -1,0 +1,79 @@
+"""How the authors of known families sample their models: the numbers of their own commands, with where they stand.
+
+The temperature is 1 and nothing is filtered where a command says nothing of it. Sources are public repositories and the
+files in them; they were read there, no weights were run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from bozzetto.own_sampling import OwnSampling
+
+_QUALITY = " masterpiece, film grained, best quality."
+_POOR = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+# Guidance of the published figures (FID); the demonstration takes 4 and top-k 2000.
+_LLAMAGEN = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
+_MAR = {"B": 2.9, "L": 3.0, "H": 3.2}
+
+
+def _llamagen(guidance: float) -> OwnSampling:
+    return OwnSampling(guidance, source="FoundationVision/LlamaGen, GETTING_STARTED.md (sampling for FID)")
+
+
+def _mar(guidance: float) -> OwnSampling:
+    source = "LTH14/mar, README.md (evaluation)"
+    return OwnSampling(guidance, steps=100, passes=256, guidance_schedule="linear", source=source)
+
+
+FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(
+    {
+        "janus": OwnSampling(5.0, source="deepseek-ai/Janus, generation_inference.py"),
+        "emu3": OwnSampling(
+            3.0, top_k=2048, negative_prompt=_POOR, suffix=_QUALITY, source="baaivision/Emu3, image_generation.py"
+        ),
+        # Meta's inference code, which Anole's carries: with a prompt and no picture in it, guidance is the one of text.
+        "chameleon": OwnSampling(
+            3.0,
+            0.7,
+            top_p=0.9,
+            source="GAIR-NLP/anole, chameleon/inference/chameleon.py (of facebookresearch)",
+        ),
+        "lumina-mgpt": OwnSampling(4.0, top_k=2000, source="Alpha-VLLM/Lumina-mGPT, README.md"),
+        "lumina-mgpt-2": OwnSampling(4.0, top_k=4096, source="Alpha-VLLM/Lumina-mGPT-2.0, README.md"),
+        # Its top-k of 64,000 are all codes.
+        "simplear": OwnSampling(6.0, source="wdrink/SimpleAR, generate.py, as addisonwu05/llm-polysemy runs it"),
+        # Guidance is the second stage's: the tokens are drawn without.
+        "glm-image": OwnSampling(1.0, 0.9, top_p=0.75, source="zai-org/GLM-Image, README.md (note)"),
+        "nextstep-1": OwnSampling(
+            7.5,
+            steps=50,
+            negative_prompt=_POOR,
+            suffix=_QUALITY,
+            source="stepfun-ai/NextStep-1, README.md",
+        ),
+        **{f"llamagen-c2i-{size}": _llamagen(guidance) for size, guidance in _LLAMAGEN.items()},
+        "llamagen-t2i": OwnSampling(
+            7.5, top_k=1000, source="FoundationVision/LlamaGen, autoregressive/sample/sample_t2i.py"
+        ),
+        **{f"mar-{size}": _mar(guidance) for size, guidance in _MAR.items()},
+    }
+)
+# Of which a generation_config.json may say more, and of what: other numbers in it are of text, which Janus writes too
+# and Chameleon mostly. (It was made for a copy of one model; the table is of the family.)
+STATED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "janus": ("guidance",),
+        "emu3": ("guidance", "temperature", "top_k", "top_p"),
+        "glm-image": ("temperature", "top_k", "top_p"),
+    }
+)
+
+
+def published(family: str) -> OwnSampling:
+    """What is known of a family ("llamagen-c2i-B", "mar-H", "emu3"); the usual values of one that is not."""
+    return FAMILIES.get(family, OwnSampling())

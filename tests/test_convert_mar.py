@@ -20,6 +20,7 @@ from bozzetto.models.continuous_store import load_continuous, load_latents, note
 from bozzetto.models.convert import convert_llamagen, family_of
 from bozzetto.models.convert_mar import convert_mar, recognise_mar
 from bozzetto.models.mar import MAR, MARConfig, published_mar
+from bozzetto.own_sampling import OwnSampling
 from test_kl16 import SlowKL, published_state
 
 TINY = MARConfig(dim=32, depth=2, heads=4, head_width=24, head_depth=2, token_dim=6, grid=3, classes=3, buffer=5)
@@ -194,6 +195,7 @@ def test_every_layout_gives_the_network(tmp_path: Path, vae: Path, layout: str) 
         "class_names": ["0", "1", "2"],
         "converted": {"size": "T", "weights": weights, "checkpoint": name, "vae": "kl16.ckpt"},
         "sampler": {"steps": 100, "passes": 256, "guidance_schedule": "linear"},
+        "sampling": OwnSampling().recorded(),  # no published size
     }
     after = load_continuous(folder)
     assert after.config == TINY

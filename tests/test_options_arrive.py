@@ -31,6 +31,7 @@ LAW: dict[str, Any] = {
     "passes": 6,
     "guidance_schedule": "linear",
     "negative_prompt": "ugly",
+    "quality_words": True,
     "compile": "max",
     "deterministic": True,
     "batch": 11,

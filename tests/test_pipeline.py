@@ -14,6 +14,7 @@ import bozzetto
 from bozzetto import GenerateSettings, Pipeline, UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.models.store import save_tokenizer
+from bozzetto.own_sampling import OwnSampling
 from bozzetto.results import GeneratedImage, plan_batches
 from bozzetto.sampling import SampleRun
 from bozzetto.settings import default_window
@@ -193,5 +194,5 @@ def test_the_automatic_window_narrows_with_the_batch(cheap: int, least: int, mon
             windows = [default_window(n, dtype, compiled=compiled) for n in (1, 2, 4, 8, 16, 64)]
             assert windows == sorted(windows, reverse=True)
             assert min(windows) == least and windows[0] >= 8
-    assert GenerateSettings(drafter="none").window_for(1, 256, "float32") == 1
-    assert GenerateSettings(window=64).window_for(1, 16, "float32") == 16
+    assert GenerateSettings(drafter="none").with_own(OwnSampling()).window_for(1, 256, "float32") == 1
+    assert GenerateSettings(window=64).with_own(OwnSampling()).window_for(1, 16, "float32") == 16

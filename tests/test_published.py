@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import bozzetto
 from bozzetto.cli import main
+from bozzetto.own_sampling import sampling_line
 from published import Published, families
 from serving import live
 
@@ -73,9 +75,28 @@ def test_greedy_decoding_is_the_reference_implementations(family: Published, mod
     torch.testing.assert_close(made.images[0].tokens, wanted, atol=1e-4, rtol=0)
 
 
+def typed(family: Published) -> list[str]:
+    return [w for k, v in family.options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def test_what_is_not_asked_for_is_as_its_authors_sample(
+    family: Published, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["generate", str(family.asked[0]), "--model", str(model), *typed(family), "--out", str(out)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sampling: "))
+    manifest = json.loads((out / "manifest.json").read_text())
+    pipe = bozzetto.load(model, **family.options)
+    told = pipe.sampling()
+    assert {name: getattr(pipe.own, name) for name in family.own} == family.own
+    assert manifest["sampling"] == told and told["asked"] == [] and line == sampling_line(told)
+    assert f"guidance {pipe.own.guidance:g}" in line and pipe.own.source in line
+    for name in ("guidance", "temperature", "top_k", "top_p"):
+        assert manifest["settings"][name] == told[name] == getattr(pipe.own, name)
+
+
 def test_it_is_benched(family: Published, model: Any, tmp_path: Path) -> None:
-    options = [w for k, v in family.options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    arguments = ["bench", "--model", str(model), *options, "--methods", "none", "--count", "1", "--rounds", "1"]
+    arguments = ["bench", "--model", str(model), *typed(family), "--methods", "none", "--count", "1", "--rounds", "1"]
     assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
@@ -32,12 +32,12 @@ from bozzetto.options import (
     Serve,
     Train,
 )
-from bozzetto.options_shared import Law, loading_of, settings_from
+from bozzetto.options_shared import Law, listed, loading_of, settings_from
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 # Packages of extras.
 _OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
-AUTO, OWN, _LONGEST = "auto", "own", 2000  # characters of an error
+AUTO, _LONGEST = "auto", 2000  # characters of an error
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
 
@@ -153,11 +153,11 @@ def _bench(options: Bench) -> None:
     settings = settings_from(
         options,
         BenchSettings,
-        methods=("none",) if options.methods == AUTO else _listed("methods", options.methods, str),
-        batches=_listed("batch", options.batch, int),
-        guidances=_listed("guidance", options.guidance, float, own=True),
-        windows=_listed("window", options.window, int),
-        top_ks=_listed("top_k", options.top_k, int, own=True),
+        methods=("none",) if options.methods == AUTO else listed("methods", options.methods, str),
+        batches=listed("batch", options.batch, int),
+        guidances=listed("guidance", options.guidance, float, own=True),
+        windows=listed("window", options.window, int),
+        top_ks=listed("top_k", options.top_k, int, own=True),
     )
     if options.json is not None:
         check_writable(options.json)
@@ -214,19 +214,6 @@ def _profile(options: Profile) -> None:
         write_report(options.json, report)
 
 
-N = TypeVar("N", str, int, float)
-
-
-def _listed(name: str, text: str, kind: Callable[[str], N], own: bool = False) -> tuple[Any, ...]:
-    """Values separated by commas. own: `own`, or nothing, is None, for the model's own."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        return tuple(None if own and part == OWN else kind(part) for part in parts or [OWN] * own)
-    except ValueError as error:
-        wanted = ("whole numbers" if kind is int else "numbers") + f" or {OWN}" * own
-        raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error
-
-
 def _base(options: Law) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline import GenerateSettings
@@ -275,7 +262,7 @@ def _evaluate(options: Evaluate) -> None:
     if options.json is not None:
         check_writable(options.json)
     base = _base(options)
-    methods, references = (_listed(n, getattr(options, n), str) for n in ("methods", "reference"))
+    methods, references = (listed(n, getattr(options, n), str) for n in ("methods", "reference"))
     if options.methods == AUTO:
         methods = ("none",)  # for now
     wanted = settings_from(options, EvaluateSettings, methods=methods, references=references, base=base)

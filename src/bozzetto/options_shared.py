@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
+from bozzetto.errors import UsageError
 from bozzetto.load_settings import AUTO, LoadSettings
 
 STRICT = ConfigDict(extra="forbid")
+OWN = "own"  # in a list: the model's own value
 
 
 @checked(frozen=True, config=STRICT)
@@ -92,3 +95,15 @@ def settings_from(options: Any, kind: Any, **own: Any) -> Any:
     """A dataclass of settings, with every option of its name, and `own` where they are not typed under that name."""
     names = [name for name in kind.__dataclass_fields__ if hasattr(options, name) and name not in own]
     return kind(**{name: getattr(options, name) for name in names}, **own)
+
+
+def listed(name: str, text: str, kind: Callable[[str], Any], own: bool = False) -> tuple[Any, ...]:
+    """Values separated by commas. own: `own`, or nothing, is None, for the model's own. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if own and not text.strip():
+        parts = [OWN]
+    try:
+        return tuple(None if own and part == OWN else kind(part) for part in parts)
+    except ValueError as error:
+        wanted = ("whole numbers" if kind is int else "numbers") + f" or {OWN}" * own
+        raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error

@@ -144,7 +144,8 @@ class Pipeline(ABC):
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         """The target passes of sequential decoding of labels int64 [B] and nothing else: constant tokens, results
         thrown away. What any decoding is measured against."""
-        session = self.target_in(settings.compile, settings.deterministic).begin(labels, settings.law.guided, 1)
+        guided = settings.with_own(self.own).law.guided
+        session = self.target_in(settings.compile, settings.deterministic).begin(labels, guided, 1)
         start = torch.zeros_like(labels)
         inputs = self.blank_inputs(labels)
         for number in range(self.target.length):

@@ -340,6 +340,7 @@ class MaskedPipeline(Pipeline):
         return self.made[folder, sampler, mode]
 
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
+        settings = settings.with_own(self.own)
         sampler = self.sampler_for(settings)
         target, done = self._target("", sampler), 0
         tokens = torch.zeros(len(labels), target.length, target.token_dim, device=labels.device)

@@ -18,6 +18,7 @@ _POOR = (
 )
 # Guidance of the published figures (FID); the demonstration takes 4 and top-k 2000.
 _LLAMAGEN = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
+MAR_SAMPLER = {"steps": 100, "passes": 256, "guidance_schedule": "linear"}  # of all sizes
 _MAR = {"B": 2.9, "L": 3.0, "H": 3.2}
 
 
@@ -26,8 +27,7 @@ def _llamagen(guidance: float) -> OwnSampling:
 
 
 def _mar(guidance: float) -> OwnSampling:
-    source = "LTH14/mar, README.md (evaluation)"
-    return OwnSampling(guidance, steps=100, passes=256, guidance_schedule="linear", source=source)
+    return OwnSampling(guidance, **MAR_SAMPLER, source="LTH14/mar, README.md (evaluation)")  # type: ignore[arg-type]
 
 
 FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(

@@ -22,8 +22,8 @@ from bozzetto.models.continuous_store import KL16, MASKED, write_continuous, wri
 from bozzetto.models.convert import check_out, check_storable, family_state, read_class_names, types_in, write_folder
 from bozzetto.models.mar import SHAPES, MARConfig
 from bozzetto.models.store import OWN, check_fit
-from bozzetto.own_sampling import HEAD, SAMPLING
-from bozzetto.published import published
+from bozzetto.own_sampling import SAMPLING
+from bozzetto.published import MAR_SAMPLER, published
 
 TOKEN_PER_LATENT = 0.2325  # one over the deviation of KL-16's latents of ImageNet
 # Averaged weights are those of the published results.
@@ -54,12 +54,12 @@ def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None
     check_storable(vae, pixels, OWN)
     check_storable(checkpoint, network, store)
     decoder = kl16.latents_state(pixels, latents, 1 / TOKEN_PER_LATENT)
-    weights, own = wrapper or "bare", published(f"mar-{size}")
+    weights = wrapper or "bare"
     notes = {
         "class_names": names,
         "converted": {"size": size, "weights": weights, "checkpoint": checkpoint.name, "vae": vae.name},
-        "sampler": {name: getattr(own, name) for name in HEAD},
-        SAMPLING: own.recorded(),
+        "sampler": MAR_SAMPLER,
+        SAMPLING: published(f"mar-{size}").recorded(),
     }
 
     def write(folder: Path) -> None:

@@ -66,7 +66,9 @@ class Drawing(Strict):
     prompt: str = Field(min_length=1, max_length=PROMPT_CHARACTERS, description="a class name, or any text")
     model: str | None = Field(None, max_length=200, description="left out: the first one served")
     seed: int | None = Field(None, ge=0, lt=2**63, description="left out: a random one, which the answer names")
-    guidance_scale: float = Field(2.0, ge=1, le=100, description="classifier-free guidance; 1: off")
+    guidance_scale: float | None = Field(
+        None, ge=1, le=100, description="classifier-free guidance, 1: off; left out: the model's own"
+    )
     speculation: Speculation = Field(default_factory=Speculation)  # type: ignore[arg-type]
 
 

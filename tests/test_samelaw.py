@@ -25,7 +25,6 @@ from bozzetto.evaluate.samelaw import (
     token_tests,
 )
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.pipeline import GenerateSettings
 from bozzetto.registry import make_drafter, make_rule
 from bozzetto.rules.exact import Exact
 from bozzetto.shards import Samples
@@ -204,4 +203,4 @@ def test_groups_hold_about_equal_shares():
 
 
 def test_settings_of_the_fixture_leave_room_for_a_bias(pipe):
-    assert GenerateSettings().guidance == LAW.guidance and LAW.top_k < pipe.target.vocab
+    assert pipe.own.guidance == LAW.guidance and LAW.top_k < pipe.target.vocab

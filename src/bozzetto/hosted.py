@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ import torch
 from torch import Tensor
 
 from bozzetto.adapters.load import checkpoint_digest, load_hosted
+from bozzetto.adapters.nextstep_load import autoencoder_folder
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.adapters.source import Hosted
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
-from bozzetto.hub import model_name
-from bozzetto.load_settings import LoadSettings
+from bozzetto.hub import fetched, model_name
+from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.eagle_store import load_eagle
 from bozzetto.models.store import name_of
-from bozzetto.pipelines import CodePipeline
+from bozzetto.path_registry import make_path_rule, make_sampler
+from bozzetto.pipeline import Pipeline
+from bozzetto.pipelines import CodePipeline, FlowPipeline
 from bozzetto.prompts import PromptBook
+from bozzetto.rules.pathwise import Pathwise
+from bozzetto.rules.reflection import Coupled
 from bozzetto.settings import GenerateSettings
 from bozzetto.workshop import TargetWorkshop
 
@@ -52,22 +58,20 @@ class HostedWorkshop(TargetWorkshop):
         return torch.cat([near, others[:, None].expand(-1, most)])
 
 
-class HostedPipeline(CodePipeline):
-    """A model of another library, drawing what prompts say. source: where it was loaded from."""
+class _Prompted(Pipeline):
+    """What pipelines of prompts share. source: where the model was loaded from."""
 
     takes_prompts = True
+    target: Any
+    source: str | Path
 
-    target: PromptedCodes
-
-    def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path):
-        target, self.source, self.hosted = hosted.target, source, hosted
-        super().__init__(name, target, hosted.pictures, [], dtype)  # type: ignore[arg-type]
-        self.workshop = HostedWorkshop(target, hosted.pictures.codebook)
-        self.own = hosted.own
+    def take_prompts(self, hosted: Hosted, source: str | Path) -> None:
+        """Draw what texts say."""
+        self.source, self.hosted, self.own = source, hosted, hosted.own
 
         def add(text: str, negative: str, label: int | None) -> int:
             # Texts that are the same tokens (of words that the model does not know) are called what they are.
-            return target.add(hosted.ask(text, negative), len(target.prompts) if label is None else label)
+            return self.target.add(hosted.ask(text, negative), len(self.target.prompts) if label is None else label)
 
         self.book = PromptBook(self.classes, add)
         for text in EXAMPLES:
@@ -77,7 +81,7 @@ class HostedPipeline(CodePipeline):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         return tuple(dict.fromkeys([self.size, *self.hosted.sizes]))
 
-    def in_size(self, size: tuple[int, int]) -> HostedPipeline:
+    def in_size(self, size: tuple[int, int]) -> Pipeline:
         """The same model, with the same weights, for pictures of another size (width, height). Raises UsageError for
         one that it does not draw."""
         if size == self.size:
@@ -85,7 +89,11 @@ class HostedPipeline(CodePipeline):
         if self.hosted.sized is None:
             only = f"{self.size[0]}x{self.size[1]}"
             raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
-        return HostedPipeline(self.name, self.hosted.sized(size), self.dtype, self.source)
+        return self._again(self.hosted.sized(size))
+
+    def _again(self, hosted: Hosted) -> Pipeline:
+        """A pipeline of the same kind for the same model in another size."""
+        raise NotImplementedError
 
     def _fingerprint(self) -> str:
         return checkpoint_digest(self.source)
@@ -104,16 +112,69 @@ class HostedPipeline(CodePipeline):
     def refuse_negative(self, settings: GenerateSettings) -> None:
         """It is not refused."""
 
-    def codes_drawn(self, count: int) -> int:
-        return self.tokenizer.codes_drawn(count)  # type: ignore[attr-defined]
-
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         if mode != "off":
             raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is run by transformers (off)")
         return self.target
 
 
-def load_prompted(model: str | Path, wanted: LoadSettings) -> HostedPipeline:
-    """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does."""
-    hosted = load_hosted(model, wanted)
-    return HostedPipeline(model_name(model), hosted, name_of(hosted.target.dtype), model)
+class HostedPipeline(_Prompted, CodePipeline):
+    """A model of another library that draws codes."""
+
+    def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path):
+        super().__init__(name, hosted.target, hosted.pictures, [], dtype)
+        self.workshop = HostedWorkshop(hosted.target, hosted.pictures.codebook)
+        self.take_prompts(hosted, source)
+
+    def _again(self, hosted: Hosted) -> HostedPipeline:
+        return HostedPipeline(self.name, hosted, self.dtype, self.source)
+
+    def codes_drawn(self, count: int) -> int:
+        return self.tokenizer.codes_drawn(count)  # type: ignore[attr-defined]
+
+
+class HostedFlowPipeline(_Prompted, FlowPipeline):
+    """A model of another library that draws continuous tokens (NextStep-1). sampler: as written ("": as published);
+    vae: where its autoencoder was loaded from ("": beside the weights)."""
+
+    def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path, sampler: str = "", vae: str = ""):
+        self._loaded, self._sampler, self._vae = hosted.target, sampler, vae
+        made = make_sampler(sampler) if sampler else hosted.target.sampler
+        super().__init__(name, hosted.target.parts, made, hosted.pictures, [], dtype, None)
+        self.take_prompts(hosted, source)
+        if not self.target.schedule.moving:  # tokens have no density
+            self.default_drafter = "none"
+            self.default_rules = {"none": Coupled.name, "jacobi": Pathwise.name}
+            self.default_methods = ("none/plain", "none/coupled", "jacobi/pathwise:epsilon=0.1")
+
+    def _again(self, hosted: Hosted) -> HostedFlowPipeline:
+        return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)
+
+    def _make_target(self, sampler: Any, dtype: torch.dtype) -> Any:
+        self._loaded.sample_with(self._loaded.parts, sampler)
+        return self._loaded
+
+    def _fingerprint(self) -> str:
+        folder = autoencoder_folder(fetched(self.source), self._vae)
+        return hashlib.sha256(f"{super()._fingerprint()} {checkpoint_digest(folder)}".encode()).hexdigest()[:16]
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = super().resolve(settings)
+        rule = make_path_rule(settings.rule)
+        if not self.target.schedule.moving and (rule.needs_path or rule.isotropic):
+            raise UsageError(
+                f"rule {settings.rule!r} is not allowed here: the sampler's last step adds no noise, so that tokens "
+                "have no density (plain, coupled, pathwise)"
+            )
+        return settings
+
+
+def load_prompted(model: str | Path, wanted: LoadSettings) -> Pipeline:
+    """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does, and for options
+    that are not for it."""
+    name, hosted = model_name(model), load_hosted(model, wanted)
+    dtype = name_of(hosted.target.dtype)
+    if hasattr(hosted.target, "token_dim"):
+        return HostedFlowPipeline(name, hosted, dtype, model, wanted.sampler, wanted.vae)
+    refuse_flow_options(wanted, name)
+    return HostedPipeline(name, hosted, dtype, model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bozzetto.errors import UsageError
 
-_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.ckpt"]
+_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.ckpt", "*checkpoint.pt"]
 
 
 def fetched(model: str | Path) -> Path:

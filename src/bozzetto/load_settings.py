@@ -26,7 +26,8 @@ class LoadSettings:
     one, of several that of torchrun's LOCAL_RANK; else cpu); device_map: how accelerate spreads a model of transformers
     over all devices ("": not at all); captions: features file of a text-conditional model (models/captions.py), whose
     captions then stand for the classes; image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0:
-    its usual one).
+    its usual one); vae: folder of NextStep-1's autoencoder, or its name on the hub ("": in the model's own); sampler:
+    how its head is sampled, as path_registry.py reads it ("": as published).
 
     Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
     """
@@ -36,6 +37,8 @@ class LoadSettings:
     captions: str | Path | None = None
     image_size: int | str = 0
     device_map: str = ""
+    vae: str = ""
+    sampler: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in (AUTO, *DTYPES):
@@ -103,3 +106,10 @@ def size_of(asked: int | str) -> tuple[int, int] | None:
         raise UsageError(f"image_size = {brief(asked)} is not allowed: pixels per side, or WIDTHxHEIGHT")
     width = int(found[1])
     return (width, int(found[2] or width)) if width else None
+
+
+def refuse_flow_options(wanted: LoadSettings, name: str) -> None:
+    """Raise UsageError where what is for NextStep-1 alone was asked of another model."""
+    for option in ("vae", "sampler"):
+        if value := getattr(wanted, option):
+            raise UsageError(f"{option} = {value!r} is not allowed here: it is for NextStep-1, {name} is another model")

@@ -8,7 +8,7 @@ from typing import Any
 from bozzetto.checks import clipped, config_from, naming
 from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings
+from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
 from bozzetto.models.drift import DriftModel
@@ -40,6 +40,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         return _load_hosted(model, wanted)
     folder = model_folder(model)
     config = read_config(folder)
+    refuse_flow_options(wanted, str(folder))
     own = own_from(config, folder / CONFIG)
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")

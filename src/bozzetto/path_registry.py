@@ -15,7 +15,7 @@ from bozzetto.drafters.path_chain import SketchChain
 from bozzetto.engine.masked import DraftWindow
 from bozzetto.errors import UsageError
 from bozzetto.models.drift import DriftTarget
-from bozzetto.models.flow_cache import FlowTarget
+from bozzetto.models.flow_cache import EulerSampler, FlowSdeSampler, FlowTarget
 from bozzetto.registry import DRAFTERS, RULES, filled, split_spec
 from bozzetto.registry import Plain as NoOptions
 from bozzetto.rules.chains import Chains
@@ -74,6 +74,7 @@ PATH_DRAFTERS: Mapping[str, type] = MappingProxyType(
 PATH_RULES: Mapping[str, type[PathRule]] = MappingProxyType(
     {rule.name: rule for rule in (Plain, Reflection, Coupled, Chains, Joint, PathBlock, Pathwise, Cspd)}
 )
+SAMPLERS: Mapping[str, type] = MappingProxyType({"euler": EulerSampler, "flow-sde": FlowSdeSampler})
 ALONE = tuple(rule.name for rule in (Plain, Reflection, Coupled))  # rules that need no drafter
 
 
@@ -83,6 +84,14 @@ def make_path_rule(spec: str) -> PathRule:
     if name not in PATH_RULES:
         raise UsageError(f"unknown rule {name!r} for continuous tokens (allowed: {', '.join(PATH_RULES)})")
     return filled(PATH_RULES[name], spec, options)
+
+
+def make_sampler(spec: str) -> Any:
+    """A sampler of a flow head as written. Raises UsageError as `make_path_rule`."""
+    name, options = split_spec(spec)
+    if name not in SAMPLERS:
+        raise UsageError(f"unknown sampler {name!r} (allowed: {', '.join(SAMPLERS)})")
+    return filled(SAMPLERS[name], spec, options)
 
 
 def path_drafter_options(spec: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,6 @@ from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.drift import DriftModel, DriftTarget
 from bozzetto.models.drift_sketch import DriftSketcher
-from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.models.graphs import Compiler
 from bozzetto.models.llamagen import LlamaGen
@@ -142,17 +142,18 @@ class FlowPipeline(_CausalPipeline):
     """A causal target that draws continuous tokens. network: what `target` was made from; sampler: of its head."""
 
     default_methods: tuple[str, ...] = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
-    default_rules: ClassVar = {"none": "plain", "jacobi": "chains", "sketch": "joint"}
+    default_rules: Mapping[str, str] = MappingProxyType({"none": "plain", "jacobi": "chains", "sketch": "joint"})
+    default_drafter = "jacobi"
 
     def __init__(
         self,
         name: str,
-        network: FlowModel,
-        sampler: FlowSampler,
+        network: Any,
+        sampler: Any,
         tokenizer: Any,
         classes: list[str],
         dtype: str,
-        folder: Path,
+        folder: Path | None,
     ):
         self.network, self.compiled = network, {}
         super().__init__(name, self._make_target(sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
@@ -164,7 +165,7 @@ class FlowPipeline(_CausalPipeline):
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
         self.refuse_negative(settings)
-        settings = vector_settings(self.name, settings, "jacobi", self.default_rules)
+        settings = vector_settings(self.name, settings, self.default_drafter, self.default_rules)
         for option in ("passes", "guidance_schedule"):
             if getattr(settings, option):
                 raise UsageError(f"{option} is not allowed here: {self.name} is causal, not masked")
@@ -213,7 +214,7 @@ class DriftPipeline(FlowPipeline):
     """A drift variant of a causal target: one call of a decoder per token (models/drift.py)."""
 
     default_methods = ("none", "jacobi/pathwise:epsilon=0.1")
-    default_rules: ClassVar = {"none": "plain", "jacobi": "pathwise", "sketch": "pathwise"}
+    default_rules = MappingProxyType({"none": "plain", "jacobi": "pathwise", "sketch": "pathwise"})
 
     def __init__(
         self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path, base: Path

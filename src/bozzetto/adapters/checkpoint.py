@@ -27,7 +27,7 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
     make: builds the network that config.json describes; it is called on the meta device.
     """
     _check_counts(read_config(folder), folder / CONFIG)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     for path in files:
         if path.suffix == ".safetensors":
             with open_tensors(path):
@@ -53,7 +53,7 @@ def _check_counts(content: dict[str, Any], source: Path) -> None:
             raise UsageError(f"{source}: {key} = {value} is not allowed: at most {_MOST}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read."""
     for name in (WEIGHTS, _PICKLE):
         if (folder / name).is_file():

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from bozzetto.adapters.chameleon import load_chameleon
 from bozzetto.adapters.emu3 import load_emu3
 from bozzetto.adapters.janus import load_janus
+from bozzetto.adapters.nextstep_load import load_nextstep
 from bozzetto.adapters.source import Hosted, Source, of_words
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
@@ -26,7 +27,7 @@ from bozzetto.models.store import read_config
 _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyType(
-    {"janus": load_janus, "emu3": load_emu3, "chameleon": load_chameleon}
+    {"janus": load_janus, "emu3": load_emu3, "chameleon": load_chameleon, "nextstep": load_nextstep}
 )
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from bozzetto.adapters.checkpoint import check_folder
-from bozzetto.adapters.pictures import HostedPictures
-from bozzetto.adapters.prompted import Prompt, PromptedCodes
+from bozzetto.adapters.prompted import Prompt, PromptedTarget
 from bozzetto.errors import UsageError, brief
 from bozzetto.files import read_json
 from bozzetto.load_settings import LoadSettings
@@ -25,12 +24,13 @@ Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 
 @dataclass
 class Hosted:
-    """What was loaded. ask: from texts to tokens; own: how its authors sample it; tokenizer: of transformers, whose
-    special tokens no prompt may hold; sizes: (width, height) that its authors draw; sized: the same model, and the same
+    """What was loaded. target: PromptedCodes, or one of continuous tokens; pictures: what a pipeline calls its
+    tokenizer; ask: from texts to tokens; own: how its authors sample it; tokenizer: of transformers, whose special
+    tokens no prompt may hold; sizes: (width, height) that its authors draw; sized: the same model, and the same
     weights, for pictures of another size."""
 
-    target: PromptedCodes
-    pictures: HostedPictures
+    target: Any
+    pictures: Any
     ask: Ask
     own: OwnSampling = field(default_factory=OwnSampling)
     tokenizer: Any = None
@@ -115,7 +115,7 @@ def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
             raise UsageError(f"{name}: {key} has non-finite values")
 
 
-def of_words(ask: Ask, tokenizer: Any, target: PromptedCodes) -> Ask:
+def of_words(ask: Ask, tokenizer: Any, target: PromptedTarget) -> Ask:
     """`ask` for prompts that are words: to the model its special tokens (<image>, an end of text, padding, an image
     token) are no words, whoever wrote them."""
     special = {*tokenizer.all_special_ids, *getattr(target, "numbers", ())}
@@ -145,7 +145,7 @@ def fixed_size(source: Source, wanted: LoadSettings, own: tuple[int, int]) -> No
         raise UsageError(f"image_size = {asked} is not allowed: {source.name} draws {only} pixels")
 
 
-def fits_context(target: PromptedCodes, size: tuple[int, int]) -> None:
+def fits_context(target: PromptedTarget, size: tuple[int, int]) -> None:
     """Raise UsageError for a picture that leaves no room for a prompt. size: width, height."""
     if target.length >= target.context:
         raise UsageError(

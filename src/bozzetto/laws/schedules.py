@@ -1,12 +1,13 @@
 """The law of a continuous token: a chain of Gaussian denoising steps, as a table of coefficients.
 
 State 0 is pure noise N(0, I), state T is the token; step k takes state k to state k + 1 by a Gaussian whose mean is
-linear in the state and in the head's prediction. Two samplers:
+linear in the state and in the head's prediction. The samplers:
 
 - `flow_schedule`: the ancestral sampler of the straight path x_t = t x_1 + (1 - t) x_0 (the posterior of x_s given x_t
   and the predicted x_1, as in DDIM with eta = 1, Song et al., arXiv 2010.02502, eq. 16). Its deviations are fixed and
   the same in every direction. The posterior of the last step has deviation 0; here it is `last_std`, so that every step
   has a density.
+- `euler_schedule`, `flow_sde_schedule`: two samplers of the same path that NextStep-1 was published with.
 - `diffusion_schedule`: the ancestral sampler of a cosine diffusion with learned variances (Nichol and Dhariwal, arXiv
   2102.09672) on a subset of its 1000 times, as MAR uses it. Its last step adds no noise.
 """
@@ -42,6 +43,11 @@ class FlowSchedule:
         """Steps of the chain, T."""
         return len(self.time)
 
+    @property
+    def moving(self) -> bool:
+        """Whether every step adds noise, so that every step has a density."""
+        return bool((self.std > 0).all())
+
     def ancestry(self, device: torch.device) -> Ancestry:
         """The sampler in terms of E[x_1 | state]: v = (E[x_1 | x] - x) / (1 - t)."""
         per_token = self.of_velocity / (1 - self.time)
@@ -55,19 +61,60 @@ def flow_schedule(steps: int, last_std: float = 0.05, shift: float = 1.0) -> Flo
 
     Raises UsageError for values out of range.
     """
-    if steps < 1:
-        raise UsageError(f"steps = {steps} is not allowed: a whole number >= 1")
     if not 0 < last_std < 1:
         raise UsageError(f"last_std = {last_std} is not allowed: a number between 0 and 1")
-    if not 0 < shift < math.inf:
-        raise UsageError(f"shift = {shift} is not allowed: a number > 0")
-    grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    grid = grid / (grid + shift * (1 - grid))
+    grid = _grid(steps, shift)
     t, s = grid[:-1], grid[1:]
     kept = (1 - s) ** 2 * t / (s * (1 - t))  # the share of the old noise that stays
     std = ((1 - s) ** 2 - kept**2).clamp_min(0).sqrt()
     std[-1] = last_std
     return FlowSchedule(t, s + kept, s * (1 - t) - kept * t, std)
+
+
+def euler_schedule(steps: int, shift: float = 1.0, last: float = 0.0) -> FlowSchedule:
+    """Euler and Maruyama's steps of dx = (v + (1 - t) s) dt + (2 (1 - t))^(1/2) dW, whose states have the path's law at
+    all times; s = (t v - x) / (1 - t) is the score, so that the drift is (1 + t) v - x.
+
+    last: 0: all steps are such, also the one that ends at time 1; else the grid ends at 1 - last before it is shifted,
+    and the last step is last * v without noise, whatever time is left. Raises UsageError for values out of range.
+    """
+    if not 0 <= last < 1:
+        raise UsageError(f"last = {last} is not allowed: a number >= 0 and < 1")
+    grid = _grid(steps - 1, shift, 1 - last) if last and steps > 1 else _grid(steps, shift)
+    t, dt = grid[:steps], grid.diff()
+    if last:
+        dt = torch.cat([dt[: steps - 1], dt.new_tensor([last])])
+    of_state, of_velocity, std = 1 - dt, (1 + t) * dt, (2 * (1 - t) * dt).sqrt()
+    if last:
+        of_state[-1], of_velocity[-1], std[-1] = 1.0, last, 0.0
+    return FlowSchedule(t, of_state, of_velocity, std)
+
+
+def flow_sde_schedule(steps: int, shift: float = 1.0, level: float = 0.8) -> FlowSchedule:
+    """Flow-GRPO's sampler (Liu et al., arXiv 2505.05470): the step from time t has noise level ((1 - t) dt / t)^(1/2);
+    at t = 0, where that is infinite, the length of the grid's last step stands in for t, as NextStep-1.1 has it.
+
+    With predicted noise x_0 and token x_1, the mean at t + dt is (1 - t - dt - level^2 dt / (2 t)) x_0 + (t + dt) x_1.
+    Raises UsageError for values out of range.
+    """
+    if not 0 < level <= 1:
+        raise UsageError(f"level = {level} is not allowed: a number > 0, at most 1")
+    grid = _grid(steps, shift)
+    t, s, dt = grid[:-1], grid[1:], grid.diff()
+    held = torch.where(t == 0, 1 - grid[-2], t)
+    of_noise = 1 - s - level**2 * dt / (2 * held)
+    std = level * ((1 - t) * dt / held).sqrt()
+    return FlowSchedule(t, of_noise + s, s * (1 - t) - of_noise * t, std)
+
+
+def _grid(steps: int, shift: float, end: float = 1.0) -> Tensor:
+    """Times u / (u + shift (1 - u)) of `steps` equal parts u of [0, end]: float64 [steps + 1]."""
+    if steps < 1:
+        raise UsageError(f"steps = {steps} is not allowed: a whole number >= 1")
+    if not 0 < shift < math.inf:
+        raise UsageError(f"shift = {shift} is not allowed: a number > 0")
+    u = torch.linspace(0, end, steps + 1, dtype=torch.float64)
+    return u / (u + shift * (1 - u))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from bozzetto.checks import Count, Steps
-from bozzetto.laws.schedules import FlowSchedule, flow_schedule
+from bozzetto.errors import UsageError
+from bozzetto.laws.schedules import FlowSchedule, euler_schedule, flow_schedule, flow_sde_schedule
 from bozzetto.models.annealed import Annealed
 from bozzetto.models.base import Scores
 from bozzetto.models.denoiser import Denoiser
@@ -41,12 +42,94 @@ class FlowSampler:
         return flow_schedule(steps, self.last_std, self.shift)
 
 
-class FlowTarget(CausalTarget):
-    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N; narrow: compiled
-    layers of the head, where there are."""
+@dataclass(frozen=True)
+class EulerSampler:
+    """NextStep-1's sampler as it comes with the weights: see `euler_schedule`. norm: 1: every drawn token goes through
+    a layer norm before it is fed back and before it is decoded (the chain, and what rules see, is the token before it);
+    last_steps: as of FlowSampler."""
+
+    steps: int = 28
+    shift: float = 1.0
+    last: float = 0.0
+    norm: int = 0
+    last_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_norm(self.norm)
+        _ = self.schedule  # raises UsageError
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        return self.with_steps(self.steps)
+
+    def with_steps(self, steps: int) -> FlowSchedule:
+        return euler_schedule(steps, self.shift, self.last)
+
+
+@dataclass(frozen=True)
+class FlowSdeSampler:
+    """NextStep-1.1's sampler as in its training repository: see `flow_sde_schedule`; norm, last_steps: as above."""
+
+    steps: int = 30
+    shift: float = 1.0
+    level: float = 0.8
+    norm: int = 0
+    last_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_norm(self.norm)
+        _ = self.schedule  # raises UsageError
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        return self.with_steps(self.steps)
+
+    def with_steps(self, steps: int) -> FlowSchedule:
+        return flow_sde_schedule(steps, self.shift, self.level)
+
+
+def _check_norm(norm: int) -> None:
+    if norm not in (0, 1):
+        raise UsageError(f"norm = {norm} is not allowed: 0, 1")
+
+
+class Sampled:
+    """What causal targets with a flow head share: the head, sampled in some way, and the laws of its tokens. narrow:
+    compiled layers of the head, where there are; time_scale: the denoiser's times at the end of the path."""
 
     narrow: Any = None
     stages: Annealed[FlowSchedule] | None = None
+    time_scale = TIME_SCALE
+    length: int
+    dtype: torch.dtype
+
+    def denoiser(self, model: Any) -> Denoiser:
+        """The network behind the head."""
+        return model.head
+
+    @torch.no_grad()
+    def sample_with(self, model: Any, sampler: Any) -> None:
+        """Sample the head of `model`, which this target was made from, in another way."""
+        self.sampler, self.schedule = sampler, sampler.schedule
+        kernels = self.narrow is not None
+        self.head = PackedDenoiser(self.denoiser(model), self.schedule.time * self.time_scale, self.dtype, kernels)
+        self.head.compiled = self.narrow
+        self.stages = None
+        if sampler.last_steps:
+            at = (sampler.with_steps, lambda schedule: schedule.time * self.time_scale)
+            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
+
+    def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
+        """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1; done:
+        tokens that are known."""
+        rows, width = features.shape[:2]
+        batch = rows if guidance == 1 else rows // 2
+        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
+        return FlowLaw(schedule, head, features.flatten(0, 1), (batch, width), guidance, temperature)
+
+
+class FlowTarget(Sampled, CausalTarget):
+    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N."""
 
     @torch.no_grad()
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
@@ -56,21 +139,6 @@ class FlowTarget(CausalTarget):
         self.positions = model.positions.to(dtype)
         self.embedding = Dense.of(model.token_embedding, dtype)
         self.sample_with(model, sampler)
-
-    def denoiser(self, model: FlowModel) -> Denoiser:
-        """The network behind the head."""
-        return model.head
-
-    @torch.no_grad()
-    def sample_with(self, model: FlowModel, sampler: FlowSampler) -> None:
-        """Sample the head of `model`, which this target was made from, in another way."""
-        self.sampler, self.schedule = sampler, sampler.schedule
-        kernels = self.narrow is not None
-        self.head = PackedDenoiser(model.head, self.schedule.time * TIME_SCALE, self.dtype, kernels)
-        self.head.compiled = self.narrow
-        if sampler.last_steps:
-            at = (sampler.with_steps, lambda schedule: schedule.time * TIME_SCALE)
-            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
@@ -87,11 +155,3 @@ class FlowTarget(CausalTarget):
 
     def read_out(self, x: Tensor) -> Scores:
         return Scores(None, x)
-
-    def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
-        """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1; done:
-        tokens that are known."""
-        rows, width = features.shape[:2]
-        batch = rows if guidance == 1 else rows // 2
-        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
-        return FlowLaw(schedule, head, features.flatten(0, 1), (batch, width), guidance, temperature)

@@ -178,12 +178,11 @@ def _ancestry(schedule: FlowSchedule | DiffusionSchedule, device: torch.device) 
 
 
 class FlowLaw(_HeadLaw):
-    """Laws of a flow head (`flow_schedule`): deviations are fixed."""
-
-    isotropic = True
+    """Laws of a flow head: deviations are fixed."""
 
     def __init__(self, schedule: FlowSchedule, *args: object):
         super().__init__(*args)  # type: ignore[arg-type]
+        self.isotropic = schedule.moving
         self.coefficients = flow_coefficients(schedule, self.temperature, self.condition.device)
         self.ancestry = _ancestry(schedule, self.condition.device)
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
-from bozzetto.adapters.nextstep import LanguageFlowTarget
+from bozzetto.adapters.nextstep import NextStepParts, NextStepTarget, grid_positions
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.engine.loop import Decoder
 from bozzetto.engine.state import BatchResult
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.denoiser import Denoiser, DenoiserConfig
-from bozzetto.models.flow_cache import FlowSampler
+from bozzetto.models.flow_cache import EulerSampler
 from bozzetto.path_registry import make_path_drafter, make_path_rule
 
 GRID, D, DIM = 3, 2, 32
@@ -34,7 +34,7 @@ def shaken(module: nn.Module, seed: int, scale: float = 1.0) -> None:
             weight.data = 1 + 0.1 * noise if "norm" in name or "in_ln.weight" in name else 0.2 * noise
 
 
-def make_target() -> LanguageFlowTarget:
+def make_target(sampler: Any, positions: bool = True) -> NextStepTarget:
     config = transformers.Qwen2Config(
         hidden_size=DIM,
         intermediate_size=48,
@@ -45,30 +45,29 @@ def make_target() -> LanguageFlowTarget:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    body = transformers.Qwen2Model(config).eval()
-    image_in, head = nn.Linear(D, DIM), Denoiser(DenoiserConfig(D, D, DIM, 16, 2))
-    for number, part in enumerate((body, image_in, head)):
+    body, parts = transformers.Qwen2Model(config).eval(), NextStepParts(D, DIM, 16, 2)
+    for number, part in enumerate((body, parts)):
         shaken(part, number)
         part.requires_grad_(False)
-    target = LanguageFlowTarget(body, image_in, head, N, FlowSampler(steps=3, last_std=0.2))
+    target = NextStepTarget(body, parts, GRID, GRID, sampler, grid_positions(GRID, GRID, DIM) if positions else None)
     for prompt in PROMPTS:
         target.add(prompt)
     return target
 
 
-TARGET = make_target()
+TARGET = make_target(EulerSampler(steps=4))
 
 
 def plain(prompt: tuple[int, ...], tokens: Tensor) -> Tensor:
     """The body's hidden states at the inputs of tokens 0..n, without a cache: [n + 1, d]."""
     words = TARGET.body.get_input_embeddings()(torch.tensor([prompt]))
     embedded = torch.cat([words, TARGET.image_in(tokens[None])], 1)
-    return TARGET.body(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+    hidden = TARGET.body(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+    return TARGET.parts.image_out_projector(hidden + grid_positions(GRID, GRID, DIM)[: len(hidden)])
 
 
-def decode(drafter: str, rule: str, images: int = 6, guidance: float = 1.0, batch: int = 100) -> BatchResult:
-    made = make_path_drafter(drafter, 4, TARGET, None)  # type: ignore[arg-type]
-    decoder = Decoder(TARGET, made, make_path_rule(rule), LawSettings(guidance))  # type: ignore[arg-type]
+def decode(drafter: str, rule: str, images: int = 6, guidance: float = 1.0, target: Any = TARGET) -> BatchResult:
+    decoder = Decoder(target, make_path_drafter(drafter, 4, target, None), make_path_rule(rule), LawSettings(guidance))
     index = torch.arange(images)
     return decoder.run(index % 3, 5, index)
 

@@ -109,13 +109,14 @@ def _shapes(source: Source) -> dict[str, Held]:
 
 def _body(source: Source) -> Any:
     """The decoder that config.json describes, without weights."""
+    said = {key: value for key, value in source.config.items() if key not in ("auto_map", "model_type")}
     biased = bool(source.config.get("attention_bias", False))
     out = source.config.get("o_attention_bias")
     if biased and out is False:
-        return Qwen2Model(Qwen2Config.from_dict(dict(source.config)))
+        return Qwen2Model(Qwen2Config.from_dict(said))
     if bool(out if out is not None else biased) != biased:
         raise UsageError(f"{source.folder / CONFIG}: o_attention_bias without attention_bias is not known here")
-    return LlamaModel(LlamaConfig.from_dict(dict(source.config)))
+    return LlamaModel(LlamaConfig.from_dict(said))
 
 
 def _network(source: Source, shapes: Mapping[str, Held], token_dim: int, wanted: LoadSettings) -> tuple[Any, Any]:
@@ -145,7 +146,7 @@ def _network(source: Source, shapes: Mapping[str, Held], token_dim: int, wanted:
                     raise UsageError(f"{source.name}: {key} has non-finite values")
                 owner = parts if key.startswith("image_") else body
                 owner.load_state_dict({key: value}, strict=False, assign=True)
-    body.rotary_emb = type(body.rotary_emb)(body.config, device=torch.device(wanted.device))  # it is not stored
+    body.rotary_emb = type(body.rotary_emb)(body.config).to(wanted.device)  # it is not stored
     return body.eval().requires_grad_(False), parts.eval().requires_grad_(False)
 
 

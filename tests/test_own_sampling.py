@@ -44,8 +44,10 @@ TABLE: dict[str, tuple[float, float, int, float, dict[str, Any]]] = {
     "simplear": (6, 1, 0, 1, {}),
     # zai-org/GLM-Image, README.md, note: do_sample, temperature 0.9, topp 0.75; tokens without guidance
     "glm-image": (1, 0.9, 0, 0.75, {}),
-    # stepfun-ai/NextStep-1, README.md, text to image: cfg 7.5, constant, 50 steps, positive and negative prompt
-    "nextstep-1": (7.5, 1, 0, 1, {"steps": 50, "suffix": QUALITY, "negative_prompt": POOR}),
+    # stepfun-ai/NextStep-1-Large and -1.1, model pages' call of generate_image: cfg 7.5, constant, 28 steps, no norm;
+    # the positive prompt of 1.1 is empty. (The repository's first README: 50 steps, a norm.)
+    "nextstep-1": (7.5, 1, 0, 1, {"steps": 28, "suffix": QUALITY, "negative_prompt": POOR}),
+    "nextstep-1.1": (7.5, 1, 0, 1, {"steps": 28, "negative_prompt": POOR}),
     # FoundationVision/LlamaGen, GETTING_STARTED.md: --cfg-scale by size; sample_c2i_ddp.py: top-k 0
     "llamagen-c2i-B": (2, 1, 0, 1, {}),
     "llamagen-c2i-L": (2, 1, 0, 1, {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         made = make_sampler(sampler) if sampler else hosted.target.sampler
         super().__init__(name, hosted.target.parts, made, hosted.pictures, [], dtype, None)
         self.take_prompts(hosted, source)
+        if sampler:  # with steps of its own
+            self.own = replace(self.own, steps=made.steps, source=f"{sampler}; {self.own.source}")
         if not self.target.schedule.moving:  # tokens have no density
             self.default_drafter = "none"
             self.default_rules = {"none": Coupled.name, "jacobi": Pathwise.name}

@@ -49,13 +49,11 @@ FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(
         "simplear": OwnSampling(6.0, source="wdrink/SimpleAR, generate.py, as addisonwu05/llm-polysemy runs it"),
         # Guidance is the second stage's: the tokens are drawn without.
         "glm-image": OwnSampling(1.0, 0.9, top_p=0.75, source="zai-org/GLM-Image, README.md (note)"),
+        # The first README of the repository takes 50 steps, a last one of 0.04 and a norm: it is another sampler.
         "nextstep-1": OwnSampling(
-            7.5,
-            steps=50,
-            negative_prompt=_POOR,
-            suffix=_QUALITY,
-            source="stepfun-ai/NextStep-1, README.md",
+            7.5, steps=28, negative_prompt=_POOR, suffix=_QUALITY, source="stepfun-ai/NextStep-1-Large, model page"
         ),
+        "nextstep-1.1": OwnSampling(7.5, steps=28, negative_prompt=_POOR, source="stepfun-ai/NextStep-1.1, model page"),
         **{f"llamagen-c2i-{size}": _llamagen(guidance) for size, guidance in _LLAMAGEN.items()},
         "llamagen-t2i": OwnSampling(
             7.5, top_k=1000, source="FoundationVision/LlamaGen, autoregressive/sample/sample_t2i.py"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from bozzetto.adapters.nextstep_load import _NEGATIVE
 from bozzetto.autoencoders.kl16 import KL16Config, kl16_autoencoder, to_published
 from bozzetto.laws.noise import NormalField
+from bozzetto.published import published as known
 from published import VECTORS, Published
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, LAYERS, D, WIDTH, DEPTH = 32, 4, 2, 8, 2, 64, 32, 2
@@ -273,10 +273,10 @@ class Slow:
 
 def drawn(folder: Path, text: str) -> Tensor:
     """As the model page calls it."""
-    return Slow(folder).draw(text, _NEGATIVE, torch.linspace(0, 1, STEPS + 1))
+    return Slow(folder).draw(text, OWN["negative_prompt"], torch.linspace(0, 1, STEPS + 1))
 
 
-OWN = {"guidance": GUIDANCE, "steps": STEPS, "negative_prompt": _NEGATIVE}
+OWN = {"guidance": GUIDANCE, "steps": STEPS, "negative_prompt": known("nextstep-1.1").negative_prompt, "suffix": ""}
 FAMILIES = {
     "nextstep-1.1": Published(
         write,

@@ -28,15 +28,9 @@ from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.flow_cache import EulerSampler
 from bozzetto.models.store import CONFIG, Held, header_of, open_tensors, read_config
-from bozzetto.own_sampling import OwnSampling
 
 VAE, VAE_WEIGHTS = "vae", "checkpoint.pt"
 _HEAD, _AREA, _BLOCKS = "image_head.net.", "<|image_area|>", ("num_res_blocks", 2)
-_NEGATIVE = (
-    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
-    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
-)
-_SOURCE = "the model page's call of generate_image"
 
 
 def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
@@ -56,7 +50,9 @@ def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
             f"patches of {patch} x {patch} are {patch * patch * vae.config.token_dim}"
         )
     tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, config=body.config)
-    factor, own = vae.config.downsample, _own(source.config)
+    factor = vae.config.downsample
+    # NextStep-1.1's config.json is of another make than its predecessors'.
+    own = source.sampling("nextstep-1.1" if "genloss_type" in source.config else "nextstep-1")
     side = factor * _number(source, 64, "latent_size", "image_size")
 
     def sized(size: tuple[int, int]) -> Hosted:
@@ -71,12 +67,6 @@ def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
         return Hosted(target, pictures, ask, own, tokenizer, ((side, side),), sized)
 
     return sized(wanted.size or (side, side))
-
-
-def _own(config: Mapping[str, Any]) -> OwnSampling:
-    """As the model pages call it. NextStep-1.1, whose config.json is of another make, takes no words of praise."""
-    praise = "" if "genloss_type" in config else "masterpiece, film grained, best quality."
-    return OwnSampling(guidance=7.5, steps=28, negative_prompt=_NEGATIVE, suffix=praise, source=_SOURCE)
 
 
 def _number(source: Source, usual: int, *names: str) -> int:

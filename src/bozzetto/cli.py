@@ -327,7 +327,8 @@ def _convert(options: Convert) -> None:
     if options.what == "llamagen":
         from bozzetto.models.convert import convert_llamagen
 
-        print(convert_llamagen(first, second, options.out, options.image_size, options.class_names, options.store))
+        more = (options.image_size, options.class_names, options.store, options.text_encoder)
+        print(convert_llamagen(first, second, options.out, *more))
     elif options.what == "mar":
         from bozzetto.models.convert_mar import convert_mar
 

@@ -25,13 +25,11 @@ from bozzetto.models.store import name_of
 from bozzetto.path_registry import make_path_rule, make_sampler
 from bozzetto.pipeline import Pipeline
 from bozzetto.pipelines import CodePipeline, FlowPipeline
-from bozzetto.prompts import PromptBook
+from bozzetto.prompts import EXAMPLES, PromptBook
 from bozzetto.rules.pathwise import Pathwise
 from bozzetto.rules.reflection import Coupled
 from bozzetto.settings import GenerateSettings
 from bozzetto.workshop import TargetWorkshop
-
-EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrait of an old sailor")
 
 
 class HostedWorkshop(TargetWorkshop):

@@ -25,9 +25,10 @@ class LoadSettings:
     weights in their files); device: as torch names it (`auto`, which becomes the device here: a GPU where there is
     one, of several that of torchrun's LOCAL_RANK; else cpu); device_map: how accelerate spreads a model of transformers
     over all devices ("": not at all); captions: features file of a text-conditional model (models/captions.py), whose
-    captions then stand for the classes; image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0:
-    its usual one); vae: folder of NextStep-1's autoencoder, or its name on the hub ("": in the model's own); sampler:
-    how its head is sampled, as path_registry.py reads it ("": as published).
+    captions then stand for the classes; text_encoder: of such a model, folder or hub name ("": the model's own);
+    image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0: its usual one); vae: folder of
+    NextStep-1's autoencoder, or its name on the hub ("": in the model's own); sampler: how its head is sampled, as
+    path_registry.py reads it ("": as published).
 
     Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
     """
@@ -35,6 +36,7 @@ class LoadSettings:
     dtype: str = AUTO
     device: str = AUTO
     captions: str | Path | None = None
+    text_encoder: str | Path = ""
     image_size: int | str = 0
     device_map: str = ""
     vae: str = ""

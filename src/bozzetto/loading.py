@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bozzetto.models.store import CONFIG, WEIGHTS, load_llamagen, load_tokenizer
 from bozzetto.own_sampling import SAMPLING, own_from
 from bozzetto.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
-from bozzetto.prompts import ENCODER, CaptionPipeline
+from bozzetto.prompts import ENCODER, EXAMPLES, CaptionPipeline, TextEncoder
 from bozzetto.settings import GenerateSettings
 
 _LONGEST = 200  # characters of a name
@@ -48,8 +49,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         raise UsageError(f"device_map = {wanted.device_map!r} is not allowed: {folder} is no model of transformers")
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
     if config.get("family") in (FLOW, MASKED, DRIFT):
-        if wanted.captions is not None:
-            raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
+        _refuse_text(folder, wanted)
         pipe = _load_vectors(folder, config, wanted)
     else:
         pipe = _load_codes(folder, config, wanted)
@@ -72,8 +72,9 @@ def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> 
 
 
 def _load_hosted(model: str | Path, wanted: LoadSettings) -> Pipeline:
-    if wanted.captions is not None:
-        raise UsageError(f"{model} takes prompts: --captions is for LlamaGen models")
+    for name in ("captions", "text_encoder"):
+        if getattr(wanted, name):
+            raise UsageError(f"{model} takes prompts: --{name.replace('_', '-')} is for LlamaGen models")
     try:
         from bozzetto.hosted import load_prompted
     except ModuleNotFoundError as error:
@@ -90,27 +91,64 @@ def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> C
     names = config.get("class_names")
     target = LlamaGenTarget(network, wanted.torch_dtype)
     if network.config.captioned:
-        if captions is None and config.get("encoder") == ENCODER:
-            prompts = config.get("prompts")
-            if not _texts(prompts) or not prompts:
-                raise UsageError(f"{folder / CONFIG}: prompts must list one text or more")
-            if network.config.caption_dim != SentenceEncoder.dim:
-                raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
-            _check_codes(folder, tokenizer.config, network.config)
-            return CaptionPipeline(_name(folder, config), target, tokenizer, prompts, dtype, folder, network)
         if captions is None:
-            raise UsageError(f"{folder} draws captions: give a file of their features with --captions")
+            encoder, prompts = _encoder(folder, config, target, wanted)
+            _check_codes(folder, tokenizer.config, network.config)
+            return CaptionPipeline(_name(folder, config), target, tokenizer, prompts, dtype, folder, network, encoder)
+        if wanted.text_encoder:
+            raise UsageError("give either --captions, the features of captions, or --text-encoder, which makes them")
         names, *given = read_captions(captions, network.config)
         target = target.with_captions(*given)
-    elif captions is not None:
-        raise UsageError(f"{folder} draws classes: --captions is for text-conditional models")
     else:
+        _refuse_text(folder, wanted)
         names = _class_names(folder, config, network.config.classes)
     _check_codes(folder, tokenizer.config, network.config)
     classes = distinct([str(n) for n in names])
     pipe = CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
     pipe.captions = None if captions is None else Path(captions)
     return pipe
+
+
+def _refuse_text(folder: Path, wanted: LoadSettings) -> None:
+    for name in ("captions", "text_encoder"):
+        if getattr(wanted, name):
+            raise UsageError(f"{folder} draws classes: --{name.replace('_', '-')} is for text-conditional models")
+
+
+def _encoder(
+    folder: Path, config: dict[str, Any], target: LlamaGenTarget, wanted: LoadSettings
+) -> tuple[TextEncoder, Sequence[str]]:
+    """The text encoder of a model that draws captions, and the prompts that stand for its classes."""
+    shape = target.config
+    own, source = config.get("encoder"), wanted.text_encoder
+    if own == ENCODER:
+        if source:
+            raise UsageError(f"text_encoder = {str(source)!r} is not allowed: {folder} comes with its own, {ENCODER}")
+        prompts = config.get("prompts")
+        if not isinstance(prompts, list) or not _texts(prompts) or not prompts:
+            raise UsageError(f"{folder / CONFIG}: prompts must list one text or more")
+        if shape.caption_dim != SentenceEncoder.dim:
+            raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
+        return SentenceEncoder(shape.condition_tokens), prompts
+    try:
+        from bozzetto.adapters.t5 import DIM, PUBLISHED, T5Encoder
+
+        if not isinstance(own, str | None):
+            raise UsageError(
+                f"{folder / CONFIG}: encoder = {clipped(own)} is not allowed: a folder, or a name on the hub"
+            )
+        source = source or own or ""
+        if not source and shape.caption_dim != DIM:
+            raise UsageError(
+                f"{folder} draws captions of {shape.caption_dim} numbers a token, which {PUBLISHED} does not give: "
+                "name its text encoder with --text-encoder, or give a file of features with --captions"
+            )
+        dims = shape.condition_tokens, shape.caption_dim
+        return T5Encoder(source or PUBLISHED, *dims, target.dtype, str(target.device)), EXAMPLES
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise UsageError("prompts need transformers, which is not installed: pip install 'bozzetto[hf]'") from error
 
 
 def _check_codes(folder: Path, have: Any, want: LlamaGenConfig) -> None:

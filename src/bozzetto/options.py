@@ -233,11 +233,14 @@ class Convert:
     out: Path
     """The new folder: missing or empty. It appears only when everything fits."""
     gpt: Path | None = None
-    """llamagen: the transformer (c2i_B_256.pt, t2i_XL_stage1_256.pt, ...). Opened without running any code in it."""
+    """llamagen: the transformer (c2i_B_256.pt, t2i_XL_stage1_256.pt, ...), or a folder in Llama's layout
+    (LlamaGen-T2I). Opened without running any code in it."""
     vq: Path | None = None
     """llamagen: its tokenizer, vq_ds16_c2i.pt, vq_ds8_c2i.pt or vq_ds16_t2i.pt."""
     image_size: Literal[256, 384, 512] | None = None
     """llamagen: side of the pictures. Not given: as the file or its name says, else 256 (it is printed)."""
+    text_encoder: str = ""
+    """llamagen, text-conditional: what captions are read with, folder or hub name. Not given: google/flan-t5-xl."""
     class_names: Path | None = None
     """llamagen, mar: text file with one name per class and line. Not given: the classes are called 0, 1, 2, ..."""
     checkpoint: Path | None = None

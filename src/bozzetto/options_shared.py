@@ -30,7 +30,9 @@ class Loading:
     """Spread a model of transformers over several GPUs (with accelerate): auto, balanced or
     sequential. Not given: one device."""
     captions: Path | None = None
-    """For a text-conditional model: safetensors file with the captions' features."""
+    """For a text-conditional model: safetensors file with the captions' features, which then stand for prompts."""
+    text_encoder: str = ""
+    """For a text-conditional LlamaGen: folder or hub name of its text encoder. Not given: google/flan-t5-xl."""
     image_size: int | str = 0
     """Pixels per side, or WIDTHxHEIGHT, for models that have a choice (Emu3, Lumina-mGPT, NextStep-1). 0: the usual."""
     vae: str = ""

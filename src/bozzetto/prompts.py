@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ
 from bozzetto.autoencoders.vq import VQTokenizer
 from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import LlamaGen, left_pad
 from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.pipelines import CodePipeline
 from bozzetto.results import listed
 from bozzetto.settings import GenerateSettings
 
 ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through models/sentence.py
+EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrait of an old sailor")
+
+
+class TextEncoder(Protocol):
+    """Texts -> features float32 [K, T, C], padded on the right, and their mask [K, T]. Raises UsageError."""
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    def release(self) -> None:
+        """Let go of what takes much memory, until it is needed again."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of its files; "" for one that comes with a package."""
+        ...
 
 
 class PromptBook:
@@ -81,7 +97,8 @@ class PromptBook:
 
 class CaptionPipeline(CodePipeline):
     """A text-conditional model whose text encoder is at hand, so that any prompt can be asked for. prompts: those that
-    stand for the classes where none is asked for."""
+    stand for the classes where none is asked for. The encoder is let go of when prompts have become labels, unless a
+    server will be asked for more (`remember`)."""
 
     takes_prompts = True
 
@@ -94,22 +111,31 @@ class CaptionPipeline(CodePipeline):
         dtype: str,
         folder: Path,
         network: LlamaGen,
+        encoder: TextEncoder,
     ):
         super().__init__(name, target, tokenizer, [], dtype, folder, network)
-        self.encoder = SentenceEncoder(network.config.condition_tokens)
+        self.encoder, self.serving = encoder, False
         self.book = PromptBook(self.classes, self._add)
         self.book.labels(prompts, "")
 
+    def _fingerprint(self) -> str:
+        return "-".join(filter(None, (super()._fingerprint(), self.encoder.fingerprint())))
+
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
-        return self.book.labels(asked, "")
+        try:
+            return self.book.labels(asked, "")
+        finally:
+            if not self.serving:
+                self.encoder.release()
 
     def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
+        self.serving = True
         self.book.remember(prompts, busy)
 
     def _add(self, text: str, negative: str, label: int | None) -> int:
         """Features of one more caption, or of another one for a label, in the target and in its compiled twins."""
         new, had = left_pad(*self.encoder([text])), self.target.captions
-        parts: tuple[torch.Tensor, ...] = new
+        parts: tuple[Tensor, ...] = new
         if had is not None and label is None:
             parts = tuple(torch.cat([a, b.to(a)]) for a, b in zip(had, new, strict=True))
         elif had is not None:

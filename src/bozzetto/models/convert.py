@@ -26,6 +26,7 @@ from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig
 from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.files import pointer_note, write_text
+from bozzetto.models.llama_layout import MARKS, as_llamagen, grid_of, weight_files
 from bozzetto.models.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
 from bozzetto.models.store import (
     CONFIG,
@@ -43,6 +44,7 @@ from bozzetto.published import published
 
 IMAGE_SIZES = (256, 384, 512)
 GPT, VQ = "a LlamaGen transformer", "a LlamaGen VQ tokenizer"
+LLAMA = "a language model in Llama's layout"
 MAR, KL16 = "a MAR transformer", "a KL-16 autoencoder"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_REPEATED = 2**30  # bytes of a tensor that repeats a few numbers
@@ -53,6 +55,7 @@ _FAMILIES = (
     (VQ, ("quantize.embedding.weight", "post_quant_conv.weight", "decoder.conv_in.weight")),
     (MAR, ("z_proj.weight", "diffusion_pos_embed_learned", "diffloss.net.input_proj.weight")),
     (KL16, ("post_quant_conv.weight", "decoder.mid.attn_1.q.weight", "decoder.up.0.block.0.conv1.weight")),
+    (LLAMA, MARKS),
     ("a drafter", ("fc.weight", "layers.0.self_attn.q_proj.weight")),
     ("a bozzetto tokenizer", ("codebook", "pre.0.weight", "post.0.weight")),
 )
@@ -66,21 +69,28 @@ _OPTIONS = {
 
 
 def convert_llamagen(
-    gpt: Path, vq: Path, out: Path, image_size: int | None = None, class_names: Path | None = None, store: str = OWN
+    gpt: Path,
+    vq: Path,
+    out: Path,
+    image_size: int | None = None,
+    class_names: Path | None = None,
+    store: str = OWN,
+    text_encoder: str = "",
 ) -> str:
     """Turn a published LlamaGen (class- or text-conditional, any size) and its tokenizer into the model folder `out`.
 
-    gpt, vq: torch pickles (opened with weights_only=True) or safetensors files. image_size: 256, 384 or 512; None: what
-    the file or its name says, else 256. class_names: a text file with one name per line; None: "0", "1", ...; store:
-    see `store.save_state`. Returns a line about what was found. Raises UsageError for a file of another family, missing
-    or misshapen or non-finite weights, parts that do not fit together, or an `out` that is not empty; then nothing is
-    written.
+    gpt, vq: torch pickles (opened with weights_only=True) or safetensors files; gpt: or a folder in the layout of
+    LlamaForCausalLM (llama_layout.py). image_size: 256, 384 or 512; None: what the file or its name says, else 256.
+    class_names: a text file with one name per line; None: "0", "1", ...; store: see `store.save_state`; text_encoder:
+    what loading shall take for captions, "" for the published one. Returns a line about what was found. Raises
+    UsageError for a file of another family, missing or misshapen or non-finite weights, parts that do not fit together,
+    or an `out` that is not empty; then nothing is written.
     """
     check_out(out)
     if image_size is not None and image_size not in IMAGE_SIZES:
         raise UsageError(f"image_size = {image_size} is not allowed: {', '.join(map(str, IMAGE_SIZES))}")
     pixels, _ = family_state(vq, VQ)
-    network, _ = family_state(gpt, GPT)
+    network = _transformer(gpt)
     tokenizer = _tokenizer_config(pixels, vq)
     image_size, how = choose_image_size(image_size, network, gpt, tokenizer.downsample)
     tokenizer = dataclasses.replace(tokenizer, image_size=image_size)
@@ -99,6 +109,7 @@ def convert_llamagen(
         "config": dataclasses.asdict(config),
         "class_names": names,
         SAMPLING: own.recorded(),
+        **({"encoder": _place(text_encoder)} if text_encoder and config.captioned else {}),
         "converted": {"size": size, "condition": condition, "gpt": gpt.name, "vq": vq.name},
     }
 
@@ -113,6 +124,22 @@ def convert_llamagen(
         f"LlamaGen-{size} ({kind}) with VQ-{tokenizer.downsample}, {image_size} x {image_size} pixels ({how}), "
         f"{config.length} tokens, weights as {types_in({**network, **pixels}, store)}: {out}{note_on_doubles(names)}"
     )
+
+
+def _place(source: str) -> str:
+    """A folder by its whole path, so that it is found from anywhere; a hub name as it is."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
+
+
+def _transformer(path: Path) -> dict[str, Tensor]:
+    """The state of --gpt, a file or a folder, under LlamaGen's names."""
+    files = weight_files(path) if path.is_dir() else [path]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= _open_state(file)[0]
+    if family_of(state) == LLAMA and any(key.startswith("model.cls_embedding.") for key in state):
+        return as_llamagen(state)
+    return state if path.is_dir() and family_of(state) == GPT else family_state(files[0], GPT)[0]
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -268,8 +295,9 @@ def recognise(state: Mapping[str, Tensor], source: Path, grid: int) -> tuple[str
 
 
 def choose_image_size(asked: int | None, state: Mapping[str, Tensor], source: Path, downsample: int) -> tuple[int, str]:
-    """(pixels a side, where that is known from): as asked; by a stored table of rotations; by the file's name; 256."""
-    stored = _stored_grid(state)
+    """(pixels a side, where that is known from): as asked; by a stored table of rotations or a folder's config.json; by
+    the file's name; 256."""
+    stored = _stored_grid(state) or (grid_of(source) if source.is_dir() else None)
     if stored is not None:
         size = stored * downsample
         if asked not in (None, size):

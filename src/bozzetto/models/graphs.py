@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
-from bozzetto.models.kept import cache_folder, find, made
+from bozzetto.models.kept import cache_folder, find, made, thin_out
 from bozzetto.models.native import NO_COMPILER, instructions
 
 MODES = ("off", "default", "max")
@@ -154,18 +154,11 @@ class _Listed(nn.Module):
 
 def _prune(folder: Path, keep: Path) -> None:
     """Delete the packages not used for longest until the rest fit, and what killed processes left half copied."""
-    found, total = [], 0
     for path in folder.glob(".*.pt2"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - _STALE:
                 path.unlink()
-    for path in folder.glob("[!.]*.pt2"):
-        with contextlib.suppress(FileNotFoundError):  # another process prunes too
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
-    for _, size, path in sorted(found, reverse=True):
-        total += size
-        if total > MOST_BYTES and path != keep:
-            path.unlink(missing_ok=True)
+    thin_out(folder, "[!.]*.pt2", MOST_BYTES, keep)
 
 
 def own_code(step: nn.Module) -> Callable[..., Any]:

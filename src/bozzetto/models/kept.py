@@ -89,6 +89,19 @@ def made(name: str, make: Callable[[str], object], folder: Path | None) -> Path:
     return path
 
 
+def thin_out(folder: Path, pattern: str, most: int, keep: Path) -> None:
+    """Delete the files of this pattern that were not used for longest, until the rest has at most `most` bytes. `keep`
+    stays."""
+    found, total = [], 0
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+        total += size
+        if total > most and path != keep:
+            path.unlink(missing_ok=True)
+
+
 def leave_nothing() -> None:
     """Delete this process's temporary folder. It goes by itself where exit handlers run."""
     if _temporary.cache_info().currsize:

@@ -52,6 +52,12 @@ class SentenceEncoder:
         features, masks = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(masks)
 
+    def release(self) -> None:
+        """It is small, and stays."""
+
+    def fingerprint(self) -> str:
+        return ""
+
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         found = self.tokenizer(texts, padding=True, return_tensors="pt")
         mask = found["attention_mask"]

@@ -101,12 +101,17 @@ def tiny_chameleon() -> Any:
 GRIDS = ((1, 3), (2, 3))  # GLM-Image's preview and picture: as many tokens as the others draw
 
 
-def tiny_glm(words: int = WORDS, pad: int = PADDING) -> Any:
+def tiny_glm(words: int = WORDS, pad: int = PADDING, end: int = CODES + 2, layers: int = 2) -> Any:
     """Image tokens are the first words, after them the two that begin and end a picture."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
     text = {**_TEXT, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
-    text |= {"vocab_size": words + CODES, "vision_vocab_size": CODES + 4, "pad_token_id": pad}
-    text |= {"eos_token_id": CODES + 2, "max_position_embeddings": 512}
+    text |= {
+        "num_hidden_layers": layers,
+        "vocab_size": words + CODES,
+        "vision_vocab_size": CODES + 4,
+        "pad_token_id": pad,
+    }
+    text |= {"eos_token_id": end, "max_position_embeddings": 512}
     vision = {
         "depth": 1,
         "hidden_size": 32,
@@ -121,11 +126,11 @@ def tiny_glm(words: int = WORDS, pad: int = PADDING) -> Any:
         vq_config={"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32},
         image_token_id=words + CODES - 1,
         image_start_token_id=CODES,
-        image_end_token_id=CODES + 2,
+        image_end_token_id=end,
     )
     model = _ready(transformers.GlmImageForConditionalGeneration, config)
     model.lm_head.weight[CODES:] = 0  # nothing but image tokens is likely, as in a trained model
-    model.generation_config.update(eos_token_id=CODES + 2, pad_token_id=pad)
+    model.generation_config.update(eos_token_id=end, pad_token_id=pad)
     return model
 
 

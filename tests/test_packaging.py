@@ -22,6 +22,7 @@ MAX_LINES = 400
 FLOORS = {
     "errors": 0,
     "checks": 0.5,
+    "mappings": 0.5,
     "files": 0.5,  # broken ones are an error of the user
     "images": 0,
     "staging": 0.5,

@@ -122,10 +122,12 @@ def _generate(options: Generate) -> None:
         check_free(out, count, [pipe.classes[label] for label in labels])
         sampling = pipe.sampling(settings)
         print(sampling_line(sampling), flush=True)
-        with RunWriter(folder, count, pipe.size) as writer:
+        codes = pipe.tokenizer.codes if pipe.undecoded else None
+        with RunWriter(folder, count, pipe.size, pipe.undecoded, codes) as writer:
             request: dict[str, Any] = {"classes": list(options.classes), "seed": options.seed, "count": count}
             result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
             about = {"model": options.model, "dtype": pipe.dtype, "device": loading.device, "grid": list(pipe.grid)}
+            about |= {"undecoded": pipe.undecoded} if pipe.undecoded else {}
             writer.finish(result, {**about, **request}, sampling)
     print(writer.summary(result, out))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bozzetto.adapters.load import checkpoint_digest, load_hosted
@@ -19,6 +20,7 @@ from bozzetto.adapters.source import Hosted
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
 from bozzetto.hub import fetched, model_name
+from bozzetto.images import Origin
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.eagle_store import load_eagle
 from bozzetto.models.store import name_of
@@ -124,6 +126,14 @@ class HostedPipeline(_Prompted, CodePipeline):
         super().__init__(name, hosted.target, hosted.pictures, [], dtype)
         self.workshop = HostedWorkshop(hosted.target, hosted.pictures.codebook)
         self.take_prompts(hosted, source)
+
+    @property
+    def undecoded(self) -> str:  # type: ignore[override]
+        return self.hosted.pictures.missing
+
+    @torch.no_grad()
+    def decode_here(self, tokens: Tensor, origin: Origin | None = None) -> Image.Image:
+        return self.hosted.pictures.picture(tokens.to(self.target.device), origin)
 
     def _again(self, hosted: Hosted) -> HostedPipeline:
         return HostedPipeline(self.name, hosted, self.dtype, self.source)

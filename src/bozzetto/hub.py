@@ -23,6 +23,17 @@ def fetched(model: str | Path) -> Path:
         raise UsageError(f"{model}: could not be read from the hub (there is no such folder here): {reason}") from error
 
 
+def fetched_file(repository: str, name: str, otherwise: str) -> Path:
+    """One file of a repository on the hub. otherwise: what is said to do where it cannot be fetched (UsageError)."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:  # as in `fetched`
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{name} of {repository} could not be read from the hub ({otherwise}): {reason}") from error
+
+
 def model_name(model: str | Path) -> str:
     """What a model is called: NAME of ORGANISATION/NAME@REVISION, of a folder, or of one in the hub's cache
     (models--ORGANISATION--NAME/snapshots/REVISION)."""

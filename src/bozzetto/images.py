@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from torch import Tensor
 MOST_PIXELS = 2**25  # of a contact sheet, 100 MB
 _GAP, _LINE = 4, 14  # around a tile; of a caption
 _SMALLEST, _READABLE = 16, 64  # tiles, and those that are wide enough for a caption
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an image is drawn for: decoders that read the prompt, or draw noise of their own, ask for it. text: the
+    prompt or class; seed, index: of the image."""
+
+    text: str
+    seed: int
+    index: int
 
 
 def grid_of(config: Any) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from bozzetto.errors import UsageError
 from bozzetto.files import read_json
@@ -44,10 +45,19 @@ class RunWriter:
     """Writes a run into a folder image by image, so that none has to be kept: pictures, contact sheet, manifest.json,
     and continuous tokens as tokens.npz, one float32 array [N, D] by file name.
 
-    count: images to come; size: of a picture. As a context it closes its files. Raises OSError naming the file that
-    does not fit."""
+    count: images to come; size: of a picture; undecoded, codes: why there are tokens and no pictures, and from tokens
+    int64 [1, N] to codes [1, rows, columns], which then lie in tokens.npz. As a context it closes its files. Raises
+    OSError naming the file that does not fit."""
 
-    def __init__(self, folder: Path, count: int, size: tuple[int, int]):
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        size: tuple[int, int],
+        undecoded: str = "",
+        codes: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.undecoded, self.codes = undecoded, codes
         self.folder, self.ties, self.near = folder, 0, list[int]()
         self.sheet = ContactSheet(count, size, _SHEET_COLUMNS, captions=True)
         self.files = contextlib.ExitStack()
@@ -66,7 +76,9 @@ class RunWriter:
         """Write one image, in order."""
         _write(self.folder / file_name(image.index, image.class_name), _png(image.image))
         if image.tokens.ndim > 1:
-            self._add_vectors(image)
+            self._add_array(image, image.tokens)
+        elif self.undecoded and self.codes is not None:
+            self._add_array(image, self.codes(image.tokens[None])[0])
         first = "" if self.sheet.count == 0 else ","
         self.sheet.add(image.image, f"{image.index} {image.class_name}")
         with _named(self.folder / MANIFEST):
@@ -75,12 +87,12 @@ class RunWriter:
             self.ties += 1
             self.near += [image.index] if len(self.near) < _LISTED else []
 
-    def _add_vectors(self, image: GeneratedImage) -> None:
+    def _add_array(self, image: GeneratedImage, tokens: Tensor) -> None:
         if self.vectors is None:
             self.vectors = self.files.enter_context(zipfile.ZipFile(self.folder / VECTORS, "w"))
             self.vectors.comment = _MARK.encode()
         content = io.BytesIO()
-        np.save(content, image.tokens.numpy())
+        np.save(content, tokens.numpy())
         with _named(self.folder / VECTORS):
             self.vectors.writestr(f"{file_name(image.index, image.class_name)}.npy", content.getvalue())
 
@@ -102,6 +114,9 @@ class RunWriter:
         first = "" if sheet.shown >= result.count else f" (the first {sheet.shown})"
         text = f"{result.count} images, {result.tokens_per_pass:.2f} tokens per pass, {seconds:.1f} s\n"
         text += f"contact sheet: {out / SHEET}{first}"
+        if self.undecoded:
+            text += f"\nnote: these are maps of tokens and no pictures ({self.undecoded}); "
+            text += f"their codes, [rows, columns] by file name: {out / VECTORS}"
         if self.ties:
             more = f" and {self.ties - len(self.near)} more" * (self.ties > len(self.near))
             text += f"\nnote: images {', '.join(map(str, self.near))}{more} hold a choice that another batch or window "

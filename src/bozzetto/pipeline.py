@@ -26,9 +26,17 @@ from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
-from bozzetto.images import grid_of, one_core, size_of, to_picture
+from bozzetto.images import Origin, grid_of, one_core, size_of, to_picture
 from bozzetto.load_settings import DTYPES as DTYPES
-from bozzetto.models.store import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, WEIGHTS, read_config, tokenizer_weights
+from bozzetto.models.store import (
+    CONFIG,
+    PIPELINE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_WEIGHTS,
+    WEIGHTS,
+    read_config,
+    tokenizer_weights,
+)
 from bozzetto.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.settings import GenerateSettings
@@ -48,6 +56,7 @@ class Pipeline(ABC):
     """
 
     default_methods: tuple[str, ...]
+    undecoded = ""  # why its tokens cannot become pictures here, where they cannot
     takes_prompts = False  # any text, not only the names of classes
 
     def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
@@ -239,7 +248,9 @@ class Pipeline(ABC):
             result.head_calls, result.head_rows = result.head_calls + made.head_calls, result.head_rows + made.head_rows
             for first in range(0, len(indices), together):
                 start = time.perf_counter()
-                pictures = self.pictures(made.tokens[first : first + together])
+                some = slice(first, first + together)
+                origins = [Origin(self.prompt_of(k), seed, i) for i, k in zip(indices[some], labels[some], strict=True)]
+                pictures = self.pictures(made.tokens[some], origins)
                 result.seconds["decode"] += time.perf_counter() - start
                 for row, picture in enumerate(pictures, first):
                     yield self._image(picture, made, row, traces[row], seed, indices[row], labels[row])
@@ -273,21 +284,22 @@ class Pipeline(ABC):
         """Tokens int64 [N] -> RGB picture. Equal tokens, equal bytes: see `pictures`."""
         return self.pictures(tokens[None])[0]
 
-    def pictures(self, tokens: Tensor) -> list[Image.Image]:
+    def pictures(self, tokens: Tensor, origins: Sequence[Origin] = ()) -> list[Image.Image]:
         """Tokens int64 [n, N] -> RGB pictures. Each alone, in float32 and on one thread: sums are then added in one
         order, whatever the batch, the threads and the processes. The images are spread over the threads."""
+        images = [(row, origins[i] if origins else None) for i, row in enumerate(tokens)]
         if self.target.device.type != "cpu":
-            return [self.decode_here(row) for row in tokens]
+            return [self.decode_here(*image) for image in images]
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(min(threads, len(tokens)), initializer=one_core) as pool:
-            made = list(pool.map(self.decode_here, tokens))
+            made = list(pool.map(lambda image: self.decode_here(*image), images))
         torch.set_num_threads(threads)  # the workers' setting would be that of threads made later
         return made
 
     @torch.no_grad()
-    def decode_here(self, tokens: Tensor) -> Image.Image:
+    def decode_here(self, tokens: Tensor, origin: Origin | None = None) -> Image.Image:
         """Tokens int64 [N] -> RGB picture, in the calling thread. The bytes are those of `decode` where that thread has
-        one core (`one_core`)."""
+        one core (`one_core`). origin: what it was drawn for, where that is known."""
         return to_picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
 
     @torch.no_grad()
@@ -352,10 +364,12 @@ def model_folder(name_or_folder: str | Path) -> Path:
 
 
 def is_hosted(name_or_folder: str | Path) -> bool:
-    """In the Hugging Face layout: config.json has a model type, not a family; or ORGANISATION/NAME as the hub writes
-    it, where neither that nor a folder called ORGANISATION is here. `runs`, `out` and `checkpoints` are
-    folders, here or not."""
+    """In the Hugging Face layout: config.json has a model type, not a family; a pipeline of diffusers; or
+    ORGANISATION/NAME as the hub writes it, where neither that nor a folder called ORGANISATION is here. `runs`, `out`
+    and `checkpoints` are folders, here or not."""
     name, folder = str(name_or_folder), Path(name_or_folder)
+    if os.path.isfile(folder / PIPELINE):
+        return True
     if os.path.isfile(folder / CONFIG):
         content = read_config(folder)
         return "model_type" in content and "family" not in content

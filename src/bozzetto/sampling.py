@@ -84,6 +84,8 @@ class SampleRun:
         method: str | None = None,
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
+        if pipe.undecoded:
+            raise UsageError(f"{pipe.name} draws tokens and no pictures here, which samples are: {pipe.undecoded}")
         if self._early():
             settings = settings.with_own(OwnSampling())
         self.sampling = pipe.sampling(settings)

@@ -4,20 +4,29 @@ Image tokens are the first words of the vocabulary and have a head of their own.
 other: a preview of about 16 x 16 tokens, then the picture itself, 32 pixels per token and side. Positions have three
 axes: of a grid that begins at position p, the token in row y and column x lies at (p, p + y, p + x), and the next grid
 begins at p plus the longer side. What ends the picture is not drawn: it ends when it is full.
+
+A second stage makes pixels of the picture's tokens, by diffusion (adapters/glm_pictures.py).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
-from bozzetto.adapters.prompted import PromptedCodes, Shape
+from bozzetto.adapters.glm_pictures import FACTOR, glm_pictures, second_stage
+from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
+from bozzetto.adapters.source import Hosted, Source, fits_context, numbers, written
+from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings
 
-FACTOR = 32  # pixels per token and side
+ENCODER, PROCESSOR = "vision_language_encoder", "processor"  # folders of the published pipeline
+SIZES = ((1024, 1024), (1152, 768), (768, 1152), (1280, 1280))
 
 
 class GlmImageTarget(PromptedCodes):
@@ -58,3 +67,37 @@ def _offsets(*grids: tuple[int, int]) -> Tensor:
         parts.append(begin + torch.stack([torch.zeros_like(x), y, x]).flatten(1))
         begin += max(rows, columns)
     return torch.cat(parts, 1)
+
+
+def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
+    """GLM-Image's first stage, and its second where the whole pipeline's folder was asked for."""
+    source.check(GlmImageForConditionalGeneration)
+    beside = source.folder.parent / PROCESSOR
+    lies = source if (source.folder / "tokenizer_config.json").is_file() else replace(source, folder=beside)
+    processor = lies.read("processor", GlmImageProcessor.from_pretrained)
+    network = source.network(GlmImageForConditionalGeneration, wanted)
+    stage, own = second_stage(source, wanted), source.sampling("glm-image")
+    if own.top_k >= network.config.vq_config.num_embeddings:  # as published: all words of the head
+        own = replace(own, top_k=0)
+
+    def sized(size: tuple[int, int]) -> Hosted:
+        (columns, rows), rest = (pixels // FACTOR for pixels in size), (pixels % FACTOR for pixels in size)
+        if any(rest) or not rows or not columns:
+            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {FACTOR}")
+
+        def prepared(text: str) -> Any:
+            said = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+            whole = processor.apply_chat_template(said, tokenize=False)
+            return processor(text=[whole], target_h=size[1], target_w=size[0], return_tensors="pt")
+
+        _, preview = prepared("")["image_grid_thw"].tolist()
+        target = GlmImageTarget(network, (preview[1], preview[2]), (rows, columns))
+        fits_context(target, size)
+
+        def ask(text: str, negative: str) -> Prompt:
+            return Prompt(tuple(numbers(prepared(text))), tuple(numbers(prepared(negative))))
+
+        pictures = glm_pictures(network, stage, target.skipped, rows, columns)
+        return Hosted(target, pictures, ask, own, processor.tokenizer, SIZES, sized)
+
+    return sized(wanted.size or SIZES[0])

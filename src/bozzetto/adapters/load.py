@@ -15,19 +15,29 @@ from types import MappingProxyType
 
 from bozzetto.adapters.chameleon import load_chameleon
 from bozzetto.adapters.emu3 import load_emu3
+from bozzetto.adapters.glm_image import ENCODER, load_glm_image
 from bozzetto.adapters.janus import load_janus
 from bozzetto.adapters.nextstep_load import load_nextstep
 from bozzetto.adapters.source import Hosted, Source, of_words
+from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
-from bozzetto.files import digest
+from bozzetto.files import digest, read_json
 from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
-from bozzetto.models.store import read_config
+from bozzetto.models.store import CONFIG, PIPELINE, read_config
 
 _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
+_GLM_IMAGE = "GlmImagePipeline"  # of diffusers, whose parts lie in folders of their own
+
 FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyType(
-    {"janus": load_janus, "emu3": load_emu3, "chameleon": load_chameleon, "nextstep": load_nextstep}
+    {
+        "janus": load_janus,
+        "emu3": load_emu3,
+        "chameleon": load_chameleon,
+        "nextstep": load_nextstep,
+        "glm_image": load_glm_image,
+    }
 )
 
 
@@ -37,8 +47,7 @@ def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
     Raises UsageError for a checkpoint that is not an image generator of a known family, that is incomplete, or that
     lacks its tokenizer.
     """
-    folder = fetched(model)
-    source = Source(str(model), folder, read_config(folder))
+    source = _source(str(model), fetched(model))
     kind = source.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UsageError(
@@ -46,6 +55,19 @@ def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
             "LlamaGen and MAR checkpoints: bozzetto convert)"
         )
     return _for_words(FAMILIES[kind](source, wanted.for_weights(source.stored)))
+
+
+def _source(name: str, folder: Path) -> Source:
+    """The checkpoint in a folder; in that of a diffusers pipeline, the part that draws tokens. Raises UsageError for a
+    pipeline without one."""
+    if not (folder / PIPELINE).is_file():
+        return Source(name, folder, read_config(folder))
+    kind = read_json(folder / PIPELINE).get("_class_name")
+    if kind != _GLM_IMAGE:
+        raise UsageError(
+            f"{name}: a diffusers pipeline {clipped(kind)} has no image tokens to draft ({_GLM_IMAGE} has)"
+        )
+    return Source(name, folder / ENCODER, read_config(folder / ENCODER), folder)
 
 
 def _for_words(hosted: Hosted) -> Hosted:
@@ -57,20 +79,22 @@ def _for_words(hosted: Hosted) -> Hosted:
 
 def checkpoint_digest(model: str | Path) -> str:
     """What tells one checkpoint from another: a digest of the names and bytes of the files in its folder that loading
-    may read (weights, configurations, tokenizer), or of those in the hub's cache. Sub-folders, code and notes do not
-    count; files of the cache that are called by the sha256 of their bytes are taken at their word. "unknown" without
-    files."""
+    may read (weights, configurations, tokenizer), or of those in the hub's cache. Code and notes do not count, nor
+    sub-folders but those of a diffusers pipeline; files of the cache that are called by the sha256 of their bytes are
+    taken at their word. "unknown" without files."""
     folder = Path(model)
     if not folder.is_dir():
         import huggingface_hub
 
-        known = huggingface_hub.try_to_load_from_cache(str(model), "config.json")
-        if not isinstance(known, str):
+        known = [huggingface_hub.try_to_load_from_cache(str(model), name) for name in (CONFIG, PIPELINE)]
+        found = next((path for path in known if isinstance(path, str)), None)
+        if found is None:
             return "unknown"
-        folder = Path(known).parent
+        folder = Path(found).parent
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in _COUNTED and not p.name.startswith(".")):
+    parts = folder.glob("*/*") if (folder / PIPELINE).is_file() else ()
+    for path in sorted(p for p in (*folder.iterdir(), *parts) if p.suffix in _COUNTED and not p.name.startswith(".")):
         blob = path.resolve().name  # in the cache, a link to its bytes
         named = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob)
-        total.update(f"{path.name} {blob if named else digest(path)}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {blob if named else digest(path)}\n".encode())
     return total.hexdigest()[:16]

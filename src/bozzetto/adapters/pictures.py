@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from bozzetto.adapters.lined import without_line_ends
+from bozzetto.images import Origin, to_picture
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class PictureConfig:
 
 class HostedPictures:
     """What a pipeline asks of a tokenizer. codebook: float [V', d], the codes that stand for something (V' is V, or
-    one less where the last token ends a line); to_pixels: tokens int64 [B, N] -> float [B, 3, H, W]."""
+    one less where the last token ends a line); to_pixels: tokens int64 [B, N] -> float [B, 3, H, W]. missing: why there
+    are tokens and no pictures ("": there are)."""
+
+    missing = ""
 
     def __init__(self, config: PictureConfig, codebook: Tensor, to_pixels: Callable[[Tensor], Tensor]):
         self.config, self.codebook, self.to_pixels = config, codebook, to_pixels
@@ -40,6 +45,14 @@ class HostedPictures:
         """int64 [B, N] -> [B, 3, H, W] in [0, 1]."""
         return self.to_pixels(tokens).float().clamp(0, 1)
 
+    def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
+        """Tokens int64 [N] of an image -> its picture. origin: what it was drawn for, where that is known."""
+        return to_picture(self.decode(tokens[None])[0])
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """int64 [B, N] -> the codes in their places, int64 [B, rows, columns]."""
+        return tokens.unflatten(1, (self.config.rows, self.config.columns))
+
     def codes_drawn(self, count: int) -> int:
         """How many codes the first `count` tokens hold."""
         return count
@@ -47,6 +60,9 @@ class HostedPictures:
 
 class LinedPictures(HostedPictures):
     """Pictures whose tokens hold an end of line after each row."""
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        return without_line_ends(tokens, self.config.columns)
 
     def codes_drawn(self, count: int) -> int:
         return count - count // (self.config.columns + 1)

@@ -41,11 +41,13 @@ class Hosted:
 @dataclass(frozen=True)
 class Source:
     """A checkpoint in the Hugging Face layout. name: as it was asked for; folder: where its files lie; config: what
-    its config.json holds."""
+    its config.json holds; whole: the folder of the diffusers pipeline that it is a part of, where that was asked
+    for."""
 
     name: str
     folder: Path
     config: Mapping[str, Any]
+    whole: Path | None = None
 
     def read(self, what: str, read: Callable[..., Any], **options: Any) -> Any:
         """Call a from_pretrained, which never runs code of the checkpoint. Its many kinds of error all mean that a file

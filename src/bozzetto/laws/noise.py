@@ -19,6 +19,7 @@ STREAM_TOKEN = 0  # Gumbel noise that decides the token at a position
 STREAM_VERIFY = 1  # uniforms of accept/reject tests and residual draws
 STREAM_DRAFT = 2  # a drafter's own draws, fresh in every pass
 STREAM_ORDER = 3  # the order in which a masked model draws the places
+STREAM_PICTURE = 4  # where a decoder by diffusion starts
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from bozzetto.admission import Admission, Ticket
 from bozzetto.errors import UsageError
-from bozzetto.images import one_core
+from bozzetto.images import Origin, one_core
 from bozzetto.pipeline import ROUNDING, Pipeline
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
@@ -334,12 +334,14 @@ class Worker(threading.Thread):
         self.pace += 0.1 * (seconds / max(1, min(self.held, self.slots)) - self.pace)
         self.metrics.finished(job.order.model, image, len(drawn.ticket.tokens), seconds)
         pipe, tokens, told = self.pipes[job.order.model], drawn.ticket.tokens, list(image.trace.committed)
+        asked = drawn.ticket.request
+        origin = Origin(pipe.prompt_of(asked.label), asked.seed, asked.index)
         self._over(job, 1)
 
         near = None if image.margin == float("inf") else image.margin < ROUNDING[pipe.dtype]
 
         def paint() -> None:
-            picture = pipe.decode_here(tokens)
+            picture = pipe.decode_here(tokens, origin)
             counts = (len(tokens), image.passes, image.accepted, image.drafted)
             job.post(Finished(drawn.index, picture, *counts, seconds, told, near))
 

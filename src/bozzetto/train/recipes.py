@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from bozzetto.errors import UsageError
+from bozzetto.mappings import checked_as, read_mapping
 from bozzetto.train.fields import (
     STRICT,
     Count,
@@ -29,7 +30,6 @@ from bozzetto.train.fields import (
     check_sizes,
     check_weighted,
 )
-from bozzetto.train.reading import checked_as, read_mapping
 
 
 @checked(frozen=True, config=STRICT)

@@ -32,12 +32,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"a mapping of more than {_MOST_KEYS} keys")
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises UsageError naming the file for anything else."""
+def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping that a YAML (or JSON) file holds. Raises UsageError naming the file, and `what` was wanted, for
+    anything else."""
     if not path.is_file():
-        raise UsageError(f"recipe not found: {path}")
+        raise UsageError(f"{what} not found: {path}")
     if path.stat().st_size > _MOST_BYTES:
-        raise UsageError(f"{path}: {path.stat().st_size} bytes are no recipe (allowed: {_MOST_BYTES})")
+        raise UsageError(f"{path}: {path.stat().st_size} bytes are no {what} (allowed: {_MOST_BYTES})")
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
     except RecursionError:
@@ -45,7 +46,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError) as error:  # also dates that are none, and keys that are lists
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {type(content).__name__}")
+        raise UsageError(f"{path}: a {what} is a mapping of keys to values, not {type(content).__name__}")
     if odd := [key for key in content if not isinstance(key, str)]:
         raise UsageError(f"{path}: key {odd[0]!r} is not allowed: keys are words")
     return content

@@ -27,6 +27,11 @@ FIELDS: dict[str, list[Any]] = {
     "n": [*NUMBERS, 0, 11],
     "seed": [*NUMBERS, 2**63],
     "guidance_scale": ["2", [2], {}, True, 0, 0.99, 100.1, HUGE, -1e308],
+    "temperature": ["1", [1], {}, True, -0.1, 1e-9, 10_001, HUGE, -HUGE],
+    "top_k": [*NUMBERS, 2**31],
+    "top_p": ["1", [1], {}, True, 0, -1, 1.01, HUGE],
+    "negative_prompt": [1, [], {}, True, "x" * 1001, "\ud800", "thorns"],
+    "quality_words": [1, 0, "true", [], {}, True],
     "size": [1, [], {}, "1x1", "32x32x32", "0x0", "32×32", "9" * 21],
     "response_format": [*WORDS, "B64_JSON", "file"],
     "output_format": [*WORDS, "gif", "PNG", "tiff"],
@@ -75,6 +80,10 @@ RAW = [
     b'{"prompt": "rose", "guidance_scale": 1e999}',
     b'{"prompt": "rose", "guidance_scale": NaN}',
     b'{"prompt": "rose", "guidance_scale": -Infinity}',
+    b'{"prompt": "rose", "temperature": NaN}',
+    b'{"prompt": "rose", "top_p": Infinity}',
+    b'{"prompt": "rose", "top_k": 1e3}',
+    b'{"prompt": "rose", "top_k": ' + LONG + b"}",
     b'{"prompt": "rose", "speculation": {"tv_budget": NaN}}',
     b'{"prompt": "rose", "speculation": {"tv_budget": Infinity}}',
     b'{"prompt": "rose", "n": NaN}',
@@ -92,7 +101,8 @@ def bodies() -> list[bytes]:
     for model, methods in (("tiny", METHODS), ("flow", VECTORS)):
         found += [{**good, "model": model, "speculation": {"drafter": d, "rule": r}} for d, r in methods]
     found += [{**good, "model": "flow", "speculation": {"tv_budget": 1.0}}]
-    found += [{**good, name: 1} for name in ("steps", "negative_prompt", "__proto__", "Prompt", "folder")]
+    found += [{**good, "model": "flow", **law} for law in ({"top_k": 4}, {"top_p": 0.5}, {"temperature": 0})]
+    found += [{**good, name: 1} for name in ("steps", "guidance", "__proto__", "Prompt", "folder")]
     found += [{}, {"n": 1}, {"model": "tiny"}]
     streams = [{"stream": True, **body} if i % 2 else body for i, body in enumerate(found)]
     return [*(json.dumps(body).encode() for body in streams), *RAW]

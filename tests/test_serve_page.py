@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from bozzetto import load
+from bozzetto.own_sampling import OwnSampling
 from serving import Live, live
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -79,6 +83,37 @@ def test_rules_follow_the_drafter_and_lossy_ones_say_so(page: Any) -> None:
     assert "Exact" in page.locator("#exactness").inner_text()
 
 
+def test_empty_fields_are_the_models_own_values_and_filled_ones_arrive(browser: Any, tiny_model: Path) -> None:
+    pipe = load(tiny_model)
+    pipe.own = OwnSampling(3.5, 0.8, 7, 0.9, source="a paper")
+    with live({"tiny": pipe}) as running:
+        page = browser.new_page()
+        page.goto(running.url)
+        sync_api.expect(page.locator("#state")).to_have_text("ready")
+        page.click("#more")
+        shown = {
+            name: page.get_attribute(f"#{name}", "placeholder")
+            for name in ("guidance", "temperature", "top_k", "top_p")
+        }
+        assert shown == {"guidance": "3.5", "temperature": "0.8", "top_k": "7", "top_p": "0.9"}
+        assert "a paper" in page.locator("#own").inner_text() and not page.locator("#negative-label").is_visible()
+        for field, law in (("", {}), ("guidance", {"guidance": 1.5}), ("top_k", {"top_k": 0})):
+            if field:
+                page.fill(f"#{field}", str(next(iter(law.values()))))
+            page.click("#draw")
+            wanted = pipe.generate(["daisy"], seed=1, batch=1, **law).images[0]
+            sync_api.expect(page.locator("#gallery a")).not_to_have_count(0, timeout=20000)
+            sync_api.expect(page.locator("#draw")).to_be_enabled(timeout=20000)
+            assert png(page.locator("#left .picture").get_attribute("src")) == wanted.image.tobytes()
+            if field:
+                page.fill(f"#{field}", "")
+        page.close()
+
+
+def png(link: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))).convert("RGB").tobytes()
+
+
 def test_what_the_server_refuses_is_shown(page: Any) -> None:
     page.evaluate("document.getElementById('seed').max = 1e30")
     page.fill("#seed", "99999999999999999999")
@@ -89,10 +124,19 @@ def test_what_the_server_refuses_is_shown(page: Any) -> None:
 def test_everything_can_be_done_with_the_keyboard(page: Any) -> None:
     page.focus("#model")
     reached = []
-    for _ in range(9):
+    for _ in range(10):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
-    assert [name for name in reached if name] == ["class", "seed", "dice", "guidance", "drafter", "draw", "race"]
+    assert [name for name in reached if name] == [
+        "class",
+        "seed",
+        "dice",
+        "guidance",
+        "more",
+        "drafter",
+        "draw",
+        "race",
+    ]
     page.focus("#seed")
     page.keyboard.press("Enter")
     sync_api.expect(page.locator("#gallery a")).to_have_count(1, timeout=20000)

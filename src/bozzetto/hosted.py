@@ -83,13 +83,8 @@ class _Prompted(Pipeline):
         return tuple(dict.fromkeys([self.size, *self.hosted.sizes]))
 
     def in_size(self, size: tuple[int, int]) -> Pipeline:
-        """The same model, with the same weights, for pictures of another size (width, height). Raises UsageError for
-        one that it does not draw."""
-        if size == self.size:
-            return self
-        if self.hosted.sized is None:
-            only = f"{self.size[0]}x{self.size[1]}"
-            raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
+        if size == self.size or self.hosted.sized is None:
+            return super().in_size(size)
         return self._again(self.hosted.sized(size))
 
     def _again(self, hosted: Hosted) -> Pipeline:

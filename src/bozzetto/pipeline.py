@@ -81,6 +81,14 @@ class Pipeline(ABC):
         """Sizes (width, height) that the model can be asked for, its own first."""
         return (self.size,)
 
+    def in_size(self, size: tuple[int, int]) -> Pipeline:
+        """The same model, with the same weights, for pictures of another size. Raises UsageError for one that it does
+        not draw."""
+        if size != self.size:
+            only = f"{self.size[0]}x{self.size[1]}"
+            raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
+        return self
+
     @abstractmethod
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
         """A decoder (run, stream, result) for resolved settings and this many images, and its window."""

@@ -174,7 +174,19 @@ def about(event: Finished, order: Order) -> dict[str, Any]:
         "drafted": event.drafted,
         "seconds": round(event.seconds, 4),
         "near_tie": event.near_tie,
+        "sampling": said(order),
     }
+
+
+def said(order: Order) -> dict[str, Any]:
+    """How an order is sampled, in the words of requests: what it asks for, or the model's own."""
+    law = order.settings
+    words = {"negative_prompt": law.negative_prompt, "quality_words": law.quality_words}
+    numbers = {
+        "guidance_scale": law.guidance,
+        **{name: getattr(law, name) for name in ("temperature", "top_k", "top_p")},
+    }
+    return {**numbers, **{name: value for name, value in words.items() if value}}
 
 
 async def whole(worker: Worker, order: Order, form: Form) -> dict[str, Any]:

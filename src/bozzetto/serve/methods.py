@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bozzetto.errors import UsageError
 from bozzetto.path_registry import PATH_DRAFTERS, PATH_RULES
 from bozzetto.pipeline import Pipeline
@@ -23,6 +25,24 @@ def methods_of(pipe: Pipeline) -> dict[str, list[str]]:
             if not sequential and _goes(pipe, drafter, rule):
                 found.setdefault(drafter, []).append(rule)
     return found
+
+
+def own_sampling(pipe: Pipeline) -> dict[str, Any]:
+    """How the model is sampled where a request says nothing, in the words of requests, and where that was published."""
+    told = pipe.sampling()
+    unused = {"asked", "suffix", "negative_prompt", *(() if isinstance(pipe, CodePipeline) else ("top_k", "top_p"))}
+    found = {"guidance_scale" if k == "guidance" else k: v for k, v in told.items() if k not in unused}
+    words = {"quality_words": pipe.own.suffix, "negative_prompt": pipe.own.negative_prompt}
+    return {**found, **{name: text for name, text in words.items() if text}}
+
+
+def takes_negative(pipe: Pipeline) -> bool:
+    """Whether a request may say what guidance leads away from."""
+    try:
+        pipe.refuse_negative(GenerateSettings(negative_prompt="-"))
+    except UsageError:
+        return False
+    return True
 
 
 def lossy(rules: dict[str, list[str]]) -> list[str]:

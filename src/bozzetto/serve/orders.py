@@ -12,7 +12,7 @@ from bozzetto.settings import GenerateSettings
 @dataclass(frozen=True)
 class Order:
     """The images that one request asks for: 0..count-1 of a seed. partials: pictures on the way; watched: whether every
-    pass is told."""
+    pass is told; size: width and height where they are not the model's own."""
 
     model: str
     prompt: str
@@ -21,6 +21,12 @@ class Order:
     count: int = 1
     partials: int = 0
     watched: bool = False
+    size: tuple[int, int] | None = None
+
+    @property
+    def place(self) -> str:
+        """What its images share passes with: those of a model, of one size."""
+        return self.model if self.size is None else f"{self.model} {self.size[0]}x{self.size[1]}"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ def _window(number: int) -> int:
     return number
 
 
+def _temperature(number: float) -> float:
+    if 0 < number < 1e-4:
+        raise ValueError("0, or a number from 0.0001 to 10000")
+    return number
+
+
+Temperature = Annotated[float, Field(ge=0, le=1e4), AfterValidator(_temperature)]
 Method = Annotated[str, Field(max_length=120), AfterValidator(_method)]
 
 
@@ -69,6 +76,13 @@ class Drawing(Strict):
     guidance_scale: float | None = Field(
         None, ge=1, le=100, description="classifier-free guidance, 1: off; left out: the model's own"
     )
+    temperature: Temperature | None = Field(None, description="0: greedy; left out: the model's own")
+    top_k: int | None = Field(None, ge=0, lt=2**31, description="likeliest tokens that stay, 0: all; left out: own")
+    top_p: float | None = Field(None, gt=0, le=1, description="probability that stays, 1: all; left out: own")
+    negative_prompt: str | None = Field(
+        None, max_length=PROMPT_CHARACTERS, description="what guidance leads away from, where the model takes it"
+    )
+    quality_words: bool = Field(False, description="add what the model's authors append to prompts, where they do")
     speculation: Speculation = Field(default_factory=Speculation)  # type: ignore[arg-type]
 
 
@@ -76,7 +90,7 @@ class ImageGeneration(Drawing):
     """Body of POST /v1/images/generations. Image i is image i of `bozzetto generate PROMPT --seed SEED`."""
 
     n: int = Field(1, ge=1, le=MOST_IMAGES)
-    size: str = Field("auto", max_length=20, description="auto, or the size that the model draws, or with --resize any")
+    size: str = Field("auto", max_length=20, description="auto, or one that the model draws, or with --resize any")
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="url: a data URL, nothing is stored; left out: b64_json, for names that begin with dall-e url"
     )

@@ -10,21 +10,39 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bozzetto.errors import UsageError
+from bozzetto.pipeline import Pipeline
 from bozzetto.serve.answers import Form
-from bozzetto.serve.methods import lossy
+from bozzetto.serve.methods import lossy, own_sampling, takes_negative
 from bozzetto.serve.orders import Order
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.schema import Drawing, ImageGeneration, Speculation
 from bozzetto.serve.worker import Worker
+from bozzetto.settings import GenerateSettings
 
 SMALLEST, LARGEST = 16, 1024  # sides of a picture that is scaled
 _LISTED = 200  # examples of a model with many
+_SAID = ("temperature", "top_k", "top_p", "negative_prompt", "quality_words")
 _OURS = "dall-e"  # such a model's pictures are links at OpenAI, where nothing else is said
 
 
 def refused(message: str, param: str) -> ApiError:
     """A 400."""
     return ApiError(400, message, param=param, code="invalid_value")
+
+
+def written(size: tuple[int, int]) -> str:
+    """WIDTHxHEIGHT."""
+    return f"{size[0]}x{size[1]}"
+
+
+def _check_words(pipe: Pipeline, asked: Drawing) -> None:
+    """Raises ApiError for words around the prompt that the model has no use for."""
+    for name in ("negative_prompt", "quality_words"):
+        try:
+            only = GenerateSettings(**{name: getattr(asked, name)})
+            pipe.resolve(only)
+        except UsageError as error:
+            raise refused(str(error), name) from error
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Terms:
             settings = replace(
                 worker.base,
                 guidance=asked.guidance_scale,
+                **{name: getattr(asked, name) for name in _SAID},
                 drafter=spoken.drafter,
                 rule=spoken.rule,
                 window=spoken.window,
@@ -69,8 +88,12 @@ class Terms:
         except UsageError as error:
             raise refused(str(error), "speculation") from error
         self._check_drafter(name, spoken)
+        pipe = worker.pipes[name]
+        _check_words(pipe, asked)
+        drawn, form = self._form(pipe, images)
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-        return Order(name, asked.prompt, settings, seed, count, partials, watched), self._form(name, images)
+        size = None if drawn == pipe.size else drawn
+        return Order(name, asked.prompt, settings.with_own(pipe.own), seed, count, partials, watched, size), form
 
     def _check_drafter(self, name: str, spoken: Speculation) -> None:
         """Raises ApiError for a trained drafter that the model comes without."""
@@ -82,35 +105,42 @@ class Terms:
                 message = f"drafter {wanted!r} is not allowed for {name} (allowed: {', '.join(there)})"
                 raise refused(message, "speculation.drafter")
 
-    def _form(self, name: str, asked: ImageGeneration | None) -> Form:
-        """How pictures are sent. Raises ApiError for a size or a compression that they cannot have."""
-        drawn = self.worker.pipes[name].size
+    def _form(self, pipe: Pipeline, asked: ImageGeneration | None) -> tuple[tuple[int, int], Form]:
+        """The size of pictures as they are drawn, and how they are sent. Raises ApiError for a size or a compression
+        that they cannot have."""
         if asked is None:
-            return Form(drawn)
+            return pipe.size, Form(pipe.size)
         kind, strength = asked.output_format, asked.output_compression
         if kind == "png" and strength not in (None, 100):
             raise refused(f"output_compression = {strength} is not allowed for png: 100", "output_compression")
         link = asked.response_format == "url"
         if asked.response_format is None:
             link = (asked.model or "").startswith(_OURS)
-        wanted = self._size(asked.size, drawn)
-        return Form(wanted, wanted != drawn, kind, link, strength)
+        drawn, wanted = self._size(asked.size, pipe)
+        return drawn, Form(wanted, wanted != drawn, kind, link, strength)
 
-    def _size(self, size: str, drawn: tuple[int, int]) -> tuple[int, int]:
-        """Width and height that are asked for."""
-        own = f"{drawn[0]}x{drawn[1]}"
-        if size in ("auto", own):
-            return drawn
+    def _size(self, size: str, pipe: Pipeline) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Width and height that are drawn for the size that is asked for, and those that it is."""
+        if size == "auto":
+            return pipe.size, pipe.size
+        there = {written(drawn): drawn for drawn in pipe.sizes}
+        if size in there:
+            return there[size], there[size]
         if not self.resize:
-            raise refused(f"size {size!r} is not allowed: auto or {own}", "size")
+            raise refused(f"size {size!r} is not allowed: auto or {', '.join(there)}", "size")
         found = re.fullmatch(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})", size)
         wanted = (int(found[1]), int(found[2])) if found else (0, 0)
-        same = wanted[0] * drawn[1] == wanted[1] * drawn[0]  # another shape would distort the picture
-        if not same or not min(wanted) >= SMALLEST or not max(wanted) <= LARGEST:
-            what = "a square" if drawn[0] == drawn[1] else f"a picture of the shape of {own}"
+        # Another shape would distort the picture.
+        same = next((drawn for drawn in pipe.sizes if wanted[0] * drawn[1] == wanted[1] * drawn[0]), None)
+        if same is None or not min(wanted) >= SMALLEST or not max(wanted) <= LARGEST:
+            what = (
+                "a square"
+                if len(there) == 1 and pipe.size[0] == pipe.size[1]
+                else f"of the shape of {', '.join(there)}"
+            )
             allowed = f"auto, or {what} from {SMALLEST}x{SMALLEST} to {LARGEST}x{LARGEST}"
             raise refused(f"size {size!r} is not allowed: {allowed}", "size")
-        return wanted
+        return same, wanted
 
     def listed(self) -> list[dict[str, Any]]:
         """What is served, by every name."""
@@ -126,11 +156,14 @@ class Terms:
             "object": "model",
             "created": int(time.time()),
             "owned_by": "bozzetto",
-            "size": f"{pipe.size[0]}x{pipe.size[1]}",
+            "size": written(pipe.size),
+            "sizes": [written(size) for size in pipe.sizes],
+            "sampling": own_sampling(pipe),
             "grid": rows,
             "columns": columns,
             "tokens": pipe.target.length,
-            "takes_prompts": self.worker.pipes[name].takes_prompts,
+            "takes_prompts": pipe.takes_prompts,
+            "takes_negative_prompt": takes_negative(pipe),
             "prompts": list(self.worker.examples[name][:_LISTED]),
             "rules": rules,
             "lossy": lossy(rules),

@@ -11,17 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 
-from bozzetto.admission import Admission, Ticket
+from bozzetto.admission import Admission
 from bozzetto.errors import UsageError
 from bozzetto.images import Origin, one_core
 from bozzetto.pipeline import ROUNDING, Pipeline
+from bozzetto.serve.jobs import Drawn
+from bozzetto.serve.jobs import Job as Job
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
 from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, Progress, TooLong
@@ -30,37 +31,9 @@ from bozzetto.settings import GenerateSettings
 _PAINTERS = 2
 _PROMPTS = 1024  # prompts whose features are kept per model
 _WATCHED = 0.05  # seconds between pictures for somebody who watches
+_SIZES = 4  # other sizes than a model's own whose caches are kept, over all models
 _AGAIN = 5.0  # seconds between looks at a model whose passes fail
 _log = logging.getLogger("bozzetto.serve")
-
-
-@dataclass(eq=False)
-class _Drawn:
-    """An image of an order in the admission loop. told: partial pictures so far; shown: when it was watched last;
-    painting: the last picture of it that was handed to the painters."""
-
-    order: Job
-    index: int
-    ticket: Ticket
-    began: float | None = None
-    told: int = 0
-    shown: float = 0.0
-    watching: bool = False  # a picture for who watches is being made
-    painting: Future[None] | None = None
-
-
-@dataclass(eq=False)
-class Job:
-    """An order on its way. post: is told events, from any thread; accept: called before them, once it is known that
-    the order can be drawn; left: images that are not finished."""
-
-    order: Order
-    post: Callable[[Event], None]
-    accept: Callable[[], None]
-    due: float
-    left: int
-    images: list[_Drawn] = field(default_factory=list)
-    over: bool = False
 
 
 class Worker(threading.Thread):
@@ -100,9 +73,9 @@ class Worker(threading.Thread):
         self.held = 0  # images accepted and not over
         self.pace = 1.0  # seconds per image, lately
         self.stopping = False
-        self.loops: dict[str, Admission] = {}
+        self.loops: dict[str, Admission] = {}  # by place, see Order
         self.jobs: list[Job] = []
-        self.drawn: dict[int, _Drawn] = {}
+        self.drawn: dict[int, Drawn] = {}
 
     # Called from any thread.
 
@@ -176,10 +149,9 @@ class Worker(threading.Thread):
         list(self.painters.map(lambda _: time.sleep(0.05), range(_PAINTERS)))  # so that they are there
         torch.set_num_threads(threads)  # theirs is taken over by threads that are made later
         self.pipes = self.load()
-        self.loops = {name: Admission(pipe, self.slots, self.slots + self.queue) for name, pipe in self.pipes.items()}
         for name, pipe in self.pipes.items():
             self.examples[name] = tuple(pipe.classes)  # before any client has a word in it
-            pipe.remember(max(_PROMPTS, 2 * (self.slots + self.queue)), partial(self._labels, name))
+            self._open(name, pipe)
             self.rules[name] = methods_of(pipe)
         if self.warm:
             self._warm_up()
@@ -201,7 +173,7 @@ class Worker(threading.Thread):
         drawn."""
         self.looked = time.monotonic()
         for name in sorted(self.doubted):
-            pipe = self.pipes[name]
+            pipe = self.loops[name].pipe
             try:
                 alone = Admission(pipe, 1, 1)
                 alone.submit(pipe.labels((), self.base)[0], settings=self.base)
@@ -244,13 +216,14 @@ class Worker(threading.Thread):
     def _begin(self, job: Job) -> None:
         order = job.order
         try:
-            pipe, loop = self.pipes[order.model], self.loops[order.model]
+            loop = self._loop(order)
+            pipe = loop.pipe
             settings = pipe.resolve(order.settings)
             (label,) = pipe.labels([order.prompt], settings)
             self.jobs.append(job)
             for index in range(order.count):
                 ticket = loop.submit(label, seed=order.seed, index=index, settings=settings)
-                drawn = _Drawn(job, index, ticket)
+                drawn = Drawn(job, index, ticket)
                 job.images.append(drawn)
                 self.drawn[id(ticket)] = drawn
         except Exception as error:  # whatever a model makes of a request must not end the thread
@@ -259,9 +232,25 @@ class Worker(threading.Thread):
         else:
             job.accept()
 
-    def _labels(self, name: str) -> set[int]:
-        """Labels of a model's images that are asked for and not over."""
-        return {d.ticket.request.label for d in self.drawn.values() if d.order.order.model == name}
+    def _loop(self, order: Order) -> Admission:
+        """The loop of a model, or of its twin for pictures of another size, which begins when it is first asked for.
+        Raises UsageError for a size that the model does not draw."""
+        if order.place not in self.loops:
+            twin = self.pipes[order.model].in_size(order.size or self.pipes[order.model].size)
+            idle = [k for k, loop in self.loops.items() if k not in self.pipes and not (loop.waiting or loop.drawing)]
+            for place in idle[: max(0, len(self.loops) - len(self.pipes) + 1 - _SIZES)]:
+                del self.loops[place]
+                self._well(place)
+            self._open(order.place, twin)
+        return self.loops[order.place]
+
+    def _open(self, place: str, pipe: Pipeline) -> None:
+        pipe.remember(max(_PROMPTS, 2 * (self.slots + self.queue)), partial(self._labels, place))
+        self.loops[place] = Admission(pipe, self.slots, self.slots + self.queue)
+
+    def _labels(self, place: str) -> set[int]:
+        """Labels of images of a place that are asked for and not over."""
+        return {d.ticket.request.label for d in self.drawn.values() if d.order.order.place == place}
 
     def _drop(self, job: Job, error: Exception | None, new: bool = False) -> None:
         """Give up an order; error: what its client is told."""
@@ -269,7 +258,7 @@ class Worker(threading.Thread):
             return
         for drawn in job.images:
             if self.drawn.pop(id(drawn.ticket), None) is not None:
-                self.loops[job.order.model].cancel(drawn.ticket)
+                self.loops[job.order.place].cancel(drawn.ticket)
         self._over(job, job.left)
         job.left = 0
         if error is not None:
@@ -303,7 +292,7 @@ class Worker(threading.Thread):
             self.doubted.add(name)
         now = time.monotonic()
         self.metrics.passed(name, loop.active + sum(ticket.error is None for ticket in over), now - began)
-        for drawn in [d for d in self.drawn.values() if d.order.order.model == name]:
+        for drawn in [d for d in self.drawn.values() if d.order.order.place == name]:
             if drawn.ticket.image is None or not drawn.ticket.image.passes:
                 drawn.began = None  # it waits, for a place (perhaps again) or for its lane's turn
             elif drawn.began is None:
@@ -315,7 +304,7 @@ class Worker(threading.Thread):
             elif found is not None:
                 self._finish(found, now)
         for drawn in list(self.drawn.values()):
-            if drawn.order.order.model == name and drawn.began is not None:
+            if drawn.order.order.place == name and drawn.began is not None:
                 try:
                     self._show(drawn, loop, now)
                 except Exception as error:  # who only watches must not end the thread
@@ -323,17 +312,17 @@ class Worker(threading.Thread):
                     self._drop(drawn.order, error)
 
     def _collapse(self, name: str, error: Exception) -> None:
-        for job in [job for job in self.jobs if job.order.model == name]:
+        for job in [job for job in self.jobs if job.order.place == name]:
             self._drop(job, error)
-        self.loops[name] = Admission(self.pipes[name], self.slots, self.slots + self.queue)
+        self.loops[name] = Admission(self.loops[name].pipe, self.slots, self.slots + self.queue)
 
-    def _finish(self, drawn: _Drawn, now: float) -> None:
+    def _finish(self, drawn: Drawn, now: float) -> None:
         job, image = drawn.order, drawn.ticket.image
         assert image is not None and drawn.began is not None
         seconds = now - drawn.began
         self.pace += 0.1 * (seconds / max(1, min(self.held, self.slots)) - self.pace)
-        self.metrics.finished(job.order.model, image, len(drawn.ticket.tokens), seconds)
-        pipe, tokens, told = self.pipes[job.order.model], drawn.ticket.tokens, list(image.trace.committed)
+        self.metrics.finished(job.order.place, image, len(drawn.ticket.tokens), seconds)
+        pipe, tokens, told = self.loops[job.order.place].pipe, drawn.ticket.tokens, list(image.trace.committed)
         asked = drawn.ticket.request
         origin = Origin(pipe.prompt_of(asked.label), asked.seed, asked.index)
         self._over(job, 1)
@@ -347,12 +336,12 @@ class Worker(threading.Thread):
 
         self._paint(drawn, paint)
 
-    def _show(self, drawn: _Drawn, loop: Admission, now: float) -> None:
+    def _show(self, drawn: Drawn, loop: Admission, now: float) -> None:
         """Partial pictures, at even shares of the tokens; for who watches, the passes too."""
         job, image = drawn.order, drawn.ticket.image
         order = job.order
         assert image is not None and drawn.began is not None
-        pipe = self.pipes[order.model]
+        pipe = loop.pipe
         due = drawn.told < order.partials and (
             image.count * (order.partials + 1) >= (drawn.told + 1) * pipe.target.length
         )
@@ -370,7 +359,7 @@ class Worker(threading.Thread):
 
             self._paint(drawn, paint)
 
-    def _paint(self, drawn: _Drawn, work: Callable[[], Any]) -> None:
+    def _paint(self, drawn: Drawn, work: Callable[[], Any]) -> None:
         """Do this work after what was to be done for the same image before: pictures leave in their order."""
         before = drawn.painting
 

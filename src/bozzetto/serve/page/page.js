@@ -58,8 +58,35 @@ function showModel() {
   options($("class"), model.prompts.map((p) => [p, p]));
   $("prompts").replaceChildren(...model.prompts.map((p) => new Option(p)));
   if (model.takes_prompts) $("prompt").value = model.prompts[0] || "";
+  showSampling(model);
   options($("drafter"), [["auto", "auto"], ...Object.keys(model.rules).map((d) => [d, d])]);
   showRules();
+}
+
+// What is left empty is the model's own, which stands there in grey.
+const LAW = { guidance: "guidance_scale", temperature: "temperature", top_k: "top_k", top_p: "top_p" };
+
+function showSampling(model) {
+  const own = model.sampling;
+  for (const [id, field] of Object.entries(LAW)) {
+    $(id).value = "";
+    $(id).placeholder = own[field] === undefined ? "" : String(own[field]);
+  }
+  $("top_k-label").hidden = $("top_p-label").hidden = own.top_k === undefined;
+  $("negative-label").hidden = !model.takes_negative_prompt;
+  $("negative_prompt").value = "";
+  $("words-label").hidden = !(own.quality_words || own.negative_prompt);
+  $("words-label").title = [own.quality_words, own.negative_prompt && `not: ${own.negative_prompt}`].filter(Boolean).join("; ");
+  $("quality_words").checked = false;
+  $("own").textContent = `Empty: the model's own (${own.source}).`;
+}
+
+function sampling() {
+  const asked = {};
+  for (const [id, field] of Object.entries(LAW)) if ($(id).value !== "") asked[field] = Number($(id).value);
+  if ($("negative_prompt").value) asked.negative_prompt = $("negative_prompt").value;
+  if ($("quality_words").checked) asked.quality_words = true;
+  return asked;
 }
 
 function showRules() {
@@ -83,7 +110,7 @@ function request(speculation) {
   const model = current();
   const prompt = model.takes_prompts ? $("prompt").value : $("class").value;
   return {
-    model: model.id, prompt, seed: Number($("seed").value), guidance_scale: Number($("guidance").value), speculation,
+    model: model.id, prompt, seed: Number($("seed").value), ...sampling(), speculation,
   };
 }
 

@@ -52,6 +52,11 @@ class HostedWorkshop(TargetWorkshop):
     def smaller(self, folder: str) -> Sketcher:
         raise UsageError("drafter 'model' is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
 
+    def neighbours(self, columns: int) -> Tensor:
+        if not len(self.codebook):
+            raise UsageError("this rule is not allowed here: it reads the codes' vectors, which come with a decoder")
+        return super().neighbours(columns)
+
     def _all_neighbours(self, most: int) -> Tensor:
         """A token that is no code (an end of line) has no neighbour but itself, and is nobody's."""
         near = super()._all_neighbours(most)

@@ -28,7 +28,8 @@ class LoadSettings:
     captions then stand for the classes; text_encoder: of such a model, folder or hub name ("": the model's own);
     image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0: its usual one); vae: folder of
     NextStep-1's autoencoder, or its name on the hub ("": in the model's own); sampler: how its head is sampled, as
-    path_registry.py reads it ("": as published).
+    path_registry.py reads it ("": as published); adapter: file that describes a language model whose image tokens are
+    words (adapters/spec.py), or the name of a shipped one ("": what lies in the model's folder, if anything).
 
     Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
     """
@@ -41,6 +42,7 @@ class LoadSettings:
     device_map: str = ""
     vae: str = ""
     sampler: str = ""
+    adapter: str | Path = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in (AUTO, *DTYPES):

@@ -45,8 +45,9 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     own = own_from(config, folder / CONFIG)
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
-    if wanted.device_map:
-        raise UsageError(f"device_map = {wanted.device_map!r} is not allowed: {folder} is no model of transformers")
+    for name in ("device_map", "adapter"):
+        if said := getattr(wanted, name):
+            raise UsageError(f"{name} = {str(said)!r} is not allowed: {folder} is no model of transformers")
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
     if config.get("family") in (FLOW, MASKED, DRIFT):
         _refuse_text(folder, wanted)

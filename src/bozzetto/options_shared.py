@@ -41,6 +41,9 @@ class Loading:
     sampler: str = ""
     """NextStep-1: euler:steps=28:shift=1:last=0:norm=0 (as the model pages have it) or flow-sde:steps=30:level=0.8 (as
     NextStep-1.1's repository has it). Each is a law of its own. Not given: the first."""
+    adapter: str = ""
+    """For a language model of transformers whose image tokens are words: YAML or JSON file that says which and how, or
+    simplear, lumina-mgpt-2. Not given: bozzetto.yaml in the model's folder."""
 
 
 @checked(frozen=True, config=STRICT)

@@ -15,10 +15,12 @@ from types import MappingProxyType
 
 from bozzetto.adapters.chameleon import load_chameleon
 from bozzetto.adapters.emu3 import load_emu3
+from bozzetto.adapters.generic import load_generic
 from bozzetto.adapters.glm_image import ENCODER, load_glm_image
 from bozzetto.adapters.janus import load_janus
 from bozzetto.adapters.nextstep_load import load_nextstep
 from bozzetto.adapters.source import Hosted, Source, of_words
+from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, read_json
@@ -48,11 +50,13 @@ def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
     lacks its tokenizer.
     """
     source = _source(str(model), fetched(model))
+    if path := find_spec_file(wanted.adapter, source.folder) or known_by(source.config):
+        return _for_words(load_generic(source, wanted.for_weights(source.stored), read_spec(path), path))
     kind = source.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UsageError(
             f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
-            "LlamaGen and MAR checkpoints: bozzetto convert)"
+            "LlamaGen and MAR checkpoints: bozzetto convert; a language model whose image tokens are words: --adapter)"
         )
     return _for_words(FAMILIES[kind](source, wanted.for_weights(source.stored)))
 

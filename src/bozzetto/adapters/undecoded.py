@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from bozzetto.adapters.pictures import HostedPictures, PictureConfig
+from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
 
 _MARK = "tokens, not a picture"
 _LINE = 14  # pixels of a line of text
@@ -36,6 +36,10 @@ class TokenPictures(HostedPictures):
             if self.mark is None
             else torch.where(self.mark[0].to(pixels.device), self.mark[1].to(pixels), pixels)
         )
+
+
+class LinedTokens(LinedPictures, TokenPictures):
+    """Maps of tokens with an end of line after each row."""
 
 
 def _marked(width: int, height: int) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ def from_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor
     out = {}
     for key, value in state.items():
         name = ours(key, levels)
-        is_matrix = _ATTENTION in name and value.ndim == 4 and value.shape[2:] == (1, 1)
+        is_matrix = _ATTENTION in name and ".to_" in name and value.ndim == 4 and value.shape[2:] == (1, 1)
         out[name] = value[:, :, 0, 0] if is_matrix else value
     return out
 
@@ -199,6 +199,21 @@ def infer_config(state: Mapping[str, Tensor], grid: int) -> KL16Config:
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         blocks=numbered(state, "encoder.down.0.block."),
+    )
+
+
+def decoder_config(state: Mapping[str, Tensor]) -> KL16Config:
+    """The widths of a published decoder of this kind, from the shapes of its tensors; for pictures of one token. Raises
+    UsageError as KL16Config does."""
+    levels = numbered(state, "decoder.up.")
+    widths = [len(state[f"decoder.up.{n}.block.0.conv1.weight"]) for n in range(levels)]
+    return KL16Config(
+        image_size=2 ** (levels - 1),
+        token_dim=state["post_quant_conv.weight"].shape[1],
+        downsample=2 ** (levels - 1),
+        channels=widths[0],
+        multipliers=tuple(width // widths[0] for width in widths),
+        blocks=numbered(state, "decoder.up.0.block.") - 1,
     )
 
 

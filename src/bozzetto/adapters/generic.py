@@ -1,0 +1,175 @@
+"""Any language model of transformers whose image tokens are words, as an adapter file (adapters/spec.py) says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.adapters.decoders import read_decoder, scale_of
+from bozzetto.adapters.lined import LinedTarget, without_line_ends
+from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
+from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
+from bozzetto.adapters.source import Hosted, Source, fits_context
+from bozzetto.adapters.spec import TOKENIZER, AdapterSpec, filled
+from bozzetto.adapters.undecoded import LinedTokens, TokenPictures
+from bozzetto.errors import UsageError, brief
+from bozzetto.hub import fetched_file
+from bozzetto.load_settings import LoadSettings
+
+_SAME = 0.1  # of the spread of logits: what rounding in two bytes may turn
+
+
+class WordsTarget(PromptedCodes):
+    """body: a transformers decoder in evaluation mode; head: rows of its vocabulary; codes: words of the image tokens;
+    rows, columns: of the picture."""
+
+    @torch.no_grad()
+    def __init__(self, body: Any, head: Tensor, codes: list[int], rows: int, columns: int):
+        self.numbers, self.word_rows, text = codes, body.get_input_embeddings(), body.config
+        shape = Shape(len(codes), rows * columns, text.hidden_size)
+        embedding = gathered(codes, self.word_rows.weight)
+        super().__init__(body, text.num_hidden_layers, embedding, shape, text.max_position_embeddings)
+        self.head = gathered(codes, head)
+
+    def words(self, tokens: Tensor) -> Tensor:
+        return self.word_rows(tokens)
+
+    def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return F.linear(hidden, self.head).float()
+
+
+def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: Path) -> Hosted:
+    """The model in a folder, as the adapter file at `path` says."""
+    tokenizer, network = _tokenizer(source), _network(source, wanted, spec)
+    body, head = network.get_decoder(), network.get_output_embeddings().weight
+    codes, end = _codes(spec, tokenizer, len(head), path), None
+    if spec.line_end:
+        end = _word(tokenizer, spec.line_end, path)
+    decoder = None if spec.decoder.kind == "none" else _decoder(spec, source, path).to(network.device)
+    bos = tokenizer.bos_token or tokenizer.eos_token or ""
+
+    def sized(size: tuple[int, int]) -> Hosted:
+        rows, columns = spec.grid(size)
+        if end is None:
+            target: PromptedCodes = WordsTarget(body, head, codes, rows, columns)
+        else:
+            target = LinedTarget(body, head, codes, end, rows, columns)
+        fits_context(target, size)
+
+        def tokens(template: str, prompt: str = "") -> tuple[int, ...]:
+            return tuple(tokenizer.encode(spec.said(template, size, bos, prompt), add_special_tokens=False))
+
+        def ask(text: str, negative: str) -> Prompt:
+            without = tokens(spec.prompt, negative) if negative else tokens(spec.no_prompt)
+            return Prompt(tokens(spec.prompt, text), without)
+
+        pictures = _pictures(spec, decoder, rows, columns)
+        _check_law(network, target, ask("a", "").without, path)
+        sizes = spec.every_size
+        return Hosted(target, pictures, ask, spec.sampling, tokenizer, sizes=sizes, sized=sized)
+
+    return sized(wanted.size or spec.every_size[0])
+
+
+def _tokenizer(source: Source) -> Any:
+    from transformers import AutoTokenizer
+
+    return source.read("tokenizer", AutoTokenizer.from_pretrained)
+
+
+def _network(source: Source, wanted: LoadSettings, spec: AdapterSpec) -> Any:
+    """The network that config.json, or the adapter, names. Raises UsageError for one that transformers does not have,
+    or whose layers do not all see everything before them."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, ChameleonForConditionalGeneration
+
+    kind = spec.body or str(source.config.get("model_type"))
+    if kind == "chameleon":
+        return source.network(ChameleonForConditionalGeneration, wanted)
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(f"{source.name}: model type {brief(kind)} is no language model of transformers")
+    config = source.read("config.json", CONFIG_MAPPING[kind].from_pretrained)
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if odd:
+        raise UsageError(f"{source.name}: layers of type {', '.join(odd)} are not allowed: full_attention")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
+    source.check(model)
+    return source.network(model, wanted)
+
+
+def _codes(spec: AdapterSpec, tokenizer: Any, held: int, path: Path) -> list[int]:
+    """Words of the codes, in their order. held: words that the network has. Raises UsageError for one that is not."""
+    if spec.pattern:
+        found = [_word(tokenizer, filled(spec.pattern, code), path) for code in range(spec.codes)]
+    elif spec.words:
+        found = list(spec.words)
+    else:
+        first = len(tokenizer) if spec.offset == TOKENIZER else int(spec.offset or 0)
+        found = [*range(first, first + spec.codes)]
+    if max(found) >= held:
+        raise UsageError(f"{path}: word {max(found)} of code {found.index(max(found))} is not there: {held} words are")
+    return found
+
+
+def _word(tokenizer: Any, name: str, path: Path) -> int:
+    """The number of a word that the tokenizer has to have."""
+    number = tokenizer.convert_tokens_to_ids(name)
+    if number is None or (number == tokenizer.unk_token_id and name != tokenizer.unk_token):
+        raise UsageError(f"{path}: the model's tokenizer has no word {brief(name)}")
+    return int(number)
+
+
+def _decoder(spec: AdapterSpec, source: Source, path: Path) -> Any:
+    """The decoder that the adapter names, of as many codes and pixels as it says."""
+    found = _decoder_file(spec, source, path)
+    decoder = read_decoder(spec.decoder.kind, found)
+    for name, have, want in (("codes", len(decoder.codebook), spec.codes), ("pixels", scale_of(decoder), spec.pixels)):
+        if have != want:
+            raise UsageError(f"{path}: {name} = {want}, but the decoder in {found} has {have}")
+    return decoder
+
+
+def _decoder_file(spec: AdapterSpec, source: Source, path: Path) -> Path:
+    name, hub = spec.decoder.file, spec.decoder.hub
+    if found := next((p for p in (path.parent / name, source.folder / name) if p.is_file()), None):
+        return found
+    if not hub:
+        raise UsageError(f"{path}: its decoder {name} is neither beside it nor in {source.folder}")
+    return fetched_file(hub, name, f"put it into {source.folder}")
+
+
+def _pictures(spec: AdapterSpec, decoder: Any, rows: int, columns: int) -> HostedPictures:
+    config, lined = PictureConfig.of(rows, columns, spec.pixels), bool(spec.line_end)
+    if decoder is None:
+        why = spec.decoder.why or "its adapter names no decoder"
+        return (LinedTokens if lined else TokenPictures)(config, torch.zeros(0, 1), why)
+
+    def pixels(tokens: Tensor) -> Tensor:
+        codes = without_line_ends(tokens, columns) if lined else tokens.unflatten(1, (rows, columns))
+        return decoder(codes)
+
+    return (LinedPictures if lined else HostedPictures)(config, decoder.codebook, pixels)
+
+
+@torch.no_grad()
+def _check_law(network: Any, target: PromptedCodes, prompt: tuple[int, ...], path: Path) -> None:
+    """Raise UsageError where the laws that are read here are not those of the network's own forward: of a head with a
+    scale or a cap behind it, of positions that are not 0, 1, 2, ... Asked of two tokens after a prompt."""
+    if network.config.model_type == "chameleon":  # whose forward hides image tokens
+        return
+    some = torch.tensor([*prompt, *target.numbers[:2]], device=network.device)[None]
+    theirs = network(input_ids=some, use_cache=False).logits[0, -3:, target.numbers].float()
+    label = target.add(Prompt(prompt, prompt), len(target.prompts))
+    session = target.begin(torch.tensor([label], device=network.device), False, 3)
+    start = torch.zeros(1, dtype=torch.int64, device=network.device)
+    ours = session.score(torch.tensor([[0, 0, 1]], device=network.device), start).logits
+    del target.prompts[label]
+    assert ours is not None
+    codes = target.vocab - isinstance(target, LinedTarget)  # the end of a line is the grid's
+    free = [at for at in range(3) if not isinstance(target, LinedTarget) or at % (target.width + 1) != target.width]
+    wrong = (ours[0, free, :codes] - theirs[free, :codes]).abs().max()
+    if float(wrong) > _SAME * float(theirs.std()):
+        raise UsageError(f"{path}: the model's logits are not its last hidden states times its head: not allowed here")

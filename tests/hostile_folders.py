@@ -21,7 +21,7 @@ from bozzetto import UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.cli import main
 from bozzetto.loading import load
-from bozzetto.models.continuous_store import load_latents
+from bozzetto.models.continuous_store import load_continuous, load_latents
 from bozzetto.models.drift import DriftConfig, DriftModel
 from bozzetto.models.drift_store import save_drift
 from bozzetto.models.eagle import EagleNet, eagle_config
@@ -56,7 +56,7 @@ def write_families(root: Path) -> dict[str, Path]:
     )
     for name, net in zip(DRAFTERS, nets, strict=True):
         save_drafter(codes / name, net, codes, {})
-    network = load(flow).network
+    network = load_continuous(flow)
     save_sketch(flow / "sketch", PathSketch(sketch_config(network.config)), flow, {})
     (root / "drift").mkdir()
     model = DriftModel(network, DriftConfig(width=16, depth=1))

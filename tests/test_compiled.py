@@ -193,7 +193,7 @@ def test_compiled_heads_are_those_of_the_eager_one(
 def test_another_number_of_steps_keeps_the_compiled_head(uncompiled: list[str], flow_network: FlowModel) -> None:
     _, compiled = _pair(flow_network, "max")
     before = compiled.head.compiled  # type: ignore[union-attr]
-    compiled.sample_with(flow_network, FlowSampler(steps=3))  # type: ignore[attr-defined]
+    compiled.sample_with(FlowSampler(steps=3))  # type: ignore[attr-defined]
     assert before is not None and compiled.head.compiled is before  # type: ignore[union-attr]
 
 

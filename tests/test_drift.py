@@ -17,7 +17,7 @@ from bozzetto.drafts import Layout, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
 from bozzetto.models.compiled_cache import compile_target
-from bozzetto.models.continuous_store import write_continuous
+from bozzetto.models.continuous_store import load_continuous, write_continuous
 from bozzetto.models.drift import DriftConfig, DriftModel, DriftTarget, OneStep, guided_features
 from bozzetto.models.drift_store import load_drift, save_drift
 from bozzetto.models.entropy import attention_entropy
@@ -184,7 +184,7 @@ def folder(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = load(tiny_flow)
     at = tmp_path_factory.mktemp("drift") / "model"
     at.mkdir()
-    model = DriftModel(base.network, DriftConfig(width=16, depth=1))
+    model = DriftModel(load_continuous(base.folder), DriftConfig(width=16, depth=1))
     torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.3)
     save_drift(at, model, str(tiny_flow), tiny_flow, {"name": "tiny-drift"})
     return at
@@ -264,10 +264,10 @@ def drafted(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A variant whose base model has a random drafter; its body is the base's own."""
     base = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("base") / "flow"))
     pipe = load(base)
-    save_sketch(base / "sketch", random_sketch(sketch_config(pipe.network.config)), base, {"target_name": "tiny"})
+    save_sketch(base / "sketch", random_sketch(sketch_config(pipe.target.whole)), base, {"target_name": "tiny"})
     at = tmp_path_factory.mktemp("drafted") / "model"
     at.mkdir()
-    model = DriftModel(pipe.network, DriftConfig(width=16, depth=1))
+    model = DriftModel(load_continuous(pipe.folder), DriftConfig(width=16, depth=1))
     torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.02)
     torch.nn.init.normal_(model.centre.weight, std=0.02)  # noise says most, so that drafts are right now and then
     save_drift(at, model, str(base), base, {"name": "tiny-drift"})
@@ -311,7 +311,7 @@ def test_the_draft_model_measures_its_own_attention_and_takes_over_the_targets_e
     pipe = load(drafted)
     sketcher = pipe._sketch("")
     sketcher.begin(torch.tensor([0, 1]), True, 4)
-    features = torch.randn(4, 3, pipe.network.config.dim + 1)
+    features = torch.randn(4, 3, pipe.target.whole.dim + 1)
     count = torch.tensor([3, 2])
     tokens = torch.randn(2, 3, pipe.target.token_dim)
     sketcher.take_in(Observation(None, PathVerdict(tokens, count - 1), count, 3, count * 0, features))

@@ -77,7 +77,7 @@ def flow(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("with") / "sketch"))
     pipe = bozzetto.load(folder)
     assert isinstance(pipe, FlowPipeline)
-    save_sketch(folder / "sketch", random_sketch(sketch_config(pipe.network.config)), folder, {"target_name": "tiny"})
+    save_sketch(folder / "sketch", random_sketch(sketch_config(pipe.target.whole)), folder, {"target_name": "tiny"})
     return folder
 
 
@@ -240,7 +240,7 @@ def test_a_drafter_of_something_else_is_refused(
 def test_a_stored_drafter_comes_back(flow: Path) -> None:
     pipe = bozzetto.load(flow)
     assert isinstance(pipe, FlowPipeline)
-    config = pipe.network.config
+    config = pipe.target.whole
     digest = json.loads((flow / "sketch" / CONFIG).read_text())["target_weights"]
     net, stored = random_sketch(sketch_config(config)), load_sketch(flow / "sketch", config, digest)
     for name, weight in net.state_dict().items():

@@ -33,8 +33,10 @@ from bozzetto.evaluate.advice import (
 from bozzetto.evaluate.passes import AROUND, GRAPH, BarePass, by_part, product_names
 from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
 from bozzetto.evaluate.roofline import Machine, Work, pass_work
+from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.llamagen import published_config
 from bozzetto.models.llamagen_cache import CausalSession
+from bozzetto.models.store import load_llamagen
 from bozzetto.pipeline import GenerateSettings, Pipeline
 
 MACHINE = Machine("a processor", "cpu", 2, "float32", read=10e9, copy=8e9, float32=100e9, bfloat16=800e9)
@@ -64,6 +66,10 @@ def run(*arguments: object) -> int:
     return main([str(a) for a in arguments])
 
 
+def network_of(folder: Path, kind: str) -> torch.nn.Module:
+    return load_llamagen(folder) if kind == "codes" else load_continuous(folder)
+
+
 def bare(pipe: Pipeline, batch: int, guidance: float, width: int) -> BarePass:
     labels = torch.arange(batch) % len(pipe.classes)
     return BarePass(pipe, pipe.resolve(GenerateSettings("none", guidance=guidance)), labels, width)
@@ -75,7 +81,7 @@ def test_bytes_are_the_weights_the_embeddings_used_and_the_cache_before(kind, ba
     pipe: Any = request.getfixturevalue(kind)
     alone = bare(pipe, batch, guidance, width)
     tables = ("tok_embeddings.", "cls_embedding.", "positions", "head.")  # looked up, or no part of a pass
-    weights = [w for name, w in pipe.network.named_parameters() if not name.startswith(tables)]
+    weights = [w for name, w in network_of(pipe.folder, kind).named_parameters() if not name.startswith(tables)]
     whole_rows = [part.unflatten(0, (alone.session.rows, -1))[:, :8] for both in alone.session.cache for part in both]
     expected = sum(part.numel() * 4 for part in [*weights, *whole_rows]) + batch * width * 32 * 4
     assert pass_work(pipe.target, batch, int(guidance), width, 8).bytes == expected

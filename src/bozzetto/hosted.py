@@ -147,9 +147,10 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
     vae: where its autoencoder was loaded from ("": beside the weights)."""
 
     def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path, sampler: str = "", vae: str = ""):
-        self._loaded, self._sampler, self._vae = hosted.target, sampler, vae
-        made = make_sampler(sampler) if sampler else hosted.target.sampler
-        super().__init__(name, hosted.target.parts, made, hosted.pictures, [], dtype, None)
+        self._sampler, self._vae = sampler, vae
+        made, target = make_sampler(sampler) if sampler else hosted.target.sampler, hosted.target
+        target.sample_with(made)
+        super().__init__(name, target, hosted.pictures, [], dtype, None, None)
         self.take_prompts(hosted, source)
         if sampler:  # with steps of its own
             self.own = replace(self.own, steps=made.steps, source=f"{sampler}; {self.own.source}")
@@ -160,10 +161,6 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
 
     def _again(self, hosted: Hosted) -> HostedFlowPipeline:
         return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)
-
-    def _make_target(self, sampler: Any, dtype: torch.dtype) -> Any:
-        self._loaded.sample_with(self._loaded.parts, sampler)
-        return self._loaded
 
     def _fingerprint(self) -> str:
         folder = autoencoder_folder(fetched(self.source), self._vae)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
 from bozzetto.models.drift import DriftModel
 from bozzetto.models.drift_store import DRIFT, load_drift
-from bozzetto.models.flow_cache import FlowSampler
+from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.models.llamagen import LlamaGenConfig
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
-from bozzetto.models.mar_target import MARSampler
+from bozzetto.models.mar_target import MARSampler, MARTarget, check_passes
 from bozzetto.models.sentence import SentenceEncoder
 from bozzetto.models.store import CONFIG, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
 from bozzetto.own_sampling import SAMPLING, own_from
@@ -87,23 +88,23 @@ def _load_hosted(model: str | Path, wanted: LoadSettings) -> Pipeline:
 
 def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> CodePipeline:
     dtype, device, captions = wanted.dtype, wanted.device, wanted.captions
-    network = load_llamagen(folder).to(device)
-    tokenizer = load_tokenizer(folder).to(device)
+    network = partial(load_llamagen, folder, wanted.torch_dtype, device)
+    tokenizer = load_tokenizer(folder, encoder=False).to(device)
     names = config.get("class_names")
-    target = LlamaGenTarget(network, wanted.torch_dtype)
-    if network.config.captioned:
+    target = LlamaGenTarget(network(), wanted.torch_dtype)
+    if target.config.captioned:
         if captions is None:
             encoder, prompts = _encoder(folder, config, target, wanted)
-            _check_codes(folder, tokenizer.config, network.config)
+            _check_codes(folder, tokenizer.config, target.config)
             return CaptionPipeline(_name(folder, config), target, tokenizer, prompts, dtype, folder, network, encoder)
         if wanted.text_encoder:
             raise UsageError("give either --captions, the features of captions, or --text-encoder, which makes them")
-        names, *given = read_captions(captions, network.config)
+        names, *given = read_captions(captions, target.config)
         target = target.with_captions(*given)
     else:
         _refuse_text(folder, wanted)
-        names = _class_names(folder, config, network.config.classes)
-    _check_codes(folder, tokenizer.config, network.config)
+        names = _class_names(folder, config, target.config.classes)
+    _check_codes(folder, tokenizer.config, target.config)
     classes = distinct([str(n) for n in names])
     pipe = CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
     pipe.captions = None if captions is None else Path(captions)
@@ -167,7 +168,8 @@ def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) ->
     if config.get("family") == DRIFT:
         folder = _base(own, config)
         config, drift = read_config(folder), load_drift(own, folder).to(device)
-    network = load_continuous(folder).to(device) if drift is None else drift.flow
+    again = partial(load_continuous, folder, wanted.torch_dtype, device)
+    network = again() if drift is None else drift.flow
     tokenizer = load_latents(folder).to(device)
     classes = distinct([str(n) for n in _class_names(folder, config, network.config.classes)])
     have, want = tokenizer.config, network.config
@@ -176,15 +178,19 @@ def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) ->
             f"{folder}: the decoder takes {have.token_dim} numbers on a {have.grid}x{have.grid} grid, the target draws "
             f"{want.token_dim} on {want.grid}x{want.grid}"
         )
+    if drift is not None:
+        return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
     sampler, source = config.get("sampler", {}), folder / CONFIG
-    with naming(source):
-        if isinstance(network, MAR):
+    if isinstance(network, MAR):
+        with naming(source):
             masked = config_from(MARSampler, sampler, source)
-            return MaskedPipeline(name, network, masked, tokenizer, classes, dtype, folder)
-        if drift is not None:
-            return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
+            check_passes(masked.passes, network.config.length)
+        drawn = MARTarget(network, masked, wanted.torch_dtype)
+        return MaskedPipeline(name, drawn, tokenizer, classes, dtype, folder)
+    with naming(source):
         made = config_from(FlowSampler, sampler, source)
-        return FlowPipeline(name, network, made, tokenizer, classes, dtype, folder)
+    target = FlowTarget(network, made, wanted.torch_dtype)
+    return FlowPipeline(name, target, tokenizer, classes, dtype, folder, again)
 
 
 def _base(folder: Path, config: dict[str, Any]) -> Path:

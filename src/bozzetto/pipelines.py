@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.continuous_store import load_continuous
 from bozzetto.models.drift import DriftModel, DriftTarget
 from bozzetto.models.drift_sketch import DriftSketcher
-from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.models.graphs import Compiler
 from bozzetto.models.llamagen import LlamaGen
 from bozzetto.models.llamagen_cache import LlamaGenTarget
@@ -47,9 +46,9 @@ DRAFT = "draft"  # the folder of a masked model's own draft model, inside its ow
 
 
 class _CausalPipeline(Pipeline):
-    """What causal targets share: their passes can be compiled. network: what `target` was made from."""
+    """What causal targets share: their passes can be compiled. network: reads what `target` was made from again."""
 
-    network: Any
+    network: Callable[[], Any] | None
     compiled: dict[tuple[str, bool], Any]
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
@@ -61,7 +60,7 @@ class _CausalPipeline(Pipeline):
             if self.network is None:
                 raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is not a network")
             target = copy.copy(self.target)
-            compile_target(target, self.network, mode, _say, deterministic)
+            compile_target(target, self.network(), mode, _say, deterministic)
             self.compiled[mode, deterministic] = target
         return self.compiled[mode, deterministic]
 
@@ -84,7 +83,7 @@ class CodePipeline(_CausalPipeline):
         classes: list[str],
         dtype: str,
         folder: Path | None = None,
-        network: LlamaGen | None = None,
+        network: Callable[[], LlamaGen] | None = None,
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
@@ -139,7 +138,7 @@ class CodePipeline(_CausalPipeline):
 
 
 class FlowPipeline(_CausalPipeline):
-    """A causal target that draws continuous tokens. network: what `target` was made from; sampler: of its head."""
+    """A causal target that draws continuous tokens. network: reads what it was made from again."""
 
     default_methods: tuple[str, ...] = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
     default_rules: Mapping[str, str] = MappingProxyType({"none": "plain", "jacobi": "chains", "sketch": "joint"})
@@ -148,19 +147,16 @@ class FlowPipeline(_CausalPipeline):
     def __init__(
         self,
         name: str,
-        network: Any,
-        sampler: Any,
+        target: Any,
         tokenizer: Any,
         classes: list[str],
         dtype: str,
         folder: Path | None,
+        network: Callable[[], Any] | None,
     ):
         self.network, self.compiled = network, {}
-        super().__init__(name, self._make_target(sampler, DTYPES[dtype]), tokenizer, classes, dtype, folder)
+        super().__init__(name, target, tokenizer, classes, dtype, folder)
         self._sketcher = functools.cache(self._load_sketcher)
-
-    def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
-        return FlowTarget(self.network, sampler, dtype)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
@@ -185,7 +181,7 @@ class FlowPipeline(_CausalPipeline):
         asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
         if asked and asked != {"steps": target.sampler.steps}:
             target = copy.copy(target)
-            target.sample_with(self.network, replace(target.sampler, **asked))
+            target.sample_with(replace(target.sampler, **asked))
         drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
         return Decoder(target, drafter, rule, settings.law), drafter.max_nodes + 1
 
@@ -206,7 +202,7 @@ class FlowPipeline(_CausalPipeline):
 
     def _load_sketcher(self, folder: Path) -> PathSketcher:
         weights = "" if self.folder is None else target_digest(self.folder)
-        net = load_sketch(folder, self.network.config, weights).to(self.target.device)
+        net = load_sketch(folder, self.target.whole, weights).to(self.target.device)
         return PathSketcher(net, self.target.embedding)
 
 
@@ -220,10 +216,8 @@ class DriftPipeline(FlowPipeline):
         self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path, base: Path
     ):
         self.drift, self.base = model, base
-        super().__init__(name, model.flow, FlowSampler(steps=1), tokenizer, classes, dtype, folder)
-
-    def _make_target(self, sampler: FlowSampler, dtype: torch.dtype) -> FlowTarget:
-        return DriftTarget(self.drift, dtype)
+        target = DriftTarget(model, DTYPES[dtype])
+        super().__init__(name, target, tokenizer, classes, dtype, folder, lambda: model.flow)
 
     def _fingerprint(self) -> str:
         return "unknown" if self.folder is None else digest(*model_files(self.folder), *model_files(self.base))
@@ -238,7 +232,7 @@ class DriftPipeline(FlowPipeline):
     def _load_sketcher(self, folder: Path) -> PathSketcher:
         if self.drift.config.tuned:
             raise UsageError(f"drafter 'sketch' is not allowed here: {self.name} changed the body it was trained for")
-        net = load_sketch(folder, self.network.config, target_digest(self.base)).to(self.target.device)
+        net = load_sketch(folder, self.target.whole, target_digest(self.base)).to(self.target.device)
         return DriftSketcher(net, self.target.embedding)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -256,7 +250,7 @@ class DriftPipeline(FlowPipeline):
 
 
 class MaskedPipeline(Pipeline):
-    """A masked target that draws continuous tokens. network: what targets are made from; sampler: the model's."""
+    """A masked target that draws continuous tokens. sampler: the model's."""
 
     default_methods = ("none", "none@passes=64", "none/coupled")
     default_rules: ClassVar = {"none": "coupled", "model": "cspd"}
@@ -264,16 +258,14 @@ class MaskedPipeline(Pipeline):
     def __init__(
         self,
         name: str,
-        network: MAR,
-        sampler: MARSampler,
+        target: MARTarget,
         tokenizer: Any,
         classes: list[str],
         dtype: str,
         folder: Path,
     ):
-        self.network, self.sampler = network, sampler
+        self.sampler, self.own_folder = target.sampler, folder
         self.made: dict[tuple[str, MARSampler, str], MARTarget] = {}
-        target = MARTarget(network, sampler, DTYPES[dtype])
         super().__init__(name, target, tokenizer, classes, dtype, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -328,17 +320,29 @@ class MaskedPipeline(Pipeline):
         if not folder and sampler == self.sampler and mode == "off":
             return self.target
         if (folder, sampler, mode) not in self.made:
-            network = self.network
-            if folder:
-                smaller = load_continuous(Path(folder)).to(self.target.device)
-                if not isinstance(smaller, MAR):
-                    raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
-                network = smaller
-            target = MARTarget(network, sampler, DTYPES[self.dtype])
+            target = self._sampled(folder, sampler)
             if mode != "off":
-                target.use_compiled(CompiledNarrow(network.diffloss.net, target.dtype, Compiler(mode, _say)))
+                net = self._network(folder).diffloss.net
+                target.use_compiled(CompiledNarrow(net, target.dtype, Compiler(mode, _say)))
             self.made[folder, sampler, mode] = target
         return self.made[folder, sampler, mode]
+
+    def _sampled(self, folder: str, sampler: MARSampler) -> MARTarget:
+        """Targets of one folder share its weights."""
+        if not folder:
+            return self.target.with_sampler(sampler)
+        known = next((target for (name, *_), target in self.made.items() if name == folder), None)
+        if known is not None:
+            return known.with_sampler(sampler)
+        return MARTarget(self._network(folder), sampler, self.target.dtype)
+
+    def _network(self, folder: str) -> MAR:
+        """What a target is made from, read for it."""
+        source = Path(folder) if folder else self.own_folder
+        smaller = load_continuous(source, self.target.dtype, self.target.device)
+        if not isinstance(smaller, MAR):
+            raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
+        return smaller
 
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         settings = settings.with_own(self.own)

@@ -110,7 +110,7 @@ class CaptionPipeline(CodePipeline):
         prompts: Sequence[str],
         dtype: str,
         folder: Path,
-        network: LlamaGen,
+        network: Callable[[], LlamaGen],
         encoder: TextEncoder,
     ):
         super().__init__(name, target, tokenizer, [], dtype, folder, network)

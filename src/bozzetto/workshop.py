@@ -63,7 +63,7 @@ class TargetWorkshop:
         return load_drafter(folder, name, self.target.config, weights).to(self.target.device)
 
     def _load_trained(self, name: str, folder: str) -> Any:
-        return TRAINED[name](self._net(name, folder), self.target.embedding, self.target.head)
+        return TRAINED[name](self._load_net(name, folder), self.target.embedding, self.target.head)
 
     def filler(self, name: str, folder: str, fresh: int, target: Any) -> GlanceFill:
         """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""
@@ -77,7 +77,7 @@ class TargetWorkshop:
         return TargetSketcher(self._smaller(folder))
 
     def _load_smaller(self, folder: str) -> LlamaGenTarget:
-        small, want = load_llamagen(folder).to(self.target.device), self.target.config
+        small, want = load_llamagen(folder, self.target.dtype, self.target.device), self.target.config
         for name in ("vocab", "grid", "classes"):
             have = getattr(small.config, name)
             if have != getattr(want, name):

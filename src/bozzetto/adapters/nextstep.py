@@ -67,7 +67,7 @@ class NextStepTarget(Sampled, PromptedTarget):
         self.config = _Grid(0, self.length, text.hidden_size, columns)
         self.word_rows = body.get_input_embeddings()
         self.positions = None if positions is None else positions.to(self.device, self.dtype)
-        self.sample_with(parts, sampler)
+        self.use_head(self.denoiser(parts), sampler)
 
     def denoiser(self, model: NextStepParts) -> Any:
         return model.image_head["net"]

@@ -89,6 +89,10 @@ class LlamaGenVQ(nn.Module):
         codes = F.embedding(tokens, self.codebook).transpose(1, 2).unflatten(2, (side, side))
         return ((self.decoder(self.post_quant_conv(codes)) + 1) / 2).clamp(0, 1)
 
+    def forget_encoder(self) -> None:
+        """Keep what `decode` needs."""
+        del self.encoder, self.quant_conv
+
     def published_state(self) -> dict[str, Tensor]:
         """The state under its published names."""
         return {published(key): value for key, value in self.state_dict().items()}

@@ -11,7 +11,7 @@ import torch
 from bozzetto.classes import class_named, distinct
 from bozzetto.data import evaluation_view, read_captions, read_images
 from bozzetto.errors import UsageError
-from bozzetto.models.store import read_config
+from bozzetto.models.store import load_tokenizer, read_config
 from bozzetto.pipeline import Pipeline
 
 SPLITS = ("test", "train")
@@ -91,8 +91,9 @@ def as_bytes(pixels: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def reconstructions(pipe: Pipeline, images: np.ndarray, batch: int = 32) -> np.ndarray:
     """What the tokenizer keeps of images uint8 [N, S, S, 3]: encoded to tokens and decoded again, same shape."""
-    parts = []
+    whole = pipe.tokenizer if pipe.folder is None else load_tokenizer(pipe.folder)  # with the half that encodes
+    tokenizer, parts = whole.to(pipe.target.device), []
     for i in range(0, len(images), batch):
         x = evaluation_view(images[i : i + batch], images.shape[1]).to(pipe.target.device)
-        parts.append(as_bytes(pipe.tokenizer.decode(pipe.tokenizer.encode(x))))
+        parts.append(as_bytes(tokenizer.decode(tokenizer.encode(x))))
     return np.concatenate(parts)

@@ -8,7 +8,7 @@ in place; there is one tensor per layer and kind, because Inductor copies a cach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class CausalStep(nn.Module):
     def __init__(
         self,
         config: LlamaGenConfig,
-        blocks: Sequence[Block],
+        blocks: Iterable[Block],
         gain: Tensor,
         rope: Tensor,
         embed: nn.Module,

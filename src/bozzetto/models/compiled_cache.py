@@ -17,7 +17,6 @@ from torch import Tensor
 from bozzetto.drafts import Layout
 from bozzetto.models.base import Scores, visible
 from bozzetto.models.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket
-from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.flow import FlowModel
 from bozzetto.models.flow_cache import FlowTarget
 from bozzetto.models.graphs import Compiler, check_mode
@@ -48,7 +47,7 @@ def compile_target(
         layer = network.token_embedding
         embed, head = VectorEmbedding(layer.weight, layer.bias, network.positions, target.dtype), None
     rope = network.rope[target.config.condition_tokens - 1 :]
-    step = CausalStep(target.config, network.blocks, network.norm.weight, rope, embed, head, target.dtype)
+    step = CausalStep(target.config, network.each_block(), network.norm.weight, rope, embed, head, target.dtype)
     step.steady, step.probed = deterministic, target.probed
     compiler = Compiler(mode, report)
     target.step = CompiledStep(step, target.config.condition_tokens - 1, compiler)
@@ -56,8 +55,7 @@ def compile_target(
     if target.config.condition_tokens == 1:
         target.layers = []  # nothing runs them
     if isinstance(target, FlowTarget) and isinstance(network, FlowModel) and mode == "max":
-        target.narrow = CompiledNarrow(target.denoiser(network), target.dtype, compiler)
-        target.sample_with(network, target.sampler)
+        target.use_compiled(target.denoiser(network), compiler)
 
 
 class CompiledSession(CausalSession):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bozzetto.autoencoders.kl16 import KL16Config, kl16_latents
@@ -26,6 +27,7 @@ from bozzetto.models.store import (
     WEIGHTS,
     choose,
     load_module,
+    load_streamed,
     read_config,
     save_state,
     tokenizer_weights,
@@ -34,6 +36,7 @@ from bozzetto.models.store import (
 
 FLOW, MASKED = "flow", "mar"
 FAMILIES: dict[str, tuple[type, type]] = {FLOW: (FlowConfig, FlowModel), MASKED: (MARConfig, MAR)}
+LAYERS: dict[type, tuple[str, ...]] = {FlowModel: ("layers",), MAR: ("encoder_blocks", "decoder_blocks")}
 DECODERS: dict[str, tuple[type[LatentConfig], Callable[[Any], LatentDecoder]]] = {
     TINY: (LatentConfig, lambda config: tiny_latents(config.image_size)),
     KL16: (KL16Config, kl16_latents),
@@ -63,15 +66,23 @@ def write_latents(
     write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
 
 
-def load_continuous(folder: Path) -> FlowModel | MAR:
-    """Read the network of a folder of family flow or mar; float32, in evaluation mode.
+def load_continuous(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> FlowModel | MAR:
+    """Read the network of a folder of family flow or mar; float32, in evaluation mode. dtype: for a target in this type
+    on the device, with layers that are Streamed (the head stays in float32, which parts of it are computed in).
 
     Raises UsageError for another family, and for missing, misshapen or non-finite weights.
     """
     content, source = read_config(folder), folder / CONFIG
     config_kind, kind = choose(content, "family", FAMILIES, source)
     config = config_from(config_kind, content.get("config"), source)
-    model: FlowModel | MAR = load_module(lambda: kind(config), folder / WEIGHTS)
+    model: FlowModel | MAR
+    if dtype is None:
+        model = load_module(lambda: kind(config), folder / WEIGHTS)
+    else:
+        lists = LAYERS[kind]
+        model = load_streamed(lambda: kind(config), folder / WEIGHTS, lists, dtype, device, torch.float32)
     return model
 
 

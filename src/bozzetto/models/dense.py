@@ -30,6 +30,10 @@ class Dense:
         """The map of a linear layer."""
         return cls(layer.weight, layer.bias, dtype)
 
+    def rows(self) -> Tensor:
+        """The weight [m, n] in torch's own layout."""
+        return self.weight.to_dense() if self.packed else self.weight
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

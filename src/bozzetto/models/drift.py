@@ -187,12 +187,15 @@ class DriftTarget(FlowTarget):
         return self.model.decoder
 
     @torch.no_grad()
-    def sample_with(self, model: FlowModel, sampler: FlowSampler) -> None:
-        """There is one way only."""
-        self.sampler, self.schedule = sampler, OneStep()
+    def use_head(self, net: Denoiser, sampler: FlowSampler) -> None:
         self.drift = DriftHead(self.model, self.dtype)
         self.head = self.drift.net
         self.head.compiled = self.narrow
+        self.sample_with(sampler)
+
+    def sample_with(self, sampler: FlowSampler) -> None:
+        """There is one way only."""
+        self.sampler, self.schedule = sampler, OneStep()
 
     def read_out(self, x: Tensor) -> Scores:
         return Scores(None, x)

@@ -10,6 +10,7 @@ class, input index i >= 1 carries token i - 1; the condition at input index i is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +84,14 @@ class FlowModel(nn.Module):
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = rope_table(self.config.body)
 
+    def each_block(self) -> Iterator[Block]:
+        """The layers in turn, typed."""
+        return (layer for layer in self.layers if isinstance(layer, Block))
+
     @property
     def blocks(self) -> list[Block]:
         """The layers, typed."""
-        return [layer for layer in self.layers if isinstance(layer, Block)]
+        return list(self.each_block())
 
     def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """Conditions of tokens 0..n: labels int64 [B] (config.classes: unconditional), tokens float [B, n, D], n < N ->

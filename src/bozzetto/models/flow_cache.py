@@ -14,9 +14,11 @@ from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import FlowSchedule, euler_schedule, flow_schedule, flow_sde_schedule
 from bozzetto.models.annealed import Annealed
 from bozzetto.models.base import Scores
+from bozzetto.models.compiled_head import CompiledNarrow
 from bozzetto.models.denoiser import Denoiser
 from bozzetto.models.dense import Dense
 from bozzetto.models.flow import TIME_SCALE, FlowModel
+from bozzetto.models.graphs import Compiler
 from bozzetto.models.heads import FlowLaw, PackedDenoiser
 from bozzetto.models.llamagen_cache import CausalSession, CausalTarget
 
@@ -107,13 +109,24 @@ class Sampled:
         """The network behind the head."""
         return model.head
 
+    def use_compiled(self, net: Denoiser, compiler: Compiler) -> None:
+        """Let serial calls of the head, which `net` is, run compiled layers."""
+        self.narrow = CompiledNarrow(net, self.dtype, compiler)
+        self.use_head(net, self.sampler)
+
     @torch.no_grad()
-    def sample_with(self, model: Any, sampler: Any) -> None:
-        """Sample the head of `model`, which this target was made from, in another way."""
-        self.sampler, self.schedule = sampler, sampler.schedule
-        kernels = self.narrow is not None
-        self.head = PackedDenoiser(self.denoiser(model), self.schedule.time * self.time_scale, self.dtype, kernels)
+    def use_head(self, net: Denoiser, sampler: Any) -> None:
+        """Lay the head out, to be sampled in this way."""
+        times = sampler.schedule.time * self.time_scale
+        self.head = PackedDenoiser(net, times, self.dtype, kernels=self.narrow is not None)
         self.head.compiled = self.narrow
+        self.sample_with(sampler)
+
+    @torch.no_grad()
+    def sample_with(self, sampler: Any) -> None:
+        """Sample the head in another way; weights are shared."""
+        self.sampler, self.schedule = sampler, sampler.schedule
+        self.head = self.head.retimed(self.schedule.time * self.time_scale)
         self.stages = None
         if sampler.last_steps:
             at = (sampler.with_steps, lambda schedule: schedule.time * self.time_scale)
@@ -129,16 +142,17 @@ class Sampled:
 
 
 class FlowTarget(Sampled, CausalTarget):
-    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N."""
+    """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N; whole: the model's
+    config, of which `config` is the body's."""
 
     @torch.no_grad()
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
-        self.config = model.config.body
+        self.config, self.whole = model.config.body, model.config
         self.length, self.token_dim = model.config.length, model.config.token_dim
-        super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
+        super().__init__(model.each_block(), model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.positions = model.positions.to(dtype)
         self.embedding = Dense.of(model.token_embedding, dtype)
-        self.sample_with(model, sampler)
+        self.use_head(self.denoiser(model), sampler)
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:

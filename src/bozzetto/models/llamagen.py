@@ -10,6 +10,7 @@ Conditions: a class (one token), or the features of a caption (120 tokens, padde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -273,10 +274,14 @@ class LlamaGen(nn.Module):
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = rope_table(self.config)
 
+    def each_block(self) -> Iterator[Block]:
+        """The layers in turn, typed."""
+        return (layer for layer in self.layers if isinstance(layer, Block))
+
     @property
     def blocks(self) -> list[Block]:
         """The layers, typed."""
-        return [layer for layer in self.layers if isinstance(layer, Block)]
+        return list(self.each_block())
 
     def forward(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, n + 1, V] of tokens 0..n, given tokens int64 [B, n] with n < N and the condition: labels int64 [B]

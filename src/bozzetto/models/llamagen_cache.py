@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ class CausalTarget:
     step: Any = None  # compiled passes, where there are (models/compiled.py)
     probed: int | None = None  # the block whose attention's entropy a pass adds to the features (models/entropy.py)
 
-    def __init__(self, blocks: list[Block], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype):
+    def __init__(self, blocks: Iterable[Block], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype):
         self.dtype, self.device, self.session = dtype, gain.device, CausalSession
         self.conditions = copy.deepcopy(conditions).to(dtype)
         self.layers = [PackedLayer(layer, dtype) for layer in blocks]
@@ -77,10 +78,14 @@ class LlamaGenTarget(CausalTarget):
     def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):
         self.config = model.config
         self.vocab, self.length = model.config.vocab, model.config.length
-        super().__init__(model.blocks, model.norm.weight, model.cls_embedding, model.rope, dtype)
+        super().__init__(model.each_block(), model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.captions: tuple[Tensor, Tensor] | None = None
-        self.embedding, self.head = model.tok_embeddings.weight.to(dtype), model.output.weight.to(dtype)
-        self.output = Dense(self.head, None, dtype)
+        self.embedding, self.output = model.tok_embeddings.weight.to(dtype), Dense.of(model.output, dtype)
+
+    @property
+    def head(self) -> Tensor:
+        """Rows of the read-out, [V, d]; a copy where their layout is the processor's own."""
+        return self.output.rows()
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         return self.embedding[inputs]

@@ -6,6 +6,7 @@ out: the last block and what follows it see the wanted places only.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class MARSampler:
         return diffusion_schedule(steps, self.noisiest)
 
 
+def check_passes(passes: int, length: int) -> None:
+    """Raise UsageError for a number of passes that `length` tokens cannot be drawn in."""
+    if not 1 <= passes <= length:
+        raise UsageError(f"passes = {passes} is not allowed: a whole number from 1 to {length} (tokens)")
+
+
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x [..., L, C] at int64 [..., W] -> [..., W, C]."""
     return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
@@ -100,10 +107,8 @@ class MARTarget:
     @torch.no_grad()
     def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):
         c = self.config = model.config
-        self.sampler, self.schedule, self.dtype = sampler, sampler.schedule, dtype
-        self.length, self.token_dim = c.length, c.token_dim
+        self.dtype, self.length, self.token_dim = dtype, c.length, c.token_dim
         self.device = model.mask_token.device
-        self.counts(sampler.passes)
         self.classes = torch.cat([model.class_emb.weight, model.fake_latent]).to(dtype)  # the last: no class
         self.embedding, self.bridge = Dense.of(model.z_proj, dtype), Dense.of(model.decoder_embed, dtype)
         norms = (model.z_proj_ln, model.encoder_norm, model.decoder_norm)
@@ -115,7 +120,20 @@ class MARTarget:
         self.blank = (model.mask_token + model.decoder_pos_embed_learned).to(dtype)  # [1, buffer + N, dim]
         self.condition_places = model.diffusion_pos_embed_learned[0].to(dtype)  # [N, dim]
         self.buffer = torch.arange(c.buffer, device=self.device)
-        self.head = PackedDenoiser(model.diffloss.net, self.schedule.time, dtype)
+        self.head = PackedDenoiser(model.diffloss.net, sampler.schedule.time, dtype)
+        self._sample_with(sampler)
+
+    def with_sampler(self, sampler: MARSampler) -> MARTarget:
+        """The same network, sampled in another way, not compiled; weights are shared. Raises UsageError as the class."""
+        other = copy.copy(self)
+        other.head = self.head.retimed(sampler.schedule.time)
+        other.head.compiled = None
+        other._sample_with(sampler)
+        return other
+
+    def _sample_with(self, sampler: MARSampler) -> None:
+        self.sampler, self.schedule = sampler, sampler.schedule
+        self.counts(sampler.passes)
         self.stages: Annealed[DiffusionSchedule] | None = None
         if sampler.last_steps:
             at = (sampler.with_steps, lambda schedule: schedule.time)
@@ -144,8 +162,7 @@ class MARTarget:
 
     def _masked(self, passes: int) -> list[int]:
         """Tokens that each step leaves masked; the schedule says 1 for the last step too, which predicts all."""
-        if not 1 <= passes <= self.length:
-            raise UsageError(f"passes = {passes} is not allowed: a whole number from 1 to {self.length} (tokens)")
+        check_passes(passes, self.length)
         masked = [self.length]
         for step in range(1, passes + 1):
             kept = math.floor(self.length * math.cos(math.pi / 2 * step / passes))

@@ -8,11 +8,12 @@ half the size, rounded to 1/254 of a row's largest weight.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -132,8 +133,13 @@ def usual_type(path: str | Path) -> str:
     return max(counts, key=lambda name: counts[name], default="float32")
 
 
-def read_weights(path: str | Path, wanted: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, numbers with fractions and compact matrices (see above) as float32.
+def read_weights(
+    path: str | Path,
+    wanted: Mapping[str, Tensor] | None = None,
+    chosen: Callable[[str], bool] = lambda key: True,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The chosen tensors of a safetensors file, numbers with fractions and compact matrices (see above) in `dtype`.
 
     wanted: tensors, on the meta device perhaps, whose names and shapes those of the file must have. Nothing is read
     before the file's header has been looked at. Raises UsageError for a file that is broken or does not fit, types of
@@ -150,7 +156,7 @@ def read_weights(path: str | Path, wanted: Mapping[str, Tensor] | None = None) -
         names = held.keys() - {key + _SCALE for key in compact}
         if wanted is not None:
             check_fit(wanted, {key: held[key] for key in held if key in names}, path)
-        return {key: _read(content, key, key in compact, path) for key in held if key in names}
+        return {key: _read(content, key, key in compact, path, dtype) for key in held if key in names and chosen(key)}
 
 
 def _is_compact(matrix: Held, scale: Held) -> bool:
@@ -159,15 +165,22 @@ def _is_compact(matrix: Held, scale: Held) -> bool:
     return matrix.type == "I8" and len(matrix.shape) == 2 and scale.type in FLOATS and scale.shape == rows
 
 
-def _read(content: Any, key: str, compact: bool, path: str | Path) -> Tensor:
+def _read(content: Any, key: str, compact: bool, path: str | Path, dtype: torch.dtype) -> Tensor:
     """A tensor of its own: what safetensors gives is mapped, and a file may change."""
     value: Tensor = content.get_tensor(key)
     if compact:
         value = value * content.get_tensor(key + _SCALE).float()
-    value = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise UsageError(f"{path}: weight {key!r} has non-finite values")
+    value = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+    if not finite(value):
+        raise UsageError(f"{path}: weight {key!r} has non-finite values in {name_of(dtype)}")
     return value
+
+
+def finite(value: Tensor) -> bool:
+    """Whether all numbers are; takes no memory, where isfinite takes as much as the tensor."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 def check_fit(wanted: Mapping[str, Any], state: Mapping[str, Any], source: str | Path) -> None:
@@ -195,6 +208,48 @@ def load_module(make: Callable[[], M], path: Path) -> M:
     the file's header has been found to fit. Raises UsageError as `read_weights`."""
     module = on_meta(make)
     return fill(module, read_weights(path, module.state_dict()))
+
+
+class Streamed(nn.Module):
+    """Layers that lie in a file: an iteration reads each when it comes to it, in `dtype` on `device`, and keeps none.
+
+    layers: the same on the meta device; name: what their parameters' names begin with."""
+
+    def __init__(self, layers: nn.ModuleList, path: Path, name: str, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.made, self.path, self.name = list(layers), path, name  # in a list: no parameters of a module
+        self.dtype, self.device = dtype, device
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for number, blank in enumerate(self.made):
+            before = f"{self.name}.{number}."
+            keys = {before + key for key in blank.state_dict()}
+            state = read_weights(self.path, None, keys.__contains__, self.dtype)
+            layer = fill(copy.deepcopy(blank), {key.removeprefix(before): value for key, value in state.items()})
+            yield layer.to(self.device)
+
+
+def load_streamed(
+    make: Callable[[], M],
+    path: Path,
+    lists: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    others: torch.dtype | None = None,
+) -> M:
+    """As load_module, ready to be laid out in `dtype` on a device: the layers of these lists (Streamed) are in memory
+    one at a time, while somebody goes through them. others: the type of everything else."""
+    module = on_meta(make)
+    outside = {key for key in module.state_dict() if key.partition(".")[0] not in lists}
+    state = read_weights(path, module.state_dict(), outside.__contains__, others or dtype)
+    for name in lists:
+        layers = module.get_submodule(name)
+        assert isinstance(layers, nn.ModuleList)
+        setattr(module, name, Streamed(layers, path, name, dtype, device))
+    return fill(module, state).to(device)
 
 
 def on_meta(make: Callable[[], M]) -> M:
@@ -283,8 +338,9 @@ def write_tokenizer(
     write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """Read what save_tokenizer wrote, a Tokenizer; float32, in evaluation mode.
+def load_tokenizer(folder: str | Path, encoder: bool = True) -> Any:
+    """Read what save_tokenizer wrote, a Tokenizer; float32, in evaluation mode. encoder: whether it has to encode
+    pictures; the published tokenizers else leave out the half of their weights that does.
 
     Raises UsageError for missing, broken or unfitting files, an unknown kind, or a missing extra package.
     """
@@ -295,7 +351,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     if isinstance(config, VQConfig):
         return load_module(lambda: VQTokenizer(config), weights)
     model = on_meta(lambda: LlamaGenVQ(config))
-    return fill(model, from_published(read_weights(weights, model.published_state())))
+    wanted = model.published_state()
+    if not encoder:
+        model.forget_encoder()
+    return fill(model, from_published(read_weights(weights, wanted, model.published_state().__contains__)))
 
 
 def save_llamagen(
@@ -308,9 +367,12 @@ def save_llamagen(
     write_config(folder, {"family": "llamagen"}, model.config, notes)
 
 
-def load_llamagen(folder: str | Path) -> LlamaGen:
-    """Read the network of a model folder; float32, in evaluation mode."""
+def load_llamagen(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LlamaGen:
+    """Read the network of a model folder; float32, in evaluation mode. dtype: for a target in this type on the device,
+    with layers that are Streamed."""
     folder = Path(folder)
     content, source = read_config(folder), folder / CONFIG
     config = config_from(choose(content, "family", {"llamagen": LlamaGenConfig}, source), content.get("config"), source)
-    return load_module(lambda: LlamaGen(config), folder / WEIGHTS)
+    if dtype is None:
+        return load_module(lambda: LlamaGen(config), folder / WEIGHTS)
+    return load_streamed(lambda: LlamaGen(config), folder / WEIGHTS, ("layers",), dtype, device)

@@ -243,3 +243,12 @@ def test_the_headline_puts_a_row_and_a_bar_for_each_method(tmp_path: Path) -> No
 def markdown_of(report: Path) -> str:
     """As printed."""
     return script("headline.py", report).rstrip("\n")
+
+
+def test_memory_is_measured_in_fresh_processes(tmp_path):
+    out = tmp_path / "memory.json"
+    text = script("memory.py", "--shapes", "llamagen-tiny", "janus-tiny", "--dtypes", "bfloat16", "--json", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["shape"] for row in rows] == ["llamagen-tiny", "janus-tiny"]
+    assert all(row["weights"] > 0 and row["peak"]["all"] >= row["stays"]["all"] for row in rows)
+    assert "llamagen-tiny" in text

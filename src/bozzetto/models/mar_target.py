@@ -124,7 +124,7 @@ class MARTarget:
         self._sample_with(sampler)
 
     def with_sampler(self, sampler: MARSampler) -> MARTarget:
-        """The same network, sampled in another way, not compiled; weights are shared. Raises UsageError as the class."""
+        """The same network sampled in another way, not compiled; weights are shared. Raises UsageError as the class."""
         other = copy.copy(self)
         other.head = self.head.retimed(sampler.schedule.time)
         other.head.compiled = None

@@ -321,6 +321,8 @@ def _models(options: Models) -> None:
 
 
 def _convert(options: Convert) -> None:
+    from bozzetto.pipeline import is_hosted
+
     wanted = {"llamagen": ("gpt", "vq"), "mar": ("checkpoint", "vae"), "eagle": ("drafter", "model")}[options.what]
     for name in wanted:
         if getattr(options, name) is None:
@@ -335,6 +337,10 @@ def _convert(options: Convert) -> None:
         from bozzetto.models.convert_mar import convert_mar
 
         print(convert_mar(first, second, options.out, options.class_names, options.store))
+    elif is_hosted(str(second)):
+        from bozzetto.adapters.lantern import convert_lantern
+
+        print(convert_lantern(first, second, options.out, options.store))
     else:
         from bozzetto.models.eagle_store import convert_eagle
 

@@ -248,9 +248,9 @@ class Convert:
     vae: Path | None = None
     """mar: its autoencoder, kl16.ckpt."""
     drafter: Path | None = None
-    """eagle: the drafter's weights, .bin, .pt or .safetensors."""
+    """eagle: the drafter's folder, or its weights, .bin, .pt or .safetensors."""
     model: Path | None = None
-    """eagle: folder of its target."""
+    """eagle: its target: a converted LlamaGen, or Anole's or Lumina-mGPT's folder or hub name."""
     store: Literal["own", "float16", "bfloat16", "float32"] = "own"
     """How weights are stored. own: every one in the type that it has in its file (float64: float32). Another type may
     round them; what it cannot hold is refused."""

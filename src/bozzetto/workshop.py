@@ -63,7 +63,9 @@ class TargetWorkshop:
         return load_drafter(folder, name, self.target.config, weights).to(self.target.device)
 
     def _load_trained(self, name: str, folder: str) -> Any:
-        return TRAINED[name](self._load_net(name, folder), self.target.embedding, self.target.head)
+        target = self.target
+        more = (target.condition_features,) if name == "eagle" else ()
+        return TRAINED[name](self._load_net(name, folder), target.embedding, target.head, *more)
 
     def filler(self, name: str, folder: str, fresh: int, target: Any) -> GlanceFill:
         """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.drafters.base import Observation
 from bozzetto.drafts import Layout
 from bozzetto.models.eagle import EagleConfig, EagleNet
-from bozzetto.models.sketch import EagleLayerCache
+from bozzetto.models.sketch import EagleLayerCache, Lead
 
 
 def prompted_eagle(target: PromptedCodes, heads: int, ffn: int) -> EagleConfig:
@@ -29,6 +31,22 @@ class PromptedEagle(EagleLayerCache):
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.target.embedding[tokens]
+
+    def before(self, labels: Tensor, guided: bool) -> Lead | None:
+        """The pairs of the prompts' own words: the hidden state at each but the last, with the word that follows."""
+        if self.config.before != "words":
+            return None
+        t, prompts = self.target, self.target.conditions_of(labels, guided)
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=t.device)
+        blank = torch.tensor([longest - len(p) for p in prompts], device=t.device)[:, None]
+        at = torch.arange(longest, device=t.device)
+        seen = (at <= at[:, None]) & (at >= blank)[:, None] | (at == at[:, None])
+        embedded = t.words(ids).to(t.dtype)
+        mask = torch.zeros(seen.shape, dtype=t.dtype, device=t.device).masked_fill_(~seen, -math.inf)[:, None]
+        place = (at - blank).clamp_min(0)
+        out = t.body(inputs_embeds=embedded, position_ids=place, attention_mask=mask, use_cache=False)
+        return Lead(embedded[:, 1:], out.last_hidden_state[:, :-1], longest - 1 - blank[:, 0])
 
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)

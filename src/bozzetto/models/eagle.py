@@ -8,13 +8,14 @@ prediction into a draft law of token i + 1:
 
 Architecture: EAGLE (Li et al., arXiv 2401.15077) as adapted to image tokens by LANTERN (Jang et al., arXiv 2410.03355);
 training on its own roll-out: EAGLE-3 (arXiv 2503.01840). Parameter names are those of the published drafters, so they
-load as they are. The rotary position of pair i is the grid cell of token i. Layers after the first, which the papers
-have none of, are plain pre-norm ones and begin as the identity, so that a trained drafter can be made deeper.
+load as they are. The rotary position of pair i is the grid cell of token i; published drafters are given pairs of the
+condition before pair 0 (EagleConfig.before). Layers after the first, which the papers have none of, are plain pre-norm
+ones and begin as the identity, so that a trained drafter can be made deeper.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -26,12 +27,19 @@ from bozzetto.errors import UsageError
 from bozzetto.models.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
 
 Rows = Literal["tokens", "head"]  # of the target that stand for a token
+Before = Literal["nothing", "captions", "words"]  # in the sequences that a drafter was trained on
+QUIET = {"quiet": True}  # a field that config.json holds only where it is not the usual
 
 
 @dataclass(frozen=True)
 class EagleConfig:
     """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; embedding: which rows of the
-    target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters); layers: how many."""
+    target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters); layers: how many.
+
+    before: what precedes pair 0. nothing; captions: a pair for each condition input of a LlamaGen target but the last,
+    its hidden state and token 0, without rotation (LANTERN's for LlamaGen); words: the pairs of the prompt's own words,
+    and rotary positions that count from its first (LANTERN's for Anole and Lumina-mGPT). first_norm: a norm before the
+    first layer's attention too; head_norms: queries and keys go through a layer norm of each head."""
 
     dim: Size
     heads: Size
@@ -42,6 +50,9 @@ class EagleConfig:
     rope_base: Base = 10000.0
     norm_eps: Epsilon = 1e-6
     layers: Layers = 1
+    before: Before = field(default="nothing", metadata=QUIET)
+    first_norm: bool = field(default=False, metadata=QUIET)
+    head_norms: bool = field(default=False, metadata=QUIET)
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
@@ -59,13 +70,26 @@ def eagle_config(target: LlamaGenConfig, embedding: Rows = "tokens", layers: int
     return EagleConfig(*shape, embedding, rope_base=target.rope_base, layers=layers)
 
 
-class _SelfAttention(nn.Module):
-    def __init__(self, dim: int):
+class HeadNorm(nn.Module):
+    """A layer norm of each head of its own, as Chameleon's (arXiv 2405.09818, section 2.3)."""
+
+    eps = 1e-5
+
+    def __init__(self, heads: int, head_dim: int):
         super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(heads, head_dim)), nn.Parameter(torch.zeros(heads, head_dim))
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: EagleConfig):
+        super().__init__()
+        dim = config.dim
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
+        if config.head_norms:
+            self.q_norm, self.k_norm = (HeadNorm(config.heads, config.head_dim) for _ in range(2))
 
 
 class _MLP(nn.Module):
@@ -81,13 +105,13 @@ class _MLP(nn.Module):
 
 class EagleLayer(nn.Module):
     """A decoder layer; its attention is written out by whoever calls it (training and cached drafting differ). first:
-    without a norm before the attention."""
+    without a norm before the attention, unless the config says so."""
 
     def __init__(self, config: EagleConfig, first: bool):
         super().__init__()
-        self.self_attn = _SelfAttention(config.dim)
+        self.self_attn = _SelfAttention(config)
         self.mlp = _MLP(config.dim, config.ffn)
-        self.input_layernorm = None if first else RMSNorm(config.dim, config.norm_eps)
+        self.input_layernorm = None if first and not config.first_norm else RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
     def before(self, h: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ names the target it was trained for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bozzetto.errors import UsageError
 from bozzetto.models.convert import check_out, check_storable, read_state, types_in, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, Rows, eagle_config
 from bozzetto.models.glance import GlanceConfig, GlanceNet
+from bozzetto.models.llama_layout import weight_files
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.models.store import (
@@ -72,6 +74,12 @@ def load_drafter(folder: str | Path, family: str, target: LlamaGenConfig, weight
     content, source = read_config(folder), folder / CONFIG
     config_kind, kind = choose(content, "family", {family: FAMILIES[family]}, source)
     config = config_from(config_kind, content.get("config"), source)
+    before = getattr(config, "before", "nothing")
+    allowed = ("nothing", "captions" if isinstance(target, LlamaGenConfig) else "words")
+    if before not in allowed:
+        raise UsageError(f"{folder}: a drafter of another target: before = {before!r} (allowed: {', '.join(allowed)})")
+    if before == "words":  # it knows the whole vocabulary, and places in a line
+        config = replace(config, vocab=target.vocab, grid=target.grid)
     check_target(folder, content, config, target, weights)
     return load_module(lambda: kind(config), folder / WEIGHTS)
 
@@ -87,18 +95,15 @@ def convert_eagle(drafter: Path, model: Path, out: Path, store: str = OWN) -> st
     drafter: a torch pickle (opened with weights_only=True) or safetensors file with `fc`, `layers.0...` and
     `embed_tokens.weight`; model: the folder of its target; store: see `save_state`. The published drafters hold the
     rows of the target's head in place of its embedding (LANTERN, arXiv 2410.03355): which of the two it is, is found by
-    comparison.
+    comparison. Those of text-conditional targets were trained behind the pairs of a caption, and get them.
     Raises UsageError for a file of another family, of another target, or with missing or misshapen keys.
     """
     check_out(out)
-    state = read_state(drafter)
-    check_storable(drafter, state, store)
-    if "fc.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
-        found = ", ".join(sorted(state)[:4]) or "nothing"
-        raise UsageError(f"{drafter}: not an EAGLE drafter (wanted fc.weight, layers.0.self_attn...; found {found})")
+    state = read_drafter(drafter, store)
     target = load_llamagen(model)
-    gate = state.get("layers.0.mlp.gate_proj.weight")
-    config = replace(eagle_config(target.config), ffn=0 if gate is None or not gate.ndim else len(gate))
+    config = replace(eagle_config(target.config), ffn=ffn_of(state))
+    if target.config.captioned:
+        config = replace(config, before="captions")
     if state["fc.weight"].shape != (config.dim, 2 * config.dim):
         wanted = (config.dim, 2 * config.dim)
         raise UsageError(
@@ -117,6 +122,23 @@ def convert_eagle(drafter: Path, model: Path, out: Path, store: str = OWN) -> st
         f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows, weights as "
         f"{types_in(state, store)}: {out}"
     )
+
+
+def read_drafter(path: Path, store: str) -> dict[str, Tensor]:
+    """The weights of a published drafter, a file, or a folder that holds one. Raises UsageError for anything else."""
+    path = weight_files(path)[0] if path.is_dir() else path
+    state = read_state(path)
+    check_storable(path, state, store)
+    if "fc.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
+        found = ", ".join(sorted(state)[:4]) or "nothing"
+        raise UsageError(f"{path}: not an EAGLE drafter (wanted fc.weight, layers.0.self_attn...; found {found})")
+    return state
+
+
+def ffn_of(state: Mapping[str, Tensor]) -> int:
+    """Inner dimension of a drafter's layer; 0 where it has none, which does not fit."""
+    gate = state.get("layers.0.mlp.gate_proj.weight")
+    return 0 if gate is None or not gate.ndim else len(gate)
 
 
 def _which_rows(path: Path, rows: Tensor, target: LlamaGen) -> Rows:

@@ -133,6 +133,19 @@ class LlamaGenTarget(CausalTarget):
         given = torch.cat([given, without]) if guided else given
         return self.conditions(given), mask
 
+    @torch.no_grad()
+    def condition_features(self, labels: Tensor, guided: bool) -> Tensor:
+        """Hidden states after the final norm at the condition's inputs but the last, [R, T - 1, d], as LANTERN's
+        drafters are given them (arXiv 2410.03355): padding attends to the padding before it. Nothing else reads them
+        there, where the model's own code lets padding see itself alone."""
+        condition, mask = self.conditions_of(labels, guided)
+        if mask is None:
+            return condition[:, :-1]
+        session, real = CausalSession(self, condition, None, 2 if guided else 1, 0), mask[:, :-1]
+        causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+        x = session._fill(condition[:, :-1], (causal & (real[:, None] | ~real[:, :, None]))[:, None])
+        return F.rms_norm(x, (x.shape[-1],), self.gain, self.config.norm_eps)
+
 
 class CausalSession:
     """Cache and conditions of R = copies * B sequences; `copies` is 2 under guidance.
@@ -157,7 +170,7 @@ class CausalSession:
         self.cache: list[Table] = [(blank(), blank()) for _ in range(c.layers)]
         self._number_slots()
         if mask is not None and self.lead:
-            self._fill(condition[:, :-1], mask[:, :-1])
+            self._fill(condition[:, :-1], caption_sight(mask[:, :-1], self.lead))
 
     def spare(self, max_width: int) -> int:
         """Slots at the end of a row that no token ever gets."""
@@ -170,13 +183,15 @@ class CausalSession:
         self.first_slot = torch.arange(self.rows, device=device)[:, None] * self.slots + self.lead
         self.columns = torch.arange(self.slots, device=device) - self.lead
 
-    def _fill(self, x: Tensor, mask: Tensor) -> None:
-        """Run the condition tokens before the last one, x [R, T - 1, d] under mask [B, T - 1], through the layers."""
-        bias = copied(_bias(caption_sight(mask, self.lead), self.target.dtype), self.copies)
+    def _fill(self, x: Tensor, sight: Tensor) -> Tensor:
+        """Run the condition tokens before the last one, x [R, T - 1, d], through the layers; what each attends to is
+        sight, bool [B, 1, T - 1, T - 1]. Returns their states [R, T - 1, d], before the final norm."""
+        bias = copied(_bias(sight, self.target.dtype), self.copies)
         rotation = self.target.rope[:1].expand(self.lead, -1)[None, :, None, None]  # zeros
         flat = (self.first_slot + self.columns[: self.lead]).flatten()
         for number, layer in enumerate(self.target.layers):
             x = self._layer(layer, self.cache[number], x, rotation, flat, bias)
+        return x
 
     @torch.no_grad()
     def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:

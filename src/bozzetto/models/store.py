@@ -59,8 +59,13 @@ def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def write_config(folder: Path, first: Mapping[str, str], config: Any, notes: Mapping, name: str = CONFIG) -> None:
-    """A JSON object of a model folder: `first` (family or kind), the config dataclass, the notes."""
-    content = {**first, "config": dataclasses.asdict(config), **notes}
+    """A JSON object of a model folder: `first` (family or kind), the config dataclass (quiet fields where they are not
+    as usual), the notes."""
+    quiet = {
+        f.name for f in dataclasses.fields(config) if f.metadata.get("quiet") and getattr(config, f.name) == f.default
+    }
+    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in quiet}
+    content = {**first, "config": kept, **notes}
     write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def model(name: str, written: dict[str, Any], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture
-def family(name: str) -> Published:
-    return ALL[name]
+def family(name: str, model: Any) -> Published:
+    """With options that name what lies in or beside the model's folder."""
+    placed = {k: v.format(model=model) if isinstance(v, str) else v for k, v in ALL[name].options.items()}
+    return replace(ALL[name], options=placed)
 
 
 def split(method: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.adapters.source import Hosted
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
-from bozzetto.hub import fetched, model_name
+from bozzetto.hub import model_name
 from bozzetto.images import Origin
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.eagle_store import load_eagle
@@ -65,13 +65,13 @@ class HostedWorkshop(TargetWorkshop):
 
 
 class _Prompted(Pipeline):
-    """What pipelines of prompts share. source: where the model was loaded from."""
+    """What pipelines of prompts share. source: the folder that the model was loaded from."""
 
     takes_prompts = True
     target: Any
-    source: str | Path
+    source: Path
 
-    def take_prompts(self, hosted: Hosted, source: str | Path) -> None:
+    def take_prompts(self, hosted: Hosted, source: Path) -> None:
         """Draw what texts say."""
         self.source, self.hosted, self.own = source, hosted, hosted.own
 
@@ -122,7 +122,7 @@ class _Prompted(Pipeline):
 class HostedPipeline(_Prompted, CodePipeline):
     """A model of another library that draws codes."""
 
-    def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path):
+    def __init__(self, name: str, hosted: Hosted, dtype: str, source: Path):
         super().__init__(name, hosted.target, hosted.pictures, [], dtype)
         self.workshop = HostedWorkshop(hosted.target, hosted.pictures.codebook)
         self.take_prompts(hosted, source)
@@ -146,7 +146,7 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
     """A model of another library that draws continuous tokens (NextStep-1). sampler: as written ("": as published);
     vae: where its autoencoder was loaded from ("": beside the weights)."""
 
-    def __init__(self, name: str, hosted: Hosted, dtype: str, source: str | Path, sampler: str = "", vae: str = ""):
+    def __init__(self, name: str, hosted: Hosted, dtype: str, source: Path, sampler: str = "", vae: str = ""):
         self._sampler, self._vae = sampler, vae
         made, target = make_sampler(sampler) if sampler else hosted.target.sampler, hosted.target
         target.sample_with(made)
@@ -163,7 +163,7 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)
 
     def _fingerprint(self) -> str:
-        folder = autoencoder_folder(fetched(self.source), self._vae)
+        folder = autoencoder_folder(self.source, self._vae)
         return hashlib.sha256(f"{super()._fingerprint()} {checkpoint_digest(folder)}".encode()).hexdigest()[:16]
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -177,12 +177,12 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         return settings
 
 
-def load_prompted(model: str | Path, wanted: LoadSettings) -> Pipeline:
-    """A checkpoint in the Hugging Face layout. Raises UsageError as `adapters.load.load_hosted` does, and for options
-    that are not for it."""
-    name, hosted = model_name(model), load_hosted(model, wanted)
+def load_prompted(model: str | Path, wanted: LoadSettings, folder: Path) -> Pipeline:
+    """A checkpoint in the Hugging Face layout; folder: where its files are. Raises UsageError as
+    `adapters.load.load_hosted` does, and for options that are not for it."""
+    name, hosted = model_name(model), load_hosted(model, wanted, folder)
     dtype = name_of(hosted.target.dtype)
     if hasattr(hosted.target, "token_dim"):
-        return HostedFlowPipeline(name, hosted, dtype, model, wanted.sampler, wanted.vae)
+        return HostedFlowPipeline(name, hosted, dtype, folder, wanted.sampler, wanted.vae)
     refuse_flow_options(wanted, name)
-    return HostedPipeline(name, hosted, dtype, model)
+    return HostedPipeline(name, hosted, dtype, folder)

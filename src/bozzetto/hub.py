@@ -1,23 +1,54 @@
-"""Models by their name on the hub: fetched by huggingface_hub, which keeps to its cache and HF_HUB_OFFLINE."""
+"""Models by their name on the hub: ORGANISATION/NAME, or ORGANISATION/NAME@REVISION. huggingface_hub fetches them and
+keeps to its cache and to HF_HUB_OFFLINE."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from bozzetto.errors import UsageError
 
-_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.ckpt", "*checkpoint.pt"]
+_PART = r"\w[\w.-]{0,95}"
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]{{1,100}}))?", re.ASCII)
+_OURS = ("runs", "out", "checkpoints")  # folders, here or not
+# What loading may read; pickles of weights only where there are no others.
+_WANTED = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "vqgan.ckpt",
+    "tokenizer/vqgan.ckpt",
+    "*checkpoint.pt",
+)
+_PICKLES = ("*.bin",)
+
+
+def on_hub(model: str | Path) -> bool:
+    """Whether this is a name as the hub writes it, where neither that nor a folder called ORGANISATION is here."""
+    if not isinstance(model, str) or not _NAME.fullmatch(model):
+        return False
+    organisation = model.partition("/")[0]
+    return not (os.path.exists(model) or os.path.isdir(organisation) or organisation in _OURS)
 
 
 def fetched(model: str | Path) -> Path:
-    """The folder itself, or the one that a name on the hub was fetched into. Raises UsageError where it cannot be."""
-    if Path(model).is_dir():
+    """A folder itself, or the one that a name on the hub was fetched into. Raises UsageError where it cannot be."""
+    if not on_hub(model):
         return Path(model)
     import huggingface_hub
 
+    found = _NAME.fullmatch(str(model))
+    name, revision = found.groups() if found else (str(model), None)
+
+    def fetch(*patterns: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
     try:
-        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_WANTED))
+        folder = fetch(*_WANTED)
+        return folder if any(folder.rglob("*.safetensors")) else fetch(*_WANTED, *_PICKLES)
     except Exception as error:  # of the name, the network, the disk; each library has classes of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"{model}: could not be read from the hub (there is no such folder here): {reason}") from error
@@ -34,9 +65,18 @@ def fetched_file(repository: str, name: str, otherwise: str) -> Path:
         raise UsageError(f"{name} of {repository} could not be read from the hub ({otherwise}): {reason}") from error
 
 
+def go_offline() -> None:
+    """Ask no network from here on: as HF_HUB_OFFLINE=1, which huggingface_hub reads when it is first imported."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def model_name(model: str | Path) -> str:
     """What a model is called: NAME of ORGANISATION/NAME@REVISION, of a folder, or of one in the hub's cache
     (models--ORGANISATION--NAME/snapshots/REVISION)."""
-    parts = Path(str(model)).parts or ("",)
-    cached = [part.split("--")[-1] for part in parts if re.fullmatch(r"models--.+", part)]
-    return cached[-1] if cached else parts[-1].partition("@")[0]
+    if isinstance(model, str) and (found := _NAME.fullmatch(model)):
+        return found[1].partition("/")[2]
+    parts = Path(model).parts or ("",)
+    cached = [part.split("--")[-1] for part in parts if re.fullmatch(r"models--.+--.+", part)]
+    return cached[-1] if cached else parts[-1]

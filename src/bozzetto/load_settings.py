@@ -29,7 +29,10 @@ class LoadSettings:
     image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0: its usual one); vae: folder of
     NextStep-1's autoencoder, or its name on the hub ("": in the model's own); sampler: how its head is sampled, as
     path_registry.py reads it ("": as published); adapter: file that describes a language model whose image tokens are
-    words (adapters/spec.py), or the name of a shipped one ("": what lies in the model's folder, if anything).
+    words (adapters/spec.py), or the name of a shipped one ("": what lies in the model's folder, if anything);
+    tokenizer: a folder or a name on the hub whose tokenizer a model takes that comes without; vqgan: file with the
+    decoder of Chameleon's image tokens; offline: ask no network for anything, from here on in this process, as
+    HF_HUB_OFFLINE=1 does.
 
     Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
     """
@@ -39,6 +42,9 @@ class LoadSettings:
     captions: str | Path | None = None
     text_encoder: str | Path = ""
     image_size: int | str = 0
+    tokenizer: str = ""
+    vqgan: str | Path | None = None
+    offline: bool = False
     device_map: str = ""
     vae: str = ""
     sampler: str = ""

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bozzetto.adapters.refusals import way_out
 from bozzetto.checks import clipped, config_from, naming
 from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
+from bozzetto.hub import fetched, go_offline, model_name, on_hub
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
@@ -38,11 +40,19 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     Raises UsageError for an unknown model or option and for files that do not fit together.
     """
     wanted = load_settings_of(settings, options)
-    if is_hosted(model):
-        return _load_hosted(model, wanted)
-    folder = model_folder(model)
+    if wanted.offline:
+        go_offline()
+    place = fetched(model) if on_hub(model) else model
+    if not (Path(place) / CONFIG).is_file() and (why := way_out(str(model), {})):
+        raise UsageError(f"{model}: {why}")
+    if is_hosted(place):
+        return _load_hosted(model, Path(place), wanted)
+    folder = model_folder(place)
     config = read_config(folder)
     refuse_flow_options(wanted, str(folder))
+    for name in ("tokenizer", "vqgan"):
+        if getattr(wanted, name):
+            raise UsageError(f"{name} = {str(getattr(wanted, name))!r} is not allowed: {folder} has its own")
     own = own_from(config, folder / CONFIG)
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
@@ -73,7 +83,7 @@ def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> 
     return LoadSettings(**options) if settings is None else settings
 
 
-def _load_hosted(model: str | Path, wanted: LoadSettings) -> Pipeline:
+def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipeline:
     for name in ("captions", "text_encoder"):
         if getattr(wanted, name):
             raise UsageError(f"{model} takes prompts: --{name.replace('_', '-')} is for LlamaGen models")
@@ -83,7 +93,7 @@ def _load_hosted(model: str | Path, wanted: LoadSettings) -> Pipeline:
         if (error.name or "").partition(".")[0] != "transformers":
             raise
         raise UsageError(f"{model} needs transformers, which is not installed: pip install 'bozzetto[hf]'") from error
-    return load_prompted(model, wanted)
+    return load_prompted(model, wanted, folder)
 
 
 def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> CodePipeline:
@@ -195,11 +205,11 @@ def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) ->
 
 def _base(folder: Path, config: dict[str, Any]) -> Path:
     with naming(folder / CONFIG):
-        return model_folder(str(config.get("base")))
+        return model_folder(fetched(str(config.get("base"))))
 
 
 def _name(folder: Path, config: dict[str, Any]) -> str:
-    name = config.get("name", folder.name)
+    name = config.get("name", model_name(folder))
     if not isinstance(name, str) or not name.isprintable() or not len(name) <= _LONGEST:
         raise UsageError(f"{folder / CONFIG}: name = {clipped(name)} is not allowed: a text of one line")
     return name

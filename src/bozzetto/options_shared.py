@@ -44,6 +44,12 @@ class Loading:
     adapter: str = ""
     """For a language model of transformers whose image tokens are words: YAML or JSON file that says which and how, or
     simplear, lumina-mgpt-2. Not given: bozzetto.yaml in the model's folder."""
+    tokenizer: str = ""
+    """For a Lumina-mGPT that comes without: a folder or a name on the hub with its tokenizer."""
+    vqgan: Path | None = None
+    """For models of Chameleon's family: the tokenizer checkpoint (vqgan.ckpt), if not in the folder."""
+    offline: bool = False
+    """Ask no network: names on the hub are looked for in its cache only."""
 
 
 @checked(frozen=True, config=STRICT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -26,6 +25,7 @@ from bozzetto.engine.state import BatchResult
 from bozzetto.engine.trace import PassTrace, traced
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.hub import on_hub
 from bozzetto.images import Origin, grid_of, one_core, size_of, to_picture
 from bozzetto.load_settings import DTYPES as DTYPES
 from bozzetto.models.store import (
@@ -42,7 +42,6 @@ from bozzetto.results import BatchPlan, GeneratedImage, GenerateResult, StreamEv
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent / "assets"
-_ON_HUB, _OURS = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII), ("runs", "out", "checkpoints")
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.04}
 _GREY = 0.5  # of what is not drawn yet
@@ -375,13 +374,10 @@ def is_hosted(name_or_folder: str | Path) -> bool:
     """In the Hugging Face layout: config.json has a model type, not a family; a pipeline of diffusers; or
     ORGANISATION/NAME as the hub writes it, where neither that nor a folder called ORGANISATION is here. `runs`, `out`
     and `checkpoints` are folders, here or not."""
-    name, folder = str(name_or_folder), Path(name_or_folder)
+    folder = Path(name_or_folder)
     if os.path.isfile(folder / PIPELINE):
         return True
     if os.path.isfile(folder / CONFIG):
         content = read_config(folder)
         return "model_type" in content and "family" not in content
-    organisation = folder.parts[0] if folder.parts else ""
-    if os.path.exists(folder) or os.path.isdir(organisation) or organisation in _OURS:
-        return False
-    return isinstance(name_or_folder, str) and _ON_HUB.fullmatch(name) is not None
+    return on_hub(name_or_folder)

@@ -20,6 +20,7 @@ from bozzetto.engine.masked import DraftWindow, MaskedDecoder
 from bozzetto.engine.slot_decoder import SlotDecoder
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.hub import fetched
 from bozzetto.lanes import Lanes, in_slots
 from bozzetto.models.compiled_cache import compile_target
 from bozzetto.models.compiled_head import CompiledNarrow
@@ -192,7 +193,7 @@ class FlowPipeline(_CausalPipeline):
     def _sketch_folder(self, folder: str) -> Path:
         """Where a trained drafter lies; "": the model's own. Raises UsageError where there is none."""
         if folder:
-            return Path(folder)
+            return fetched(folder)
         if self.folder is None or not (self.folder / SKETCH).is_dir():
             raise UsageError(f"{self.name} comes without a trained drafter (write sketch:folder=DIR, or train one)")
         return self.folder / SKETCH
@@ -310,7 +311,7 @@ class MaskedPipeline(Pipeline):
     def _draft_folder(self, folder: str) -> Path:
         """Where a smaller model lies; "": the model's own. Raises UsageError where there is none."""
         if folder:
-            return Path(folder)
+            return fetched(folder)
         if self.folder is None or not (self.folder / DRAFT).is_dir():
             raise UsageError(f"{self.name} comes without a smaller model (write model:folder=DIR)")
         return self.folder / DRAFT

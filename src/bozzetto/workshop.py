@@ -16,6 +16,7 @@ from torch import Tensor
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.hub import fetched
 from bozzetto.models.eagle_store import load_drafter, target_digest
 from bozzetto.models.glance_fill import GlanceFill
 from bozzetto.models.graphs import digest_of
@@ -50,9 +51,9 @@ class TargetWorkshop:
         return copy.copy(self._trained(name, str(self.trained_folder(name, folder))))
 
     def trained_folder(self, name: str, folder: str) -> Path:
-        """Where the drafter lies."""
+        """Where the drafter lies: in a folder, or under a name on the hub."""
         if folder:
-            return Path(folder)
+            return fetched(folder)
         if self.folder is None or not (self.folder / name).is_dir():
             where = "this model" if self.folder is None else self.folder
             raise UsageError(f"{where} comes without a trained drafter (write {name}:folder=DIR, or train one)")
@@ -76,7 +77,7 @@ class TargetWorkshop:
 
     def smaller(self, folder: str) -> Sketcher:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
-        return TargetSketcher(self._smaller(folder))
+        return TargetSketcher(self._smaller(str(fetched(folder)) if folder else folder))
 
     def _load_smaller(self, folder: str) -> LlamaGenTarget:
         small, want = load_llamagen(folder, self.target.dtype, self.target.device), self.target.config
@@ -106,7 +107,7 @@ class TargetWorkshop:
     def drafter_digest(self, name: str, folder: str) -> str | None:
         """Digest of the weights of a tree drafter, None for the others."""
         if name == "model":
-            return digest(Path(folder) / WEIGHTS)
+            return digest(fetched(folder) / WEIGHTS)
         return digest(self.trained_folder(name, folder) / WEIGHTS) if name in TRAINED else None
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import ChameleonForConditionalGeneration
 
-from bozzetto.adapters.lumina import codes_of, load_lumina
+from bozzetto.adapters.chameleon_files import chameleon_files, chameleon_network, codes_of
+from bozzetto.adapters.lumina import load_lumina
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
-from bozzetto.adapters.vqgan import chameleon_pictures
+from bozzetto.adapters.vqgan import vqgan_pictures
 from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
 
@@ -45,10 +45,13 @@ def load_chameleon(source: Source, wanted: LoadSettings) -> Hosted:
     """Chameleon's architecture as transformers' conversion lays it out; Lumina-mGPT says what it is."""
     if any("XLLMX" in str(name) for name in source.config.get("architectures") or ()):
         return load_lumina(source, wanted)
-    source.check(ChameleonForConditionalGeneration)
-    processor, network = source.processor(), source.network(ChameleonForConditionalGeneration, wanted)
+    source.refuse(wanted, "tokenizer")
+    processor, files = source.processor(), chameleon_files(source)
+    pictured = vqgan_pictures(source, wanted, files)
+    network = chameleon_network(source, wanted, files)
     grid = math.isqrt(processor.image_seq_length)
-    target, pictures = ChameleonTarget(network, grid), chameleon_pictures(source.folder, network, grid, grid)
+    target = ChameleonTarget(network, grid)
+    pictures = pictured(grid, grid, network.device)
     fixed_size(source, wanted, size_of(pictures.config))
     begin, first = processor.image_start_token_id, processor.tokenizer.bos_token_id
 

@@ -31,6 +31,7 @@ class Emu3Target(LinedTarget):
 
 def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
     """Emu3 as transformers' conversion lays it out."""
+    source.refuse(wanted, "tokenizer", "vqgan")
     source.check(Emu3ForConditionalGeneration)
     processor, network = source.processor(), source.network(Emu3ForConditionalGeneration, wanted)
     own = source.sampling("emu3")

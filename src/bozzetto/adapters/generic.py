@@ -44,6 +44,7 @@ class WordsTarget(PromptedCodes):
 
 def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: Path) -> Hosted:
     """The model in a folder, as the adapter file at `path` says."""
+    source.refuse(wanted, "tokenizer", "vqgan")
     tokenizer, network = _tokenizer(source), _network(source, wanted, spec)
     body, head = network.get_decoder(), network.get_output_embeddings().weight
     codes, end = _codes(spec, tokenizer, len(head), path), None

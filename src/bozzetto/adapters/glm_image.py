@@ -71,6 +71,7 @@ def _offsets(*grids: tuple[int, int]) -> Tensor:
 
 def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
     """GLM-Image's first stage, and its second where the whole pipeline's folder was asked for."""
+    source.refuse(wanted, "tokenizer", "vqgan")
     source.check(GlmImageForConditionalGeneration)
     beside = source.folder.parent / PROCESSOR
     lies = source if (source.folder / "tokenizer_config.json").is_file() else replace(source, folder=beside)

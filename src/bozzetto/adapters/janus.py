@@ -50,6 +50,7 @@ def janus_prompt(tokens: list[int], begin_text: int, begin_image: int, padding: 
 
 def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
     """Janus as transformers' conversion lays it out."""
+    source.refuse(wanted, "tokenizer", "vqgan")
     source.check(JanusForConditionalGeneration)
     processor, network = source.processor(), source.network(JanusForConditionalGeneration, wanted)
     target, known = JanusTarget(network), network.generation_config

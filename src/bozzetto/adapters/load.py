@@ -18,7 +18,9 @@ from bozzetto.adapters.emu3 import load_emu3
 from bozzetto.adapters.generic import load_generic
 from bozzetto.adapters.glm_image import ENCODER, load_glm_image
 from bozzetto.adapters.janus import load_janus
+from bozzetto.adapters.janus_original import load_janus_original
 from bozzetto.adapters.nextstep_load import load_nextstep
+from bozzetto.adapters.refusals import way_out
 from bozzetto.adapters.source import Hosted, Source, of_words
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checks import clipped
@@ -35,6 +37,7 @@ _GLM_IMAGE = "GlmImagePipeline"  # of diffusers, whose parts lie in folders of t
 FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyType(
     {
         "janus": load_janus,
+        "multi_modality": load_janus_original,
         "emu3": load_emu3,
         "chameleon": load_chameleon,
         "nextstep": load_nextstep,
@@ -43,16 +46,19 @@ FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyT
 )
 
 
-def load_hosted(model: str | Path, wanted: LoadSettings) -> Hosted:
-    """Load a checkpoint in the Hugging Face layout.
+def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = None) -> Hosted:
+    """Load a checkpoint in the Hugging Face layout. model: as it is called; folder: where its files are, where that is
+    known.
 
     Raises UsageError for a checkpoint that is not an image generator of a known family, that is incomplete, or that
     lacks its tokenizer.
     """
-    source = _source(str(model), fetched(model))
+    source = _source(str(model), fetched(model) if folder is None else folder)
     if path := find_spec_file(wanted.adapter, source.folder) or known_by(source.config):
         return _for_words(load_generic(source, wanted.for_weights(source.stored), read_spec(path), path))
     kind = source.config.get("model_type")
+    if why := way_out(source.name, source.config):
+        raise UsageError(f"{model}: {why}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UsageError(
             f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "

@@ -6,12 +6,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import ChameleonForConditionalGeneration
-
+from bozzetto.adapters.chameleon_files import chameleon_files, chameleon_network, codes_of
 from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Hosted, Source, fits_context, written
-from bozzetto.adapters.vqgan import chameleon_pictures
+from bozzetto.adapters.vqgan import vqgan_pictures
 from bozzetto.errors import UsageError
 from bozzetto.hub import model_name
 from bozzetto.load_settings import LoadSettings
@@ -25,15 +24,13 @@ class LuminaTarget(LinedTarget):
         super().__init__(model.model, model.lm_head.weight, codes_of(model), end, rows, columns)
 
 
-def codes_of(model: Any) -> list[int]:
-    """Words of the image tokens, in the order of the codebook."""
-    codes = model.model.vocabulary_mapping.img2bpe
-    return [codes[i] for i in range(len(codes))]
-
-
 _PIXELS, _CODES = 32, 2  # of one of Lumina-mGPT's cells, per side: its pixels and its codes
 _MOST_RATIO = 4  # of the sides of a picture
 _SIZES = (512, 768, 1024)  # what checkpoints are called by and trained for
+_ELSEWHERE = (
+    "give that of another Lumina-mGPT, which all have the same, with --tokenizer Alpha-VLLM/Lumina-mGPT-7B-768 "
+    "(a folder or a name on the hub)"
+)
 
 
 class LuminaPrompts:
@@ -91,16 +88,18 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
             f"{source.name}: its name does not say for which pictures it was trained: give --image-size "
             f"(Lumina-mGPT's are {allowed})"
         )
-    source.check(ChameleonForConditionalGeneration)
-    processor, network = source.processor(), source.network(ChameleonForConditionalGeneration, wanted)
+    tokenizer = source.tokenizer(wanted, _ELSEWHERE)
+    files = chameleon_files(source)
+    pictured = vqgan_pictures(source, wanted, files, lined=True)
+    network = chameleon_network(source, wanted, files)
     own, sizes = source.sampling("lumina-mgpt"), lumina_sizes(side) if side else ()
 
     def sized(size: tuple[int, int]) -> Hosted:
-        ask = LuminaPrompts(processor.tokenizer, size)
+        ask = LuminaPrompts(tokenizer, size)
         columns, rows = (pixels // _PIXELS * _CODES for pixels in size)
         target = LuminaTarget(network, ask.end, rows, columns)
         fits_context(target, size)
-        pictures = chameleon_pictures(source.folder, network, rows, columns, lined=True)
-        return Hosted(target, pictures, ask, own, processor.tokenizer, sizes, sized)
+        pictures = pictured(rows, columns, network.device)
+        return Hosted(target, pictures, ask, own, tokenizer, sizes, sized)
 
     return sized(wanted.size or (side, side))

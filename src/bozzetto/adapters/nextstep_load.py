@@ -35,6 +35,7 @@ _HEAD, _AREA, _BLOCKS = "image_head.net.", "<|image_area|>", ("num_res_blocks", 
 
 def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
     """NextStep-1 as published. Raises UsageError for files that are missing or do not fit together."""
+    source.refuse(wanted, "tokenizer", "vqgan")
     if wanted.device_map:
         raise UsageError(f"device_map = {wanted.device_map!r} is not allowed: NextStep-1 runs on one device here")
     shapes = _shapes(source)

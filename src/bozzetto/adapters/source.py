@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bozzetto.adapters.checkpoint import check_folder
+from bozzetto.adapters.checkpoint import check_folder, weight_files
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
 from bozzetto.errors import UsageError, brief
 from bozzetto.files import read_json
+from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
+from bozzetto.models.convert import open_state
 from bozzetto.models.store import usual_type
 from bozzetto.own_sampling import OwnSampling, with_stated
 from bozzetto.published import STATED, published
@@ -49,11 +52,12 @@ class Source:
     config: Mapping[str, Any]
     whole: Path | None = None
 
-    def read(self, what: str, read: Callable[..., Any], **options: Any) -> Any:
-        """Call a from_pretrained, which never runs code of the checkpoint. Its many kinds of error all mean that a file
-        is missing or does not fit: UsageError."""
+    def read(self, what: str, read: Callable[..., Any], place: str | Path | None = "", **options: Any) -> Any:
+        """Call a from_pretrained, which never runs code of the checkpoint. place: another folder than its own, or None.
+        Its many kinds of error all mean that a file is missing or does not fit: UsageError."""
+        place = self.folder if place == "" else place
         try:
-            return read(str(self.folder), trust_remote_code=False, **options)
+            return read(place if place is None else str(place), trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(f"{self.name}: its {what} could not be read: {reason}") from error
@@ -75,19 +79,30 @@ class Source:
         found = next((word for word in said if word), None) or (usual_type(files[0]) if files else "")
         return str(found).removeprefix("torch.")
 
-    def check(self, kind: Any) -> None:
-        """Raise UsageError as `check_folder`. kind: the class of transformers whose network config.json describes."""
-        check_folder(self.folder, lambda: kind(kind.config_class.from_pretrained(str(self.folder))))
+    def check(self, kind: Any, config: Any = None) -> None:
+        """Raise UsageError as `check_folder`. kind: the class of transformers whose network config.json describes;
+        config: what it is made from where that is not the folder's own."""
+        check_folder(self.folder, lambda: kind(config or kind.config_class.from_pretrained(str(self.folder))))
 
-    def network(self, kind: Any, wanted: LoadSettings) -> Any:
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights in the folder's files under their names there, mapped and not copied. Raises UsageError as
+        `read_state`."""
+        return {key: value for path in weight_files(self.folder) for key, value in open_state(path)[0].items()}
+
+    def network(
+        self, kind: Any, wanted: LoadSettings, config: Any = None, state: Mapping[str, Tensor] | None = None
+    ) -> Any:
         """A network of this class of transformers with the folder's weights, all there, of the right shape and finite.
-        Raises UsageError for weights that do not fit."""
+        config, state: what it is made from and its weights, where they are not as the folder has them. Raises
+        UsageError for weights that do not fit."""
         options: dict[str, Any] = {"dtype": wanted.torch_dtype, "output_loading_info": True}
         if wanted.device_map:
             options["device_map"] = wanted.device_map
         if wanted.device_map and find_spec("accelerate") is None:
             raise UsageError(f"device_map = {wanted.device_map!r} needs accelerate: pip install accelerate")
-        network, notes = self.read("weights", kind.from_pretrained, **options)
+        if state is not None:
+            options |= {"config": config, "state_dict": dict(state)}
+        network, notes = self.read("weights", kind.from_pretrained, None if state is not None else "", **options)
         check_weights(self.name, network, notes)
         network = network if wanted.device_map else network.to(wanted.device)
         return network.eval().requires_grad_(False)
@@ -103,6 +118,24 @@ class Source:
                 "processor_config.json, preprocessor_config.json) beside the weights"
             )
         return processor
+
+    def tokenizer(self, wanted: LoadSettings, hint: str) -> Any:
+        """The tokenizer alone, exactly as its tokenizer.json says, of the folder or of what `wanted` names. hint: what
+        to do without one. Raises UsageError."""
+        from transformers import PreTrainedTokenizerFast
+
+        folder = fetched(wanted.tokenizer) if wanted.tokenizer else self.folder
+        if not (folder / "tokenizer.json").is_file():
+            raise UsageError(f"{wanted.tokenizer or self.name}: no tokenizer.json: {hint}")
+        return self.read("tokenizer", PreTrainedTokenizerFast.from_pretrained, folder)
+
+    def refuse(self, wanted: LoadSettings, *names: str) -> None:
+        """Raise UsageError for options that mean nothing to this model."""
+        for name in names:
+            if getattr(wanted, name):
+                raise UsageError(
+                    f"{name} = {brief(str(getattr(wanted, name)))} is not allowed: {self.name} has its own"
+                )
 
 
 def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:

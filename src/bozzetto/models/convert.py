@@ -136,7 +136,7 @@ def _transformer(path: Path) -> dict[str, Tensor]:
     files = weight_files(path) if path.is_dir() else [path]
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= _open_state(file)[0]
+        state |= open_state(file)[0]
     if family_of(state) == LLAMA and any(key.startswith("model.cls_embedding.") for key in state):
         return as_llamagen(state)
     return state if path.is_dir() and family_of(state) == GPT else family_state(files[0], GPT)[0]
@@ -148,12 +148,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     The file is mapped and not copied where its format allows. Raises UsageError for an unreadable or unsafe file,
     something else than tensors, or non-finite weights.
     """
-    state, _ = _open_state(path)
+    state, _ = open_state(path)
     check_finite(path, state)
     return state
 
 
-def _open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
+def open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
     """`read_state` without looking at the numbers, under the first of `wrappers` that there is; and which, "" for a
     bare state dict."""
     if not path.is_file():
@@ -245,7 +245,7 @@ def family_state(path: Path, wanted: str, wrappers: Sequence[str] = WRAPPERS) ->
 
     Raises UsageError for an unreadable or unsafe file, and one that says what a file of another family holds.
     """
-    state, wrapper = _open_state(path, wrappers)
+    state, wrapper = open_state(path, wrappers)
     found = family_of(state)
     if found == wanted:
         return state, wrapper

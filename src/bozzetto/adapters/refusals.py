@@ -1,0 +1,55 @@
+"""Published checkpoints that are not read here, and what to take instead: one table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_DIFFUSION = "its pictures come from a diffusion process, not from image tokens: there is nothing to draft here"
+_SCALES = "it draws whole scales of a picture at once (about ten passes), not token by token: nothing to draft here"
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """kind, name: patterns of config.json's model_type and of the model's name, one of which fits; why: what is said,
+    with the way out; without: a part of config.json whose absence tells it from what is read."""
+
+    why: str
+    kind: str = ""
+    name: str = ""
+    without: str = ""
+
+    def fits(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether this is said of the model."""
+        kind = str(config.get("model_type", ""))
+        if self.kind:
+            return bool(re.fullmatch(self.kind, kind)) and (not self.without or self.without not in config)
+        return bool(re.search(self.name, name))
+
+
+_REFUSALS = (
+    _Refusal("Emu3.5 is not read here: another tokenizer and templates of its own", name=r"Emu3\.5"),
+    _Refusal(
+        "these are the files of its authors' own code, which is not run here: take BAAI/Emu3-Gen-hf, the same weights "
+        "as transformers reads them",
+        kind="Emu3",
+    ),
+    _Refusal(f"JanusFlow is not read here: {_DIFFUSION}", kind="multi_modality", without="gen_head_config"),
+    _Refusal(_DIFFUSION, kind="hunyuan_image_3_moe|bagel|showo2?|show_o2?|omnigen2?|sensenova.*|lance|transfusion"),
+    _Refusal(_DIFFUSION, name=r"(?i)(^|/|--)(HunyuanImage-3|BAGEL|Show-o|OmniGen|SenseNova-U1|JanusFlow)"),
+    _Refusal(_SCALES, kind="infinity|vargpt.*|var"),
+    _Refusal(_SCALES, name=r"FoundationVision(/|--)(Infinity|var)\b"),
+    _Refusal(
+        "these are the files of its authors' own code, which is not run here: take leloy/Anole-7b-v0.1-hf, the same "
+        "weights as transformers reads them",
+        name=r"(/|--)Anole-7b-v0\.1(?!-hf)\b",
+    ),
+)
+
+
+def way_out(name: str, config: Mapping[str, Any]) -> str:
+    """What is said of a checkpoint that is known and not read; "" for others. name: as it was asked for; config: what
+    its config.json holds, nothing where it has none."""
+    return next((refusal.why for refusal in _REFUSALS if refusal.fits(name, config)), "")

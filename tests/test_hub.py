@@ -1,0 +1,212 @@
+"""Models by their name on the hub: a cache of its layout, and no network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+import bozzetto
+from bozzetto.adapters.lumina import trained_side
+from bozzetto.adapters.refusals import way_out
+from bozzetto.adapters.source import Source
+from bozzetto.cli import main
+from bozzetto.errors import UsageError
+from bozzetto.hub import fetched, model_name, on_hub
+from bozzetto.models.eagle import EagleNet, eagle_config
+from bozzetto.models.eagle_store import save_drafter
+from test_hosted import WRITERS
+
+COMMIT = "5" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts folders into a cache as huggingface_hub 1.x and 2.x keep it: models--OWNER--NAME/{refs/REVISION,
+    snapshots/COMMIT}. Nothing is asked of a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def put(name: str, folder: Path, revision: str = "main", commit: str = COMMIT) -> Path:
+        root = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / revision).write_text(commit)
+        return Path(shutil.copytree(folder, root / "snapshots" / commit))
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "janus"
+    WRITERS["janus"](folder)
+    return folder
+
+
+def test_a_model_is_read_by_its_name_and_by_a_revision(cache: Any, janus: Path, tmp_path: Path) -> None:
+    cache("owner/Janus-Pro", janus)
+    other = Path(shutil.copytree(janus, tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + "\n")
+    cache("owner/Janus-Pro", other, "v1.1", "6" * 40)
+    names = ("owner/Janus-Pro", "owner/Janus-Pro@v1.1", f"owner/Janus-Pro@{'6' * 40}")
+    pipes = [bozzetto.load(name) for name in names]
+    here = bozzetto.load(janus)
+    assert {pipe.name for pipe in pipes} == {"Janus-Pro"}
+    assert pipes[0].fingerprint() == here.fingerprint() != pipes[1].fingerprint() == pipes[2].fingerprint()
+    assert [p.generate(["a dog"]).images[0].sha256 for p in pipes] == [here.generate(["a dog"]).images[0].sha256] * 3
+
+
+def test_our_own_folders_and_drafters_have_names_on_the_hub_too(
+    cache: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache("someone/tiny", tiny_model)
+    pipe, here = bozzetto.load("someone/tiny"), bozzetto.load(tiny_model)
+    assert pipe.fingerprint() == here.fingerprint() and pipe.name == here.name
+    assert pipe.generate(seed=3).images[0].sha256 == here.generate(seed=3).images[0].sha256
+    drawn = ["generate", "--model", "someone/tiny", "--offline", "--count", "1", "--out", str(tmp_path / "out")]
+    assert main(drawn) == 0
+    assert main([*drawn, "--drafter", "eagle:folder=someone/drafter", "--rule", "block"]) == 2
+    assert "someone/drafter: could not be read from the hub" in capsys.readouterr().err
+
+
+def test_a_drafter_is_read_by_its_name(cache: Any, tiny_model: Path, tmp_path: Path) -> None:
+    pipe, drafter = bozzetto.load(tiny_model), tmp_path / "drafter"
+    save_drafter(drafter, EagleNet(eagle_config(pipe.target.config)), tiny_model, {"target_name": "tiny"})
+    cache("someone/drafter", drafter)
+    asked: dict[str, Any] = {"seed": 2, "rule": "block"}
+    named = pipe.generate(drafter="eagle:tree=chain-2:folder=someone/drafter@main", **asked)
+    here = pipe.generate(drafter=f"eagle:tree=chain-2:folder={drafter}", **asked)
+    assert [image.sha256 for image in named.images] == [image.sha256 for image in here.images]
+
+
+def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UsageError, match=r"nobody/nothing@v1: could not be read from the hub \(there is no such"):
+        bozzetto.load("nobody/nothing@v1", offline=True)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("name", ["a/b@", "a/b@x y", "@a/b", "a@b/c@d@e", "a/b@~", "runs/a@b", "out/x@main"])
+def test_what_is_no_name_with_a_revision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not on_hub(name) and fetched(name) == Path(name)
+
+
+def test_a_model_is_called_what_it_is_wherever_it_lies() -> None:
+    hub = "hub/models--Alpha-VLLM--Lumina-mGPT-7B-512/snapshots/590c1c5"
+    names = {"a/b": "b", "a/b@main": "b", "folder/b": "b", hub: "Lumina-mGPT-7B-512", "x/models--y": "models--y"}
+    assert {name: model_name(Path(name) if "@" not in name else name) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("hub/models--Alpha-VLLM--Lumina-mGPT-7B-512/snapshots/768", 512),
+        ("Alpha-VLLM/Lumina-mGPT-7B-768-Omni", 768),
+        ("Alpha-VLLM/Lumina-mGPT-7B-1024@main", 1024),
+        ("folder/mine", 0),
+        ("folder/15120", 0),
+    ],
+)
+def test_a_luminas_size_is_that_of_its_name_and_not_of_its_last_folder(name: str, side: int) -> None:
+    assert trained_side(Source(name, Path(name), {})) == side
+
+
+# ---- code of others, and ways out ------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, match: str, **config: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=match):
+        bozzetto.load(folder)
+
+
+def test_code_that_comes_with_a_checkpoint_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.24 asks the person whether to run what auto_map names, unless trust_remote_code is False."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    (tmp_path / "Emu3-Gen").mkdir()
+    (tmp_path / "Emu3-Gen" / "modeling_emu3.py").write_text("raise SystemExit('run')")
+    code = {"AutoConfig": "modeling_emu3.Emu3Config", "AutoModelForCausalLM": "modeling_emu3.Emu3ForCausalLM"}
+    refused(tmp_path / "Emu3-Gen", "take BAAI/Emu3-Gen-hf", model_type="Emu3", auto_map=code)
+    refused(tmp_path / "other", "model type 'mine' does not draw images", model_type="mine", auto_map=code)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_code_named_in_any_file_of_a_known_family_is_not_run(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    WRITERS[family](tmp_path / "m")
+    (tmp_path / "m" / "evil.py").write_text("raise SystemExit('run')")
+    for path in (tmp_path / "m").glob("*config.json"):
+        content = json.loads(path.read_text())
+        names = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoModelForCausalLM")
+        content["auto_map"] = {name: [None, "evil.Mine"] if name == "AutoTokenizer" else "evil.Mine" for name in names}
+        path.write_text(json.dumps(content))
+    try:
+        bozzetto.load(tmp_path / "m", image_size={"emu3": 24, "lumina": 32}.get(family, 0))
+    except UsageError as error:
+        assert "could not be read" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("BAAI/Emu3-Gen", {"model_type": "Emu3"}, "BAAI/Emu3-Gen-hf"),
+        ("BAAI/Emu3.5-Image", {"model_type": "Emu3"}, "Emu3.5 is not read"),
+        ("deepseek-ai/JanusFlow-1.3B", {"model_type": "multi_modality"}, "diffusion"),
+        ("tencent/HunyuanImage-3.0", {"model_type": "hunyuan_image_3_moe"}, "diffusion"),
+        ("ByteDance-Seed/BAGEL-7B-MoT", {}, "diffusion"),
+        ("showlab/show-o2-7B", {"model_type": "showo2"}, "diffusion"),
+        ("FoundationVision/Infinity", {}, "whole scales"),
+        ("FoundationVision/var", {}, "whole scales"),
+        ("GAIR/Anole-7b-v0.1", {}, "leloy/Anole-7b-v0.1-hf"),
+    ],
+)
+def test_what_is_known_and_not_read_says_why_and_what_to_take(name: str, config: dict[str, str], said: str) -> None:
+    assert said in way_out(name, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("deepseek-ai/Janus-Pro-7B", {"model_type": "multi_modality", "gen_head_config": {}}),
+        ("BAAI/Emu3-Gen-hf", {"model_type": "emu3"}),
+        ("leloy/Anole-7b-v0.1-hf", {"model_type": "chameleon"}),
+        ("Alpha-VLLM/Lumina-mGPT-7B-512", {"model_type": "chameleon"}),
+        ("mine/variant", {"model_type": "janus"}),
+        ("mine/unknown", {}),
+    ],
+)
+def test_nothing_is_said_of_what_is_read_or_unknown(name: str, config: dict[str, Any]) -> None:
+    assert way_out(name, config) == ""
+
+
+def test_a_hub_checkpoint_without_a_config_says_the_way_out(cache: Any, tmp_path: Path) -> None:
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var" / "README.md").write_text("weights")
+    cache("FoundationVision/var", tmp_path / "var")
+    with pytest.raises(UsageError, match="FoundationVision/var: it draws whole scales"):
+        bozzetto.load("FoundationVision/var")
+    with pytest.raises(UsageError, match="not a model folder"):
+        bozzetto.load(tmp_path / "var")
+
+
+# ---- what comes without a tokenizer, or a decoder --------------------------------------------------------------------
+
+
+def test_options_that_mean_nothing_to_a_model_are_refused(janus: Path, tiny_model: Path) -> None:
+    for model in (janus, tiny_model):
+        for options in ({"tokenizer": "a/b"}, {"vqgan": "x.ckpt"}):
+            with pytest.raises(UsageError, match=rf"{next(iter(options))} = .* is not allowed: .* has its own"):
+                bozzetto.load(model, **options)

@@ -157,7 +157,7 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         if not self.target.schedule.moving:  # then drafts of whole tokens are hardly ever kept
             self.default_drafter = "none"
             self.default_rules = {"none": Coupled.name, "jacobi": Pathwise.name}
-            self.default_methods = ("none/plain", "none/coupled", "jacobi/pathwise:epsilon=0.1")
+            self.default_methods = ("none", "none/coupled", "jacobi/pathwise:epsilon=0.1")
 
     def _again(self, hosted: Hosted) -> HostedFlowPipeline:
         return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)

@@ -74,7 +74,8 @@ def test_greedy_decoding_is_the_reference_implementations(family: Published, mod
     pipe = bozzetto.load(model, **family.options)
     asked = family.asked[0]
     law = {"guidance": family.own.get("guidance", 1.0), "temperature": family.temperature, "top_k": 0, "top_p": 1.0}
-    made = pipe.generate([asked], drafter="none", negative_prompt=family.own.get("negative_prompt", ""), **law)
+    law |= {"rule": family.rule, "negative_prompt": family.own.get("negative_prompt", "")}
+    made = pipe.generate([asked], drafter="none", **law)
     wanted = torch.as_tensor(family.reference(Path(model), asked))
     torch.testing.assert_close(made.images[0].tokens, wanted, atol=1e-4, rtol=0)
 

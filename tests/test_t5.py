@@ -186,11 +186,11 @@ def test_captions_are_cleaned_as_published(text: str, wanted: str) -> None:
 
 def test_the_layout_of_llama_gives_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published.write(True, published.ddp, tmp_path)
-    monkeypatch.setitem(published.llamagen.SHAPES, "T", (published.DIM, published.LAYERS, published.HEADS))
+    monkeypatch.setitem(published.llamagen.SHAPES, "XL", (published.DIM, published.LAYERS, published.HEADS))
     folder, vq = published.write_llama(tmp_path / "LlamaGen-T2I", published.transformer(True)), tmp_path / "vq_ds16.pt"
     for number, gpt in enumerate((folder, folder / "model.safetensors")):
         out = tmp_path / f"out-{number}"
-        assert "LlamaGen-T (t2i, 120 text tokens) with VQ-16, 256 x 256" in convert_llamagen(gpt, vq, out)
+        assert "LlamaGen-XL (t2i, 120 text tokens) with VQ-16, 256 x 256" in convert_llamagen(gpt, vq, out)
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "converted" / "model.safetensors").read_bytes()
     content = json.loads((folder / "config.json").read_text()) | {"block_size": 1024}
     (folder / "config.json").write_text(json.dumps(content))

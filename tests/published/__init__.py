@@ -26,8 +26,8 @@ class Published:
     own implementation (transformers') or a slow one that is written beside the stand-in; folder: what `write` gave.
     Vectors have no greedy choice: theirs are drawn at temperature 1 with the noise of seed 0, and agree up to rounding.
     own: what the authors publish, as fields of OwnSampling, where it is not that of no guidance; source: where.
-    options: of LoadSettings, {model} in a text is what `write` gave; methods: what is drawn with; temperature: of the
-    comparison with the reference; pictures: whether its tokens become pictures here (else a server says why not).
+    options: of LoadSettings, {model} in a text is what `write` gave; methods: what is drawn with; temperature, rule: of
+    the comparison with the reference; pictures: whether its tokens become pictures here (else a server says why not).
     """
 
     write: Callable[[Path], str | Path]
@@ -38,6 +38,7 @@ class Published:
     options: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = CODES
     temperature: float = 0.0
+    rule: str = "auto"
     pictures: bool = True
 
 

@@ -115,7 +115,7 @@ def write(captioned: bool, save: Callable[[OrderedDict[str, Tensor], Path], Any]
     gpt = folder / f"{'t2i_XL_stage1' if captioned else 'c2i_B'}_256.pt"
     save(transformer(captioned), gpt)
     words = ["--text-encoder", str(write_t5(folder / "flan-t5-xl"))] if captioned else []
-    with mock.patch.dict(llamagen.SHAPES, {"T": (DIM, LAYERS, HEADS)}):
+    with mock.patch.dict(llamagen.SHAPES, {"XL" if captioned else "B": (DIM, LAYERS, HEADS)}):
         arguments = ["--gpt", str(gpt), "--vq", str(folder / "vq_ds16.pt"), "--out", str(folder / "converted")]
         assert main(["convert", "llamagen", *arguments, *words]) == 0
     return folder / "converted"
@@ -224,7 +224,11 @@ PROMPTS = ("a red tulip", "a small house by the lake", "a dog")
 FAMILIES = {
     "llamagen-c2i": Published(partial(write, False, ddp), ("2", "0", "7"), partial(greedy_class, guidance=2.0), *CLASS),
     "llamagen-c2i-fsdp": Published(
-        partial(write, False, fsdp), ("2", "1", "9"), partial(greedy_class, guidance=2.0), *CLASS
+        partial(write, False, fsdp),
+        ("2", "1", "9"),
+        partial(greedy_class, guidance=2.0),
+        *CLASS,
+        methods=("none", "jacobi/exact"),
     ),
     "llamagen-t2i": Published(partial(write, True, ddp), PROMPTS, partial(greedy_caption, guidance=7.5), *CAPTION),
 }

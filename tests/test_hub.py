@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
@@ -20,6 +21,8 @@ from bozzetto.errors import UsageError
 from bozzetto.hub import fetched, model_name, on_hub
 from bozzetto.models.eagle import EagleNet, eagle_config
 from bozzetto.models.eagle_store import save_drafter
+from published import chameleon
+from published.lumina import FAMILIES
 from test_hosted import WRITERS
 
 COMMIT = "5" * 40
@@ -83,6 +86,44 @@ def test_a_drafter_is_read_by_its_name(cache: Any, tiny_model: Path, tmp_path: P
     named = pipe.generate(drafter="eagle:tree=chain-2:folder=someone/drafter@main", **asked)
     here = pipe.generate(drafter=f"eagle:tree=chain-2:folder={drafter}", **asked)
     assert [image.sha256 for image in named.images] == [image.sha256 for image in here.images]
+
+
+def test_anole_and_lumina_are_read_by_their_names(cache: Any, tmp_path: Path) -> None:
+    """Anole with the decoder among its weights; Lumina-mGPT with another one's tokenizer, for pictures of the size that
+    its name says and not of its last folder (the tiny one has no word for that size)."""
+    anole, lumina = tmp_path / "anole", tmp_path / "lumina"
+    for folder in (anole, lumina):
+        folder.mkdir()
+    chameleon.FAMILIES["anole"].write(anole)
+    cache("leloy/Anole-7b-v0.1-hf", anole)
+    assert bozzetto.load("leloy/Anole-7b-v0.1-hf").size == bozzetto.load(anole).size == (6, 6)
+    made = Path(FAMILIES["lumina-without-words"].write(lumina))
+    cache("Alpha-VLLM/Lumina-mGPT-7B-512", made)
+    cache("Alpha-VLLM/Lumina-mGPT-7B-768", lumina / "Lumina-mGPT-7B-768")
+    name, beside = "Alpha-VLLM/Lumina-mGPT-7B-512", {"vqgan": lumina / "vqgan.ckpt"}
+    words = {"tokenizer": "Alpha-VLLM/Lumina-mGPT-7B-768", **beside}
+    assert bozzetto.load(name, image_size=32, **words).size == (4, 4)
+    with pytest.raises(UsageError, match="no word '<reserved08816>'"):
+        bozzetto.load(name, **words)
+    with pytest.raises(UsageError, match="--tokenizer Alpha-VLLM/Lumina-mGPT-7B-768"):
+        bozzetto.load(name, **beside)
+
+
+@pytest.mark.parametrize("there", ["model.safetensors", "pytorch_model.bin"])
+def test_pickles_are_fetched_only_where_there_is_nothing_else(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def fetch(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.bin" in allow_patterns))
+        (tmp_path / there).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert fetched("a/b@v2") == tmp_path
+    assert asked == [("a/b", "v2", False)] + [("a/b", "v2", True)] * (there == "pytorch_model.bin")
 
 
 def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

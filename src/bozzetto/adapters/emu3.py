@@ -15,7 +15,8 @@ from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
 
 _FACTOR = 8  # pixels per token and side
-# Width to height: the shapes that its paper's training data come in and that its processor's examples ask for.
+# Width to height, in the model's own area. Its authors publish the square and a processor that takes any ratio; these
+# are the usual ones of photographs and screens.
 RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 
 

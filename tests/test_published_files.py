@@ -11,12 +11,13 @@ import torch
 
 import bozzetto
 import hf_toys
+from bozzetto.adapters.janus import JanusTarget
 from bozzetto.errors import UsageError
 from published import janus_original
 from published.chameleon_files import language
 from published.files import write_shards
 from published.lumina import FAMILIES
-from test_hosted import refused
+from test_hosted import refused, write_janus
 
 
 def test_a_lumina_says_what_it_lacks_and_where_that_is(tmp_path: Path) -> None:
@@ -72,12 +73,17 @@ def test_janus_own_files_are_told_from_janusflow_and_what_is_missing_is_named(tm
         refused(made, said)
 
 
-def test_janus_reads_nothing_of_what_looks_at_pictures(tmp_path: Path) -> None:
-    pipe = bozzetto.load(janus(tmp_path))
-    model = pipe.target.body
-    names = {name for name, _ in model.named_parameters()}
-    assert names and not [name for name in names if "vision" in name]
-    assert bozzetto.load(tmp_path / "Janus-Pro-1B", dtype="bfloat16").target.dtype == torch.bfloat16
+def test_janus_reads_nothing_of_what_looks_at_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    whole = JanusTarget.__init__
+    monkeypatch.setattr(JanusTarget, "__init__", lambda self, model: made.append(model) or whole(self, model))
+    bozzetto.load(janus(tmp_path))
+    write_janus(tmp_path / "hf")
+    assert bozzetto.load(tmp_path / "hf", dtype="bfloat16").target.dtype == torch.bfloat16
+    assert len(made) == 2
+    for model in made:
+        names = {name for name, _ in model.named_parameters()}
+        assert names and not [name for name in names if "vision_model" in name or name.startswith("model.aligner")]
 
 
 @pytest.mark.parametrize(

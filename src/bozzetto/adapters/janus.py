@@ -21,8 +21,19 @@ from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
 
 
+class JanusDrawing(JanusForConditionalGeneration):
+    """Without what looks at pictures: a sixth of Janus-Pro-1B's weights."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^model\.vision_model\.", r"^model\.aligner\.")
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        del self.model.vision_model, self.model.aligner
+
+
 class JanusTarget(PromptedCodes):
-    """model: transformers JanusForConditionalGeneration in evaluation mode, in the dtype to compute in."""
+    """model: transformers JanusForConditionalGeneration (JanusDrawing will do) in evaluation mode, in the dtype to
+    compute in."""
 
     @torch.no_grad()
     def __init__(self, model: Any):
@@ -51,8 +62,8 @@ def janus_prompt(tokens: list[int], begin_text: int, begin_image: int, padding: 
 def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
     """Janus as transformers' conversion lays it out."""
     source.refuse(wanted, "tokenizer", "vqgan")
-    source.check(JanusForConditionalGeneration)
-    processor, network = source.processor(), source.network(JanusForConditionalGeneration, wanted)
+    source.check(JanusDrawing)
+    processor, network = source.processor(), source.network(JanusDrawing, wanted)
     target, known = JanusTarget(network), network.generation_config
     pictures = janus_pictures(network, math.isqrt(target.length))
     fixed_size(source, wanted, size_of(pictures.config))

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from bozzetto.adapters.janus import JanusTarget, janus_prompt
+from bozzetto.adapters.janus import JanusDrawing, JanusTarget, janus_prompt
 from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Ask, Hosted, Source, fixed_size
@@ -49,14 +49,6 @@ _OF_FILES = ("model_type", "torch_dtype", "dtype")  # what is said of the files,
 _VQ, _HIDDEN = "model.vqmodel.", "generation_aligner.hidden_layers."
 _BEGIN, _PADDING = "<begin_of_image>", "<\uff5c\u2581pad\u2581\uff5c>"
 _ROLES = {"Janus-Pro": ("<|User|>", "<|Assistant|>"), "Janus-1.3B": ("User", "Assistant")}
-
-
-class JanusDrawing(JanusForConditionalGeneration):
-    """Without what looks at pictures."""
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        del self.model.vision_model, self.model.aligner
 
 
 def load_janus_original(source: Source, wanted: LoadSettings) -> Hosted:

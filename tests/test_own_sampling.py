@@ -14,10 +14,11 @@ import pytest
 import bozzetto
 import hf_toys
 from bozzetto import GenerateSettings, UsageError
+from bozzetto.adapters.spec import SHIPPED, read_spec, shipped
 from bozzetto.cli import main
 from bozzetto.own_sampling import OwnSampling, own_from, sampling_line, with_stated
 from bozzetto.published import FAMILIES, STATED, published
-from bozzetto.sampling import SampleRun
+from bozzetto.sampling import SampleRun, own_for
 from test_hosted import EMU3_SIZE, write_chameleon, write_emu3, write_janus
 
 QUALITY = " masterpiece, film grained, best quality."
@@ -63,18 +64,22 @@ TABLE: dict[str, tuple[float, float, int, float, dict[str, Any]]] = {
 }
 
 
+def known(family: str) -> OwnSampling:
+    return read_spec(SHIPPED / f"{family}.yaml").sampling if family in shipped() else published(family)
+
+
 @pytest.mark.parametrize("family", TABLE)
 def test_the_numbers_are_the_published_ones(family: str) -> None:
     *law, rest = TABLE[family]
-    wanted = asdict(OwnSampling(*law, **rest, source=published(family).source))
-    assert asdict(published(family)) == wanted
+    wanted = asdict(OwnSampling(*law, **rest, source=known(family).source))
+    assert asdict(known(family)) == wanted and wanted["source"] != OwnSampling().source
     line = sampling_line({**wanted, "asked": [], "suffix": "", "negative_prompt": ""})
     assert f"guidance {law[0]:g}" in line and f"temperature {law[1]:g}" in line and wanted["source"] in line
-    assert own_from({"sampling": published(family).recorded()}, Path("config.json")) == published(family)
+    assert own_from({"sampling": known(family).recorded()}, Path("config.json")) == known(family)
 
 
 def test_the_table_of_this_file_knows_every_family() -> None:
-    assert set(TABLE) == set(FAMILIES) and set(STATED) <= set(FAMILIES)
+    assert set(TABLE) == {*FAMILIES, *shipped()} and set(STATED) <= set(FAMILIES)
     assert published("something else") == OwnSampling(2.0, 1.0, 0, 1.0)
 
 
@@ -159,7 +164,10 @@ def test_a_sample_folder_of_an_earlier_version_goes_on(tiny_model: Path, tmp_pat
     del written["sampling"]
     written["settings"] |= {"guidance": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     (tmp_path / "run" / "run.json").write_text(json.dumps(written))
-    assert SampleRun(tmp_path / "run", pipe, settings).settings.guidance == 2.0
+    again = SampleRun(tmp_path / "run", pipe, settings)
+    assert again.settings.guidance == again.sampling["guidance"] == 2.0 and again.sampling["asked"] == []
+    assert own_for(pipe, [tmp_path / "run", tmp_path / "none"]).guidance == 2.0  # of all methods in one comparison
+    assert own_for(pipe, [tmp_path / "none"]) == pipe.own
     with pytest.raises(UsageError, match=r"guidance = 2.0 there, 4.0 asked"):
         SampleRun(tmp_path / "run", pipe, replace(settings, guidance=4.0))
 
@@ -225,7 +233,7 @@ def test_a_bad_generation_config_is_named(tmp_path: Path) -> None:
 def test_quality_words_are_asked_for_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The toy's context has no room for the published ones.
     short = OwnSampling(3.0, top_k=20, suffix=" white.", negative_prompt="ugly old")
-    monkeypatch.setattr("bozzetto.adapters.source.published", lambda family: short)
+    monkeypatch.setattr("bozzetto.adapters.source.sampling_of", lambda family, folder: short)
     pipe = hosted(tmp_path / "emu3", write_emu3, image_size=EMU3_SIZE)
     plain, more = pipe.generate(["a dog"]), pipe.generate(["a dog"], quality_words=True)
     assert (plain.images[0].class_name, plain.images[0].prompt) == ("a dog", "a dog")
@@ -244,3 +252,22 @@ def test_quality_words_are_asked_for_and_told(tmp_path: Path, monkeypatch: pytes
 def test_quality_words_that_nobody_published_are_refused(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="quality_words is not allowed here"):
         bozzetto.load(tiny_model).generate(["rose"], quality_words=True)
+
+
+def test_a_list_of_models_says_how_they_are_sampled(tiny_model: Path, tmp_path: Path) -> None:
+    from bozzetto.listing import list_models
+
+    with_sampling(tiny_model, tmp_path, OWN)
+    for family, said in {"janus": {"guidance_scale": 6, "top_k": 50}, "chameleon": {}, "emu3": {}}.items():
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family}))
+        (tmp_path / family / "generation_config.json").write_text(json.dumps(said))
+    lumina = {"model_type": "chameleon", "architectures": ["ChameleonXLLMXForConditionalGeneration"]}
+    (tmp_path / "lumina").mkdir()
+    (tmp_path / "lumina" / "config.json").write_text(json.dumps(lumina))
+    told = {line.split()[0]: line for line in list_models(tmp_path).splitlines()[1:]}
+    assert "guidance 3.5, temperature 0.8, top-k 7, top-p 0.9" in told["tiny"]
+    assert "  guidance 6  " in told["janus"] and "guidance 3, top-k 2048" in told["emu3"]
+    assert "guidance 3, temperature 0.7, top-p 0.9" in told["chameleon"]
+    assert "guidance 4, top-k 2000" in told["lumina"]
+    assert "  guidance 2  " in next(line for line in list_models(None).splitlines() if line.startswith("flowers "))

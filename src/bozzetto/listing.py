@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checks import config_from
 from bozzetto.errors import UsageError
 from bozzetto.models.continuous_store import DECODERS
@@ -28,7 +29,9 @@ from bozzetto.models.store import (
     read_config,
 )
 from bozzetto.output import table
+from bozzetto.own_sampling import brief_law, own_from
 from bozzetto.pipeline import ASSETS, is_hosted, model_folder
+from bozzetto.published import family_of, sampling_of
 
 _TARGETS: dict[str, Any] = {"llamagen": LlamaGenConfig, **{name: kinds[0] for name, kinds in CONTINUOUS.items()}}
 _DRAFTERS: dict[str, Any] = {SKETCH: SketchConfig, **{name: kinds[0] for name, kinds in DRAFTERS.items()}}
@@ -43,7 +46,7 @@ def list_models(folder: str | Path | None) -> str:
     found = [p.parent for p in [root / CONFIG, *sorted(root.glob(f"*/{CONFIG}"))] if p.is_file()]
     if not found:
         return f"no models found in {root}"
-    header = ("name", "family", "parameters", "image", "tokens", "classes", "where")
+    header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "where")
     return table(header, [_row(path) for path in found])
 
 
@@ -51,9 +54,25 @@ def _row(folder: Path) -> tuple[str, ...]:
     """One row of the table; a folder that cannot be read says so in place of its figures."""
     try:
         content = read_config(folder)
-        return (str(content.get("name", folder.name)), *_figures(folder, content), str(folder))
+        return (
+            str(content.get("name", folder.name)),
+            *_figures(folder, content),
+            _sampling(folder, content),
+            str(folder),
+        )
     except (UsageError, OSError) as error:
-        return (folder.name, "unreadable", "-", "-", "-", "-", f"{folder} ({str(error).splitlines()[0]})")
+        return (folder.name, "unreadable", "-", "-", "-", "-", "-", f"{folder} ({str(error).splitlines()[0]})")
+
+
+def _sampling(folder: Path, content: dict[str, Any]) -> str:
+    """How it is drawn where nothing is asked for."""
+    if content.get("family") in _DRAFTERS:
+        return "-"
+    own = own_from(content, folder / CONFIG)
+    if is_hosted(folder):
+        adapter = find_spec_file("", folder) or known_by(content)
+        own = read_spec(adapter).sampling if adapter else sampling_of(family_of(content), folder)
+    return brief_law(own)
 
 
 def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:

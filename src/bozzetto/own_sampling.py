@@ -75,6 +75,14 @@ def with_stated(own: OwnSampling, names: tuple[str, ...], content: Mapping[str, 
     return replace(own, **{name: known[name] for name in said}, source=f"{whose}; {own.source}")
 
 
+def brief_law(own: OwnSampling) -> str:
+    """The law, without what is as it is for most models."""
+    parts = [f"guidance {own.guidance:g}"]
+    parts += [f"temperature {own.temperature:g}"] * (own.temperature != 1)
+    parts += [f"top-k {own.top_k}"] * bool(own.top_k) + [f"top-p {own.top_p:g}"] * (own.top_p != 1)
+    return ", ".join(parts)
+
+
 def sampling_line(used: Mapping[str, Any]) -> str:
     """What `Pipeline.sampling` tells, for people."""
     asked, parts = used["asked"], []

@@ -1,4 +1,5 @@
 """How the authors of known families sample their models: the numbers of their own commands, with where they stand.
+(Families that are read by adapter files have theirs there.)
 
 The temperature is 1 and nothing is filtered where a command says nothing of it. Sources are public repositories and the
 files in them; they were read there, no weights were run.
@@ -7,9 +8,11 @@ files in them; they were read there, no weights were run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
-from bozzetto.own_sampling import OwnSampling
+from bozzetto.files import read_json
+from bozzetto.own_sampling import OwnSampling, with_stated
 
 _QUALITY = " masterpiece, film grained, best quality."
 _POOR = (
@@ -44,9 +47,6 @@ FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(
             source="GAIR-NLP/anole, chameleon/inference/chameleon.py (of facebookresearch)",
         ),
         "lumina-mgpt": OwnSampling(4.0, top_k=2000, source="Alpha-VLLM/Lumina-mGPT, README.md"),
-        "lumina-mgpt-2": OwnSampling(4.0, top_k=4096, source="Alpha-VLLM/Lumina-mGPT-2.0, README.md"),
-        # Its top-k of 64,000 are all codes.
-        "simplear": OwnSampling(6.0, source="wdrink/SimpleAR, generate.py, as addisonwu05/llm-polysemy runs it"),
         # Guidance is the second stage's: the tokens are drawn without.
         "glm-image": OwnSampling(1.0, 0.9, top_p=0.75, source="zai-org/GLM-Image, README.md (note)"),
         # The first README of the repository takes 50 steps, a last one of 0.04 and a norm: it is another sampler.
@@ -75,3 +75,22 @@ STATED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 def published(family: str) -> OwnSampling:
     """What is known of a family ("llamagen-c2i-B", "mar-H", "emu3"); the usual values of one that is not."""
     return FAMILIES.get(family, OwnSampling())
+
+
+def sampling_of(family: str, folder: Path) -> OwnSampling:
+    """What is known of a family, with what the folder's generation_config.json says of pictures: the file itself, for
+    transformers puts its own usual values (top-k 50) beside. Raises UsageError for a bad value in it."""
+    own, file = published(family), folder / "generation_config.json"
+    if family not in STATED or not file.exists():
+        return own
+    return with_stated(own, STATED[family], read_json(file), file)
+
+
+def family_of(config: Mapping[str, object]) -> str:
+    """What the table calls the family of a transformers config.json."""
+    kind, names = config.get("model_type"), config.get("architectures")
+    if kind == "chameleon" and isinstance(names, list) and any("XLLMX" in str(name) for name in names):
+        return "lumina-mgpt"
+    if kind == "nextstep":
+        return "nextstep-1.1" if "genloss_type" in config else "nextstep-1"
+    return {"multi_modality": "janus", "glm_image": "glm-image"}.get(str(kind), str(kind))

@@ -64,6 +64,13 @@ def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
     return replace(base, drafter=drafter, rule=rule, **settings)
 
 
+def own_for(pipe: Pipeline, folders: Iterable[Path]) -> OwnSampling:
+    """What is taken where nothing is asked for: the model's own values, or those that were the same for all models
+    where one of these folders is of a version that knew no others."""
+    early = any((folder / RUN).exists() and SAMPLING not in read_run(folder) for folder in folders)
+    return OwnSampling(source="the version that began the folder") if early else pipe.own
+
+
 def slug(method: str) -> str:
     """Folder name of a method."""
     return re.sub(r"[^\w.+-]+", "-", method)
@@ -86,9 +93,9 @@ class SampleRun:
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
         if pipe.undecoded:
             raise UsageError(f"{pipe.name} draws tokens and no pictures here, which samples are: {pipe.undecoded}")
-        if self._early():
-            settings = settings.with_own(OwnSampling())
-        self.sampling = pipe.sampling(settings)
+        own, asked = own_for(pipe, [self.folder]), pipe.sampling(settings)["asked"]
+        settings = settings.with_own(own)
+        self.sampling = {**pipe.sampling(settings), "asked": asked, "source": own.source}
         labels = pipe.labels(classes, settings)
         # What asks for the same in any process: a prompt has a number in this one only, a name may be of two classes.
         self.classes: list[str | int] = [pipe.classes[i] for i in labels] if pipe.takes_prompts else list(labels)
@@ -100,10 +107,6 @@ class SampleRun:
         self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
         plan_batches([0], 1, seed, 0, settings.batch)  # refuses a seed out of range
         self._check_folder()
-
-    def _early(self) -> bool:
-        """Whether the folder is of a version in which what was not asked for was the same for all models."""
-        return (self.folder / RUN).exists() and SAMPLING not in read_run(self.folder)
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""

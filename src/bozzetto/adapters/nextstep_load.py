@@ -28,6 +28,7 @@ from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.flow_cache import EulerSampler
 from bozzetto.models.store import CONFIG, Held, header_of, open_tensors, read_config
+from bozzetto.published import family_of
 
 VAE, VAE_WEIGHTS = "vae", "checkpoint.pt"
 _UNUSED = ("lm_head.weight", "gen_pos_embed")  # of words; of a table that grid_positions computes
@@ -54,7 +55,7 @@ def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
     tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, config=body.config)
     factor = vae.config.downsample
     # NextStep-1.1's config.json is of another make than its predecessors'.
-    own = source.sampling("nextstep-1.1" if "genloss_type" in source.config else "nextstep-1")
+    own = source.sampling(family_of(source.config))
     side = factor * _number(source, 64, "latent_size", "image_size")
 
     def sized(size: tuple[int, int]) -> Hosted:

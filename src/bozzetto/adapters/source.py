@@ -14,13 +14,12 @@ from torch import Tensor
 from bozzetto.adapters.checkpoint import check_folder, weight_files
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
 from bozzetto.errors import UsageError, brief
-from bozzetto.files import read_json
 from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.convert import open_state
 from bozzetto.models.store import usual_type
-from bozzetto.own_sampling import OwnSampling, with_stated
-from bozzetto.published import STATED, published
+from bozzetto.own_sampling import OwnSampling
+from bozzetto.published import sampling_of
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 
@@ -63,12 +62,8 @@ class Source:
             raise UsageError(f"{self.name}: its {what} could not be read: {reason}") from error
 
     def sampling(self, family: str) -> OwnSampling:
-        """How the authors of a family (published.py) sample it, with what the folder's generation_config.json says of
-        pictures: the file itself, for transformers puts its own usual values (top-k 50) beside."""
-        own, file = published(family), self.folder / "generation_config.json"
-        if family not in STATED or not file.exists():
-            return own
-        return with_stated(own, STATED[family], read_json(file), file)
+        """How the authors of a family sample it: see `sampling_of`."""
+        return sampling_of(family, self.folder)
 
     def stored(self) -> str:
         """The type of the weights: what config.json says of the whole or of its language model, else what most weights

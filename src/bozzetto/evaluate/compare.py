@@ -34,7 +34,7 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.output import table
 from bozzetto.pipeline import GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.sampling import SampleRun, method_settings, sample, slug
+from bozzetto.sampling import SampleRun, method_settings, own_for, sample, slug
 from bozzetto.shards import RUN, Samples, read_run, read_samples
 
 COMPARISON = "comparison.json"
@@ -75,7 +75,8 @@ def compare(
     pipe: Pipeline, settings: CompareSettings, extractor: FeatureExtractor, out: Path, *, progress: bool = False
 ) -> dict[str, Any]:
     """Sample what is missing, test, write `comparison.json` into `out`; returns its content."""
-    settings = replace(settings, base=settings.base.with_own(pipe.own))
+    folders = sorted((out / "samples").glob("*"))
+    settings = replace(settings, base=settings.base.with_own(own_for(pipe, folders)))
     seeds = _seeds(settings)
     for folder in filter(is_folder, (settings.a, settings.b)):
         _check_weights(pipe, _settings_of(folder))

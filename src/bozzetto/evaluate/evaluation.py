@@ -37,7 +37,7 @@ from bozzetto.images import contact_sheet
 from bozzetto.output import table
 from bozzetto.pipeline import ROUNDING, GenerateSettings, Pipeline
 from bozzetto.provenance import provenance
-from bozzetto.sampling import SampleRun, batched, method_settings, slug
+from bozzetto.sampling import SampleRun, batched, method_settings, own_for, slug
 from bozzetto.shards import Samples, read_samples
 
 EVALUATION, NEAREST = "evaluation.json", "nearest.png"
@@ -106,7 +106,8 @@ def evaluate(
     pipe: Pipeline, settings: EvaluateSettings, extractor: FeatureExtractor, out: Path, *, progress: bool = False
 ) -> dict[str, Any]:
     """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
-    settings = replace(settings, base=settings.base.with_own(pipe.own))
+    folders = [out / "samples" / slug(m) for m in settings.all_methods()]
+    settings = replace(settings, base=settings.base.with_own(own_for(pipe, folders)))
     path = data_path(pipe, settings.data)
     run_of = partial(SampleRun, pipe=pipe, seed=settings.seed, classes=prompts_for(pipe, path)[: settings.count])
     runs = [

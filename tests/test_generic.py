@@ -188,6 +188,32 @@ def test_tokens_without_a_decoder_are_written_and_have_no_neighbours(tmp_path: P
         bozzetto.load(model).generate(["a dog"], rule="lantern:k=3")
 
 
+def test_decoder_tokenizer_and_adapter_may_lie_elsewhere_and_are_part_of_the_fingerprint(
+    plain: Path, tmp_path: Path
+) -> None:
+    pipe = bozzetto.load(plain)
+    wanted, known = pipe.generate(["a dog"]).images[0], {pipe.fingerprint()}
+    away = tmp_path / "away"
+    away.mkdir()
+    for name in ("vq.pt", "tokenizer.json", "tokenizer_config.json"):
+        (plain / name).rename(away / name)
+    there = {"vqgan": away / "vq.pt", "tokenizer": str(away)}
+    moved = bozzetto.load(plain, **there)
+    assert moved.generate(["a dog"]).images[0].sha256 == wanted.sha256
+    known.add(moved.fingerprint())
+    torch.save({"model": llamagen_state(seed=1)}, away / "vq.pt")
+    other = bozzetto.load(plain, **there)
+    assert other.generate(["a dog"]).images[0].sha256 != wanted.sha256
+    known.add(other.fingerprint())
+    changed(plain, prompt="an old {prompt}<boi>")
+    known.add(bozzetto.load(plain, **there).fingerprint())
+    known.add(bozzetto.load(plain, **there, image_size="16x8").fingerprint())
+    assert len(known) == 4  # a size is no other model
+    with pytest.raises(UsageError, match=r"vqgan = .* is not allowed"):
+        changed(plain, decoder={"kind": "none"})
+        bozzetto.load(plain, **there)
+
+
 def test_a_spec_is_plain() -> None:
     spec = AdapterSpec(8, 2, ("4x4",), "{prompt}", "", offset=3)
     assert spec.said("{width} {height} {columns} {rows}{wide}", (4, 4), "") == "4 4 2 2"

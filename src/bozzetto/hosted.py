@@ -19,6 +19,7 @@ from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.adapters.source import Hosted
 from bozzetto.drafters.grow import Sketcher
 from bozzetto.errors import UsageError
+from bozzetto.files import digest
 from bozzetto.hub import model_name
 from bozzetto.images import Origin
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
@@ -97,7 +98,8 @@ class _Prompted(Pipeline):
         raise NotImplementedError
 
     def _fingerprint(self) -> str:
-        return checkpoint_digest(self.source)
+        own, besides = checkpoint_digest(self.source), self.hosted.besides
+        return hashlib.sha256(f"{own} {digest(*besides)}".encode()).hexdigest()[:16] if besides else own
 
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         words = (settings or GenerateSettings()).with_own(self.own)
@@ -154,24 +156,25 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         self.take_prompts(hosted, source)
         if sampler:  # with steps of its own
             self.own = replace(self.own, steps=made.steps, source=f"{sampler}; {self.own.source}")
-        if not self.target.schedule.moving:  # then drafts of whole tokens are hardly ever kept
+        if not self.target.schedule.moving:  # tokens have no density
             self.default_drafter = "none"
             self.default_rules = {"none": Coupled.name, "jacobi": Pathwise.name}
-            self.default_methods = ("none", "none/coupled", "jacobi/pathwise:epsilon=0.1")
+            self.default_methods = ("none/plain", "none/coupled", "jacobi/pathwise:epsilon=0.1")
 
     def _again(self, hosted: Hosted) -> HostedFlowPipeline:
         return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)
 
     def _fingerprint(self) -> str:
         folder = autoencoder_folder(self.source, self._vae)
-        parts = (super()._fingerprint(), checkpoint_digest(folder), self._sampler)
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{super()._fingerprint()} {checkpoint_digest(folder)}".encode()).hexdigest()[:16]
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
-        if make_path_rule(settings.rule).isotropic and not self.target.schedule.moving:
+        rule = make_path_rule(settings.rule)
+        if not self.target.schedule.moving and (rule.needs_path or rule.isotropic):
             raise UsageError(
-                f"rule {settings.rule!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
+                f"rule {settings.rule!r} is not allowed here: the sampler's last step adds no noise, so that tokens "
+                "have no density (plain, coupled, pathwise)"
             )
         return settings
 

@@ -21,6 +21,7 @@ _WANTED = (
     "*.jinja",
     "vqgan.ckpt",
     "tokenizer/vqgan.ckpt",
+    "bozzetto.y*ml",
     "*checkpoint.pt",
 )
 _PICKLES = ("*.bin",)

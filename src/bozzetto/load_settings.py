@@ -31,8 +31,8 @@ class LoadSettings:
     path_registry.py reads it ("": as published); adapter: file that describes a language model whose image tokens are
     words (adapters/spec.py), or the name of a shipped one ("": what lies in the model's folder, if anything);
     tokenizer: a folder or a name on the hub whose tokenizer a model takes that comes without; vqgan: file with the
-    decoder of Chameleon's image tokens; offline: ask no network for anything, from here on in this process, as
-    HF_HUB_OFFLINE=1 does.
+    decoder of image tokens, of Chameleon's family and of adapters; offline: ask no network for anything, from here on
+    in this process, as HF_HUB_OFFLINE=1 does.
 
     Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
     """

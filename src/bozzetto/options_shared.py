@@ -36,8 +36,8 @@ class Loading:
     image_size: int | str = 0
     """Pixels per side, or WIDTHxHEIGHT, for models that have a choice (Emu3, Lumina-mGPT, NextStep-1). 0: the usual."""
     vae: str = ""
-    """NextStep-1: folder of its autoencoder (config.json, checkpoint.pt), or its name on the hub. Not given: the
-    model's own vae."""
+    """NextStep-1: folder of its autoencoder (config.json, checkpoint.pt), or its name on the hub. Not given: the folder
+    vae of the model's own."""
     sampler: str = ""
     """NextStep-1: euler:steps=28:shift=1:last=0:norm=0 (as the model pages have it) or flow-sde:steps=30:level=0.8 (as
     NextStep-1.1's repository has it). Each is a law of its own. Not given: the first."""
@@ -47,7 +47,7 @@ class Loading:
     tokenizer: str = ""
     """For a Lumina-mGPT that comes without: a folder or a name on the hub with its tokenizer."""
     vqgan: Path | None = None
-    """For models of Chameleon's family: the tokenizer checkpoint (vqgan.ckpt), if not in the folder."""
+    """For models of Chameleon's family, and of adapters: the checkpoint of the decoder, if not in the folder."""
     offline: bool = False
     """Ask no network: names on the hub are looked for in its cache only."""
 

@@ -42,12 +42,15 @@ class ChameleonFiles:
     codes: int
 
 
-def chameleon_files(source: Source) -> ChameleonFiles:
-    """The weights, mapped from their files. Raises UsageError."""
+def chameleon_files(source: Source, mapped: bool = True) -> ChameleonFiles:
+    """The weights, mapped from their files. mapped: whether config.json has to say which words are image tokens. Raises
+    UsageError."""
     config = source.read("config.json", ChameleonForConditionalGeneration.config_class.from_pretrained)
+    if not mapped and not config.vocabulary_map:
+        config.vocabulary_map = {}
     source.check(ChameleonLanguage, config)
     codes = sum(str(word).startswith("IMGIMG") for word in config.vocabulary_map or ())
-    if not codes:
+    if mapped and not codes:
         raise UsageError(f"{source.folder / 'config.json'}: vocabulary_map has no words for image tokens (IMGIMG...)")
     language, vq = {}, {}
     for key, value in source.tensors().items():

@@ -39,10 +39,10 @@ class CodeDecoder(nn.Module):
 
 
 def vqgan_decoder(state: Mapping[str, Tensor], path: Path) -> CodeDecoder:
-    """Of Chameleon's kind: the decoder of KL-16."""
-    config = decoder_config(state)
+    """Of Chameleon's kind: the decoder of KL-16, under the same names."""
+    config, part = decoder_config(state), {key: value.float() for key, value in decoder_part(state).items()}
     decoder = KL16Decoder(config)
-    load_strict(decoder, from_published(decoder_part(state), len(config.widths)), path)
+    load_strict(decoder, from_published(part, len(config.widths)), path)
     return CodeDecoder(state[_CODES].float(), decoder)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bozzetto.adapters.chameleon_files import chameleon_files, chameleon_network
 from bozzetto.adapters.decoders import read_decoder, scale_of
 from bozzetto.adapters.lined import LinedTarget, without_line_ends
 from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
@@ -17,7 +18,7 @@ from bozzetto.adapters.source import Hosted, Source, fits_context
 from bozzetto.adapters.spec import TOKENIZER, AdapterSpec, filled
 from bozzetto.adapters.undecoded import LinedTokens, TokenPictures
 from bozzetto.errors import UsageError, brief
-from bozzetto.hub import fetched_file
+from bozzetto.hub import fetched, fetched_file
 from bozzetto.load_settings import LoadSettings
 
 _SAME = 0.1  # of the spread of logits: what rounding in two bytes may turn
@@ -44,13 +45,14 @@ class WordsTarget(PromptedCodes):
 
 def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: Path) -> Hosted:
     """The model in a folder, as the adapter file at `path` says."""
-    source.refuse(wanted, "tokenizer", "vqgan")
-    tokenizer, network = _tokenizer(source), _network(source, wanted, spec)
+    tokenizer, network = _tokenizer(source, wanted), _network(source, wanted, spec)
     body, head = network.get_decoder(), network.get_output_embeddings().weight
     codes, end = _codes(spec, tokenizer, len(head), path), None
     if spec.line_end:
         end = _word(tokenizer, spec.line_end, path)
-    decoder = None if spec.decoder.kind == "none" else _decoder(spec, source, path).to(network.device)
+    found = _decoder_file(spec, source, wanted, path)
+    decoder = None if found is None else _decoder(spec, found, path).to(network.device)
+    besides = (path, *([found] if found is not None and found.parent != source.folder else ()))
     bos = tokenizer.bos_token or tokenizer.eos_token or ""
 
     def sized(size: tuple[int, int]) -> Hosted:
@@ -71,25 +73,26 @@ def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: 
         pictures = _pictures(spec, decoder, rows, columns)
         _check_law(network, target, ask("a", "").without, path)
         sizes = spec.every_size
-        return Hosted(target, pictures, ask, spec.sampling, tokenizer, sizes=sizes, sized=sized)
+        return Hosted(target, pictures, ask, spec.sampling, tokenizer, sizes, sized, besides)
 
     return sized(wanted.size or spec.every_size[0])
 
 
-def _tokenizer(source: Source) -> Any:
+def _tokenizer(source: Source, wanted: LoadSettings) -> Any:
     from transformers import AutoTokenizer
 
-    return source.read("tokenizer", AutoTokenizer.from_pretrained)
+    place = fetched(wanted.tokenizer) if wanted.tokenizer else source.folder
+    return source.read("tokenizer", AutoTokenizer.from_pretrained, place)
 
 
 def _network(source: Source, wanted: LoadSettings, spec: AdapterSpec) -> Any:
     """The network that config.json, or the adapter, names. Raises UsageError for one that transformers does not have,
     or whose layers do not all see everything before them."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, ChameleonForConditionalGeneration
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = spec.body or str(source.config.get("model_type"))
     if kind == "chameleon":
-        return source.network(ChameleonForConditionalGeneration, wanted)
+        return chameleon_network(source, wanted, chameleon_files(source, mapped=False))
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(f"{source.name}: model type {brief(kind)} is no language model of transformers")
     config = source.read("config.json", CONFIG_MAPPING[kind].from_pretrained)
@@ -123,9 +126,8 @@ def _word(tokenizer: Any, name: str, path: Path) -> int:
     return int(number)
 
 
-def _decoder(spec: AdapterSpec, source: Source, path: Path) -> Any:
-    """The decoder that the adapter names, of as many codes and pixels as it says."""
-    found = _decoder_file(spec, source, path)
+def _decoder(spec: AdapterSpec, found: Path, path: Path) -> Any:
+    """The decoder in a file, of the kind, and of as many codes and pixels, as the adapter says."""
     decoder = read_decoder(spec.decoder.kind, found)
     for name, have, want in (("codes", len(decoder.codebook), spec.codes), ("pixels", scale_of(decoder), spec.pixels)):
         if have != want:
@@ -133,13 +135,19 @@ def _decoder(spec: AdapterSpec, source: Source, path: Path) -> Any:
     return decoder
 
 
-def _decoder_file(spec: AdapterSpec, source: Source, path: Path) -> Path:
+def _decoder_file(spec: AdapterSpec, source: Source, wanted: LoadSettings, path: Path) -> Path | None:
+    """Where the decoder is: as asked for, beside the adapter, in the model's folder, on the hub; None without one."""
+    if spec.decoder.kind == "none":
+        source.refuse(wanted, "vqgan")
+        return None
+    if wanted.vqgan:
+        return Path(wanted.vqgan)
     name, hub = spec.decoder.file, spec.decoder.hub
     if found := next((p for p in (path.parent / name, source.folder / name) if p.is_file()), None):
         return found
     if not hub:
-        raise UsageError(f"{path}: its decoder {name} is neither beside it nor in {source.folder}")
-    return fetched_file(hub, name, f"put it into {source.folder}")
+        raise UsageError(f"{path}: its decoder {name} is neither beside it nor in {source.folder} (or --vqgan)")
+    return fetched_file(hub, name, f"give it with --vqgan, or put it into {source.folder}")
 
 
 def _pictures(spec: AdapterSpec, decoder: Any, rows: int, columns: int) -> HostedPictures:

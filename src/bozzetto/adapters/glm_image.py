@@ -76,6 +76,7 @@ def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
     beside = source.folder.parent / PROCESSOR
     lies = source if (source.folder / "tokenizer_config.json").is_file() else replace(source, folder=beside)
     processor = lies.read("processor", GlmImageProcessor.from_pretrained)
+    besides = () if source.whole or lies is source else (beside / "tokenizer.json",)
     network = source.network(GlmImageForConditionalGeneration, wanted)
     stage, own = second_stage(source, wanted), source.sampling("glm-image")
     if own.top_k >= network.config.vq_config.num_embeddings:  # as published: all words of the head
@@ -99,6 +100,6 @@ def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
             return Prompt(tuple(numbers(prepared(text))), tuple(numbers(prepared(negative))))
 
         pictures = glm_pictures(network, stage, target.skipped, rows, columns)
-        return Hosted(target, pictures, ask, own, processor.tokenizer, SIZES, sized)
+        return Hosted(target, pictures, ask, own, processor.tokenizer, SIZES, sized, besides)
 
     return sized(wanted.size or SIZES[0])

@@ -55,7 +55,7 @@ def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = N
     """
     source = _source(str(model), fetched(model) if folder is None else folder)
     if path := find_spec_file(wanted.adapter, source.folder) or known_by(source.config):
-        return _for_words(load_generic(source, wanted.for_weights(source.stored), read_spec(path), path))
+        return _finished(load_generic(source, wanted.for_weights(source.stored), read_spec(path), path), wanted)
     kind = source.config.get("model_type")
     if why := way_out(source.name, source.config):
         raise UsageError(f"{model}: {why}")
@@ -64,7 +64,7 @@ def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = N
             f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
             "LlamaGen and MAR checkpoints: bozzetto convert; a language model whose image tokens are words: --adapter)"
         )
-    return _for_words(FAMILIES[kind](source, wanted.for_weights(source.stored)))
+    return _finished(FAMILIES[kind](source, wanted.for_weights(source.stored)), wanted)
 
 
 def _source(name: str, folder: Path) -> Source:
@@ -80,11 +80,14 @@ def _source(name: str, folder: Path) -> Source:
     return Source(name, folder / ENCODER, read_config(folder / ENCODER), folder)
 
 
-def _for_words(hosted: Hosted) -> Hosted:
-    """In any size with prompts that are words."""
-    made = hosted.sized
-    sized = None if made is None else lambda size: _for_words(made(size))
-    return replace(hosted, ask=of_words(hosted.ask, hosted.tokenizer, hosted.target), sized=sized)
+def _finished(hosted: Hosted, wanted: LoadSettings) -> Hosted:
+    """In any size with prompts that are words, and with the files that were asked for besides the folder."""
+    made, besides = hosted.sized, list(hosted.besides)
+    besides += [Path(wanted.vqgan)] if wanted.vqgan and Path(wanted.vqgan) not in besides else []
+    besides += [fetched(wanted.tokenizer) / "tokenizer.json"] if wanted.tokenizer else []
+    sized = None if made is None else lambda size: _finished(made(size), wanted)
+    ask = of_words(hosted.ask, hosted.tokenizer, hosted.target)
+    return replace(hosted, ask=ask, sized=sized, besides=tuple(path for path in besides if path.is_file()))
 
 
 def checkpoint_digest(model: str | Path) -> str:

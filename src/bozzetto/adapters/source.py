@@ -29,7 +29,7 @@ class Hosted:
     """What was loaded. target: PromptedCodes, or one of continuous tokens; pictures: what a pipeline calls its
     tokenizer; ask: from texts to tokens; own: how its authors sample it; tokenizer: of transformers, whose special
     tokens no prompt may hold; sizes: (width, height) that its authors draw; sized: the same model, and the same
-    weights, for pictures of another size."""
+    weights, for pictures of another size; besides: files outside the folder that say what is drawn."""
 
     target: Any
     pictures: Any
@@ -38,6 +38,7 @@ class Hosted:
     tokenizer: Any = None
     sizes: tuple[tuple[int, int], ...] = ()
     sized: Callable[[tuple[int, int]], Hosted] | None = None
+    besides: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

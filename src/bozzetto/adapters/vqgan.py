@@ -1,8 +1,7 @@
 """The decoder of Chameleon's image tokens, which transformers does not hold: from the published tokenizer checkpoint,
 or from the model's own files where they carry it.
 
-A VQGAN (Esser et al., arXiv 2012.09841) whose decoder is that of the autoencoder in autoencoders/kl16.py, so the same
-key map serves.
+A VQGAN (Esser et al., arXiv 2012.09841), which adapters/decoders.py reads.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from bozzetto.adapters.chameleon_files import ChameleonFiles
+from bozzetto.adapters.decoders import vqgan_decoder
 from bozzetto.adapters.lined import without_line_ends
 from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
 from bozzetto.adapters.source import Source
-from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, decoder_part, from_published, numbered
+from bozzetto.autoencoders.kl16 import decoder_config
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.convert import read_state
-from bozzetto.models.store import load_strict
 
 NAMES = ("vqgan.safetensors", "vqgan.ckpt", "tokenizer/vqgan.ckpt")
 _CODES = "quantize.embedding.weight"
@@ -41,22 +40,16 @@ def vqgan_pictures(
     same = own is None or (own.shape == codebook.shape and torch.allclose(codebook, own.float(), rtol=1e-2, atol=1e-2))
     if not same or len(codebook) != files.codes:
         raise UsageError(f"{where}: its codes are not those of {source.name}")
-    config = decoder_config(state)
-    decoder = KL16Decoder(config)
-    part = {key: value.float() for key, value in decoder_part(state).items()}
-    load_strict(decoder, from_published(part, len(config.widths)), where)
-    decoder.eval().requires_grad_(False)
+    scale, decoder = decoder_config(state).downsample, vqgan_decoder(state, where).eval().requires_grad_(False)
 
     def made(rows: int, columns: int, device: torch.device) -> HostedPictures:
         decoder.to(device)
-        entries = codebook.to(device)
 
         def pixels(tokens: Tensor) -> Tensor:
-            found = without_line_ends(tokens, columns).flatten(1) if lined else tokens
-            return decoder(entries[found].transpose(1, 2).unflatten(2, (rows, columns)))
+            return decoder(without_line_ends(tokens, columns) if lined else tokens.unflatten(1, (rows, columns)))
 
         kind = LinedPictures if lined else HostedPictures
-        return kind(PictureConfig.of(rows, columns, config.downsample), entries, pixels)
+        return kind(PictureConfig.of(rows, columns, scale), decoder.codebook, pixels)
 
     return made
 
@@ -75,18 +68,3 @@ def _decoder(source: Source, wanted: LoadSettings, inside: Mapping[str, Tensor])
     if _CODES not in state or "decoder.conv_in.weight" not in state:
         raise UsageError(f"{where}: not a VQGAN tokenizer (wanted {_CODES}, decoder.conv_in.weight, ...)")
     return state, where
-
-
-def decoder_config(state: Mapping[str, Tensor]) -> KL16Config:
-    """The decoder's widths, from the shapes of its tensors. Raises UsageError as KL16Config does."""
-    levels = numbered(state, "decoder.up.")
-    widths = [len(state[f"decoder.up.{n}.block.0.conv1.weight"]) for n in range(levels)]
-    scale = 2 ** (levels - 1)
-    return KL16Config(
-        image_size=scale,  # of one code: it takes any number of them
-        token_dim=state["post_quant_conv.weight"].shape[1],
-        downsample=scale,
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        blocks=numbered(state, "decoder.up.0.block.") - 1,
-    )

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bozzetto.errors import UsageError
-from bozzetto.laws.schedules import FlowSchedule, diffusion_schedule, flow_schedule, noised_tables
+from bozzetto.laws.schedules import (
+    FlowSchedule,
+    diffusion_schedule,
+    euler_schedule,
+    flow_schedule,
+    flow_sde_schedule,
+    noised_tables,
+)
 
 FLOWS = [(1, 0.05, 1.0), (2, 0.3, 1.0), (7, 0.05, 2.5), (16, 0.01, 0.4)]
 CPU = torch.device("cpu")
@@ -124,6 +132,92 @@ def test_every_flow_step_adds_noise_and_the_last_as_much_as_asked(steps: int, la
     schedule = flow_schedule(steps, last_std, shift)
     assert bool((schedule.std > 0).all()) and float(schedule.std[-1]) == last_std
     assert float(schedule.time[0]) == 0 and bool((schedule.time.diff() > 0).all()) and float(schedule.time[-1]) < 1
+
+
+# NextStep-1's samplers, written out as they are published: from velocity to score or to noise and token.
+
+
+def chain(schedule: FlowSchedule, x: Tensor, noise: Tensor, velocity: Any) -> Tensor:
+    for k, t in enumerate(schedule.time):
+        x = schedule.of_state[k] * x + schedule.of_velocity[k] * velocity(x, t) + schedule.std[k] * noise[k]
+    return x
+
+
+def velocity(x: Tensor, t: Tensor) -> Tensor:
+    return torch.tanh(1.3 * x + t) - 0.4 * x
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    return u / (shift - (shift - 1) * u)
+
+
+@pytest.mark.parametrize(("steps", "shift", "last"), [(28, 1.0, 0.0), (50, 3.2, 0.04), (2, 1.0, 0.04), (1, 1.0, 0.0)])
+def test_euler_steps_are_those_of_drift_and_score(steps: int, shift: float, last: float) -> None:
+    x, *noise = torch.randn(steps + 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    schedule, made = euler_schedule(steps, shift, last), x
+    grid = torch.linspace(0, 1 - last, steps if last else steps + 1, dtype=torch.float64)
+    for k, (t, s) in enumerate(pairwise(shifted(grid, shift))):
+        v = velocity(made, t)
+        score = (t * v - made) / ((1 - t) ** 2 + t * (1 - t))
+        made = made + (v + (1 - t) * score) * (s - t) + (2 * (1 - t)).sqrt() * (s - t).sqrt() * noise[k]
+    if last:
+        made = made + last * velocity(made, shifted(grid, shift)[-1])
+    torch.testing.assert_close(chain(schedule, x, torch.stack(noise), velocity), made)
+    assert schedule.steps == steps and schedule.moving == (last == 0)
+    if last == 0 and shift == 1:  # the last step ends at time 1 and adds noise still
+        assert float(schedule.std[-1]) == pytest.approx(math.sqrt(2) / steps)
+
+
+@pytest.mark.parametrize(("steps", "shift", "level"), [(30, 1.0, 0.8), (12, 2.5, 0.3), (1, 1.0, 0.8)])
+def test_flow_sde_steps_mix_predicted_noise_and_token(steps: int, shift: float, level: float) -> None:
+    x, *noise = torch.randn(steps + 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    schedule, made = flow_sde_schedule(steps, shift, level), x
+    times = shifted(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+    for k, (t, s) in enumerate(pairwise(times)):
+        v, dt, sigma = velocity(made, t), s - t, 1 - t
+        x_0, x_1 = made - v * t, made + v * (1 - t)
+        std = (sigma / (1 - (times[-2] if sigma == 1 else sigma))).sqrt() * level
+        mean = x_0 * (1 - s) + x_1 * s - std**2 * dt / (2 * sigma) * x_0
+        made = mean + std * dt.sqrt() * noise[k]
+    torch.testing.assert_close(chain(schedule, x, torch.stack(noise), velocity), made)
+    assert schedule.steps == steps and schedule.moving
+
+
+def test_finer_euler_steps_come_nearer_to_the_law_of_gaussian_tokens() -> None:
+    """For tokens N(0, s^2) the velocity is linear in the state, so that the variance runs by a recursion."""
+    spread, found = 0.7, []
+    for steps in (16, 64, 256):
+        schedule, variance = euler_schedule(steps), 1.0
+        for k, t in enumerate(schedule.time.tolist()):
+            slope = (t * spread**2 - (1 - t)) / (t**2 * spread**2 + (1 - t) ** 2)
+            factor = float(schedule.of_state[k] + schedule.of_velocity[k] * slope)
+            variance = factor**2 * variance + float(schedule.std[k]) ** 2
+        found.append(abs(variance - spread**2))
+    assert found[0] > 2 * found[1] > 4 * found[2] and found[2] < 0.02
+
+
+@pytest.mark.parametrize("schedule", [euler_schedule(9), euler_schedule(9, 2.0, 0.04), flow_sde_schedule(9, 1.5)])
+def test_the_ancestry_of_a_published_sampler_gives_its_means(schedule: FlowSchedule) -> None:
+    ancestry, step = schedule.ancestry(CPU), torch.arange(9)
+    x, v = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    mean = schedule.of_state[:, None] * x + schedule.of_velocity[:, None] * v
+    token = x + (1 - schedule.time[:, None]) * v
+    torch.testing.assert_close(ancestry.mean_of(token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: euler_schedule(0), "steps = 0"),
+        (lambda: euler_schedule(5, 0.0), "shift = 0"),
+        (lambda: euler_schedule(5, 1.0, 1.0), "last = 1"),
+        (lambda: flow_sde_schedule(5, level=0.0), "level = 0"),
+        (lambda: flow_sde_schedule(5, level=1.5), "level = 1.5"),
+    ],
+)
+def test_bad_numbers_of_published_samplers_are_named(make: Any, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        make()
 
 
 def test_a_shift_above_one_spends_more_steps_near_the_noise() -> None:

@@ -156,25 +156,24 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         self.take_prompts(hosted, source)
         if sampler:  # with steps of its own
             self.own = replace(self.own, steps=made.steps, source=f"{sampler}; {self.own.source}")
-        if not self.target.schedule.moving:  # tokens have no density
+        if not self.target.schedule.moving:  # then drafts of whole tokens are hardly ever kept
             self.default_drafter = "none"
             self.default_rules = {"none": Coupled.name, "jacobi": Pathwise.name}
-            self.default_methods = ("none/plain", "none/coupled", "jacobi/pathwise:epsilon=0.1")
+            self.default_methods = ("none", "none/coupled", "jacobi/pathwise:epsilon=0.1")
 
     def _again(self, hosted: Hosted) -> HostedFlowPipeline:
         return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)
 
     def _fingerprint(self) -> str:
         folder = autoencoder_folder(self.source, self._vae)
-        return hashlib.sha256(f"{super()._fingerprint()} {checkpoint_digest(folder)}".encode()).hexdigest()[:16]
+        parts = (super()._fingerprint(), checkpoint_digest(folder), self._sampler)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
-        rule = make_path_rule(settings.rule)
-        if not self.target.schedule.moving and (rule.needs_path or rule.isotropic):
+        if make_path_rule(settings.rule).isotropic and not self.target.schedule.moving:
             raise UsageError(
-                f"rule {settings.rule!r} is not allowed here: the sampler's last step adds no noise, so that tokens "
-                "have no density (plain, coupled, pathwise)"
+                f"rule {settings.rule!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
             )
         return settings
 

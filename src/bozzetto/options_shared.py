@@ -36,8 +36,8 @@ class Loading:
     image_size: int | str = 0
     """Pixels per side, or WIDTHxHEIGHT, for models that have a choice (Emu3, Lumina-mGPT, NextStep-1). 0: the usual."""
     vae: str = ""
-    """NextStep-1: folder of its autoencoder (config.json, checkpoint.pt), or its name on the hub. Not given: the folder
-    vae of the model's own."""
+    """NextStep-1: folder of its autoencoder (config.json, checkpoint.pt), or its name on the hub. Not given: the
+    model's own vae."""
     sampler: str = ""
     """NextStep-1: euler:steps=28:shift=1:last=0:norm=0 (as the model pages have it) or flow-sde:steps=30:level=0.8 (as
     NextStep-1.1's repository has it). Each is a law of its own. Not given: the first."""

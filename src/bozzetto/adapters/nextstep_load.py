@@ -31,6 +31,7 @@ from bozzetto.models.store import CONFIG, Held, header_of, open_tensors, read_co
 from bozzetto.published import family_of
 
 VAE, VAE_WEIGHTS = "vae", "checkpoint.pt"
+_UNUSED = ("lm_head.weight", "gen_pos_embed")  # of words; of a table that grid_positions computes
 _HEAD, _AREA, _BLOCKS = "image_head.net.", "<|image_area|>", ("num_res_blocks", 2)
 
 
@@ -127,6 +128,7 @@ def _network(source: Source, shapes: Mapping[str, Held], token_dim: int, wanted:
     for what, found in (
         ("missing", [key for key in names if key not in shapes]),
         ("misshapen", [key for key, shape in names.items() if key in shapes and shapes[key].shape != tuple(shape)]),
+        ("of an unknown network", [key for key in shapes if key not in names and key not in _UNUSED]),
     ):
         if found:
             raise UsageError(f"{source.name}: {what} in its weights: {', '.join(found[:4])} ({len(found)} in all)")

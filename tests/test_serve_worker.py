@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from bozzetto import load
+from bozzetto.engine.batch_lane import BatchLane
+from bozzetto.engine.slots import SlotLane
 from bozzetto.errors import UsageError
 from bozzetto.pipeline import Pipeline
 from bozzetto.prompts import PromptBook
@@ -137,7 +139,7 @@ def test_a_warm_up_that_fails_is_logged_with_its_cause(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "/secret/folder")
 
-    monkeypatch.setattr(pipe, "decode", full)
+    monkeypatch.setattr("bozzetto.admission.Admission.step", full)
     worker = Worker(lambda: {"tiny": pipe})
     worker.start()
     worker.join(20)
@@ -147,12 +149,31 @@ def test_a_warm_up_that_fails_is_logged_with_its_cause(
     )
 
 
-def test_who_is_told_to_stop_does_not_finish_the_warm_up(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker(lambda: {"tiny": pipe}, slots=4)
+@pytest.mark.parametrize(("mode", "passes"), [("off", 1), ("default", 5 * 16)])
+def test_only_graphs_are_worth_whole_pictures_before_the_first_request(
+    mode: str, passes: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: list[str]
+) -> None:
+    pipe, stepped = load(tiny_model, device="cpu"), list[int]()
+    for kind in (SlotLane, BatchLane):
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, step=step: (stepped.append(self.active), step(self))[1])
+    base = GenerateSettings(drafter="none", compile=mode)
+    worker = Worker(lambda: {"tiny": pipe}, slots=4, base=base)
+    worker.start()
+    until(worker.ready.is_set, 120)  # the kernels are built
+    assert sum(stepped) == passes  # each image of 16 tokens in 16, one alone and four together
+    worker.stop()
+    worker.join(20)
+
+
+def test_who_is_told_to_stop_does_not_finish_the_warm_up(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, uncompiled: list[str]
+) -> None:
+    worker = Worker(lambda: {"tiny": pipe}, slots=4, base=GenerateSettings(compile="default"))
     drawn: list[Any] = []
     monkeypatch.setattr(pipe, "decode", lambda tokens: (drawn.append(tokens), worker.stop()))
     worker.start()
-    worker.join(20)
+    worker.join(120)
     assert len(drawn) == 1 and not worker.is_alive() and worker.failure is None
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -157,9 +158,14 @@ class Worker(threading.Thread):
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """One image alone and as many as there are slots, of every model, so that no request waits for graphs. Left
-        early by who is told to stop: nothing is accepted before it is over."""
+        """One pass of every model; where passes are compiled, one image alone and as many as there are slots, so that
+        no request waits for graphs. Left early by who is told to stop: nothing is accepted before it is over."""
         for loop in self.loops.values():
+            if self.stopping:
+                return
+            if self.base.compile == "off":
+                self._one_pass(loop.pipe)
+                continue
             label = loop.pipe.labels((), self.base)[0]
             for count in sorted({1, self.slots}):
                 for index in range(count):
@@ -168,18 +174,21 @@ class Worker(threading.Thread):
                     for ticket in loop.step():
                         loop.pipe.decode(ticket.tokens)
 
+    def _one_pass(self, pipe: Pipeline) -> None:
+        """Of sequential decoding of an image of ours. Raises what it fails with."""
+        alone, settings = Admission(pipe, 1, 1), replace(self.base, drafter="none", rule="auto")
+        alone.submit(pipe.labels((), settings)[0], settings=settings)
+        alone.step()
+        if alone.broken is not None:
+            raise alone.broken
+
     def _look_again(self) -> None:
         """A pass with an image of ours tells a model that draws nothing any more from one request that could not be
         drawn."""
         self.looked = time.monotonic()
         for name in sorted(self.doubted):
-            pipe = self.loops[name].pipe
             try:
-                alone = Admission(pipe, 1, 1)
-                alone.submit(pipe.labels((), self.base)[0], settings=self.base)
-                alone.step()
-                if alone.broken is not None:
-                    raise alone.broken
+                self._one_pass(self.loops[name].pipe)
             except Exception as error:
                 self.trouble[name] = _named(error)
             else:

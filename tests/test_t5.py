@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 import bozzetto
 from bozzetto.adapters.t5 import T5Encoder, encoder_digest
@@ -98,10 +101,29 @@ def test_what_is_kept_has_a_limit(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"caption-{i}.safetensors" for i in (0, 2, 3)]
 
 
+def test_an_encoder_of_the_hub_is_known_by_its_commit(
+    t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache as huggingface_hub 1.x lays it out; nothing is asked of the network."""
+    commit, repository = "a" * 40, tmp_path / "hub" / "models--some--t5"
+    shutil.copytree(t5, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert encoder_digest("some/t5").endswith(commit) and encoder_digest("some/t5@v1").endswith(commit)
+    asked: list[Any] = []
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *given, **named: asked.append((given, named)))
+    with pytest.raises(UsageError, match="None with features of None numbers"):
+        T5Encoder("some/t5@v1", T, C, torch.float32, "cpu")
+    assert asked == [(("some/t5",), {"trust_remote_code": False, "revision": "v1"})]
+
+
 def test_a_long_caption_is_cut_as_published_and_said(encoder: T5Encoder, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "bozzetto"):
         assert encoder(["red " * 200])[1].all()
-    assert "is cut to 120 tokens" in caplog.text
+    assert "a prompt is cut to 120 tokens" in caplog.text
 
 
 def test_the_encoder_is_there_only_while_prompts_are_read(model: Path) -> None:
@@ -109,8 +131,11 @@ def test_the_encoder_is_there_only_while_prompts_are_read(model: Path) -> None:
     pipe.labels(["a white dog"])
     assert pipe.encoder._network is None
     pipe.remember(8)  # as a server does
+    folder = cache_folder()
+    kept = folder and sorted(folder.glob("caption-*"))
     pipe.labels(["a white house"])
     assert pipe.encoder._network is not None
+    assert folder and kept and kept == sorted(folder.glob("caption-*"))  # clients' words stay in memory
     again: Any = bozzetto.load(model)
     again.labels(["a white dog"])  # kept: nothing is loaded
     assert again.encoder._network is None and again.encoder._tokenizer is None
@@ -195,6 +220,11 @@ def test_the_layout_of_llama_gives_the_same_model(tmp_path: Path, monkeypatch: p
     content = json.loads((folder / "config.json").read_text()) | {"block_size": 1024}
     (folder / "config.json").write_text(json.dumps(content))
     assert "512 x 512 pixels" in convert_llamagen(folder, vq, tmp_path / "large")
+
+
+def test_a_llamagen_that_is_not_converted_is_told_how(tmp_path: Path) -> None:
+    folder = published.write_llama(tmp_path / "LlamaGen-T2I", published.transformer(True))
+    refused("a LlamaGen checkpoint is converted first: bozzetto convert llamagen --gpt", folder)
 
 
 def test_a_language_model_is_no_llamagen(tmp_path: Path) -> None:

@@ -35,14 +35,19 @@ def on_hub(model: str | Path) -> bool:
     return not (os.path.exists(model) or os.path.isdir(organisation) or organisation in _OURS)
 
 
+def split_name(model: str) -> tuple[str, str | None]:
+    """ORGANISATION/NAME and REVISION of a name on the hub; anything else as it is, without one."""
+    found = _NAME.fullmatch(model) if on_hub(model) else None
+    return (found[1], found[2]) if found else (model, None)
+
+
 def fetched(model: str | Path) -> Path:
     """A folder itself, or the one that a name on the hub was fetched into. Raises UsageError where it cannot be."""
     if not on_hub(model):
         return Path(model)
     import huggingface_hub
 
-    found = _NAME.fullmatch(str(model))
-    name, revision = found.groups() if found else (str(model), None)
+    name, revision = split_name(str(model))
 
     def fetch(*patterns: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))

@@ -23,7 +23,10 @@ EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrai
 
 
 class TextEncoder(Protocol):
-    """Texts -> features float32 [K, T, C], padded on the right, and their mask [K, T]. Raises UsageError."""
+    """Texts -> features float32 [K, T, C], padded on the right, and their mask [K, T]. keeps: whether features are
+    written to disk. Raises UsageError."""
+
+    keeps: bool
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
@@ -129,7 +132,7 @@ class CaptionPipeline(CodePipeline):
                 self.encoder.release()
 
     def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
-        self.serving = True
+        self.serving, self.encoder.keeps = True, False  # words of other people
         self.book.remember(prompts, busy)
 
     def _add(self, text: str, negative: str, label: int | None) -> int:

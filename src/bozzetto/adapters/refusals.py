@@ -46,6 +46,11 @@ _REFUSALS = (
         "weights as transformers reads them",
         name=r"(/|--)Anole-7b-v0\.1(?!-hf)\b",
     ),
+    _Refusal(
+        "a LlamaGen checkpoint is converted first: bozzetto convert llamagen --gpt FILE (or this folder) --vq "
+        "vq_ds16_t2i.pt (of classes: vq_ds16_c2i.pt) --out NEW",
+        name=r"(?i)llamagen",
+    ),
 )
 
 

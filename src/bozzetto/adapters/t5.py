@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bozzetto.adapters.load import checkpoint_digest
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError
 from bozzetto.files import digest
+from bozzetto.hub import split_name
 from bozzetto.models.caption_text import clean_caption
 from bozzetto.models.kept import cache_folder, find, keep, thin_out
 
@@ -36,8 +37,11 @@ class T5Encoder:
 
     source: a folder, or a name on the hub; tokens: T; dim: C, which has to be the encoder's; dtype: bfloat16 for
     anything but float32, for T5 overflows in float16. The network is loaded for the first caption whose features are
-    not kept. Raises UsageError where config.json cannot be read or is not that of such a T5.
+    not kept. keeps: whether new features are written to disk. Raises UsageError where config.json cannot be read or is
+    not that of such a T5.
     """
+
+    keeps = True
 
     def __init__(self, source: str | Path, tokens: int, dim: int, dtype: torch.dtype, device: str):
         from transformers import AutoConfig
@@ -71,7 +75,7 @@ class T5Encoder:
         self._network = None
 
     def fingerprint(self) -> str:
-        return checkpoint_digest(self.source)
+        return checkpoint_digest(_folder(self.source) or self.source)
 
     def _kept(self, text: str) -> Tensor:
         """Features [n, C] of a cleaned caption of n <= T tokens."""
@@ -83,6 +87,8 @@ class T5Encoder:
                 os.utime(path)
                 return load_file(path)["features"].clone()  # what is loaded is mapped, and the file may change
         made = self._encoded(text)
+        if not self.keeps:
+            return made
         # safetensors 0.8 reports a full disk as a SafetensorError, not as an OSError.
         with contextlib.suppress(OSError, SafetensorError):
             path = keep(name, lambda at: save_file({"features": made}, at), folder)
@@ -98,11 +104,11 @@ class T5Encoder:
         ).to(self.device)
         count = int(given["attention_mask"].sum())
         if count == self.tokens and len(self._tokenizer(text)["input_ids"]) > count:
-            logging.getLogger("bozzetto").warning("prompt %s is cut to %d tokens", brief(text), count)
+            logging.getLogger("bozzetto").warning("a prompt is cut to %d tokens", count)  # a client's words: not shown
         states = self._network(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
         made = states[0, :count].cpu().contiguous()
         if not bool(torch.isfinite(made).all()):
-            raise UsageError(f"text_encoder = {self.source!r} gives non-finite features of {brief(text)}")
+            raise UsageError(f"text_encoder = {self.source!r} gives non-finite features")
         return made
 
     def _load(self) -> None:
@@ -121,8 +127,11 @@ class T5Encoder:
 
     def _read(self, what: str, kind: Any, **options: Any) -> Any:
         """A from_pretrained. Its many kinds of error all mean that a file is missing or does not fit."""
+        name, revision = split_name(self.source)
+        if revision is not None:
+            options["revision"] = revision
         try:
-            return kind.from_pretrained(self.source, trust_remote_code=False, **options)
+            return kind.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(
@@ -134,14 +143,22 @@ class T5Encoder:
 def encoder_digest(source: str) -> str:
     """What tells one encoder from another on this machine. Of large files their name, size and time; a snapshot of the
     hub's is called by its commit."""
-    folder, total = Path(source), hashlib.sha256()
-    if not folder.is_dir():
-        import huggingface_hub
-
-        known = huggingface_hub.try_to_load_from_cache(source, "config.json")
-        return f"{source}@{Path(known).parent.name}" if isinstance(known, str) else source
+    folder, total = _folder(source), hashlib.sha256()
+    if folder is None or not Path(source).is_dir():
+        return f"{source} {folder and folder.name}"
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         about = path.stat()
         known = digest(path) if about.st_size <= _SMALL else f"{about.st_size} {about.st_mtime_ns}"
         total.update(f"{path.name} {known}\n".encode())
     return total.hexdigest()
+
+
+def _folder(source: str) -> Path | None:
+    """Where the files lie: in the folder itself, or in the hub's cache, where they are there."""
+    if Path(source).is_dir():
+        return Path(source)
+    import huggingface_hub
+
+    name, revision = split_name(source)
+    known = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(known).parent if isinstance(known, str) else None

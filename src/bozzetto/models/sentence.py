@@ -22,7 +22,7 @@ class SentenceEncoder:
     tokens: T, the most features of a text. Raises UsageError where the extra `text` is not installed.
     """
 
-    dim = 384
+    dim, keeps = 384, False
 
     def __init__(self, tokens: int):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from bozzetto.errors import UsageError
 from bozzetto.hub import fetched, model_name, on_hub
 from bozzetto.models.eagle import EagleNet, eagle_config
 from bozzetto.models.eagle_store import save_drafter
+from bozzetto.options import Serve
+from bozzetto.serve.command import models_of
 from published import chameleon
 from published.lumina import FAMILIES
 from test_hosted import WRITERS
@@ -140,7 +143,9 @@ def test_what_is_no_name_with_a_revision(name: str, tmp_path: Path, monkeypatch:
     assert not on_hub(name) and fetched(name) == Path(name)
 
 
-def test_a_model_is_called_what_it_is_wherever_it_lies() -> None:
+def test_a_model_is_called_what_it_is_wherever_it_lies(cache: Any, tiny_model: Path) -> None:
+    served = models_of(Serve(model=(str(cache("owner/tiny-model", tiny_model)), "owner/tiny-model@main")))
+    assert list(served) == ["tiny-model", "owner/tiny-model@main"]
     hub = "hub/models--Alpha-VLLM--Lumina-mGPT-7B-512/snapshots/590c1c5"
     names = {"a/b": "b", "a/b@main": "b", "folder/b": "b", hub: "Lumina-mGPT-7B-512", "x/models--y": "models--y"}
     assert {name: model_name(Path(name) if "@" not in name else name) for name in names} == names
@@ -198,6 +203,18 @@ def test_code_named_in_any_file_of_a_known_family_is_not_run(
         bozzetto.load(tmp_path / "m", image_size={"emu3": 24, "lumina": 32}.get(family, 0))
     except UsageError as error:
         assert "could not be read" in str(error)
+
+
+def test_every_reader_that_could_run_code_says_that_it_must_not() -> None:
+    """transformers' Auto classes follow auto_map; the other classes are code of its own."""
+    found = 0
+    for path in Path(bozzetto.__file__).parent.rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)):
+            read = call.func
+            if isinstance(read, ast.Attribute) and read.attr == "from_pretrained" and "Auto" in ast.unparse(read.value):
+                found += 1
+                assert "trust_remote_code=False" in ast.unparse(call), f"{path}:{call.lineno}"
+    assert found
 
 
 @pytest.mark.parametrize(

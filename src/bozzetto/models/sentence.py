@@ -34,7 +34,7 @@ class SentenceEncoder:
         logging.set_verbosity_error()  # the package's weights have a pooling layer that nobody asks for
         logging.disable_progress_bar()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.model = BertModel.from_pretrained(path, add_pooling_layer=False).eval().requires_grad_(False)
         finally:
             logging.set_verbosity(level)

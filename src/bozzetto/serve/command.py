@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
+from bozzetto.hub import model_name
 from bozzetto.loading import load
 from bozzetto.options import Serve
 from bozzetto.options_shared import loading_of
@@ -78,7 +79,7 @@ def models_of(options: Serve) -> dict[str, str]:
     of one name."""
     found: dict[str, str] = {}
     for model in options.model or ("flowers",):
-        name = Path(model).name if Path(model).is_dir() else model
+        name = model_name(Path(model)) if Path(model).is_dir() else model
         if name in found:
             raise UsageError(f"model {model!r} is not allowed: there is one of that name already")
         found[name] = model

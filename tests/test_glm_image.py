@@ -19,6 +19,7 @@ import bozzetto
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
+from bozzetto.listing import list_models
 from bozzetto.sampling import SampleRun
 from bozzetto.settings import GenerateSettings
 from published.glm_image import PIXELS, PROMPTS, write
@@ -88,10 +89,13 @@ def test_the_first_stages_folder_draws_tokens_only(whole: Path, tmp_path: Path, 
                 assert map_of_tokens.size == (PIXELS, PIXELS)
 
 
-def test_tokens_are_neither_samples_nor_served(whole: Path, tmp_path: Path) -> None:
+def test_tokens_are_neither_samples_nor_served(whole: Path, tmp_path: Path, capsys: Any) -> None:
     pipe = bozzetto.load(whole / ENCODER, image_size=PIXELS)
     with pytest.raises(UsageError, match="draws tokens and no pictures here"):
         SampleRun(tmp_path / "samples", pipe, GenerateSettings())
+    arguments = ["--model", str(whole / ENCODER), "--image-size", str(PIXELS)]
+    for verb in (["serve", "--port", "0"], ["sample", "--out", str(tmp_path / "out"), "--count", "1"]):
+        assert main([*verb, *arguments]) == 2 and "draws tokens and no pictures here: only" in capsys.readouterr().err
     with live({"it": pipe}, slots=1) as server, pytest.raises(openai.BadRequestError, match="tokens and no pictures"):
         server.client().images.generate(model="it", prompt="a dog")
 
@@ -107,6 +111,13 @@ def test_a_lacking_part_is_named_and_a_broken_one_refused(whole: Path, tmp_path:
     (copy / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(UsageError, match="pipeline 'FluxPipeline' has no image tokens"):
         drawn(copy)
+
+
+def test_the_whole_pipeline_is_listed_as_one_model(whole: Path) -> None:
+    for folder in (whole, whole.parent):
+        (row,) = [line for line in list_models(folder).splitlines() if line.startswith(whole.name)]
+        assert "glm_image (of transformers)" in row and "guidance 1" in row and str(whole) in row
+    assert len(list_models(whole).splitlines()) == 2
 
 
 def test_a_prompt_with_the_models_own_words_is_refused(whole: Path) -> None:

@@ -20,6 +20,8 @@ from bozzetto.models.sketch_store import SKETCH
 from bozzetto.models.store import (
     CODECS,
     CONFIG,
+    FIRST_STAGE,
+    PIPELINE,
     TINY,
     TOKENIZER_CONFIG,
     WEIGHTS,
@@ -43,21 +45,29 @@ def list_models(folder: str | Path | None) -> str:
     root = ASSETS if folder is None else Path(folder)
     if folder is not None and not root.is_dir():
         raise UsageError(f"folder {str(folder)!r} not found (allowed: a model folder, or one that holds model folders)")
-    found = [p.parent for p in [root / CONFIG, *sorted(root.glob(f"*/{CONFIG}"))] if p.is_file()]
+    inside = () if (root / PIPELINE).is_file() else root.iterdir()  # parts of a pipeline are no models
+    folders = [root, *sorted(path for path in inside if path.is_dir())]
+    found = [path for path in folders if (_described(path) / CONFIG).is_file()]
     if not found:
         return f"no models found in {root}"
     header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "where")
     return table(header, [_row(path) for path in found])
 
 
+def _described(folder: Path) -> Path:
+    """Where its config.json is: of a diffusers pipeline, that of the part that draws tokens."""
+    return folder / FIRST_STAGE if (folder / PIPELINE).is_file() else folder
+
+
 def _row(folder: Path) -> tuple[str, ...]:
     """One row of the table; a folder that cannot be read says so in place of its figures."""
     try:
-        content = read_config(folder)
+        place = _described(folder)
+        content = read_config(place)
         return (
             str(content.get("name", folder.name)),
-            *_figures(folder, content),
-            _sampling(folder, content),
+            *_figures(place, content),
+            _sampling(place, content),
             str(folder),
         )
     except (UsageError, OSError) as error:

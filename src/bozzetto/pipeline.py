@@ -88,6 +88,13 @@ class Pipeline(ABC):
             raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
         return self
 
+    def need_pictures(self) -> None:
+        """Raise UsageError where there are tokens only."""
+        if self.undecoded:
+            raise UsageError(
+                f"{self.name} draws tokens and no pictures here: {self.undecoded} (bozzetto generate writes its tokens)"
+            )
+
     @abstractmethod
     def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
         """A decoder (run, stream, result) for resolved settings and this many images, and its window."""

@@ -91,8 +91,7 @@ class SampleRun:
         method: str | None = None,
     ):
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
-        if pipe.undecoded:
-            raise UsageError(f"{pipe.name} draws tokens and no pictures here, which samples are: {pipe.undecoded}")
+        pipe.need_pictures()
         own, asked = own_for(pipe, [self.folder]), pipe.sampling(settings)["asked"]
         settings = settings.with_own(own)
         self.sampling = {**pipe.sampling(settings), "asked": asked, "source": own.source}

@@ -25,7 +25,7 @@ from bozzetto.adapters.source import Hosted, Source, fits_context, numbers, writ
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
 
-ENCODER, PROCESSOR = "vision_language_encoder", "processor"  # folders of the published pipeline
+PROCESSOR = "processor"  # a folder of the published pipeline, beside that of the first stage
 SIZES = ((1024, 1024), (1152, 768), (768, 1152), (1280, 1280))
 
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from bozzetto.adapters.chameleon import load_chameleon
 from bozzetto.adapters.emu3 import load_emu3
 from bozzetto.adapters.generic import load_generic
-from bozzetto.adapters.glm_image import ENCODER, load_glm_image
+from bozzetto.adapters.glm_image import load_glm_image
 from bozzetto.adapters.janus import load_janus
 from bozzetto.adapters.janus_original import load_janus_original
 from bozzetto.adapters.nextstep_load import load_nextstep
@@ -28,7 +28,7 @@ from bozzetto.errors import UsageError
 from bozzetto.files import digest, read_json
 from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
-from bozzetto.models.store import CONFIG, PIPELINE, read_config
+from bozzetto.models.store import CONFIG, FIRST_STAGE, PIPELINE, read_config
 
 _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
@@ -77,7 +77,7 @@ def _source(name: str, folder: Path) -> Source:
         raise UsageError(
             f"{name}: a diffusers pipeline {clipped(kind)} has no image tokens to draft ({_GLM_IMAGE} has)"
         )
-    return Source(name, folder / ENCODER, read_config(folder / ENCODER), folder)
+    return Source(name, folder / FIRST_STAGE, read_config(folder / FIRST_STAGE), folder)
 
 
 def _finished(hosted: Hosted, wanted: LoadSettings) -> Hosted:

@@ -30,7 +30,7 @@ from bozzetto.files import digest, pointer_note, read_json, write_text, write_wh
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PIPELINE = "model_index.json"  # of a diffusers pipeline, whose parts lie in folders of their own
+PIPELINE, FIRST_STAGE = "model_index.json", "vision_language_encoder"  # of diffusers; its part that draws tokens
 TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 _SCALE = ".scale"
 OWN = "own"  # how to store: every tensor in the type that it has

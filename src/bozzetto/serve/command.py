@@ -124,6 +124,7 @@ def make_worker(options: Serve) -> Worker:
     loading = loading_of(options)
     for name, model in tqdm(models_of(options).items(), desc="loading", disable=None):
         pipes[name] = load(model, loading)
+        pipes[name].need_pictures()
     base = GenerateSettings(compile=options.compile, deterministic=options.deterministic)
     for pipe in pipes.values():
         pipe.resolve(base)

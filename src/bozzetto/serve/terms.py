@@ -68,8 +68,10 @@ class Terms:
         """The order of a request, and how its pictures are sent. Raises ApiError for what can be told at once not to be
         served; the rest is found before the first pass (Worker)."""
         name, worker = self.model(asked.model), self.worker
-        if why := worker.pipes[name].undecoded:
-            raise refused(f"{name} draws tokens and no pictures here: {why} (bozzetto generate writes them)", "model")
+        try:
+            worker.pipes[name].need_pictures()
+        except UsageError as error:
+            raise refused(str(error), "model") from error
         images = asked if isinstance(asked, ImageGeneration) else None
         count, partials = (images.n, images.partial_images * images.stream) if images else (1, 0)
         if count > worker.slots + worker.queue:

@@ -182,6 +182,23 @@ def test_the_middle_is_cut_out_and_resized_once():
     assert np.array_equal(found.pixels, np.asarray(once)) and found.side == 30
 
 
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [((16, 8), (0, 2, 50, 27)), ((8, 16), (17, 0, 32, 30)), ((50, 30), None), ((5, 3), (0, 0, 50, 30))],
+)
+def test_the_middle_of_another_shape_is_cut_out_too(shape: tuple[int, int], box: tuple[int, ...] | None) -> None:
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8))
+    once = wide if box is None else wide.crop(box).resize(shape, Image.Resampling.LANCZOS)
+    found = square(encoded(wide), shape, "it")
+    assert found.pixels.shape == (shape[1], shape[0], 3) and np.array_equal(found.pixels, np.asarray(once))
+
+
+def test_pictures_of_a_folder_are_read_in_another_shape(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a" / "0.png")
+    assert read_images(tmp_path, None, (16, 8)).images.shape == (1, 8, 16, 3)
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of black pixels: a thousandth of them in bytes."""
     raw = zlib.compress(bytes((width // 8 + 1) * height), 9)

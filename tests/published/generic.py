@@ -70,15 +70,15 @@ def greedy(model: Any, given: list[int], without: list[int], first: int, guidanc
 # ---- SimpleAR: wdrink/SimpleAR, Daniel0724/SimpleAR-0.5B-RL ----------------------------------------------------------
 
 
-def write_simplear(folder: Path) -> Path:
+def write_simplear(folder: Path, codes: int = CODES) -> Path:
     text = tokenizer(["<|t2i|>", "<|soi|>", "<|eoi|>"])
     text.save_pretrained(folder)
-    sizes = {**TEXT, "num_key_value_heads": 2, "vocab_size": len(text) + CODES + 3, "max_position_embeddings": 128}
+    sizes = {**TEXT, "num_key_value_heads": 2, "vocab_size": len(text) + codes + 3, "max_position_embeddings": 300}
     network(transformers.Qwen2ForCausalLM, Qwen2Config(**sizes)).to(torch.bfloat16).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["SimpARForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    write_adapter(folder, "simplear", codes=CODES, sizes=["64x64"])
+    write_adapter(folder, "simplear", codes=codes, sizes=["64x64"])
     return folder
 
 
@@ -98,11 +98,13 @@ SIZE_WORDS = ["<racm3:break>", "<eoss>", "<reserved08706>", "<reserved08799>", "
 MOVQ = KL16Config(image_size=8, token_dim=4, downsample=8, channels=32, multipliers=(1, 1, 1, 1), blocks=1)
 
 
-def write_lumina(folder: Path) -> Path:
-    """Without a VQ model, and with one row of the norms of queries and keys for all heads; bfloat16, in shards."""
+def write_lumina(folder: Path, codes: int = CODES, first: int = 0) -> Path:
+    """Without a VQ model, and with one row of the norms of queries and keys for all heads; bfloat16, in shards. first:
+    the word of code 0 (0: after those of the tokenizer)."""
     text = tokenizer(SIZE_WORDS)
     text.save_pretrained(folder)
-    sizes = {**TEXT, "num_key_value_heads": 2, "vocab_size": len(text) + CODES, "max_position_embeddings": 128}
+    sizes = {**TEXT, "num_key_value_heads": 2, "vocab_size": (first or len(text)) + codes}
+    sizes |= {"max_position_embeddings": 128}
     vq = {"num_res_blocks": 1, "base_channels": 32, "embed_dim": 4, "latent_channels": 32, "num_embeddings": 8}
     vq |= {"channel_multiplier": [1, 1], "resolution": 8, "attn_resolutions": []}
     config = ChameleonConfig(**sizes, vq_config=vq, vocabulary_map={"<image>": 0}, model_parallel_size=1)
@@ -122,8 +124,8 @@ def write_lumina(folder: Path) -> Path:
         save_file({name: state[name].contiguous() for name in part}, folder / file, metadata={"format": "pt"})
         shards |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    torch.save(movq_state(MOVQ, CODES), folder / "movqgan_270M.ckpt")
-    write_adapter(folder, "lumina-mgpt-2", codes=CODES, offset=len(text), sizes=["32x32"])
+    torch.save(movq_state(MOVQ, codes), folder / "movqgan_270M.ckpt")
+    write_adapter(folder, "lumina-mgpt-2", codes=codes, offset=first or len(text), sizes=["32x32"])
     return folder
 
 

@@ -25,6 +25,7 @@ NAMES = ("bozzetto.yaml", "bozzetto.yml", "bozzetto.json")
 SHIPPED = Path(__file__).parent / "files"
 TOKENIZER = "tokenizer"  # as an offset: after all words of the tokenizer
 _LUMINA_2 = 155_000  # Chameleon's own vocabulary ends before Lumina-mGPT 2.0's image words begin
+_ON_HUB = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _HELD = re.compile(r"\{([^{}]*)\}")
 _IN_PROMPTS = ("prompt", "width", "height", "columns", "rows", "wide", "high", "bos")
 _Text = Annotated[str, Field(max_length=10_000)]
@@ -43,6 +44,10 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         if (self.kind == "none") == bool(self.file):
             raise UsageError(f"file = {self.file!r} is not allowed with kind {self.kind!r}")
+        if Path(self.file).is_absolute() or ".." in Path(self.file).parts:  # adapters come with checkpoints, too
+            raise UsageError(f"file = {brief(self.file)} is not allowed: a file beside the adapter or the weights")
+        if self.hub and not _ON_HUB.fullmatch(self.hub):
+            raise UsageError(f"hub = {brief(self.hub)} is not allowed: ORGANISATION/NAME")
 
 
 @dataclass(frozen=True)

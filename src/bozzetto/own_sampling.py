@@ -37,7 +37,7 @@ class OwnSampling:
     guidance_schedule: Literal["", "linear", "constant"] = ""
     negative_prompt: _Words = ""
     suffix: _Words = ""
-    source: _Words = "bozzetto"
+    source: _Words = "bozzetto's usual values"
 
     def __post_init__(self) -> None:
         LawSettings(*(getattr(self, name) for name in LAW))
@@ -103,5 +103,6 @@ def sampling_line(used: Mapping[str, Any]) -> str:
         say(f"prompts end in {used['suffix']!r}", "quality_words")
     if used["negative_prompt"]:
         say(f"negative prompt {used['negative_prompt']!r}", "negative_prompt")
-    whole = all(name in asked for name in LAW)
-    return f"sampling: {', '.join(parts)}" + ("" if whole else f"; the model's own: {used['source']}")
+    whose = "" if all(name in asked for name in LAW) else f"; from {used['source']}"
+    hint = "; --quality-words adds what its authors add to prompts" if used.get("quality_words") is False else ""
+    return f"sampling: {', '.join(parts)}{whose}{hint}"

@@ -112,7 +112,11 @@ class Pipeline(ABC):
         given = GenerateSettings() if settings is None else settings
         used, unset = self.resolve(given), GenerateSettings()
         shown: dict[str, Any] = {name: getattr(used, name) for name in LAW} | self.head_sampling(used)
-        words = {"suffix": self.own.suffix * used.quality_words, "negative_prompt": used.negative_prompt}
+        words: dict[str, Any] = {
+            "suffix": self.own.suffix * used.quality_words,
+            "negative_prompt": used.negative_prompt,
+        }
+        words |= {"quality_words": used.quality_words} if self.own.suffix or self.own.negative_prompt else {}
         names = (*LAW, *HEAD, "negative_prompt", "quality_words")
         asked = [name for name in names if getattr(given, name) != getattr(unset, name)]
         return {**shown, **words, "asked": asked, "source": self.own.source}

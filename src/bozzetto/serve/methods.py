@@ -30,7 +30,8 @@ def methods_of(pipe: Pipeline) -> dict[str, list[str]]:
 def own_sampling(pipe: Pipeline) -> dict[str, Any]:
     """How the model is sampled where a request says nothing, in the words of requests, and where that was published."""
     told = pipe.sampling()
-    unused = {"asked", "suffix", "negative_prompt", *(() if isinstance(pipe, CodePipeline) else ("top_k", "top_p"))}
+    codes = () if isinstance(pipe, CodePipeline) else ("top_k", "top_p")
+    unused = {"asked", "suffix", "negative_prompt", "quality_words", *codes}
     found = {"guidance_scale" if k == "guidance" else k: v for k, v in told.items() if k not in unused}
     words = {"quality_words": pipe.own.suffix, "negative_prompt": pipe.own.negative_prompt}
     return {**found, **{name: text for name, text in words.items() if text}}

@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
 from PIL import Image
-from transformers import ByT5Tokenizer, T5EncoderModel
+from transformers import ByT5Tokenizer, GlmImageConfig, GlmImageForConditionalGeneration, T5EncoderModel
 
 import bozzetto
+from bozzetto.adapters.glm_image import GlmImageDrawing
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
@@ -56,6 +57,14 @@ def test_the_second_stage_is_diffusers_own(whole: Path) -> None:
     wanted = stage(prompt=PROMPTS[1], height=PIXELS, width=PIXELS, **asked).images[0]
     assert np.array_equal(np.asarray(image.image), np.asarray(wanted)) and not pipe.undecoded
     assert pipe.preview(image.tokens, 100).size == (PIXELS, PIXELS)
+
+
+def test_what_looks_at_pictures_is_not_loaded() -> None:
+    """Of the published sizes, which are transformers' usual ones: 10.1 billion weights less 1.2."""
+    with torch.device("meta"):
+        whole, lean = (kind(GlmImageConfig()) for kind in (GlmImageForConditionalGeneration, GlmImageDrawing))
+    counts = [sum(w.numel() for w in part.parameters()) for part in (whole, whole.model.visual, lean)]
+    assert counts[2] == counts[0] - counts[1] and round(counts[2] / 1e9, 1) == 9.0
 
 
 def test_pictures_that_are_not_square_have_a_preview_of_their_shape(whole: Path) -> None:

@@ -29,9 +29,19 @@ PROCESSOR = "processor"  # a folder of the published pipeline, beside that of th
 SIZES = ((1024, 1024), (1152, 768), (768, 1152), (1280, 1280))
 
 
+class GlmImageDrawing(GlmImageForConditionalGeneration):
+    """Without the tower that looks at pictures: a billion of the published weights."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^model\.visual\.",)
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        del self.model.visual
+
+
 class GlmImageTarget(PromptedCodes):
-    """model: transformers GlmImageForConditionalGeneration in evaluation mode, in the dtype to compute in; preview,
-    grid: rows and columns of the two grids."""
+    """model: transformers GlmImageForConditionalGeneration (GlmImageDrawing will do) in evaluation mode, in the dtype
+    to compute in; preview, grid: rows and columns of the two grids."""
 
     @torch.no_grad()
     def __init__(self, model: Any, preview: tuple[int, int], grid: tuple[int, int]):
@@ -72,12 +82,12 @@ def _offsets(*grids: tuple[int, int]) -> Tensor:
 def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
     """GLM-Image's first stage, and its second where the whole pipeline's folder was asked for."""
     source.refuse(wanted, "tokenizer", "vqgan")
-    source.check(GlmImageForConditionalGeneration)
+    source.check(GlmImageDrawing)
     beside = source.folder.parent / PROCESSOR
     lies = source if (source.folder / "tokenizer_config.json").is_file() else replace(source, folder=beside)
     processor = lies.read("processor", GlmImageProcessor.from_pretrained)
     besides = () if source.whole or lies is source else (beside / "tokenizer.json",)
-    network = source.network(GlmImageForConditionalGeneration, wanted)
+    network = source.network(GlmImageDrawing, wanted)
     stage, own = second_stage(source, wanted), source.sampling("glm-image")
     if own.top_k >= network.config.vq_config.num_embeddings:  # as published: all words of the head
         own = replace(own, top_k=0)

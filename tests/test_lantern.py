@@ -26,6 +26,7 @@ from bozzetto.models.llamagen import left_pad
 from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.sketch import EagleSketcher
 from bozzetto.models.store import load_llamagen
+from published import chameleon_files, families
 from published import llamagen as published
 from test_captions import model as model  # a tiny text-conditional model
 
@@ -203,9 +204,8 @@ def write_target(folder: Path) -> Any:
     return network
 
 
-def write_published(folder: Path, network: Any, groups: int = HEADS, **config: Any) -> dict[str, Tensor]:
-    """A published drafter's folder."""
-    rows = network.model.embed_tokens.weight.detach()
+def write_published(folder: Path, rows: Tensor, groups: int = HEADS, **config: Any) -> dict[str, Tensor]:
+    """A published drafter's folder. rows: of the target's vocabulary."""
     state = published_drafter(rows.shape[1], rows, True, groups)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / "pytorch_model.bin")
@@ -220,7 +220,7 @@ def write_published(folder: Path, network: Any, groups: int = HEADS, **config: A
 def test_drafters_of_chameleon_begin_with_the_prompt(family: str, groups: int, guided: bool, tmp_path: Path) -> None:
     """Lumina-mGPT's norms are [model-parallel size, head size], Anole's [heads, head size]."""
     network = write_target(tmp_path / "model")
-    state = write_published(tmp_path / "published", network, groups)
+    state = write_published(tmp_path / "published", network.model.embed_tokens.weight.detach(), groups)
     told = convert_lantern(tmp_path / "published", tmp_path / "model", tmp_path / "eagle")
     assert "behind the words of its prompts" in told
     target = hf_toys.TARGETS[family]()
@@ -250,28 +250,42 @@ def test_drafters_of_chameleon_begin_with_the_prompt(family: str, groups: int, g
     check_sketch(PromptedEagle(net, target), labels, tokens, guided, own, torch.stack(features))
 
 
-def test_a_converted_drafter_drafts_for_anole_from_the_command_line(tmp_path: Path) -> None:
-    from test_hosted import write_chameleon
+@pytest.mark.parametrize(("family", "groups"), [("anole", HEADS), ("lumina", 1)])
+def test_published_targets_draw_with_their_published_drafters(family: str, groups: int, tmp_path: Path) -> None:
+    stand_in = families()[family]
+    (tmp_path / "model").mkdir()
+    folder = stand_in.write(tmp_path / "model")
+    rows = chameleon_files.language(groups)["model.embed_tokens.weight"].bfloat16()
+    write_published(tmp_path / "drafter", rows, groups)
+    words = ["--drafter", str(tmp_path / "drafter"), "--model", str(folder), "--out", str(tmp_path / "eagle")]
+    assert main(["convert", "eagle", *words]) == 0
+    pipe, asked = bozzetto.load(folder, **stand_in.options), {"batch": 3, "seed": 4}
+    slow = pipe.generate(stand_in.asked, drafter="none", **asked).images
+    drafter = f"eagle:folder={tmp_path / 'eagle'}"
+    fast = pipe.generate(stand_in.asked, drafter=drafter, rule="seed-exact", **asked).images
+    assert [i.sha256 for i in fast] == [i.sha256 for i in slow]
+    for rule, tree in (("block", "chain-3"), ("lantern:k=3", "dynamic-9-2-3"), ("traversal", "2x2")):
+        assert pipe.generate(stand_in.asked[:1], drafter=f"{drafter}:tree={tree}", rule=rule).images
+    rough = bozzetto.load(folder, dtype="bfloat16", **stand_in.options)
+    assert rough.generate(stand_in.asked, drafter=f"{drafter}:tree=chain-3", rule="block", **asked).images
 
-    write_chameleon(tmp_path / "anole")
-    write_published(tmp_path / "anole_drafter", hf_toys.tiny_chameleon())
-    words = ["--drafter", str(tmp_path / "anole_drafter"), "--model", str(tmp_path / "anole")]
-    assert main(["convert", "eagle", *words, "--out", str(tmp_path / "eagle")]) == 0
-    pipe = bozzetto.load(tmp_path / "anole")
-    asked: dict[str, Any] = {"batch": 2, "count": 2, "seed": 4}
-    slow = pipe.generate(["a red tulip", "a dog"], drafter="none", **asked).images
-    fast = pipe.generate(
-        ["a red tulip", "a dog"], drafter=f"eagle:folder={tmp_path / 'eagle'}", rule="seed-exact", **asked
-    )
-    assert [i.sha256 for i in fast.images] == [i.sha256 for i in slow]
-    for rule, tree in (("block", "chain-3"), ("lantern:k=3", "2x1"), ("traversal", "2x2")):
-        spec = f"eagle:folder={tmp_path / 'eagle'}:tree={tree}"
-        assert pipe.generate(["a dog"], drafter=spec, rule=rule).images
+
+def test_a_text_conditional_llamagen_draws_with_its_published_drafter(tmp_path: Path) -> None:
+    folder, rows = published.write(True, published.ddp, tmp_path), published.transformer(True)["output.weight"]
+    torch.save(published_drafter(published.DIM, rows, False), tmp_path / "pytorch_model.bin")
+    words = ["--drafter", str(tmp_path / "pytorch_model.bin"), "--model", str(folder), "--out", str(folder / "eagle")]
+    assert main(["convert", "eagle", *words]) == 0
+    pipe, asked = bozzetto.load(folder), {"count": 1}
+    slow = pipe.generate("a red tulip", drafter="none", **asked).images
+    fast = pipe.generate("a red tulip", drafter="eagle", rule="seed-exact", **asked).images
+    assert [i.sha256 for i in fast] == [i.sha256 for i in slow]
+    rough = bozzetto.load(folder, dtype="bfloat16")
+    assert rough.generate("a red tulip", drafter="eagle:tree=2x2", rule="lantern:k=3").images
 
 
 def test_drafters_that_do_not_belong_are_refused(tmp_path: Path, tiny_model: Path, model: Path) -> None:
     network = write_target(tmp_path / "model")
-    state = write_published(tmp_path / "published", network)
+    state = write_published(tmp_path / "published", network.model.embed_tokens.weight.detach())
     convert_lantern(tmp_path / "published", tmp_path / "model", tmp_path / "eagle")
     with pytest.raises(UsageError, match=r"before = 'words' \(allowed: nothing, captions\)"):
         load_eagle(tmp_path / "eagle", load_llamagen(tiny_model).config, "")

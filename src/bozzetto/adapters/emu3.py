@@ -14,7 +14,7 @@ from bozzetto.adapters.source import Ask, Hosted, Source, fits_context, numbers,
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
 
-_FACTOR = 8  # pixels per token and side
+_FACTOR, _AREA = 8, 720 * 720  # pixels per token and side, and of a picture
 # Width to height, in the model's own area. Its authors publish the square and a processor that takes any ratio; these
 # are the usual ones of photographs and screens.
 RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
@@ -53,7 +53,8 @@ def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
 
 def _size(processor: Any, ratio: str) -> tuple[int, int]:
     """Width and height of a picture of this ratio, WIDTH:HEIGHT, in the model's own area."""
-    height, width = processor.calculate_generate_size(ratio, processor.image_area, _FACTOR)
+    area = getattr(processor, "image_area", _AREA)  # transformers 5.0 keeps it among a call's defaults
+    height, width = processor.calculate_generate_size(ratio, area, _FACTOR)
     return width * _FACTOR, height * _FACTOR
 
 

@@ -8,7 +8,7 @@ begin-of-image one replaced by padding, as the model's own image loop does.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from bozzetto.load_settings import LoadSettings
 class JanusDrawing(JanusForConditionalGeneration):
     """Without what looks at pictures: a sixth of Janus-Pro-1B's weights."""
 
-    _keys_to_ignore_on_load_unexpected = (r"^model\.vision_model\.", r"^model\.aligner\.")
+    # A list: transformers 5.0 adds another one to it.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^model\.vision_model\.", r"^model\.aligner\."]
 
     def __init__(self, config: Any):
         super().__init__(config)

@@ -96,7 +96,8 @@ def janus_config(source: Source, state: Mapping[str, Tensor]) -> JanusConfig:
         pixels, scale = int(config["vision_config"]["params"]["image_size"]), 2 ** (len(vq.channel_multiplier) - 1)
         language = {k: v for k, v in config["language_config"].items() if k not in _OF_FILES}
         vision = JanusVisionConfig(image_size=pixels, patch_size=scale, num_image_tokens=(pixels // scale) ** 2)
-        return JanusConfig(text_config=LlamaConfig(**language), vision_config=vision, vq_config=vq)
+        text = LlamaConfig(**{**language, "tie_word_embeddings": True})  # the head of words is not read
+        return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=True)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise

@@ -51,7 +51,7 @@ class JanusTarget(PromptedCodes):
         return self.word_rows(tokens)
 
     def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return self.head(hidden).float()
+        return self.head(hidden).float().to(hidden.device)
 
 
 def janus_prompt(tokens: list[int], begin_text: int, begin_image: int, padding: int) -> Prompt:

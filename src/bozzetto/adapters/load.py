@@ -20,6 +20,7 @@ from bozzetto.adapters.glm_image import load_glm_image
 from bozzetto.adapters.janus import load_janus
 from bozzetto.adapters.janus_original import load_janus_original
 from bozzetto.adapters.nextstep_load import load_nextstep
+from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.refusals import way_out
 from bozzetto.adapters.source import Hosted, Source, of_words
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
@@ -82,6 +83,8 @@ def _source(name: str, folder: Path) -> Source:
 
 def _finished(hosted: Hosted, wanted: LoadSettings) -> Hosted:
     """In any size with prompts that are words, and with the files that were asked for besides the folder."""
+    if wanted.device_map and isinstance(hosted.target, PromptedCodes):
+        hosted.target.gather_here()
     made, besides = hosted.sized, list(hosted.besides)
     besides += [Path(wanted.vqgan)] if wanted.vqgan and Path(wanted.vqgan) not in besides else []
     besides += [fetched(wanted.tokenizer) / "tokenizer.json"] if wanted.tokenizer else []

@@ -53,7 +53,8 @@ class Shape:
 
 
 class SlotCache(Cache):
-    """Keys and values of all layers, [R, S, H, D] each, written where the pass says and read up to `reach` columns."""
+    """Keys and values of all layers, [R, S, H, D] each, written where the pass says and read up to `reach` columns; each
+    layer's on its own device."""
 
     def __init__(self, layers: int, rows: int, slots: int):
         super().__init__(layers=[])
@@ -79,7 +80,7 @@ class SlotCache(Cache):
             blank = key_states.new_zeros(rows, self.slots, heads, dim)
             found = self.parts[layer_idx] = (blank, blank.new_zeros(*blank.shape[:3], value_states.shape[-1]))
         for table, new in zip(found, (key_states, value_states), strict=True):
-            table.flatten(0, 1).index_copy_(0, self.flat, new.transpose(1, 2).flatten(0, 1))
+            table.flatten(0, 1).index_copy_(0, self.flat.to(table.device), new.transpose(1, 2).flatten(0, 1))
         keys, values = (table[:, : self.reach].transpose(1, 2) for table in found)
         return keys, values
 
@@ -170,10 +171,17 @@ class PromptedCodes(PromptedTarget):
     model's vocabulary, where they have some."""
 
     numbers: list[int]
+    head: Any  # a module, or rows of the vocabulary
 
     def __init__(self, body: nn.Module, layers: int, embedding: Tensor, shape: Shape, context: int):
         super().__init__(body, layers, shape.length, context)
         self.embedding, self.config, self.vocab = embedding, shape, shape.vocab
+
+    def gather_here(self) -> None:
+        """Bring the rows that are looked up and read out to where tokens are, from wherever a device map put them."""
+        self.embedding = self.embedding.to(self.device)
+        if isinstance(self.head, Tensor):
+            self.head = self.head.to(self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding[tokens]
@@ -231,7 +239,7 @@ class PromptedSession:
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
         cache = {self.target.cache_name: self.cache}
         out = self.target.body(inputs_embeds=x, position_ids=place, attention_mask=mask, use_cache=True, **cache)
-        return out.last_hidden_state
+        return out.last_hidden_state.to(x.device)
 
     @torch.no_grad()
     def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
@@ -262,14 +270,14 @@ class PromptedSession:
         to = (first + torch.arange(1, path.shape[1] + 1, device=path.device)).flatten()
         here = (first + path).flatten()
         for table in self.cache.tables():
-            flat = table.flatten(0, 1)
-            flat.index_copy_(0, to, flat.index_select(0, here))
+            flat, device = table.flatten(0, 1), table.device
+            flat.index_copy_(0, to.to(device), flat.index_select(0, here.to(device)))
 
     def keep(self, rows: Tensor) -> None:
         rows = self._every(rows)
         self.prompts = [self.prompts[i] for i in rows.tolist()]
         self.lead, self.condition = self.lead[rows], self.condition[rows]
-        self.cache = self.cache.replaced(len(rows), self.cache.slots, lambda table: table[rows])
+        self.cache = self.cache.replaced(len(rows), self.cache.slots, lambda table: table[rows.to(table.device)])
 
     @torch.no_grad()
     def admit(self, rows: Tensor, labels: Tensor) -> None:
@@ -278,7 +286,7 @@ class PromptedSession:
         slots = max(self.cache.slots, fresh.cache.slots)
         self.cache = self.cache.replaced(self.rows, slots, lambda table: _longer(table, slots))
         for ours, theirs in zip(self.cache.tables(), fresh.cache.tables(), strict=False):
-            ours[every, : theirs.shape[1]] = theirs
+            ours[every.to(ours.device), : theirs.shape[1]] = theirs
         if not self.cache.tables():  # nothing has run here yet
             self.cache = fresh.cache.replaced(self.rows, slots, lambda table: _spread(table, every, self.rows, slots))
         self.lead[every], self.condition[every] = fresh.lead, fresh.condition
@@ -299,7 +307,7 @@ def _longer(table: Tensor, slots: int) -> Tensor:
 def _spread(table: Tensor, rows: Tensor, count: int, slots: int) -> Tensor:
     """[n, S, H, D] as `rows` of a table of `count` rows."""
     whole = table.new_zeros(count, slots, *table.shape[2:])
-    whole[rows, : table.shape[1]] = table
+    whole[rows.to(table.device), : table.shape[1]] = table
     return whole
 
 

@@ -17,7 +17,7 @@ from bozzetto.errors import UsageError, brief
 from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.convert import open_state
-from bozzetto.models.store import usual_type
+from bozzetto.models.store import finite, usual_type
 from bozzetto.own_sampling import OwnSampling
 from bozzetto.published import sampling_of
 
@@ -142,7 +142,7 @@ def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
     for key, weight in network.named_parameters():
         if weight.is_meta:
             raise UsageError(f"{name}: the devices here are too small for it: {key} found no place on them")
-        if not bool(torch.isfinite(weight).all()):
+        if not finite(weight):
             raise UsageError(f"{name}: {key} has non-finite values")
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import bozzetto
+from bozzetto import doctor
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings, best_device
+from bozzetto.load_settings import LoadSettings, best_device, check_gpus, gpus_of
 from bozzetto.models.store import usual_type
 
 VERBS: dict[str, list[str]] = {
@@ -134,3 +135,28 @@ def test_float16_draws_and_its_near_ties_are_flagged(tiny_model: Path) -> None:
         assert len(half.generate(count=3, batch=3, **settings).images) == 3
     one, other = (pipe.generate(count=6, drafter="none").images for pipe in (exact, half))
     assert all(a.sha256 == b.sha256 or b.near_tie for a, b in zip(one, other, strict=True))
+
+
+def test_workers_of_ray_get_a_gpu_each_or_are_refused(gpus: Any) -> None:
+    assert gpus_of(LoadSettings(device="cpu")) == 0
+    gpus(2)
+    assert gpus_of(LoadSettings()) == gpus_of(LoadSettings(device="cuda")) == 1
+    for bad in ({"device": "cuda:1"}, {"device": "cuda", "device_map": "auto"}):
+        with pytest.raises(UsageError, match="is not allowed with Ray, which gives each worker a GPU of its own"):
+            gpus_of(LoadSettings(**bad))
+    check_gpus(2, "2 replicas", {"GPU": 2.0, "CPU": 8.0})
+    with pytest.raises(UsageError, match=r"3 replicas is not allowed: 3 GPUs are needed, .*has 2"):
+        check_gpus(3, "3 replicas", {"GPU": 2.0})
+
+
+def test_the_doctor_lists_every_device(monkeypatch: pytest.MonkeyPatch, gpus: Any) -> None:
+    gpus(2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (2**30, 4 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    assert [finding.what for finding in doctor._device()] == ["device cuda:0", "device cuda:1"]
+
+
+def test_float16_is_not_compiled_for_a_processor(tiny_model: Path) -> None:
+    pipe = bozzetto.load(tiny_model, dtype="float16", device="cpu")
+    with pytest.raises(UsageError, match=r"compile = 'max' is not allowed .*float16"):
+        pipe.generate(["rose"], compile="max")

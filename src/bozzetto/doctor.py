@@ -119,13 +119,14 @@ def _threads() -> Iterator[Finding]:
 
 def _device() -> Iterator[Finding]:
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        how = f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-        yield Finding("device", "ok", how)
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            how = f"{torch.cuda.get_device_name(number)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+            yield Finding(f"device cuda:{number}", "ok", how + (", which --device auto takes" if not number else ""))
     elif torch.version.cuda:
         yield Finding("device", "note", "a CUDA build, but no GPU is seen", "check the driver (nvidia-smi)")
     else:
-        yield Finding("device", "ok", "CPU")
+        yield Finding("device", "ok", "cpu: there is no GPU that this build of PyTorch can use")
 
 
 def _compiler() -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,6 +83,25 @@ class LoadSettings:
             return self
         own = "float32" if self.on_cpu else stored()
         return replace(self, dtype=own if own in DTYPES else "float32")
+
+
+def gpus_of(loading: LoadSettings) -> int:
+    """GPUs that one worker of Ray needs, which shows it those and no others. Raises UsageError for one of several by
+    number, since which ones a worker gets is Ray's to say."""
+    device = torch.device(loading.device)
+    if device.type != "cuda":
+        return 0
+    if device.index is not None or loading.device_map:
+        asked = "device_map" if loading.device_map else f"device = {loading.device!r}"
+        raise UsageError(f"{asked} is not allowed with Ray, which gives each worker a GPU of its own: cuda")
+    return 1
+
+
+def check_gpus(wanted: int, asked: str, there: Mapping[str, float]) -> None:
+    """Raise UsageError where a Ray cluster has fewer GPUs than are wanted: it would wait for them forever."""
+    have = int(there.get("GPU", 0))
+    if wanted > have:
+        raise UsageError(f"{asked} is not allowed: {wanted} GPUs are needed, one each, and the cluster has {have}")
 
 
 def best_device() -> str:

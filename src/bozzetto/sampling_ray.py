@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings
+from bozzetto.load_settings import LoadSettings, check_gpus, gpus_of
 from bozzetto.loading import load
 from bozzetto.sampling import SampleRun, batched, check_count
 from bozzetto.settings import GenerateSettings
@@ -45,9 +45,9 @@ class ShardWriter:
 
 
 def sample_by_ray(run: SampleRun, count: int, model: str, loading: LoadSettings, workers: int) -> int:
-    """Sample what is missing of images 0..count-1 with this many workers of one processor each; returns how many images
-    that were. model, loading: what the workers load, and how. Joins the cluster that RAY_ADDRESS names, or
-    starts one of this machine."""
+    """Sample what is missing of images 0..count-1 with this many workers of one processor each, and one GPU each where
+    the model is to run on one; returns how many images that were. model, loading: what the workers load, and how. Joins
+    the cluster that RAY_ADDRESS names, or starts one of this machine. Raises UsageError where it has fewer GPUs."""
     if workers < 1:
         raise UsageError(f"ray = {workers} is not allowed: a whole number >= 1")
     check_count(count)
@@ -63,6 +63,8 @@ def sample_by_ray(run: SampleRun, count: int, model: str, loading: LoadSettings,
         if ours:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
+            gpus = gpus_of(loading)
+            check_gpus(gpus * workers, f"ray = {workers}", ray.cluster_resources())
             while some := list(islice(blocks, _AT_A_TIME)):
                 _map(run, some, model, loading, min(workers, len(some)))
         finally:
@@ -83,6 +85,7 @@ def _map(run: SampleRun, blocks: list[list[int]], model: str, loading: LoadSetti
         fn_constructor_args=settings,
         batch_size=1,
         num_cpus=1,
+        num_gpus=gpus_of(loading),
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
     for _ in done.iter_rows():

@@ -22,14 +22,14 @@ from bozzetto.load_settings import LoadSettings
 
 
 class JanusDrawing(JanusForConditionalGeneration):
-    """Without what looks at pictures: a sixth of Janus-Pro-1B's weights."""
+    """Without what looks at pictures: a fifth of Janus-Pro-1B's weights."""
 
     # A list: transformers 5.0 adds another one to it.
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^model\.vision_model\.", r"^model\.aligner\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^model\.(vision_model|aligner|vqmodel\.(encoder|quant_conv))\."]
 
     def __init__(self, config: Any):
         super().__init__(config)
-        del self.model.vision_model, self.model.aligner
+        del self.model.vision_model, self.model.aligner, self.model.vqmodel.encoder, self.model.vqmodel.quant_conv
 
 
 class JanusTarget(PromptedCodes):

@@ -53,8 +53,8 @@ class Shape:
 
 
 class SlotCache(Cache):
-    """Keys and values of all layers, [R, S, H, D] each, written where the pass says and read up to `reach` columns; each
-    layer's on its own device."""
+    """Keys and values of all layers, [R, S, H, D] each, written where the pass says and read up to `reach` columns;
+    each layer's on its own device."""
 
     def __init__(self, layers: int, rows: int, slots: int):
         super().__init__(layers=[])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.drafts import Layout
+from bozzetto.errors import UsageError
 from bozzetto.models.base import Scores, visible
 from bozzetto.models.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket
 from bozzetto.models.flow import FlowModel
@@ -40,6 +41,8 @@ def compile_target(
     """
     if check_mode(mode) == "off":
         return
+    if target.dtype == torch.float16 and target.device.type == "cpu":
+        raise UsageError(f"compile = {mode!r} is not allowed here: no kernels for float16 on a processor")
     if isinstance(network, LlamaGen):
         embed: torch.nn.Module = TokenEmbedding(network.tok_embeddings.weight, target.dtype)
         head = network.output.weight

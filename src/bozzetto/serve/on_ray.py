@@ -15,7 +15,9 @@ import ray
 from ray import serve
 
 from bozzetto.errors import UsageError
+from bozzetto.load_settings import LoadSettings, check_gpus, gpus_of
 from bozzetto.options import Serve
+from bozzetto.options_shared import settings_from
 from bozzetto.serve.app import make_app
 from bozzetto.serve.command import hosts_of, make_worker, models_of, terms_of
 from bozzetto.serve.server import GRACE, Stop
@@ -53,6 +55,7 @@ def application(options: Serve, keys: Sequence[str] = ()) -> Any:
         max_ongoing_requests=most_ongoing(options),
         max_queued_requests=_QUEUED,
         graceful_shutdown_timeout_s=options.limit + GRACE,
+        ray_actor_options={"num_gpus": gpus_of(settings_from(options, LoadSettings))},
         **count,
     )(serve.ingress(build)(Replica))
     return deployment.bind()
@@ -73,6 +76,8 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
     stop = Stop(options.limit + GRACE)
     try:
         http = {"host": options.host, "port": options.port, "request_timeout_s": options.limit + GRACE}
+        gpus = gpus_of(settings_from(options, LoadSettings)) * max(options.replicas, options.max_replicas)
+        check_gpus(gpus, f"{max(options.replicas, options.max_replicas)} replicas", ray.cluster_resources())
         serve.start(http_options=http)
         _run(application(options, keys))
         what = f"{options.replicas} replicas of {', '.join(models_of(options))}"

@@ -21,6 +21,7 @@ from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
 from bozzetto.models.caption_text import clean_caption
+from bozzetto.models.captions import write_captions
 from bozzetto.models.convert import convert_llamagen
 from bozzetto.models.kept import cache_folder, thin_out
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, left_pad
@@ -167,6 +168,13 @@ def test_every_verb_takes_prompts_and_captions(given: str, model: Path, tmp_path
     words = ["--methods", "none,jacobi/exact", "--count", "1", "--rounds", "1"]
     assert main(["bench", *base, *words]) == 0
     assert captions or main(["profile", *base, "--seconds", "0.01"]) == 0
+
+
+def test_features_written_to_a_file_draw_what_the_prompts_draw(encoder: T5Encoder, model: Path, tmp_path: Path) -> None:
+    texts = ["a dog", "a red tulip"]
+    write_captions(tmp_path / "c.safetensors", texts, *encoder(texts))
+    given = bozzetto.load(model, captions=tmp_path / "c.safetensors").generate(texts, batch=2).images
+    assert [i.sha256 for i in given] == [i.sha256 for i in bozzetto.load(model).generate(texts, batch=2).images]
 
 
 def refused(match: str, *arguments: Any, **options: Any) -> None:

@@ -94,7 +94,8 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
     config = config_from(choose(content, "family", kinds, source), content.get("config"), source)
     family, own = content["family"], f"{_parameters(folder) / 1e6:.2f} M"
     if family in _DRAFTERS:
-        return (f"{family} (a drafter)", own, "-", str(config.grid**2), "-")
+        tokens = "-" if getattr(config, "before", "") == "words" else str(config.grid**2)  # of pictures of any size
+        return (f"{family} (a drafter)", own, "-", tokens, "-")
     if family == DRIFT:  # it has its own head, and the rest from another model
         base = model_folder(str(content.get("base")))
         inner = read_config(base)

@@ -306,6 +306,13 @@ def test_drafters_that_do_not_belong_are_refused(tmp_path: Path, tiny_model: Pat
     (tmp_path / "published" / "config.json").write_text(json.dumps({"rope_scaling": {"type": "linear", "factor": 2.0}}))
     with pytest.raises(UsageError, match="rope_scaling ="):
         convert_lantern(tmp_path / "published" / "model.safetensors", tmp_path / "model", tmp_path / "none")
+    for value in ("far", -1, [1]):
+        write_published(tmp_path / "odd", state["embed_tokens.weight"], rope_theta=value)
+        with pytest.raises(UsageError, match="rope_base"):
+            convert_lantern(tmp_path / "odd", tmp_path / "model", tmp_path / "none")
+    write_published(tmp_path / "odd", state["embed_tokens.weight"], hidden_size=None)
+    with pytest.raises(UsageError, match="dim"):
+        convert_lantern(tmp_path / "odd", tmp_path / "model", tmp_path / "none")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "janus"}))
     with pytest.raises(UsageError, match="model type 'janus' has no published drafters"):

@@ -69,23 +69,25 @@ def _config(drafter: Path, state: Mapping[str, Tensor], target: Mapping[str, Any
     said = {**target, **(read_json(own) if own.is_file() else {})}
     if said.get("rope_scaling"):
         raise UsageError(f"{own}: rope_scaling = {json.dumps(said['rope_scaling'])} is not allowed: null")
-    rope = said.get("rope_parameters") or {}
+    rope = said.get("rope_parameters")
+    theta = said.get("rope_theta") or (rope.get("rope_theta") if isinstance(rope, Mapping) else None)
     values = {
         "dim": said.get("hidden_size"),
         "heads": said.get("num_attention_heads"),
         "ffn": ffn_of(state),
         "vocab": said.get("vocab_size"),
         "grid": 1,
-        "rope_base": float(said.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        "rope_base": 10000.0 if theta is None else theta,
         "norm_eps": said.get("rms_norm_eps", 1e-5),
         "before": "words",
         "first_norm": "layers.0.input_layernorm.weight" in state,
         "head_norms": f"{_LAYER}.q_norm.weight" in state,
     }
     config: EagleConfig = config_from(EagleConfig, values, own if own.is_file() else source)
-    if state["fc.weight"].shape != (config.dim, 2 * target.get("hidden_size", 0)):
+    have, wanted = tuple(state["fc.weight"].shape), target.get("hidden_size")
+    if have != (config.dim, 2 * config.dim) or wanted != config.dim:
         raise UsageError(
-            f"{drafter}: a drafter of another target: fc.weight has shape {tuple(state['fc.weight'].shape)}"
+            f"{drafter}: a drafter of another target: fc.weight has shape {have}, its states {wanted} numbers"
         )
     return config
 

@@ -128,8 +128,11 @@ def tiny_glm(words: int = WORDS, pad: int = PADDING, end: int = CODES + 2, layer
         image_start_token_id=CODES,
         image_end_token_id=end,
     )
-    model = _ready(transformers.GlmImageForConditionalGeneration, config)
+    model = _ready(transformers.GlmImageForConditionalGeneration, config, 5)
     model.lm_head.weight[CODES:] = 0  # nothing but image tokens is likely, as in a trained model
+    for name, weight in model.named_parameters():
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            weight *= 6  # where a token lies matters
     model.generation_config.update(eos_token_id=end, pad_token_id=pad)
     return model
 

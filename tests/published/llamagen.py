@@ -228,7 +228,7 @@ FAMILIES = {
         ("2", "1", "9"),
         partial(greedy_class, guidance=2.0),
         *CLASS,
-        methods=("none", "jacobi/exact"),
+        methods=("none",),
     ),
     "llamagen-t2i": Published(partial(write, True, ddp), PROMPTS, partial(greedy_caption, guidance=7.5), *CAPTION),
 }

@@ -70,8 +70,6 @@ class T5Encoder:
 
     def release(self) -> None:
         """Let go of the network until it is needed again."""
-        if self._network is not None and self._network.device.type == "cuda":
-            self._network.to("cpu")  # so that its memory goes whoever else still holds it
         self._network = None
 
     def fingerprint(self) -> str:

@@ -101,7 +101,7 @@ def tiny_chameleon() -> Any:
 GRIDS = ((1, 3), (2, 3))  # GLM-Image's preview and picture: as many tokens as the others draw
 
 
-def tiny_glm(words: int = WORDS, pad: int = PADDING, end: int = CODES + 2, layers: int = 2) -> Any:
+def tiny_glm(words: int = WORDS, pad: int = PADDING, end: int = CODES + 2, layers: int = 2, seed: int = 5) -> Any:
     """Image tokens are the first words, after them the two that begin and end a picture."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
     text = {**_TEXT, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
@@ -128,7 +128,7 @@ def tiny_glm(words: int = WORDS, pad: int = PADDING, end: int = CODES + 2, layer
         image_start_token_id=CODES,
         image_end_token_id=end,
     )
-    model = _ready(transformers.GlmImageForConditionalGeneration, config, 5)
+    model = _ready(transformers.GlmImageForConditionalGeneration, config, seed)
     model.lm_head.weight[CODES:] = 0  # nothing but image tokens is likely, as in a trained model
     for name, weight in model.named_parameters():
         if "q_proj.weight" in name or "k_proj.weight" in name:

@@ -76,10 +76,9 @@ def write_llamagen(folder: Path, tiny: bool) -> dict[str, int]:
     return counted(parts["model"], parts["tokenizer"])
 
 
-def write_janus(folder: Path, tiny: bool) -> dict[str, int]:
-    """Janus-Pro-1B's shape, or a tiny one -> parameters of target and tokenizer."""
+def janus_config(tiny: bool) -> Any:
+    """Of transformers: Janus-Pro-1B's shape, or a tiny one."""
     import transformers
-    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
     text: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24}
     text |= {"num_attention_heads": 16, "vocab_size": 102400, "max_position_embeddings": 16384, "model_type": "llama"}
@@ -94,6 +93,15 @@ def write_janus(folder: Path, tiny: bool) -> dict[str, int]:
         vq |= {"channel_multiplier": [1, 1], "num_patches": 3, "projection_dim": 32, "image_token_embed_dim": 32}
     config = transformers.JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=3)
     config.dtype = torch.bfloat16
+    return config
+
+
+def write_janus(folder: Path, tiny: bool) -> dict[str, int]:
+    """A Janus in the Hugging Face layout -> parameters of target and tokenizer."""
+    import transformers
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    config = janus_config(tiny)
     config.architectures = ["JanusForConditionalGeneration"]
     with torch.device("meta"):
         shapes = dict(transformers.JanusForConditionalGeneration(config).state_dict())

@@ -252,3 +252,14 @@ def test_memory_is_measured_in_fresh_processes(tmp_path):
     assert [row["shape"] for row in rows] == ["janus-tiny"]
     assert all(row["weights"] > 0 and row["peak"]["all"] >= row["stays"]["all"] for row in rows)
     assert "janus-tiny" in text
+
+
+def test_whole_images_of_published_shapes_are_drawn_on_a_device(tmp_path):
+    out, shapes = tmp_path / "device.json", ("llamagen-tiny", "janus-tiny")
+    text = script("device_smoke.py", "--device", "cpu", "--shapes", *shapes, "--batch", 1, 3, "--json", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["shape"], r["batch"], r["method"]) for r in rows] == [
+        (shape, batch, method) for shape in shapes for batch in (1, 3) for method in ("none", "jacobi")
+    ]
+    assert all(r["tokens_per_second"] > 0 and r["memory"] > 0 and r["tokens_per_pass"] >= 1 for r in rows)
+    assert "tokens/pass" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bozzetto.cli import main
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings, best_device, check_gpus, gpus_of
 from bozzetto.models.store import usual_type
+from published import families
 
 VERBS: dict[str, list[str]] = {
     "generate": ["--out"],
@@ -160,3 +162,17 @@ def test_float16_is_not_compiled_for_a_processor(tiny_model: Path) -> None:
     pipe = bozzetto.load(tiny_model, dtype="float16", device="cpu")
     with pytest.raises(UsageError, match=r"compile = 'max' is not allowed .*float16"):
         pipe.generate(["rose"], compile="max")
+
+
+def test_a_device_map_without_accelerate_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bozzetto.adapters.source.find_spec", lambda name: None)
+    model = families()["janus"].write(tmp_path)
+    with pytest.raises(UsageError, match="device_map = 'auto' needs accelerate: pip install accelerate"):
+        bozzetto.load(model, device_map="auto")
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_a_device_map_draws_the_same(tmp_path: Path) -> None:
+    model = families()["janus"].write(tmp_path)
+    one, other = (bozzetto.load(model, **more).generate(["a dog"]).images[0] for more in ({"device_map": "auto"}, {}))
+    assert one.sha256 == other.sha256 or one.near_tie

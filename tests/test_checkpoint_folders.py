@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import hf_toys
 from bozzetto import UsageError
@@ -46,6 +48,13 @@ def config(folder: Path, **changes: object) -> None:
     (folder / CONFIG).write_text(json.dumps(content))
 
 
+def retyped(folder: Path, kind: torch.dtype) -> None:
+    """transformers 5.24 casts such weights without a word, and what is drawn then is noise."""
+    state = load_file(folder / WEIGHTS)
+    last = [key for key in state if key.endswith(".weight")][-1]
+    save_file({**state, last: state[last].to(kind)}, folder / WEIGHTS)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -65,6 +74,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number as shard": (lambda at: sharded(at, [7]), r"index\.json: 7 is not allowed"),  # type: ignore[list-item]
     "an empty index": (lambda at: sharded(at, []), r"index\.json: weight_map is \{\}"),
     "a broken index": (lambda at: (sharded(at, []), (at / INDEX).write_text("[" * 10**5)), r"index\.json: .*nested"),
+    "int8 without scales": (lambda at: retyped(at, torch.int8), r"tiny/model\.safetensors: weight '.*' is of type I8"),
+    "float8": (lambda at: retyped(at, torch.float8_e4m3fn), r"is of type F8_E4M3 \(allowed: F16, BF16, F32, F64\)"),
     "a million layers": (lambda at: config(at, num_hidden_layers=10**6), r"config\.json: num_hidden_layers = 1000000"),
     "a large vocabulary": (lambda at: config(at, vocab_size=10**9), r"config\.json: describes \d+ weights"),
     "text for a number": (lambda at: config(at, hidden_size="512"), r"tiny.*config\.json"),

@@ -71,7 +71,7 @@ def test_the_shipped_models_are_drawn_in_float32_on_a_processor(tiny_model: Path
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("device", ["cuda", "cuda:7", "abacus"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "abacus", "meta"])
 def test_a_device_that_is_not_there_is_refused_by_every_verb_before_weights_are_read(
     verb: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

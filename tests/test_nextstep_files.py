@@ -153,6 +153,12 @@ def shard(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     save_file(state, file)
 
 
+def vae(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    path = folder / "vae" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "decoder.conv_out.weight": change(state["decoder.conv_out.weight"])}, path)
+
+
 class Bomb:
     """What runs code when it is unpickled carelessly."""
 
@@ -180,8 +186,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a shard less": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "missing"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("vocab.json", "tokenizer_config.json")], "its tokenizer"),
-    "a pickle with code": (lambda f: (f / "vae" / "checkpoint.pt").write_bytes(pickle.dumps(Bomb())), "not a readable"),
-    "a pickle of something": (lambda f: torch.save({"a": 3}, f / "vae" / "checkpoint.pt"), "not a state of tensors"),
+    "a pickle with code": (lambda f: (f / "vae" / "checkpoint.pt").write_bytes(pickle.dumps(Bomb())), "read safely"),
+    "a pickle of something": (
+        lambda f: torch.save({"a": 3}, f / "vae" / "checkpoint.pt"),
+        "'a' is not a tensor but int",
+    ),
+    "a decoder that is not finite": (lambda f: vae(f, lambda v: v * math.nan), r"checkpoint\.pt: .*non-finite"),
+    "a decoder of bytes": (lambda f: vae(f, lambda v: v.to(torch.int8)), r"checkpoint\.pt: .*of type int8"),
     "another autoencoder": (lambda f: torch.save({}, f / "vae" / "checkpoint.pt"), "missing or misshapen: decoder"),
     "levels": (lambda f: (f / "vae" / "config.json").write_text('{"ch_mult": 3}'), r"vae/config\.json: multipliers"),
     "a scale": (lambda f: (f / "vae" / "config.json").write_text('{"scaling_factor": 0}'), "scaling_factor = 0"),

@@ -22,7 +22,7 @@ from bozzetto.errors import UsageError
 from bozzetto.files import digest
 from bozzetto.hub import model_name
 from bozzetto.images import Origin
-from bozzetto.load_settings import LoadSettings, refuse_flow_options
+from bozzetto.load_settings import LoadSettings
 from bozzetto.models.eagle_store import load_eagle
 from bozzetto.models.store import name_of
 from bozzetto.path_registry import make_path_rule, make_sampler
@@ -185,5 +185,4 @@ def load_prompted(model: str | Path, wanted: LoadSettings, folder: Path) -> Pipe
     dtype = name_of(hosted.target.dtype)
     if hasattr(hosted.target, "token_dim"):
         return HostedFlowPipeline(name, hosted, dtype, folder, wanted.sampler, wanted.vae)
-    refuse_flow_options(wanted, name)
     return HostedPipeline(name, hosted, dtype, folder)

@@ -121,7 +121,7 @@ def devices_here() -> list[str]:
 
 def _check_device(name: str) -> None:
     try:  # seeds are drawn in float64, which not every device computes with (mps)
-        torch.zeros(1, dtype=torch.float64, device=name)
+        torch.zeros(1, dtype=torch.float64, device=name).item()  # meta has no numbers
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         here = ", ".join((AUTO, *devices_here()))

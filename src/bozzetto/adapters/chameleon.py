@@ -20,6 +20,7 @@ from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
 from bozzetto.adapters.vqgan import vqgan_pictures
 from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
+from bozzetto.published import family_of
 
 
 class ChameleonTarget(PromptedCodes):
@@ -43,7 +44,7 @@ class ChameleonTarget(PromptedCodes):
 
 def load_chameleon(source: Source, wanted: LoadSettings) -> Hosted:
     """Chameleon's architecture as transformers' conversion lays it out; Lumina-mGPT says what it is."""
-    if any("XLLMX" in str(name) for name in source.config.get("architectures") or ()):
+    if family_of(source.config) == "lumina-mgpt":
         return load_lumina(source, wanted)
     source.refuse(wanted, "tokenizer")
     processor, files = source.processor(), chameleon_files(source)

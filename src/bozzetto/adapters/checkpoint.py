@@ -4,7 +4,7 @@ finds, and takes the memory that config.json asks for before it compares that wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
 from bozzetto.files import pointer_note, read_json
-from bozzetto.models.store import CONFIG, WEIGHTS, open_tensors, read_config
+from bozzetto.models.store import CONFIG, FLOATS, WEIGHT, WEIGHTS, Held, header_of, open_tensors, read_config
 
 _INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
 _COUNTS, _MOST = re.compile(r"(num|n)_\w*(layers|blocks|heads)"), 1024
@@ -22,7 +22,8 @@ _COUNTS, _MOST = re.compile(r"(num|n)_\w*(layers|blocks|heads)"), 1024
 
 def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
     """Raise UsageError naming the file for a shard that is missing, cut, or a Git LFS pointer, for an index that names
-    files elsewhere, and for a config.json that describes a larger network than the weights could be.
+    files elsewhere, for weights of a type that is no float's, and for a config.json that describes a larger network
+    than the weights could be.
 
     make: builds the network that config.json describes; it is called on the meta device.
     """
@@ -30,8 +31,8 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
     files = weight_files(folder)
     for path in files:
         if path.suffix == ".safetensors":
-            with open_tensors(path):
-                pass  # its header says how long it must be
+            with open_tensors(path) as content:  # its header says how long it must be
+                check_types(path, header_of(content))
         elif note := pointer_note(path):
             raise UsageError(f"{path}: {note}")
     try:
@@ -42,6 +43,14 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
     held = sum(path.stat().st_size for path in files)
     if wanted > 2 * held:  # four bits are the fewest that a weight is stored in
         raise UsageError(f"{folder / CONFIG}: describes {wanted} weights, but its files hold {held} bytes")
+
+
+def check_types(path: Path, held: Mapping[str, Held]) -> None:
+    """Raise UsageError for weights of types that mean nothing without scales (int8, float8), which transformers 5.24
+    casts as they are."""
+    for key, (kind, _) in held.items():
+        if key.endswith(WEIGHT) and kind not in FLOATS:
+            raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(FLOATS)})")
 
 
 def _check_counts(content: dict[str, Any], source: Path) -> None:

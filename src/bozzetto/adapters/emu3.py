@@ -10,8 +10,7 @@ from transformers import Emu3ForConditionalGeneration
 from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.pictures import emu3_pictures
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.adapters.source import Ask, Hosted, Source, fits_context, numbers, written
-from bozzetto.errors import UsageError
+from bozzetto.adapters.source import Ask, Hosted, Source, check_multiple, fits_context, numbers
 from bozzetto.load_settings import LoadSettings
 
 _FACTOR, _AREA = 8, 720 * 720  # pixels per token and side, and of a picture
@@ -33,15 +32,16 @@ class Emu3Target(LinedTarget):
 def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
     """Emu3 as transformers' conversion lays it out."""
     source.refuse(wanted, "tokenizer", "vqgan")
+    if wanted.size:  # what can be said before weights are read
+        check_multiple(wanted.size, _FACTOR)
     source.check(Emu3ForConditionalGeneration)
     processor, network = source.processor(), source.network(Emu3ForConditionalGeneration, wanted)
     own = source.sampling("emu3")
     sizes = tuple(_size(processor, ratio) for ratio in RATIOS)
 
     def sized(size: tuple[int, int]) -> Hosted:
+        check_multiple(size, _FACTOR)
         columns, rows = (pixels // _FACTOR for pixels in size)
-        if (columns * _FACTOR, rows * _FACTOR) != size:
-            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {_FACTOR}")
         target, look = Emu3Target(network, rows, columns), processor.image_processor
         fits_context(target, size)
         pictures = emu3_pictures(network, rows, columns, list(look.image_mean), list(look.image_std))

@@ -45,6 +45,7 @@ class WordsTarget(PromptedCodes):
 
 def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: Path) -> Hosted:
     """The model in a folder, as the adapter file at `path` says."""
+    spec.grid(wanted.size or spec.every_size[0])  # before weights are read
     tokenizer, network = _tokenizer(source, wanted), _network(source, wanted, spec)
     body, head = network.get_decoder(), network.get_output_embeddings().weight
     codes, end = _codes(spec, tokenizer, len(head), path), None
@@ -82,7 +83,12 @@ def _tokenizer(source: Source, wanted: LoadSettings) -> Any:
     from transformers import AutoTokenizer
 
     place = fetched(wanted.tokenizer) if wanted.tokenizer else source.folder
-    return source.read("tokenizer", AutoTokenizer.from_pretrained, place)
+    if not place.is_dir():
+        raise UsageError(f"tokenizer = {brief(wanted.tokenizer)} is not allowed: a folder, or a name on the hub")
+    tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, place)
+    if not tokenizer.encode("a", add_special_tokens=False):  # transformers 5.24 makes one out of its class alone
+        raise UsageError(f"{place}: its tokenizer has no words: tokenizer.json is missing or empty")
+    return tokenizer
 
 
 def _network(source: Source, wanted: LoadSettings, spec: AdapterSpec) -> Any:

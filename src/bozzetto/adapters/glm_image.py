@@ -21,8 +21,7 @@ from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
 from bozzetto.adapters.glm_pictures import FACTOR, glm_pictures, second_stage
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
-from bozzetto.adapters.source import Hosted, Source, fits_context, numbers, written
-from bozzetto.errors import UsageError
+from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context, numbers
 from bozzetto.load_settings import LoadSettings
 
 PROCESSOR = "processor"  # a folder of the published pipeline, beside that of the first stage
@@ -82,6 +81,8 @@ def _offsets(*grids: tuple[int, int]) -> Tensor:
 def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
     """GLM-Image's first stage, and its second where the whole pipeline's folder was asked for."""
     source.refuse(wanted, "tokenizer", "vqgan")
+    if wanted.size:  # before weights are read
+        check_multiple(wanted.size, FACTOR)
     source.check(GlmImageDrawing)
     beside = source.folder.parent / PROCESSOR
     lies = source if (source.folder / "tokenizer_config.json").is_file() else replace(source, folder=beside)
@@ -93,9 +94,8 @@ def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
         own = replace(own, top_k=0)
 
     def sized(size: tuple[int, int]) -> Hosted:
-        (columns, rows), rest = (pixels // FACTOR for pixels in size), (pixels % FACTOR for pixels in size)
-        if any(rest) or not rows or not columns:
-            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {FACTOR}")
+        check_multiple(size, FACTOR)
+        columns, rows = (pixels // FACTOR for pixels in size)
 
         def prepared(text: str) -> Any:
             said = [{"role": "user", "content": [{"type": "text", "text": text}]}]

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bozzetto.adapters.checkpoint import check_types
 from bozzetto.adapters.pictures import PictureConfig
-from bozzetto.adapters.source import Source
+from bozzetto.adapters.source import Source, check_weights
 from bozzetto.adapters.undecoded import TokenPictures
 from bozzetto.errors import UsageError
 from bozzetto.images import Origin
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
 from bozzetto.load_settings import LoadSettings
+from bozzetto.models.store import header_of, open_tensors
 
 FACTOR = 32  # pixels per token and side
 _TWICE = 2  # the second stage has a token for each 16 pixels
@@ -88,24 +90,31 @@ def second_stage(source: Source, wanted: LoadSettings) -> Any:
         return "the second stage is diffusers' GlmImagePipeline, which is not installed: pip install -U diffusers"
     from transformers import ByT5Tokenizer, T5EncoderModel
 
-    def part(name: str, kind: Any, dtype: dict[str, Any]) -> Any:
+    def part(name: str, kind: Any, **options: Any) -> Any:
         try:
-            made = kind.from_pretrained(str(whole / name), **dtype)
+            return kind.from_pretrained(str(whole / name), **options)
         except Exception as error:  # each library has classes of its own
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(f"{source.name}: its {name} could not be read: {reason}") from error
-        return made.to(wanted.device).eval().requires_grad_(False) if dtype else made
 
-    weights = {"use_safetensors": True}
-    parts = {**weights, "low_cpu_mem_usage": False}  # which needs accelerate, and says so
+    def network(name: str, kind: Any, called: str, dtype: torch.dtype, **options: Any) -> Any:
+        """With all its weights, which diffusers 0.42 and transformers 5.24 draw at random where they are missing."""
+        for path in (whole / name).glob("*.safetensors"):
+            with open_tensors(path) as content:
+                check_types(path, header_of(content))
+        made, notes = part(name, kind, use_safetensors=True, output_loading_info=True, **{called: dtype}, **options)
+        check_weights(f"{source.name}: {name}", made, notes)
+        return made.to(wanted.device, dtype).eval().requires_grad_(False)
+
+    eager = {"low_cpu_mem_usage": False}  # which needs accelerate, and says so
     stage = GlmImagePipeline(
-        tokenizer=part("tokenizer", ByT5Tokenizer, {}),
+        tokenizer=part("tokenizer", ByT5Tokenizer),
         processor=None,
-        text_encoder=part("text_encoder", T5EncoderModel, {"dtype": wanted.torch_dtype, **weights}),
+        text_encoder=network("text_encoder", T5EncoderModel, "dtype", wanted.torch_dtype),
         vision_language_encoder=None,
-        vae=part("vae", AutoencoderKL, {"torch_dtype": torch.float32, **parts}),
-        transformer=part("transformer", GlmImageTransformer2DModel, {"torch_dtype": wanted.torch_dtype, **parts}),
-        scheduler=part("scheduler", FlowMatchEulerDiscreteScheduler, {}),
+        vae=network("vae", AutoencoderKL, "torch_dtype", torch.float32, **eager),
+        transformer=network("transformer", GlmImageTransformer2DModel, "torch_dtype", wanted.torch_dtype, **eager),
+        scheduler=part("scheduler", FlowMatchEulerDiscreteScheduler),
     )
     stage.set_progress_bar_config(disable=True)
     return stage

@@ -17,6 +17,7 @@ from transformers import JanusForConditionalGeneration
 from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.errors import UsageError, brief
 from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
 
@@ -65,7 +66,8 @@ def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
     source.refuse(wanted, "tokenizer", "vqgan")
     source.check(JanusDrawing)
     processor, network = source.processor(), source.network(JanusDrawing, wanted)
-    target, known = JanusTarget(network), network.generation_config
+    target = JanusTarget(network)
+    first, padding = (_known(source, network, processor.tokenizer, name) for name in ("bos_token_id", "pad_token_id"))
     pictures = janus_pictures(network, math.isqrt(target.length))
     fixed_size(source, wanted, size_of(pictures.config))
     begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
@@ -80,6 +82,16 @@ def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
         given = tokens(text)
         if negative:
             return Prompt(tuple(given), tuple(tokens(negative)))
-        return janus_prompt(given, known.bos_token_id, begin, known.pad_token_id)
+        return janus_prompt(given, first, begin, padding)
 
     return Hosted(target, pictures, ask, source.sampling("janus"), processor.tokenizer)
+
+
+def _known(source: Source, network: Any, tokenizer: Any, name: str) -> int:
+    """A token's number as generation_config.json has it, else the tokenizer. Raises UsageError for one that is none."""
+    said = getattr(network.generation_config, name)
+    found = getattr(tokenizer, name) if said is None else said
+    if type(found) is not int or not 0 <= found < network.config.text_config.vocab_size:
+        file = source.folder / "generation_config.json"
+        raise UsageError(f"{file}: {name} = {brief(found)} is not allowed: a token's number")
+    return found

@@ -22,17 +22,18 @@ from bozzetto.adapters.janus_original import load_janus_original
 from bozzetto.adapters.nextstep_load import load_nextstep
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.refusals import way_out
-from bozzetto.adapters.source import Hosted, Source, of_words
+from bozzetto.adapters.source import Hosted, Source, fitting, of_words
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, read_json
 from bozzetto.hub import fetched
-from bozzetto.load_settings import LoadSettings
+from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.store import CONFIG, FIRST_STAGE, PIPELINE, read_config
 
 _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
+_NEXTSTEP = "nextstep"
 _GLM_IMAGE = "GlmImagePipeline"  # of diffusers, whose parts lie in folders of their own
 
 FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyType(
@@ -41,7 +42,7 @@ FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyT
         "multi_modality": load_janus_original,
         "emu3": load_emu3,
         "chameleon": load_chameleon,
-        "nextstep": load_nextstep,
+        _NEXTSTEP: load_nextstep,
         "glm_image": load_glm_image,
     }
 )
@@ -55,9 +56,14 @@ def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = N
     lacks its tokenizer.
     """
     source = _source(str(model), fetched(model) if folder is None else folder)
-    if path := find_spec_file(wanted.adapter, source.folder) or known_by(source.config):
-        return _finished(load_generic(source, wanted.for_weights(source.stored), read_spec(path), path), wanted)
-    kind = source.config.get("model_type")
+    kind, path = source.config.get("model_type"), find_spec_file(wanted.adapter, source.folder)
+    path = path or known_by(source.config)
+    if path or kind != _NEXTSTEP:
+        refuse_flow_options(wanted, source.name)
+    if path:
+        spec = read_spec(path)
+        with fitting(f"{model}: its files do not fit together"):
+            return _finished(load_generic(source, wanted.for_weights(source.stored), spec, path), wanted)
     if why := way_out(source.name, source.config):
         raise UsageError(f"{model}: {why}")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -65,7 +71,8 @@ def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = N
             f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
             "LlamaGen and MAR checkpoints: bozzetto convert; a language model whose image tokens are words: --adapter)"
         )
-    return _finished(FAMILIES[kind](source, wanted.for_weights(source.stored)), wanted)
+    with fitting(f"{model}: its files do not fit together"):
+        return _finished(FAMILIES[kind](source, wanted.for_weights(source.stored)), wanted)
 
 
 def _source(name: str, folder: Path) -> Source:

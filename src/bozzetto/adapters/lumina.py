@@ -9,7 +9,7 @@ from typing import Any
 from bozzetto.adapters.chameleon_files import chameleon_files, chameleon_network, codes_of
 from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.adapters.source import Hosted, Source, fits_context, written
+from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context, written
 from bozzetto.adapters.vqgan import vqgan_pictures
 from bozzetto.errors import UsageError
 from bozzetto.hub import model_name
@@ -39,8 +39,7 @@ class LuminaPrompts:
     Raises UsageError."""
 
     def __init__(self, tokenizer: Any, size: tuple[int, int]):
-        if any(side % _PIXELS or side < _PIXELS for side in size):
-            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {_PIXELS}")
+        check_multiple(size, _PIXELS)
         self.tokenizer, self.size = tokenizer, size
         width, height = (self.word(f"<reserved{8800 + side // _PIXELS:05d}>") for side in size)
         self.begin, self.end = (self.word("<racm3:break>"), height, width), self.word("<reserved08799>")
@@ -89,6 +88,7 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
             f"(Lumina-mGPT's are {allowed})"
         )
     tokenizer = source.tokenizer(wanted, _ELSEWHERE)
+    LuminaPrompts(tokenizer, wanted.size or (side, side))  # what it refuses is refused before weights are read
     files = chameleon_files(source)
     pictured = vqgan_pictures(source, wanted, files, lined=True)
     network = chameleon_network(source, wanted, files)

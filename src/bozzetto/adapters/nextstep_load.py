@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel, Qwen2Config, Qw
 from bozzetto.adapters.checkpoint import check_folder, weight_files
 from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStepTarget, grid_positions
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.adapters.source import Hosted, Source, fits_context, written
+from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context
 from bozzetto.autoencoders.kl16 import KL16Config, from_published, kl16_autoencoder
 from bozzetto.checks import clipped, config_from
 from bozzetto.errors import UsageError
-from bozzetto.files import pointer_note
 from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
+from bozzetto.models.convert import read_state
 from bozzetto.models.flow_cache import EulerSampler
 from bozzetto.models.store import CONFIG, Held, header_of, open_tensors, read_config
 from bozzetto.published import family_of
@@ -44,7 +44,6 @@ def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
     token_dim = shapes.get(f"{_HEAD}input_proj.weight", Held("", (0, 0))).shape[-1]
     if not token_dim:
         raise UsageError(f"{source.name}: {_HEAD}input_proj.weight is missing in its weights")
-    body, parts = _network(source, shapes, token_dim, wanted)
     vae = _Autoencoder(source, wanted)
     patch = _number(source, 2, "latent_patch_size", "patch_size")
     if patch * patch * vae.config.token_dim != token_dim:
@@ -52,16 +51,18 @@ def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
             f"{source.name}: a token has {token_dim} numbers, the autoencoder's {vae.config.token_dim} channels in "
             f"patches of {patch} x {patch} are {patch * patch * vae.config.token_dim}"
         )
-    tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, config=body.config)
     factor = vae.config.downsample
+    if wanted.size:
+        check_multiple(wanted.size, patch * factor)
+    body, parts = _network(source, shapes, token_dim, wanted)
+    tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, config=body.config)
     # NextStep-1.1's config.json is of another make than its predecessors'.
     own = source.sampling(family_of(source.config))
     side = factor * _number(source, 64, "latent_size", "image_size")
 
     def sized(size: tuple[int, int]) -> Hosted:
+        check_multiple(size, patch * factor)
         columns, rows = (pixels // (patch * factor) for pixels in size)
-        if (columns * patch * factor, rows * patch * factor) != size:
-            raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {patch * factor}")
         places = _positions(source, rows, columns, body.config.hidden_size)
         target = NextStepTarget(body, parts, rows, columns, EulerSampler(), places)
         fits_context(target, size)
@@ -175,7 +176,7 @@ class _Autoencoder:
     def _decoder(self, path: Path) -> Any:
         with torch.device("meta"):
             decoder = kl16_autoencoder(self.config).decoder
-        state = from_published(_state(path), len(self.config.multipliers))
+        state = from_published(read_state(path), len(self.config.multipliers))
         part = {k.removeprefix("decoder."): v.float() for k, v in state.items() if k.startswith("decoder.")}
         wanted = {key: tuple(value.shape) for key, value in decoder.state_dict().items()}
         if odd := sorted(key for key in wanted if key not in part or tuple(part[key].shape) != wanted[key]):
@@ -189,18 +190,6 @@ def _real(said: Mapping[str, Any], folder: Path, name: str, usual: float) -> flo
     if isinstance(value, bool) or not isinstance(value, int | float) or (name == "scaling_factor" and value == 0):
         raise UsageError(f"{folder / CONFIG}: {name} = {clipped(value)} is not allowed: a number")
     return float(value)
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, which is read without running anything in it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zipfile, pickle and torch have errors of their own
-        reason = pointer_note(path) or " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: not a readable checkpoint: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path}: not a state of tensors")
-    return state
 
 
 class Prompts:

@@ -35,7 +35,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not self.given or not self.without:
-            raise ValueError("a prompt has one token or more")
+            raise UsageError("a prompt has one token or more")
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,14 @@ class PromptedTarget:
         number. Raises UsageError for one that does not fit."""
         if label is None and prompt in self.prompts:
             return self.prompts.index(prompt)
-        most = self.context - self.length
+        body: Any = self.body
+        most, words = self.context - self.length, body.get_input_embeddings().num_embeddings
         for tokens in (prompt.given, prompt.without):
+            if not 0 <= min(tokens) <= max(tokens) < words:
+                raise UsageError(
+                    f"token {max(tokens)} of a prompt is not allowed: the model has {words} words, so that "
+                    "this tokenizer is another model's"
+                )
             if len(tokens) > most:
                 raise UsageError(
                     f"prompt of {len(tokens)} tokens is not allowed: at most {most} fit beside {self.length} image "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +100,8 @@ class Source:
             raise UsageError(f"device_map = {wanted.device_map!r} needs accelerate: pip install accelerate")
         if state is not None:
             options |= {"config": config, "state_dict": dict(state)}
-        network, notes = self.read("weights", kind.from_pretrained, None if state is not None else "", **options)
+        with bars_where_seen():
+            network, notes = self.read("weights", kind.from_pretrained, None if state is not None else "", **options)
         check_weights(self.name, network, notes)
         network = network if wanted.device_map else network.to(wanted.device)
         return network.eval().requires_grad_(False)
@@ -154,19 +157,27 @@ def of_words(ask: Ask, tokenizer: Any, target: PromptedTarget) -> Ask:
     special -= {tokenizer.unk_token_id}
 
     def checked(text: str, negative: str) -> Prompt:
-        for said in (text, negative):
-            odd = next((i for i in tokenizer.encode(said, add_special_tokens=False) if i in special), None)
-            if odd is not None:
-                word = tokenizer.convert_ids_to_tokens(odd)
-                raise UsageError(f"prompt {brief(said)} is not allowed: {word!r} in it is a special token of the model")
-        try:
+        with fitting(f"prompt {brief(text)} is not allowed"):
+            for said in (text, negative):
+                odd = next((i for i in tokenizer.encode(said, add_special_tokens=False) if i in special), None)
+                if odd is not None:
+                    what = f"{tokenizer.convert_ids_to_tokens(odd)!r} in it is a special token of the model"
+                    raise UsageError(f"prompt {brief(said)} is not allowed: {what}")
             return ask(text, negative)
-        except ValueError as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"prompt {brief(text)} is not allowed: {brief(' '.join(str(error).split()))}") from error
 
     return checked
+
+
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """What a library raises over values in files that it does not check becomes a UsageError; `what` is said first."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, UsageError | torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{what}: {reason} ({type(error).__name__})") from error
 
 
 def fixed_size(source: Source, wanted: LoadSettings, own: tuple[int, int]) -> None:
@@ -174,6 +185,27 @@ def fixed_size(source: Source, wanted: LoadSettings, own: tuple[int, int]) -> No
     if wanted.size not in (None, own):
         asked, only = written(wanted.size or own), written(own)
         raise UsageError(f"image_size = {asked} is not allowed: {source.name} draws {only} pixels")
+
+
+def check_multiple(size: tuple[int, int], step: int) -> None:
+    """Raise UsageError for a size (width, height) that is no multiple of `step` pixels."""
+    if any(side % step or side < step for side in size):
+        raise UsageError(f"image_size = {written(size)} is not allowed: multiples of {step}")
+
+
+@contextlib.contextmanager
+def bars_where_seen() -> Iterator[None]:
+    """transformers' progress bars only where a terminal shows them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fits_context(target: PromptedTarget, size: tuple[int, int]) -> None:

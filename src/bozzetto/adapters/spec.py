@@ -143,7 +143,8 @@ def shipped() -> list[str]:
 
 def known_by(config: Mapping[str, Any]) -> Path | None:
     """The shipped adapter that a config.json is known to be for."""
-    if "SimpARForCausalLM" in (config.get("architectures") or ()):
+    names = config.get("architectures")
+    if isinstance(names, list) and "SimpARForCausalLM" in names:
         return SHIPPED / "simplear.yaml"
     words = config.get("vocab_size")
     is_lumina = config.get("model_type") == "chameleon" and isinstance(words, int) and words > _LUMINA_2

@@ -20,7 +20,7 @@ from bozzetto.adapters.source import Source
 from bozzetto.autoencoders.kl16 import decoder_config
 from bozzetto.errors import UsageError
 from bozzetto.load_settings import LoadSettings
-from bozzetto.models.convert import read_state
+from bozzetto.models.convert import check_finite, read_state
 
 NAMES = ("vqgan.safetensors", "vqgan.ckpt", "tokenizer/vqgan.ckpt")
 _CODES = "quantize.embedding.weight"
@@ -63,8 +63,10 @@ def _decoder(source: Source, wanted: LoadSettings, inside: Mapping[str, Tensor])
             f"{source.name}: no decoder for its image tokens: transformers holds none, so give the published tokenizer "
             f"checkpoint with --vqgan, or put it into the model's folder as {' or '.join(NAMES)}"
         )
-    state = inside if path is None else read_state(path)
     where = source.folder if path is None else path
+    state = inside if path is None else read_state(path)
+    if path is None:
+        check_finite(where, {key: value for key, value in inside.items() if not key.startswith("encoder.")})
     if _CODES not in state or "decoder.conv_in.weight" not in state:
         raise UsageError(f"{where}: not a VQGAN tokenizer (wanted {_CODES}, decoder.conv_in.weight, ...)")
     return state, where

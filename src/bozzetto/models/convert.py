@@ -32,6 +32,7 @@ from bozzetto.models.store import (
     CONFIG,
     OWN,
     PUBLISHED,
+    WEIGHT,
     WEIGHTS,
     check_fit,
     name_of,
@@ -201,7 +202,10 @@ def _check_sums(path: Path) -> None:
 
 
 def _check_plain(path: Path, key: str, value: Tensor) -> None:
-    """Raise UsageError for a tensor whose numbers are not in the file: sparse, of no device, repeated without end."""
+    """Raise UsageError for a tensor whose numbers are not in the file: sparse, of no device, repeated without end, or
+    weights in a type that means nothing without scales."""
+    if key.endswith(WEIGHT):
+        check_types(path, {key: value})
     if value.layout != torch.strided or value.device.type != "cpu":
         raise UsageError(f"{path}: {key!r} is no plain tensor ({value.layout}, {value.device})")
     if value.numel() * value.element_size() > max(path.stat().st_size, _MOST_REPEATED):
@@ -228,11 +232,16 @@ def check_storable(path: Path, state: Mapping[str, Tensor], store: str) -> None:
 
     store: see `store.save_state`.
     """
+    check_types(path, state)
+    check_finite(path, state, store)
+
+
+def check_types(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise UsageError that names the first weight of another type than weights have here."""
     for key, value in state.items():
         if value.dtype not in _FLOATS:
             allowed = ", ".join(map(name_of, _FLOATS))
             raise UsageError(f"{path}: weight {key!r} is of type {name_of(value.dtype)} (allowed: {allowed})")
-    check_finite(path, state, store)
 
 
 def types_in(state: Mapping[str, Tensor], store: str) -> str:

@@ -33,6 +33,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PIPELINE, FIRST_STAGE = "model_index.json", "vision_language_encoder"  # of diffusers; its part that draws tokens
 TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
 _SCALE = ".scale"
+WEIGHT = ".weight"  # how names end of what a network multiplies by, in its published files too
 OWN = "own"  # how to store: every tensor in the type that it has
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAMED = {"F16": "float16", "BF16": "bfloat16", "I8": "bfloat16"}

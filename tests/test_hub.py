@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import huggingface_hub.constants
 import pytest
 
 import bozzetto
+from bozzetto.adapters.load import FAMILIES as READERS
 from bozzetto.adapters.lumina import trained_side
-from bozzetto.adapters.refusals import way_out
+from bozzetto.adapters.refusals import READ, way_out
 from bozzetto.adapters.source import Source
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
@@ -229,10 +231,16 @@ def test_every_reader_that_could_run_code_says_that_it_must_not() -> None:
         ("FoundationVision/Infinity", {}, "whole scales"),
         ("FoundationVision/var", {}, "whole scales"),
         ("GAIR/Anole-7b-v0.1", {}, "leloy/Anole-7b-v0.1-hf"),
+        ("/hub/models--GAIR--Anole-7b-v0.1/snapshots/5", {}, "leloy/Anole-7b-v0.1-hf"),
+        ("/data/me/LlamaGen-T2I", {"model_type": "llama"}, "bozzetto convert llamagen"),
     ],
 )
 def test_what_is_known_and_not_read_says_why_and_what_to_take(name: str, config: dict[str, str], said: str) -> None:
     assert said in way_out(name, config)
+
+
+def test_no_kind_that_is_read_is_refused_by_its_name() -> None:
+    assert set(READ) == set(READERS)
 
 
 @pytest.mark.parametrize(
@@ -243,11 +251,43 @@ def test_what_is_known_and_not_read_says_why_and_what_to_take(name: str, config:
         ("leloy/Anole-7b-v0.1-hf", {"model_type": "chameleon"}),
         ("Alpha-VLLM/Lumina-mGPT-7B-512", {"model_type": "chameleon"}),
         ("mine/variant", {"model_type": "janus"}),
+        ("mine/BAGEL-or-llamagen", {"model_type": "janus"}),
+        ("/data/llamagen/BAGEL/mine", {"model_type": "mine"}),
+        ("/hub/models--mine--Janus/snapshots/llamagen", {}),
         ("mine/unknown", {}),
     ],
 )
 def test_nothing_is_said_of_what_is_read_or_unknown(name: str, config: dict[str, Any]) -> None:
     assert way_out(name, config) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("tencent/HunyuanImage-3.0", {"model_type": "hunyuan_image_3_moe"}, "come from a diffusion process"),
+        ("someone/words", {"model_type": "llama"}, "model type 'llama' does not draw images by tokens"),
+        ("someone/pictures", None, "there is no config.json"),
+        ("ByteDance-Seed/BAGEL-7B-MoT", None, "diffusion process"),
+    ],
+)
+def test_what_is_not_read_is_refused_before_its_weights_are_fetched(
+    name: str, config: dict[str, str] | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert not any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in allow_patterns)
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UsageError, match=f"{name}: .*{said}"):
+        bozzetto.load(name)
+
+
+def test_what_cannot_be_fetched_says_the_way_out_of_its_name(cache: Any) -> None:
+    with pytest.raises(UsageError, match=r"could not be read from the hub .*by its name: .* take BAAI/Emu3-Gen-hf"):
+        bozzetto.load("BAAI/Emu3-Gen")
 
 
 def test_a_hub_checkpoint_without_a_config_says_the_way_out(cache: Any, tmp_path: Path) -> None:

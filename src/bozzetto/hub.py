@@ -25,6 +25,7 @@ _WANTED = (
     "*checkpoint.pt",
 )
 _PICKLES = ("*.bin",)
+_SAID = ("config.json", "model_index.json", "vision_language_encoder/config.json", "bozzetto.y*ml", "bozzetto.json")
 
 
 def on_hub(model: str | Path) -> bool:
@@ -45,16 +46,21 @@ def fetched(model: str | Path) -> Path:
     """A folder itself, or the one that a name on the hub was fetched into. Raises UsageError where it cannot be."""
     if not on_hub(model):
         return Path(model)
+    folder = _snapshot(str(model), *_WANTED)
+    return folder if any(folder.rglob("*.safetensors")) else _snapshot(str(model), *_WANTED, *_PICKLES)
+
+
+def described(model: str | Path) -> Path:
+    """As `fetched`, of the files alone that say what it is, for what is not read here may hold a hundred gigabytes."""
+    return _snapshot(str(model), *_SAID) if on_hub(model) else Path(model)
+
+
+def _snapshot(model: str, *patterns: str) -> Path:
     import huggingface_hub
 
-    name, revision = split_name(str(model))
-
-    def fetch(*patterns: str) -> Path:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-
+    name, revision = split_name(model)
     try:
-        folder = fetch(*_WANTED)
-        return folder if any(folder.rglob("*.safetensors")) else fetch(*_WANTED, *_PICKLES)
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # of the name, the network, the disk; each library has classes of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"{model}: could not be read from the hub (there is no such folder here): {reason}") from error

@@ -11,7 +11,7 @@ from bozzetto.adapters.refusals import way_out
 from bozzetto.checks import clipped, config_from, naming
 from bozzetto.classes import distinct
 from bozzetto.errors import UsageError
-from bozzetto.hub import fetched, go_offline, model_name, on_hub
+from bozzetto.hub import described, fetched, go_offline, model_name, on_hub
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.captions import read_captions
 from bozzetto.models.continuous_store import FLOW, MASKED, load_continuous, load_latents
@@ -23,7 +23,7 @@ from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.models.mar import MAR
 from bozzetto.models.mar_target import MARSampler, MARTarget, check_passes
 from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.models.store import CONFIG, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
+from bozzetto.models.store import CONFIG, PIPELINE, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
 from bozzetto.own_sampling import SAMPLING, own_from
 from bozzetto.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
@@ -42,12 +42,12 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     wanted = load_settings_of(settings, options)
     if wanted.offline:
         go_offline()
-    place = fetched(model) if on_hub(model) else model
+    place = _described(model) if on_hub(model) else model
     if not (Path(place) / CONFIG).is_file() and (why := way_out(str(model), {})):
         raise UsageError(f"{model}: {why}")
     if is_hosted(place):
         return _load_hosted(model, Path(place), wanted)
-    folder = model_folder(place)
+    folder = model_folder(fetched(model) if on_hub(model) else model)
     config = read_config(folder)
     refuse_flow_options(wanted, str(folder))
     for name in ("tokenizer", "vqgan"):
@@ -70,6 +70,19 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         with naming(folder / CONFIG):  # what it says is allowed for this kind of model
             pipe.decoder_for(GenerateSettings(drafter="none"), 1)
     return pipe
+
+
+def _described(model: str | Path) -> Path:
+    """What is known of a name on the hub before its weights are fetched. Raises UsageError, with the way out where its
+    name tells one."""
+    try:
+        found = described(model)
+    except UsageError as error:
+        why = way_out(str(model), {})
+        raise UsageError(f"{error} (by its name: {why})" if why else str(error)) from error
+    if not any((found / name).is_file() for name in (CONFIG, PIPELINE)):
+        raise UsageError(f"{model}: {way_out(str(model), {}) or f'there is no {CONFIG}, which says what a model is'}")
+    return found
 
 
 def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> LoadSettings:

@@ -19,6 +19,7 @@ from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Ask, Hosted, Source, fixed_size
 from bozzetto.autoencoders.kl16 import numbered
+from bozzetto.autoencoders.llamagen_vq import MODULES
 from bozzetto.errors import UsageError
 from bozzetto.files import read_json
 from bozzetto.hub import model_name
@@ -36,14 +37,6 @@ _NAMES = (
     (r"gen_head\.output_mlp_projector\.(.*)", r"model.generation_head.proj_out.\1"),
     (r"gen_head\.vision_head\.(.*)", r"model.generation_head.vision_head.\1"),
     (r"gen_embed\.(.*)", r"model.generation_embeddings.\1"),
-)
-_INSIDE_VQ = (
-    ("encoder.conv_blocks.", "encoder.down."),
-    ("decoder.conv_blocks.", "decoder.up."),
-    (".res.", ".block."),
-    (".mid.0.", ".mid.block_1."),
-    (".mid.1.", ".mid.attn_1."),
-    (".mid.2.", ".mid.block_2."),
 )
 _OF_FILES = ("model_type", "torch_dtype", "dtype")  # what is said of the files, not of the network
 _VQ, _HIDDEN = "model.vqmodel.", "generation_aligner.hidden_layers."
@@ -76,7 +69,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             continue
         if name.startswith(_VQ):
-            for part, other in _INSIDE_VQ:
+            for part, other in MODULES:
                 name = name.replace(part, other)
         if _HIDDEN in name:  # a linear layer follows an activation: 2, 4, ... are hidden layers 0, 1, ...
             name = re.sub(r"hidden_layers\.(\d+)", lambda m: f"hidden_layers.{int(m[1]) // 2 - 1}", name)

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,7 +28,7 @@ from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, read_json
-from bozzetto.hub import fetched
+from bozzetto.hub import described, fetched, on_hub
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.store import CONFIG, FIRST_STAGE, PIPELINE, read_config
 
@@ -55,24 +56,31 @@ def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = N
     Raises UsageError for a checkpoint that is not an image generator of a known family, that is incomplete, or that
     lacks its tokenizer.
     """
-    source = _source(str(model), fetched(model) if folder is None else folder)
+    source = _source(str(model), described(model) if folder is None else folder)
+    read = _reader(source, wanted)
+    if on_hub(model):  # the weights too, now that they are known to be read
+        source = _source(str(model), fetched(model))
+    with fitting(f"{model}: its files do not fit together"):
+        return _finished(read(source, wanted.for_weights(source.stored)), wanted)
+
+
+def _reader(source: Source, wanted: LoadSettings) -> Callable[[Source, LoadSettings], Hosted]:
+    """What reads a checkpoint, of which no weights need be there. Raises UsageError where nothing does, and for options
+    that are not for it."""
     kind, path = source.config.get("model_type"), find_spec_file(wanted.adapter, source.folder)
     path = path or known_by(source.config)
     if path or kind != _NEXTSTEP:
         refuse_flow_options(wanted, source.name)
     if path:
-        spec = read_spec(path)
-        with fitting(f"{model}: its files do not fit together"):
-            return _finished(load_generic(source, wanted.for_weights(source.stored), spec, path), wanted)
+        return partial(load_generic, spec=read_spec(path), path=path)
     if why := way_out(source.name, source.config):
-        raise UsageError(f"{model}: {why}")
+        raise UsageError(f"{source.name}: {why}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UsageError(
-            f"{model}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
+            f"{source.name}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
             "LlamaGen and MAR checkpoints: bozzetto convert; a language model whose image tokens are words: --adapter)"
         )
-    with fitting(f"{model}: its files do not fit together"):
-        return _finished(FAMILIES[kind](source, wanted.for_weights(source.stored)), wanted)
+    return FAMILIES[kind]
 
 
 def _source(name: str, folder: Path) -> Source:

@@ -19,15 +19,15 @@ from bozzetto.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.
-_NAMES = (
+MODULES = (
     ("encoder.conv_blocks.", "encoder.down."),
     ("decoder.conv_blocks.", "decoder.up."),
     (".res.", ".block."),
     (".mid.0.", ".mid.block_1."),
     (".mid.1.", ".mid.attn_1."),
     (".mid.2.", ".mid.block_2."),
-    ("quantize.embedding.weight", "codebook"),
 )
+_NAMES = (*MODULES, ("quantize.embedding.weight", "codebook"))
 _GROUPS = 32  # of every group norm
 USED = "quantize.codebook_used"  # the last 65536 codes of the tokenizer's own training; of no use here
 

@@ -23,8 +23,28 @@ from bozzetto.models.heads import FlowLaw, PackedDenoiser
 from bozzetto.models.llamagen_cache import CausalSession, CausalTarget
 
 
+class _Scheduled:
+    """What samplers of a causal flow head share. steps: of a token; norm: see EulerSampler."""
+
+    steps: int
+    norm = 0
+
+    def __post_init__(self) -> None:
+        if self.norm not in (0, 1):
+            raise UsageError(f"norm = {self.norm} is not allowed: 0, 1")
+        _ = self.schedule  # raises UsageError
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        return self.with_steps(self.steps)
+
+    def with_steps(self, steps: int) -> FlowSchedule:
+        """The schedule of another number of steps."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FlowSampler:
+class FlowSampler(_Scheduled):
     """How the head is sampled: see `flow_schedule`. last_steps: steps of the last token (0: as of all the others), see
     models/annealed.py."""
 
@@ -33,19 +53,12 @@ class FlowSampler:
     shift: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     last_steps: Count = 0
 
-    def __post_init__(self) -> None:
-        _ = self.schedule  # raises UsageError
-
-    @property
-    def schedule(self) -> FlowSchedule:
-        return self.with_steps(self.steps)
-
     def with_steps(self, steps: int) -> FlowSchedule:
         return flow_schedule(steps, self.last_std, self.shift)
 
 
 @dataclass(frozen=True)
-class EulerSampler:
+class EulerSampler(_Scheduled):
     """NextStep-1's sampler as it comes with the weights: see `euler_schedule`. norm: 1: every drawn token goes through
     a layer norm before it is fed back and before it is decoded (the chain, and what rules see, is the token before it);
     last_steps: as of FlowSampler."""
@@ -56,20 +69,12 @@ class EulerSampler:
     norm: int = 0
     last_steps: int = 0
 
-    def __post_init__(self) -> None:
-        _check_norm(self.norm)
-        _ = self.schedule  # raises UsageError
-
-    @property
-    def schedule(self) -> FlowSchedule:
-        return self.with_steps(self.steps)
-
     def with_steps(self, steps: int) -> FlowSchedule:
         return euler_schedule(steps, self.shift, self.last)
 
 
 @dataclass(frozen=True)
-class FlowSdeSampler:
+class FlowSdeSampler(_Scheduled):
     """NextStep-1.1's sampler as in its training repository: see `flow_sde_schedule`; norm, last_steps: as above."""
 
     steps: int = 30
@@ -78,21 +83,8 @@ class FlowSdeSampler:
     norm: int = 0
     last_steps: int = 0
 
-    def __post_init__(self) -> None:
-        _check_norm(self.norm)
-        _ = self.schedule  # raises UsageError
-
-    @property
-    def schedule(self) -> FlowSchedule:
-        return self.with_steps(self.steps)
-
     def with_steps(self, steps: int) -> FlowSchedule:
         return flow_sde_schedule(steps, self.shift, self.level)
-
-
-def _check_norm(norm: int) -> None:
-    if norm not in (0, 1):
-        raise UsageError(f"norm = {norm} is not allowed: 0, 1")
 
 
 class Sampled:

@@ -168,7 +168,7 @@ MASKED: dict[str, dict[str, Any]] = {
     "model": {"drafter": "model:folder={mar}", "rule": "cspd"},
 }
 TABLES = {"codes": CODES, "flow": FLOW, "drift": DRIFT, "mar": MASKED, "text": {"none": CODES["none"]}}
-OTHERS = ("stream", "slots", "served", "bench", "profile", "sample", "device map")
+OTHERS = ("stream", "slots", "served", "bench", "profile", "sample", "device map", "hosted", "inside generate")
 CASES = [f"{family}: {name}" for family, table in TABLES.items() for name in table] + list(OTHERS)
 
 
@@ -248,6 +248,34 @@ class Cases:
 
         run = SampleRun(self.root / "samples", self.pipe("codes", "second"), GenerateSettings("none", batch=2))
         assert sample(run, 3) == 3
+
+    def hosted(self) -> None:
+        import hf_toys
+        from bozzetto.engine.loop import Decoder
+        from bozzetto.laws.categorical import LawSettings
+        from bozzetto.registry import make_drafter, make_rule
+
+        ready, found = hf_toys._ready, dict[str, list[Any]]()
+        for device in ("second", "cpu"):
+            hf_toys._ready = lambda *given, device=device: ready(*given).to(device)
+            for name in ("janus", "emu3", "chameleon", "lumina"):
+                target = hf_toys.TARGETS[name]()
+                labels = torch.tensor([0, 1, 2], device=target.device)
+                made = Decoder(target, make_drafter("jacobi", 3), make_rule("exact"), LawSettings(guidance=2.0))
+                found.setdefault(name, []).append(made.run(labels, 0, labels).tokens.tolist())
+        hf_toys._ready = ready
+        assert all(here == there for here, there in found.values())
+
+    def inside_generate(self) -> None:
+        import bozzetto
+        import hf_toys
+
+        found = []
+        for device in ("second", "cpu"):
+            model, loop = hf_toys.tiny_emu3().to(device), bozzetto.generate_fn(hf_toys.GRID, hf_toys.GRID)
+            asked = torch.tensor([list(hf_toys.PROMPTS[0])]).to(device)
+            found.append(loop(model, asked, generation_config=model.generation_config).tolist())
+        assert found[0] == found[1]
 
     def device_map(self) -> None:
         """As accelerate does: layers on two devices, hooks that bring what a layer is called with."""

@@ -175,6 +175,7 @@ def _check_law(network: Any, target: PromptedCodes, prompt: tuple[int, ...], pat
     scale or a cap behind it, of positions that are not 0, 1, 2, ... Asked of two tokens after a prompt."""
     if network.config.model_type == "chameleon":  # whose forward hides image tokens
         return
+    target.gather_here()
     some = torch.tensor([*prompt, *target.numbers[:2]], device=network.device)[None]
     theirs = network(input_ids=some, use_cache=False).logits[0, -3:, target.numbers].float()
     label = target.add(Prompt(prompt, prompt), len(target.prompts))

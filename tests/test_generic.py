@@ -57,6 +57,9 @@ def changed(folder: Path, **changes: Any) -> Path:
         ({"pattern": None, "words": [1, 1]}, "24 different numbers"),
         ({"pattern": "<{row}>"}, r"pattern: \{row\} is not allowed"),
         ({"pattern": "<{code:zz}>"}, "is not allowed: "),
+        ({"pattern": "<{code:1000000000d}>"}, "'1000000000d'"),
+        ({"size_word": "{number:.999999999f}"}, "'.999999999f'"),
+        ({"no_prompt": ""}, r"bozzetto\.json: a prompt has one token"),
         ({"pattern": "<|other_{code}|>"}, "has no word '<|other_0|>'"),
         ({"pattern": None, "offset": 1000}, "word 1023 of code 23 is not there"),
         ({"line_end": "<eol>"}, "has no word '<eol>'"),
@@ -64,6 +67,9 @@ def changed(folder: Path, **changes: Any) -> Path:
         ({"prompt": "hello"}, r"prompt has to hold \{prompt\}"),
         ({"no_prompt": "{prompt}"}, r"no_prompt: \{prompt\} is not allowed"),
         ({"sizes": []}, "sizes has to list"),
+        ({"sizes": ["8x8"] * 257}, "sizes = .* is not allowed"),
+        ({"sizes": [["8x8"]]}, "sizes: a list is not allowed: texts and numbers"),
+        ({"sampling": {"steps": 5}}, r"bozzetto\.json: sampling: steps is not allowed"),
         ({"sizes": ["big"]}, "image_size = 'big' is not allowed"),
         ({"sizes": ["7x8"]}, "7x8 is not allowed: multiples of 2"),
         ({"sampling": {"guidance": 0.5}}, "guidance = 0.5"),
@@ -83,6 +89,15 @@ def changed(folder: Path, **changes: Any) -> Path:
 def test_what_an_adapter_may_not_say(plain: Path, changes: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         bozzetto.load(changed(plain, **changes))
+
+
+@pytest.mark.parametrize(
+    "odd", ["sizes: &s ['8x8', *s]", "codes: 2001-01-01", "codes: !!binary aGVsbG8=", "sizes: !!set {8x8: null}"]
+)
+def test_what_yaml_has_and_adapters_have_not_is_named(tmp_path: Path, odd: str) -> None:
+    (tmp_path / "adapter.yaml").write_text(f"pixels: 2\n{odd}\n")
+    with pytest.raises(UsageError, match=rf"adapter\.yaml: {odd.partition(':')[0]}: a .* is not allowed"):
+        read_spec(tmp_path / "adapter.yaml")
 
 
 def test_the_command_line_says_it_in_one_line(plain: Path, tmp_path: Path, capsys: Any) -> None:

@@ -166,6 +166,11 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda at: spoilt(at / "vae" / DIFFUSED, lambda weight: weight.to(torch.float8_e5m2)),
         "is of type F8_E5M2",
     ),
+    "Janus' picture": (
+        "janus",
+        lambda at: retold(at / "config.json", vision_config={"num_image_tokens": 9, "image_size": 0}),
+        r"config\.json: num_image_tokens = 9 is not allowed",
+    ),
     "Janus without a word for padding": (
         "janus",
         lambda at: retold(at / "generation_config.json", pad_token_id=10**9),

@@ -17,7 +17,7 @@ from bozzetto.files import pointer_note, read_json
 from bozzetto.models.store import CONFIG, FLOATS, WEIGHT, WEIGHTS, Held, header_of, open_tensors, read_config
 
 _INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
-_COUNTS, _MOST = re.compile(r"(num|n)_\w*(layers|blocks|heads)"), 1024
+_COUNTS, _MOST = re.compile(r"(num|n)_\w*(layer|block|head)s?|depths?"), 1024
 
 
 def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
@@ -58,8 +58,10 @@ def _check_counts(content: dict[str, Any], source: Path) -> None:
     for key, value in content.items():
         if isinstance(value, dict):
             _check_counts(value, source)
-        elif _COUNTS.fullmatch(key) and isinstance(value, int) and value > _MOST:
-            raise UsageError(f"{source}: {key} = {value} is not allowed: at most {_MOST}")
+        elif _COUNTS.fullmatch(key):
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int) and count > _MOST:
+                    raise UsageError(f"{source}: {key} = {count} is not allowed: at most {_MOST}")
 
 
 def weight_files(folder: Path) -> list[Path]:

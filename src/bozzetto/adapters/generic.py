@@ -17,6 +17,7 @@ from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
 from bozzetto.adapters.source import Hosted, Source, fits_context
 from bozzetto.adapters.spec import TOKENIZER, AdapterSpec, filled
 from bozzetto.adapters.undecoded import LinedTokens, TokenPictures
+from bozzetto.checks import naming
 from bozzetto.errors import UsageError, brief
 from bozzetto.hub import fetched, fetched_file
 from bozzetto.load_settings import LoadSettings
@@ -72,7 +73,9 @@ def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: 
             return Prompt(tokens(spec.prompt, text), without)
 
         pictures = _pictures(spec, decoder, rows, columns)
-        _check_law(network, target, ask("a", "").without, path)
+        with naming(path):  # of a template that comes to nothing
+            without = ask("a", "").without
+        _check_law(network, target, without, path)
         sizes = spec.every_size
         return Hosted(target, pictures, ask, spec.sampling, tokenizer, sizes, sized, besides)
 

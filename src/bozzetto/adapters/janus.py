@@ -20,6 +20,7 @@ from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
 from bozzetto.errors import UsageError, brief
 from bozzetto.images import size_of
 from bozzetto.load_settings import LoadSettings
+from bozzetto.models.store import CONFIG
 
 
 class JanusDrawing(JanusForConditionalGeneration):
@@ -67,8 +68,12 @@ def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
     source.check(JanusDrawing)
     processor, network = source.processor(), source.network(JanusDrawing, wanted)
     target = JanusTarget(network)
+    grid, patches = math.isqrt(target.length), network.config.vq_config.num_patches
+    if not grid * grid == patches * patches == target.length > 0:
+        what = f"num_image_tokens = {target.length} is not allowed: the square of {patches}, image_size // patch_size"
+        raise UsageError(f"{source.folder / CONFIG}: {what}")
     first, padding = (_known(source, network, processor.tokenizer, name) for name in ("bos_token_id", "pad_token_id"))
-    pictures = janus_pictures(network, math.isqrt(target.length))
+    pictures = janus_pictures(network, grid)
     fixed_size(source, wanted, size_of(pictures.config))
     begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
 

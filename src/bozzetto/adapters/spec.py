@@ -19,7 +19,7 @@ from bozzetto.checks import Count, Size, config_from
 from bozzetto.errors import UsageError, brief
 from bozzetto.load_settings import size_of
 from bozzetto.mappings import read_mapping
-from bozzetto.own_sampling import OwnSampling
+from bozzetto.own_sampling import HEAD, OwnSampling
 
 NAMES = ("bozzetto.yaml", "bozzetto.yml", "bozzetto.json")
 SHIPPED = Path(__file__).parent / "files"
@@ -27,6 +27,7 @@ TOKENIZER = "tokenizer"  # as an offset: after all words of the tokenizer
 _LUMINA_2 = 155_000  # Chameleon's own vocabulary ends before Lumina-mGPT 2.0's image words begin
 _ON_HUB = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _HELD = re.compile(r"\{([^{}]*)\}")
+_FORMAT = re.compile(r"(0?[0-9]{1,2})?[dxX]?", re.ASCII)  # others may write a gigabyte
 _IN_PROMPTS = ("prompt", "width", "height", "columns", "rows", "wide", "high", "bos")
 _Text = Annotated[str, Field(max_length=10_000)]
 
@@ -62,7 +63,7 @@ class AdapterSpec:
 
     codes: Size
     pixels: Size
-    sizes: tuple[str, ...]
+    sizes: Annotated[tuple[str, ...], Field(max_length=256)]
     prompt: _Text
     no_prompt: _Text
     offset: Count | Literal["tokenizer"] | None = None
@@ -129,11 +130,11 @@ class AdapterSpec:
 
 
 def filled(pattern: str, number: int) -> str:
-    """A pattern with its number, {code} or {code:06d}. Raises UsageError for a format that Python does not know."""
-    try:
-        return _HELD.sub(lambda found: format(number, found[1].partition(":")[2]), pattern)
-    except ValueError as error:
-        raise UsageError(f"{brief(pattern)} is not allowed: {error}") from error
+    """A pattern with its number, {code} or {code:06d}. Raises UsageError for another format."""
+    formats = [part.partition(":")[2] for part in _HELD.findall(pattern)]
+    if odd := next((said for said in formats if not _FORMAT.fullmatch(said)), ""):
+        raise UsageError(f"{brief(pattern)} is not allowed: format {brief(odd)} (a whole number's: 6d, 06d, x)")
+    return _HELD.sub(lambda found: format(number, found[1].partition(":")[2]), pattern)
 
 
 def shipped() -> list[str]:
@@ -163,12 +164,24 @@ def find_spec_file(asked: str | Path, folder: Path) -> Path | None:
     return Path(asked)
 
 
+def _check_flat(path: Path, key: str, value: object) -> None:
+    """Raise UsageError for what YAML has and adapters do not: dates, bytes, sets, lists in lists (which aliases make
+    endless)."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if odd := next((part for part in parts if not isinstance(part, str | int | float | None)), None):
+        raise UsageError(f"{path}: {key}: a {type(odd).__name__} is not allowed: texts and numbers")
+
+
 def read_spec(path: Path) -> AdapterSpec:
     """An adapter file. Raises UsageError naming the file, the key, the value and what is allowed."""
     content: dict[str, Any] = dict(read_mapping(path, "adapter"))
+    for key, value in content.items():
+        _check_flat(path, key, value)
     parts: Mapping[str, type] = {"decoder": DecoderSpec, "sampling": OwnSampling}
     made = {key: config_from(kind, content.pop(key), f"{path}: {key}") for key, kind in parts.items() if key in content}
     if "sampling" in made and made["sampling"].source == OwnSampling().source:
         made["sampling"] = config_from(OwnSampling, {**vars(made["sampling"]), "source": path.name}, path)
+    if odd := next((name for name in HEAD if getattr(made.get("sampling"), name, 0)), ""):
+        raise UsageError(f"{path}: sampling: {odd} is not allowed: it is of continuous tokens")
     plain = config_from(AdapterSpec, content, path)
     return AdapterSpec(**{**vars(plain), **made})

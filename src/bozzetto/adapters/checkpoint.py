@@ -4,7 +4,7 @@ finds, and takes the memory that config.json asks for before it compares that wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,12 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
         raise UsageError(f"{folder / CONFIG}: describes {wanted} weights, but its files hold {held} bytes")
 
 
-def check_types(path: Path, held: Mapping[str, Held]) -> None:
+def check_types(path: Path, held: Mapping[str, Held], allowed: Sequence[str] = FLOATS) -> None:
     """Raise UsageError for weights of types that mean nothing without scales (int8, float8), which transformers 5.24
     casts as they are."""
     for key, (kind, _) in held.items():
-        if key.endswith(WEIGHT) and kind not in FLOATS:
-            raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(FLOATS)})")
+        if key.endswith(WEIGHT) and kind not in allowed:
+            raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(allowed)})")
 
 
 def _check_counts(content: dict[str, Any], source: Path) -> None:

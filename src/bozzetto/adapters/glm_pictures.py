@@ -26,6 +26,7 @@ from bozzetto.models.store import header_of, open_tensors
 
 FACTOR = 32  # pixels per token and side
 _TWICE = 2  # the second stage has a token for each 16 pixels
+_TYPES = ("F16", "BF16", "F32")  # diffusers 0.42 leaves float64 as it is beside others
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -101,10 +102,10 @@ def second_stage(source: Source, wanted: LoadSettings) -> Any:
         """With all its weights, which diffusers 0.42 and transformers 5.24 draw at random where they are missing."""
         for path in (whole / name).glob("*.safetensors"):
             with open_tensors(path) as content:
-                check_types(path, header_of(content))
+                check_types(path, header_of(content), _TYPES)
         made, notes = part(name, kind, use_safetensors=True, output_loading_info=True, **{called: dtype}, **options)
         check_weights(f"{source.name}: {name}", made, notes)
-        return made.to(wanted.device, dtype).eval().requires_grad_(False)
+        return made.to(wanted.device).eval().requires_grad_(False)
 
     eager = {"low_cpu_mem_usage": False}  # which needs accelerate, and says so
     stage = GlmImagePipeline(

@@ -300,7 +300,7 @@ def test_a_chameleon_needs_the_decoder_of_its_codes(checkpoints: dict[str, Path]
     (folder / "vqgan.safetensors").unlink()
     refused(
         folder,
-        "give the published tokenizer checkpoint with --vqgan, or put it into .* or vqgan.ckpt",
+        "give the published tokenizer checkpoint .of Meta.s Chameleon. with --vqgan, or put it into .* or vqgan.ckpt",
     )
     write_chameleon(folder, torch.ones(hf_toys.CODES, 4))
     refused(folder, "its codes are not those of")

@@ -16,6 +16,8 @@ class Generate(Law):
     """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
 
     Example: bozzetto generate tulip rose --count 4 --seed 7 --out flowers
+
+    Example: bozzetto generate "a red tulip in a vase" --model deepseek-ai/Janus-Pro-1B --out janus
     """
 
     classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
@@ -51,7 +53,7 @@ class Bench(Loading):
     """
 
     model: str = "flowers"
-    """A shipped model by name, or a model folder."""
+    """As of `generate`."""
     methods: str = "auto"
     """none, or DRAFTER/RULE, separated by commas; @steps=, @passes= or @window= gives one a setting of its own
     (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
@@ -108,7 +110,7 @@ class Profile(Loading):
     """
 
     model: str = "flowers"
-    """A shipped model by name, or a model folder. Not for masked models."""
+    """As of `generate`. Causal models of ours alone."""
     method: str = "auto"
     """none, DRAFTER/RULE, or auto: the model's default. Sequential decoding always takes part."""
     batch: int = 1
@@ -143,7 +145,7 @@ class Sample(Law):
     classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
     """Class names or numbers, taken in turn. None: all classes of the model."""
     model: str = "flowers"
-    """A shipped model by name, or a model folder."""
+    """As of `generate`."""
     method: str = "auto"
     """none, DRAFTER/RULE, or auto: the model's default, without bias."""
     count: int = 1000
@@ -169,7 +171,7 @@ class Evaluate(Law):
     """
 
     model: str = "flowers"
-    """A shipped model by name, or a model folder."""
+    """As of `generate`."""
     methods: str = "auto"
     """none, or DRAFTER/RULE, separated by commas; auto: the model's usual ones. none always takes part."""
     count: int = 500
@@ -218,9 +220,12 @@ class Models:
 class Convert:
     """Turn published checkpoints into a folder that the other verbs read.
 
-    Checkpoints in the Hugging Face layout (Janus, Emu3, Anole, Lumina-mGPT) need none of this: generate --model FOLDER.
+    Janus (transformers' files or deepseek-ai's own), Emu3, Anole, Lumina-mGPT, GLM-Image and NextStep-1 need none of
+    this: generate --model FOLDER, or ORGANISATION/NAME.
 
     Example: bozzetto convert llamagen --gpt c2i_B_256.pt --vq vq_ds16_c2i.pt --out llamagen-b
+
+    Example: bozzetto convert llamagen --gpt t2i_XL_stage1_256.pt --vq vq_ds16_t2i.pt --out llamagen-t2i
 
     Example: bozzetto convert mar --checkpoint checkpoint-last.pth --vae kl16.ckpt --out mar-b
 
@@ -228,8 +233,8 @@ class Convert:
     """
 
     what: tyro.conf.Positional[Literal["llamagen", "mar", "eagle"]]
-    """llamagen, mar: a target with its tokenizer (they need the extra of that name); eagle: a drafter for a converted
-    target."""
+    """llamagen, mar: a target with its tokenizer (they need the extra of that name); eagle: a published drafter for a
+    target that is there."""
     out: Path
     """The new folder: missing or empty. It appears only when everything fits."""
     gpt: Path | None = None

@@ -34,7 +34,8 @@ class Loading:
     text_encoder: str = ""
     """For a text-conditional LlamaGen: folder or hub name of its text encoder. Not given: google/flan-t5-xl."""
     image_size: int | str = 0
-    """Pixels per side, or WIDTHxHEIGHT, for models that have a choice (Emu3, Lumina-mGPT, NextStep-1). 0: the usual."""
+    """Pixels per side, or WIDTHxHEIGHT, for models that have a choice (Emu3, Lumina-mGPT, GLM-Image, NextStep-1). 0:
+    the usual."""
     vae: str = ""
     """NextStep-1: folder of its autoencoder (config.json, checkpoint.pt), or its name on the hub. Not given: the
     model's own vae."""

@@ -43,7 +43,7 @@ def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
         check_multiple(size, _FACTOR)
         columns, rows = (pixels // _FACTOR for pixels in size)
         target, look = Emu3Target(network, rows, columns), processor.image_processor
-        fits_context(target, size)
+        fits_context(source, target, size)
         pictures = emu3_pictures(network, rows, columns, list(look.image_mean), list(look.image_std))
         ask = _grammar(processor, size)
         return Hosted(target, pictures, ask, own, processor.tokenizer, sizes, sized)

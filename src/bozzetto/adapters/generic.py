@@ -63,7 +63,7 @@ def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: 
             target: PromptedCodes = WordsTarget(body, head, codes, rows, columns)
         else:
             target = LinedTarget(body, head, codes, end, rows, columns)
-        fits_context(target, size)
+        fits_context(source, target, size)
 
         def tokens(template: str, prompt: str = "") -> tuple[int, ...]:
             return tuple(tokenizer.encode(spec.said(template, size, bos, prompt), add_special_tokens=False))

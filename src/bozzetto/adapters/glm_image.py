@@ -104,7 +104,7 @@ def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
 
         _, preview = prepared("")["image_grid_thw"].tolist()
         target = GlmImageTarget(network, (preview[1], preview[2]), (rows, columns))
-        fits_context(target, size)
+        fits_context(source, target, size)
 
         def ask(text: str, negative: str) -> Prompt:
             return Prompt(tuple(numbers(prepared(text))), tuple(numbers(prepared(negative))))

@@ -98,7 +98,7 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
         ask = LuminaPrompts(tokenizer, size)
         columns, rows = (pixels // _PIXELS * _CODES for pixels in size)
         target = LuminaTarget(network, ask.end, rows, columns)
-        fits_context(target, size)
+        fits_context(source, target, size)
         pictures = pictured(rows, columns, network.device)
         return Hosted(target, pictures, ask, own, tokenizer, sizes, sized)
 

@@ -65,7 +65,7 @@ def load_nextstep(source: Source, wanted: LoadSettings) -> Hosted:
         columns, rows = (pixels // (patch * factor) for pixels in size)
         places = _positions(source, rows, columns, body.config.hidden_size)
         target = NextStepTarget(body, parts, rows, columns, EulerSampler(), places)
-        fits_context(target, size)
+        fits_context(source, target, size)
         pictures = NextStepPictures(target, vae.decoder, patch, factor, vae.scale, vae.shift)
         ask = Prompts(source, tokenizer, rows, columns)
         return Hosted(target, pictures, ask, own, tokenizer, ((side, side),), sized)

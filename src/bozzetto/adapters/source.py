@@ -208,12 +208,12 @@ def bars_where_seen() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def fits_context(target: PromptedTarget, size: tuple[int, int]) -> None:
+def fits_context(source: Source, target: PromptedTarget, size: tuple[int, int]) -> None:
     """Raise UsageError for a picture that leaves no room for a prompt. size: width, height."""
     if target.length >= target.context:
         raise UsageError(
-            f"image_size = {written(size)} is not allowed: {target.length} image tokens, the model's context is "
-            f"{target.context}"
+            f"{source.name}: image_size = {written(size)} is not allowed: {target.length} image tokens, the model's "
+            f"context is {target.context}"
         )
 
 

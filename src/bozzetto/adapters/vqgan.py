@@ -61,7 +61,7 @@ def _decoder(source: Source, wanted: LoadSettings, inside: Mapping[str, Tensor])
     if path is None and "decoder.conv_in.weight" not in inside:
         raise UsageError(
             f"{source.name}: no decoder for its image tokens: transformers holds none, so give the published tokenizer "
-            f"checkpoint with --vqgan, or put it into the model's folder as {' or '.join(NAMES)}"
+            f"checkpoint (of Meta's Chameleon) with --vqgan, or put it into the model's folder as {' or '.join(NAMES)}"
         )
     where = source.folder if path is None else path
     state = inside if path is None else read_state(path)

@@ -17,6 +17,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -104,15 +105,8 @@ def convert_llamagen(
     for source, part in ((vq, pixels), (gpt, network)):
         check_storable(source, part, store)
     condition = "t2i" if config.captioned else "c2i"
-    own = published("llamagen-t2i" if config.captioned else f"llamagen-c2i-{size}")
-    content = {
-        "family": "llamagen",
-        "config": dataclasses.asdict(config),
-        "class_names": names,
-        SAMPLING: own.recorded(),
-        **({"encoder": _place(text_encoder)} if text_encoder and config.captioned else {}),
-        "converted": {"size": size, "condition": condition, "gpt": gpt.name, "vq": vq.name},
-    }
+    content = _content(size, config, text_encoder) | {"class_names": names}
+    content["converted"] = {"size": size, "condition": condition, "gpt": gpt.name, "vq": vq.name}
 
     def write(folder: Path) -> None:
         save_state(folder / WEIGHTS, network, store=store)
@@ -125,6 +119,13 @@ def convert_llamagen(
         f"LlamaGen-{size} ({kind}) with VQ-{tokenizer.downsample}, {image_size} x {image_size} pixels ({how}), "
         f"{config.length} tokens, weights as {types_in({**network, **pixels}, store)}: {out}{note_on_doubles(names)}"
     )
+
+
+def _content(size: str, config: LlamaGenConfig, text_encoder: str) -> dict[str, Any]:
+    """config.json, but for what the files are called."""
+    own = published("llamagen-t2i" if config.captioned else f"llamagen-c2i-{size}")
+    content = {"family": "llamagen", "config": dataclasses.asdict(config), SAMPLING: own.recorded()}
+    return content | ({"encoder": _place(text_encoder)} if text_encoder and config.captioned else {})
 
 
 def _place(source: str) -> str:

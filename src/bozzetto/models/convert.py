@@ -205,10 +205,10 @@ def _check_sums(path: Path) -> None:
 def _check_plain(path: Path, key: str, value: Tensor) -> None:
     """Raise UsageError for a tensor whose numbers are not in the file: sparse, of no device, repeated without end, or
     weights in a type that means nothing without scales."""
-    if key.endswith(WEIGHT):
-        check_types(path, {key: value})
     if value.layout != torch.strided or value.device.type != "cpu":
         raise UsageError(f"{path}: {key!r} is no plain tensor ({value.layout}, {value.device})")
+    if key.endswith(WEIGHT):
+        check_types(path, {key: value})
     if value.numel() * value.element_size() > max(path.stat().st_size, _MOST_REPEATED):
         raise UsageError(f"{path}: {key!r} has shape {tuple(value.shape)}, which the file has no room for")
 

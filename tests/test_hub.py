@@ -21,6 +21,7 @@ from bozzetto.adapters.refusals import READ, way_out
 from bozzetto.adapters.source import Source
 from bozzetto.cli import main
 from bozzetto.errors import UsageError
+from bozzetto.evaluate.suites import suite_models
 from bozzetto.hub import fetched, model_name, on_hub
 from bozzetto.models.eagle import EagleNet, eagle_config
 from bozzetto.models.eagle_store import save_drafter
@@ -237,6 +238,20 @@ def test_every_reader_that_could_run_code_says_that_it_must_not() -> None:
 )
 def test_what_is_known_and_not_read_says_why_and_what_to_take(name: str, config: dict[str, str], said: str) -> None:
     assert said in way_out(name, config)
+
+
+def test_published_files_that_are_no_folder_yet_are_told_to_be_converted(tmp_path: Path) -> None:
+    (tmp_path / "c2i_B_256.pt").touch()
+    for model in (tmp_path, tmp_path / "c2i_B_256.pt"):
+        with pytest.raises(UsageError, match=r"not a .*\(checkpoints of LlamaGen and MAR are converted first"):
+            bozzetto.load(model)
+    with pytest.raises(UsageError, match=r"unknown model 'Janus-Pro-7B' .* or ORGANISATION/NAME\)$"):
+        bozzetto.load("Janus-Pro-7B")
+
+
+def test_a_suite_is_for_models_of_ours(janus: Path) -> None:
+    with pytest.raises(UsageError, match=r"suite 'lantern' is not allowed with .*: its methods are for models of ours"):
+        suite_models("lantern", str(janus))
 
 
 def test_no_kind_that_is_read_is_refused_by_its_name() -> None:

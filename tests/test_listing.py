@@ -34,7 +34,10 @@ def test_kinds_of_folders_are_told(tiny_model: Path, tiny_flow: Path, tmp_path: 
     save_drift(tmp_path / "drift", variant, str(tiny_flow), tiny_flow, {"name": "one-step"})
     (tmp_path / "janus").mkdir()
     (tmp_path / "janus" / "config.json").write_text(json.dumps({"model_type": "janus"}))
-    codes, drift, eagle, janus = list_models(tmp_path).splitlines()[1:]
+    (tmp_path / "words").mkdir()  # a text encoder, say
+    (tmp_path / "words" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    codes, drift, eagle, janus, words = list_models(tmp_path).splitlines()[1:]
+    assert "model type 't5' draws no images by tokens here" in words and "guidance" not in words
     weights = sum(part.numel() for part in network.parameters())
     assert codes.split()[:6] == ["tiny", "llamagen", f"{weights / 1e6:.2f}", "M", "32x32", "16"]
     assert drift.startswith(f"one-step  drift (of {tiny_flow})") and "32x32" in drift

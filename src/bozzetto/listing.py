@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bozzetto.adapters.refusals import READ
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
-from bozzetto.checks import config_from
+from bozzetto.checks import clipped, config_from
 from bozzetto.errors import UsageError
 from bozzetto.models.continuous_store import DECODERS
 from bozzetto.models.continuous_store import FAMILIES as CONTINUOUS
@@ -88,7 +89,10 @@ def _sampling(folder: Path, content: dict[str, Any]) -> str:
 def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
     """Family, parameters, pixels, tokens and classes."""
     if is_hosted(folder):
-        return (f"{content['model_type']} (of transformers)", "-", "-", "-", "prompts")
+        kind = content["model_type"]
+        if kind not in READ and not (find_spec_file("", folder) or known_by(content)):
+            raise UsageError(f"model type {clipped(kind)} draws no images by tokens here")
+        return (f"{kind} (of transformers)", "-", "-", "-", "prompts")
     kinds = {**_TARGETS, **_DRAFTERS, DRIFT: DriftConfig}
     source = folder / CONFIG
     config = config_from(choose(content, "family", kinds, source), content.get("config"), source)

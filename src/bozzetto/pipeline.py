@@ -34,6 +34,7 @@ from bozzetto.models.store import (
     TOKENIZER_CONFIG,
     TOKENIZER_WEIGHTS,
     WEIGHTS,
+    convert_note,
     read_config,
     tokenizer_weights,
 )
@@ -376,9 +377,10 @@ def model_folder(name_or_folder: str | Path) -> Path:
     folder = Path(name_or_folder)
     if os.path.isdir(folder):  # False, not an error, for a name that no file could have
         return folder
-    what = "not a folder but a file:" if os.path.isfile(folder) else "unknown model"
-    shipped_here = ", ".join(shipped_models()) or "none"
-    raise UsageError(f"{what} {clipped(str(folder), 300)} (shipped: {shipped_here}; or a folder with a config.json)")
+    is_file = os.path.isfile(folder)
+    what, note = ("not a folder but a file:", convert_note(folder)) if is_file else ("unknown model", "")
+    known = f"shipped: {', '.join(shipped_models()) or 'none'}; or a folder with a config.json, or ORGANISATION/NAME"
+    raise UsageError(f"{what} {clipped(str(folder), 300)} ({known}){note}")
 
 
 def is_hosted(name_or_folder: str | Path) -> bool:

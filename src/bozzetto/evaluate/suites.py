@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
 from bozzetto.evaluate.features import FeatureExtractor
@@ -15,7 +16,7 @@ from bozzetto.evaluate.variants import compare_with_base
 from bozzetto.models.store import read_config
 from bozzetto.output import table
 from bozzetto.path_registry import is_path_method, make_path_rule
-from bozzetto.pipeline import Pipeline, model_folder
+from bozzetto.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.registry import make_rule, split_method
 
 Methods = Mapping[str, str]
@@ -146,8 +147,11 @@ SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
 
 def suite_models(name: str, asked: str) -> list[tuple[str, Part]]:
     """(model, part) of what is to be run: the part for the family of the model asked for, on that model; if the suite
-    has none for it, every part on its own shipped model. `followers` is run whole for any shipped model."""
+    has none for it, every part on its own shipped model. `followers` is run whole for any shipped model. Raises
+    UsageError for a model of transformers, which no part is for."""
     parts = SUITES[name]
+    if is_hosted(asked):
+        raise UsageError(f"suite {name!r} is not allowed with {asked}: its methods are for models of ours (--methods)")
     if name in _WHOLE and asked in {part.model for part in parts}:
         return [(part.model, part) for part in parts]
     family = read_config(model_folder(asked)).get("family")

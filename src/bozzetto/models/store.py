@@ -55,8 +55,16 @@ def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
     """A JSON object of a model folder. Raises UsageError when the file is missing or holds something else."""
     path = Path(folder) / name
     if not path.is_file():
-        raise UsageError(f"not a model folder: {path} does not exist")
+        there = Path(folder).iterdir() if Path(folder).is_dir() else ()
+        raise UsageError(f"not a model folder: {path} does not exist{next(filter(None, map(convert_note, there)), '')}")
     return read_json(path)
+
+
+def convert_note(path: str | Path) -> str:
+    """What to do with a file that is called as authors call their checkpoints; "" for other names."""
+    if Path(path).suffix not in (".pt", ".pth", ".ckpt") or Path(path).name == "checkpoint.pt":  # of our own training
+        return ""
+    return " (checkpoints of LlamaGen and MAR are converted first: bozzetto convert)"
 
 
 def write_config(folder: Path, first: Mapping[str, str], config: Any, notes: Mapping, name: str = CONFIG) -> None:

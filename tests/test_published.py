@@ -116,4 +116,4 @@ def test_it_is_served(family: Published, model: Any) -> None:
         served = server.client().images.generate(model="it", prompt=text, extra_body={"seed": 0})
         drawn = bozzetto.load(model, **family.options).generate([family.asked[0]], batch=1)
         assert served.data and served.data[0].b64_json
-        assert served.model_dump()["data"][0].get("sha256", drawn.images[0].sha256) == drawn.images[0].sha256
+        assert served.model_dump()["data"][0]["bozzetto"]["sha256"] == drawn.images[0].sha256

@@ -77,6 +77,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "int8 without scales": (lambda at: retyped(at, torch.int8), r"tiny/model\.safetensors: weight '.*' is of type I8"),
     "float8": (lambda at: retyped(at, torch.float8_e4m3fn), r"is of type F8_E4M3 \(allowed: F16, BF16, F32, F64\)"),
     "a million layers": (lambda at: config(at, num_hidden_layers=10**6), r"config\.json: num_hidden_layers = 1000000"),
+    "fewer heads than none": (lambda at: config(at, num_attention_heads=-1), r"config\.json: num_attention_heads = -1"),
     "a deep tower": (lambda at: config(at, depth=10**9), r"config\.json: depth = 1000000000"),
     "a large vocabulary": (lambda at: config(at, vocab_size=10**9), r"config\.json: describes \d+ weights"),
     "text for a number": (lambda at: config(at, hidden_size="512"), r"tiny.*config\.json"),

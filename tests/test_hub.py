@@ -140,7 +140,9 @@ def test_offline_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("name", ["a/b@", "a/b@x y", "@a/b", "a@b/c@d@e", "a/b@~", "runs/a@b", "out/x@main"])
+@pytest.mark.parametrize(
+    "name", ["a/b@", "a/b@../../c", "a/b@x y", "@a/b", "a@b/c@d@e", "a/b@~", "runs/a@b", "out/x@main"]
+)
 def test_what_is_no_name_with_a_revision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert not on_hub(name) and fetched(name) == Path(name)

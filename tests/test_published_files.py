@@ -166,6 +166,11 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda at: spoilt(at / "vae" / DIFFUSED, lambda weight: weight.to(torch.float8_e5m2)),
         "is of type F8_E5M2",
     ),
+    "an empty picture": (
+        "anole",
+        lambda at: retold(at / "processor_config.json", image_seq_length=0),
+        "a picture of 0 image tokens is not allowed",
+    ),
     "Janus' picture": (
         "janus",
         lambda at: retold(at / "config.json", vision_config={"num_image_tokens": 9, "image_size": 0}),

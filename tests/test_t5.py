@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import bozzetto
+from bozzetto.adapters.load import checkpoint_digest
 from bozzetto.adapters.t5 import T5Encoder, encoder_digest
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.cli import main
@@ -114,6 +115,7 @@ def test_an_encoder_of_the_hub_is_known_by_its_commit(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert encoder_digest("some/t5").endswith(commit) and encoder_digest("some/t5@v1").endswith(commit)
+    assert checkpoint_digest("some/t5@v1") == checkpoint_digest("some/t5") == checkpoint_digest(t5)
     asked: list[Any] = []
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *given, **named: asked.append((given, named)))
     with pytest.raises(UsageError, match="None with features of None numbers"):

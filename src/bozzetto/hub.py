@@ -10,7 +10,7 @@ from pathlib import Path
 from bozzetto.errors import UsageError
 
 _PART = r"\w[\w.-]{0,95}"
-_NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]{{1,100}}))?", re.ASCII)
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@((?!.*\.\.)[\w./-]{{1,100}}))?", re.ASCII)
 _OURS = ("runs", "out", "checkpoints")  # folders, here or not
 # What loading may read; pickles of weights only where there are no others.
 _WANTED = (

@@ -60,8 +60,8 @@ def _check_counts(content: dict[str, Any], source: Path) -> None:
             _check_counts(value, source)
         elif _COUNTS.fullmatch(key):
             for count in value if isinstance(value, list) else [value]:
-                if isinstance(count, int) and count > _MOST:
-                    raise UsageError(f"{source}: {key} = {count} is not allowed: at most {_MOST}")
+                if isinstance(count, int) and not 0 <= count <= _MOST:
+                    raise UsageError(f"{source}: {key} = {count} is not allowed: 0 to {_MOST}")
 
 
 def weight_files(folder: Path) -> list[Path]:

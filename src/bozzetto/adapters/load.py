@@ -28,7 +28,7 @@ from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
 from bozzetto.files import digest, read_json
-from bozzetto.hub import described, fetched, on_hub
+from bozzetto.hub import described, fetched, on_hub, split_name
 from bozzetto.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.models.store import CONFIG, FIRST_STAGE, PIPELINE, read_config
 
@@ -117,7 +117,8 @@ def checkpoint_digest(model: str | Path) -> str:
     if not folder.is_dir():
         import huggingface_hub
 
-        known = [huggingface_hub.try_to_load_from_cache(str(model), name) for name in (CONFIG, PIPELINE)]
+        where, revision = split_name(str(model))
+        known = [huggingface_hub.try_to_load_from_cache(where, name, revision=revision) for name in (CONFIG, PIPELINE)]
         found = next((path for path in known if isinstance(path, str)), None)
         if found is None:
             return "unknown"

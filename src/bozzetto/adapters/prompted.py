@@ -112,6 +112,8 @@ class PromptedTarget:
     prompts: list[Prompt]
 
     def __init__(self, body: nn.Module, layers: int, length: int, context: int):
+        if length < 1:
+            raise UsageError(f"a picture of {length} image tokens is not allowed")
         self.body, self.layers, self.length, self.context = body, layers, length, context
         self.cache_name = cache_argument(body.forward)
         some = next(body.parameters())

@@ -161,6 +161,11 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda at: spoilt(at / "text_encoder" / "model.safetensors", nan),
         "glm-image: text_encoder: shared.weight has non-finite",
     ),
+    "GLM-Image's layers": (
+        "glm-image",
+        lambda at: retold(at / "text_encoder" / "config.json", num_layers=10**9),
+        r"text_encoder/config\.json: num_layers = 1000000000 is not allowed",
+    ),
     "GLM-Image's autoencoder": (
         "glm-image",
         lambda at: spoilt(at / "vae" / DIFFUSED, lambda weight: weight.to(torch.float8_e5m2)),

@@ -27,7 +27,7 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
 
     make: builds the network that config.json describes; it is called on the meta device.
     """
-    _check_counts(read_config(folder), folder / CONFIG)
+    check_counts(read_config(folder), folder / CONFIG)
     files = weight_files(folder)
     for path in files:
         if path.suffix == ".safetensors":
@@ -53,11 +53,11 @@ def check_types(path: Path, held: Mapping[str, Held], allowed: Sequence[str] = F
             raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(allowed)})")
 
 
-def _check_counts(content: dict[str, Any], source: Path) -> None:
+def check_counts(content: dict[str, Any], source: Path) -> None:
     """A million layers without weights take gigabytes, too."""
     for key, value in content.items():
         if isinstance(value, dict):
-            _check_counts(value, source)
+            check_counts(value, source)
         elif _COUNTS.fullmatch(key):
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int) and not 0 <= count <= _MOST:

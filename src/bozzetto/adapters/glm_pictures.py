@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bozzetto.adapters.checkpoint import check_types
+from bozzetto.adapters.checkpoint import check_counts, check_types
 from bozzetto.adapters.pictures import PictureConfig
 from bozzetto.adapters.source import Source, check_weights
 from bozzetto.adapters.undecoded import TokenPictures
@@ -22,7 +22,7 @@ from bozzetto.errors import UsageError
 from bozzetto.images import Origin
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
 from bozzetto.load_settings import LoadSettings
-from bozzetto.models.store import header_of, open_tensors
+from bozzetto.models.store import CONFIG, header_of, open_tensors, read_config
 
 FACTOR = 32  # pixels per token and side
 _TWICE = 2  # the second stage has a token for each 16 pixels
@@ -100,6 +100,7 @@ def second_stage(source: Source, wanted: LoadSettings) -> Any:
 
     def network(name: str, kind: Any, called: str, dtype: torch.dtype, **options: Any) -> Any:
         """With all its weights, which diffusers 0.42 and transformers 5.24 draw at random where they are missing."""
+        check_counts(read_config(whole / name), whole / name / CONFIG)
         for path in (whole / name).glob("*.safetensors"):
             with open_tensors(path) as content:
                 check_types(path, header_of(content), _TYPES)

@@ -224,11 +224,7 @@ PROMPTS = ("a red tulip", "a small house by the lake", "a dog")
 FAMILIES = {
     "llamagen-c2i": Published(partial(write, False, ddp), ("2", "0", "7"), partial(greedy_class, guidance=2.0), *CLASS),
     "llamagen-c2i-fsdp": Published(
-        partial(write, False, fsdp),
-        ("2", "1", "9"),
-        partial(greedy_class, guidance=2.0),
-        *CLASS,
-        methods=("none",),
+        partial(write, False, fsdp), ("2", "1", "9"), partial(greedy_class, guidance=2.0), *CLASS
     ),
     "llamagen-t2i": Published(partial(write, True, ddp), PROMPTS, partial(greedy_caption, guidance=7.5), *CAPTION),
 }

@@ -181,7 +181,7 @@ def test_photographs_have_the_models_size_and_class_order(pipe, data):
     found = photographs(pipe, data, "test")
     assert found.images.shape == (24, 32, 32, 3) and found.images.dtype == np.uint8
     assert np.bincount(found.labels).tolist() == [9, 8, 7]
-    renamed = type("P", (), {"classes": ["tulip", "daisy"], "tokenizer": pipe.tokenizer})()
+    renamed = type("P", (), {"classes": ["tulip", "daisy"], "size": pipe.size})()
     assert np.bincount(photographs(renamed, data, "test").labels + 1).tolist() == [8, 7, 9]  # roses are unknown
 
 
@@ -193,7 +193,7 @@ def test_photographs_are_as_sharp_as_their_files(tmp_path):
         folder = tmp_path / str(size) / "test" / "rose"
         folder.mkdir(parents=True)
         Image.fromarray(columns).save(folder / "columns.png")
-        model = SimpleNamespace(classes=["rose"], tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=size)))
+        model = SimpleNamespace(classes=["rose"], size=(size, size))
         found = photographs(model, tmp_path / str(size), "test")
         assert np.array_equal(found.images[0], columns) and found.enlarged == 0
 
@@ -221,9 +221,7 @@ def test_prompts_for_a_folder_are_its_captions(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (40, 40)).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(f"picture {name}", encoding="utf-8")
-    model = SimpleNamespace(
-        takes_prompts=True, classes=[], tokenizer=SimpleNamespace(config=SimpleNamespace(image_size=32))
-    )
+    model = SimpleNamespace(takes_prompts=True, classes=[], size=(32, 32))
     assert sorted(prompts_for(model, tmp_path)) == ["picture test/b.png", "picture test/c.png"]
     assert photographs(model, tmp_path, "test").labels.tolist() == [-1, -1]
 

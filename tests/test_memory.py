@@ -38,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held() -> int:
-    """Bytes of all tensors that there are, shared ones once."""
+    """Bytes of all plain tensors that there are (tracing leaves others behind, which hold nothing), shared ones once."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and not thing.is_meta]
+        tensors = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta]
     storages = {}
     for tensor in tensors:
         part = tensor.to_dense() if tensor.layout == torch._mkldnn else tensor  # type: ignore[attr-defined]

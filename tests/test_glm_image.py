@@ -115,7 +115,7 @@ def test_a_lacking_part_is_named_and_a_broken_one_refused(whole: Path, tmp_path:
     shutil.rmtree(copy / "transformer")
     assert "lacks the parts of the second stage: transformer" in drawn(copy)[0].undecoded
     (copy / "transformer").mkdir()
-    with pytest.raises(UsageError, match="not a model folder: .*transformer/config.json does not exist"):
+    with pytest.raises(UsageError, match=r"not a model folder: .*transformer/config.json does not exist"):
         drawn(copy)
     (copy / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(UsageError, match="pipeline 'FluxPipeline' has no image tokens"):

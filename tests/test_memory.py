@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held() -> int:
-    """Bytes of all plain tensors that there are (tracing leaves others behind, which hold nothing), shared ones once."""
+    """Bytes of all plain tensors that there are, shared ones once; tracing leaves others behind, which hold nothing."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -318,3 +318,24 @@ def test_drafters_that_do_not_belong_are_refused(tmp_path: Path, tiny_model: Pat
     with pytest.raises(UsageError, match="model type 'janus' has no published drafters"):
         convert_lantern(tmp_path / "published", tmp_path / "other", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_drafter_in_shards_is_read_whole(tmp_path: Path, model: Path) -> None:
+    state = dict(EagleNet(eagle_config(load_llamagen(model).config)).state_dict())
+    torch.save(state, tmp_path / "whole.bin")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    names = sorted(state)
+    files = {name: f"part-{i % 2}.bin" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: state[name] for name in names if files[name] == file}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    for drafter, out in ((tmp_path / "whole.bin", "a"), (folder, "b")):
+        convert_eagle(drafter, model, tmp_path / out)
+    assert target_digest(tmp_path / "a") == target_digest(tmp_path / "b")
+    for odd, message in (({}, "weight_map is"), ({"a": "gone.bin"}, "gone.bin missing"), ({"a": "../x"}, "a file in")):
+        index.write_text(json.dumps({"weight_map": odd}))
+        with pytest.raises(UsageError, match=message):
+            convert_eagle(folder, model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

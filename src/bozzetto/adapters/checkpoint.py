@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bozzetto.checks import clipped
 from bozzetto.errors import UsageError
-from bozzetto.files import pointer_note, read_json
-from bozzetto.models.store import CONFIG, FLOATS, WEIGHT, WEIGHTS, Held, header_of, open_tensors, read_config
+from bozzetto.files import pointer_note
+from bozzetto.models.layout import weight_files
+from bozzetto.models.store import CONFIG, FLOATS, WEIGHT, Held, header_of, open_tensors, read_config
 
-_INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
 _COUNTS, _MOST = re.compile(r"(num|n)_\w*(layer|block|head)s?|depths?"), 1024
 
 
@@ -62,26 +61,3 @@ def check_counts(content: dict[str, Any], source: Path) -> None:
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int) and not 0 <= count <= _MOST:
                     raise UsageError(f"{source}: {key} = {count} is not allowed: 0 to {_MOST}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read."""
-    for name in (WEIGHTS, _PICKLE):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}{_INDEX}").is_file():
-            return _shards(index)
-    raise UsageError(f"{folder}: no weights ({WEIGHTS} or its shards with {WEIGHTS}{_INDEX})")
-
-
-def _shards(index: Path) -> list[Path]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UsageError(f"{index}: weight_map is {clipped(shards)} (allowed: names of weights with their files)")
-    for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise UsageError(f"{index}: {clipped(name)} is not allowed: the name of a file in this folder")
-    files = [index.parent / name for name in sorted(set(shards.values()))]
-    if missing := [path.name for path in files if not path.is_file()]:
-        raise UsageError(f"{index.parent}: {', '.join(missing[:4])} missing ({len(missing)} of {len(files)} shards)")
-    return files

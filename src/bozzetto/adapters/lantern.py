@@ -22,7 +22,7 @@ from bozzetto.hub import fetched, model_name
 from bozzetto.models.convert import check_out, types_in, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet
 from bozzetto.models.eagle_store import EMBEDDING, FAMILY, ffn_of, read_drafter
-from bozzetto.models.llama_layout import weight_files
+from bozzetto.models.layout import weight_files
 from bozzetto.models.store import CONFIG, OWN, WEIGHTS, check_fit, open_tensors, read_config, save_state, write_config
 
 _LAYER = "layers.0.self_attn"

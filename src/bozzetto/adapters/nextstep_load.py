@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from bozzetto.adapters.checkpoint import check_folder, weight_files
+from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStepTarget, grid_positions
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context
@@ -27,6 +27,7 @@ from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.convert import read_state
 from bozzetto.models.flow_cache import EulerSampler
+from bozzetto.models.layout import weight_files
 from bozzetto.models.store import CONFIG, Held, header_of, open_tensors, read_config
 from bozzetto.published import family_of
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.checkpoint import check_folder, weight_files
+from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
 from bozzetto.errors import UsageError, brief
 from bozzetto.hub import fetched
 from bozzetto.load_settings import LoadSettings
 from bozzetto.models.convert import open_state
+from bozzetto.models.layout import weight_files
 from bozzetto.models.store import finite, usual_type
 from bozzetto.own_sampling import OwnSampling
 from bozzetto.published import sampling_of

@@ -27,7 +27,8 @@ from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig
 from bozzetto.classes import note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.files import pointer_note, write_text
-from bozzetto.models.llama_layout import MARKS, as_llamagen, grid_of, weight_files
+from bozzetto.models.layout import weight_files
+from bozzetto.models.llama_layout import MARKS, as_llamagen, grid_of
 from bozzetto.models.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
 from bozzetto.models.store import (
     CONFIG,

@@ -16,7 +16,7 @@ from bozzetto.errors import UsageError
 from bozzetto.models.convert import check_out, check_storable, read_state, types_in, write_folder
 from bozzetto.models.eagle import EagleConfig, EagleNet, Rows, eagle_config
 from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.models.llama_layout import weight_files
+from bozzetto.models.layout import weight_files
 from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.models.store import (
@@ -126,8 +126,8 @@ def convert_eagle(drafter: Path, model: Path, out: Path, store: str = OWN) -> st
 
 def read_drafter(path: Path, store: str) -> dict[str, Tensor]:
     """The weights of a published drafter, a file, or a folder that holds one. Raises UsageError for anything else."""
-    path = weight_files(path)[0] if path.is_dir() else path
-    state = read_state(path)
+    files = weight_files(path) if path.is_dir() else [path]
+    state = {key: value for file in files for key, value in read_state(file).items()}
     check_storable(path, state, store)
     if "fc.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
         found = ", ".join(sorted(state)[:4]) or "nothing"

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.checks import clipped
-from bozzetto.errors import UsageError
 from bozzetto.files import read_json
-from bozzetto.models.store import CONFIG, WEIGHTS
+from bozzetto.models.store import CONFIG
 
 MARKS = ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight")
 _NAMES = (
@@ -55,21 +53,6 @@ def _renamed(key: str) -> str:
         if re.fullmatch(old, key):
             return re.sub(old, new, key)
     return key
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of weights of a folder in the Hugging Face layout. Raises UsageError where there are none."""
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(
-                isinstance(name, str) and Path(name).name == name for name in shards.values()
-            ):
-                raise UsageError(f"{index}: weight_map is {clipped(shards)} (allowed: weights and their files)")
-            return [folder / name for name in sorted(set(shards.values()))]
-    raise UsageError(f"{folder}: no weights ({WEIGHTS}, pytorch_model.bin, or shards with their index)")
 
 
 def grid_of(folder: Path) -> int | None:

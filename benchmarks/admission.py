@@ -23,10 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from bozzetto import load
-from bozzetto.admission import DONE, Admission, Ticket
-from bozzetto.files import write_text
-from bozzetto.pipeline import ROUNDING, Pipeline
-from bozzetto.provenance import provenance
+from bozzetto.common.files import write_text
+from bozzetto.decoding.scheduler import DONE, Admission, Ticket
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
 from bozzetto.settings import GenerateSettings
 
 

@@ -17,9 +17,9 @@ from statistics import median
 import torch
 
 from bozzetto import load
-from bozzetto.files import write_text
-from bozzetto.pipeline import GenerateResult, Pipeline
-from bozzetto.provenance import provenance
+from bozzetto.common.files import write_text
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.pipeline.pipeline import GenerateResult, Pipeline
 
 WAYS = {
     "none, batch 1": ("none", 1),

@@ -23,13 +23,13 @@ import torch
 from memory import janus_config, resident
 from pass_loops import causal_config, causal_network, fill, now
 
-from bozzetto.engine.loop import Decoder
-from bozzetto.files import write_text
+from bozzetto.common.files import write_text
+from bozzetto.decoding.loop import Decoder
+from bozzetto.evaluate.output import table
+from bozzetto.evaluate.provenance import provenance
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.output import table
-from bozzetto.provenance import provenance
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 METHODS = {"none": ("none", "seed-exact"), "jacobi": ("jacobi", "seed-exact"), "jacobi/exact": ("jacobi", "exact")}
 _WORDS = 16  # of a prompt

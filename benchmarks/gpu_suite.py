@@ -14,7 +14,7 @@ the texts, so that several runs can share the work.
 LlamaGen and MAR have random weights: what is measured is the cost of a pass, and no acceptance is claimed. Rows:
 
     eager    a static-cache loop, one token per image and pass; of MAR one pass of the backbone, one call of the head
-    slots    our loop (engine/slots.py) with a window of `width` places, compiled as asked, with its bookkeeping
+    slots    our loop (decoding/slots.py) with a window of `width` places, compiled as asked, with its bookkeeping
     replay   the same pass with all of the cache, and what follows it, replayed from a CUDA graph: the device's own time
     compiled MAR's backbone or head under torch.compile
 
@@ -60,17 +60,17 @@ from pass_loops import (
 )
 
 import bozzetto
+from bozzetto.common.files import write_text
 from bozzetto.evaluate.bench import BenchSettings, bench
-from bozzetto.files import write_text
-from bozzetto.models.compiled_cache import compile_target
-from bozzetto.models.graphs import MODES
-from bozzetto.models.heads import DiffusionLaw
-from bozzetto.models.llamagen import LlamaGen
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.mar import MAR, MARConfig, published_mar
-from bozzetto.models.mar_target import MARSampler, MARTarget
-from bozzetto.output import table
-from bozzetto.provenance import provenance
+from bozzetto.evaluate.output import table
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.runtime.graphs import MODES
+from bozzetto.targets.compiled_cache import compile_target
+from bozzetto.targets.heads import DiffusionLaw
+from bozzetto.targets.llamagen import LlamaGen
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.mar import MAR, MARConfig, published_mar
+from bozzetto.targets.mar_target import MARSampler, MARTarget
 
 CAUSAL = ("XL", "L", "B", "3B")  # in the order of importance
 MASKED = ("MAR-B", "MAR-L", "MAR-H")

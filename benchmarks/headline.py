@@ -16,8 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bozzetto.common.files import write_text
 from bozzetto.errors import UsageError
-from bozzetto.files import write_text
 
 PAPERS = ("sequential", "LANTERN", "CASCADE", "CSpD as released", "Drift-AR, one step")
 BEGIN, END = "<!-- followers -->", "<!-- followers, end -->"

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bozzetto.evaluate.provenance import provenance
 from bozzetto.laws.chain import sample_path
 from bozzetto.laws.schedules import diffusion_schedule
-from bozzetto.models.denoiser import Denoiser
-from bozzetto.models.heads import DiffusionLaw, PackedDenoiser
-from bozzetto.models.mar import SHAPES, MARConfig
-from bozzetto.provenance import provenance
 from bozzetto.rules.reflection import Coupled
+from bozzetto.targets.denoiser import Denoiser
+from bozzetto.targets.heads import DiffusionLaw, PackedDenoiser
+from bozzetto.targets.mar import SHAPES, MARConfig
 
 DEPTHS = (2, 4, 6, 8, 12)
 

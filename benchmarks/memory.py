@@ -36,9 +36,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.files import write_text
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, published_config
-from bozzetto.provenance import provenance
+from bozzetto.common.files import write_text
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config
 
 SHAPES = ("llamagen-l", "janus-1b", "llamagen-tiny", "janus-tiny")
 _MIB, _BLOCK, _SHARD = 2**20, 1_000_003, 2 << 30

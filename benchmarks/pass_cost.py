@@ -8,7 +8,7 @@ batch, interleaved in rounds whose order rotates; ratios are taken within a roun
 shown:
 
     eager       a static-cache loop over the same model: logits, guidance, a Gumbel sample with torch's generator
-    slots 1     our sequential loop (engine/slots.py, rule seed-exact), compiled as asked; `over eager` is its speed-up
+    slots 1     our sequential loop (decoding/slots.py, seed-exact), compiled as asked; `over eager` is its speed-up
     slots 4 ... our loop with a window of so many places: ms per pass, and T(W) / T(1)
 
 T(W) / T(1) is also the break-even: speculation with this window is faster than our sequential loop where it keeps more
@@ -46,13 +46,13 @@ from pass_loops import (
     weights_read,
 )
 
-from bozzetto.files import write_text
-from bozzetto.models.compiled_cache import compile_target
-from bozzetto.models.graphs import MODES
-from bozzetto.models.llamagen import SHAPES, LlamaGen
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.output import table
-from bozzetto.provenance import provenance
+from bozzetto.common.files import write_text
+from bozzetto.evaluate.output import table
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.runtime.graphs import MODES
+from bozzetto.targets.compiled_cache import compile_target
+from bozzetto.targets.llamagen import SHAPES, LlamaGen
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 _GRIDS = {16: 256, 24: 384}  # tokens per side: pixels
 Row = dict[str, Any]

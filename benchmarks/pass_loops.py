@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bozzetto.engine.advance import Advance
-from bozzetto.engine.slots import ImageRequest, SlotLane
+from bozzetto.decoding.advance import Advance
+from bozzetto.decoding.slots import ImageRequest, SlotLane
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
-from bozzetto.models.llamagen_cache import LlamaGenTarget
 from bozzetto.rules.seed_exact import SeedExact
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 TINY = "tiny"  # of the tests
 _BLOCK = 1_000_003  # random numbers that a network repeats; a prime, so that no two rows of a matrix are the same

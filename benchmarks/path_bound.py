@@ -20,12 +20,12 @@ from statistics import median
 import torch
 
 import bozzetto
-from bozzetto.files import write_text
+from bozzetto.common.files import write_text
+from bozzetto.evaluate.output import table
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.evaluate.sampling import method_settings
 from bozzetto.laws.chain import sample_path
-from bozzetto.output import table
-from bozzetto.pipelines import FlowPipeline
-from bozzetto.provenance import provenance
-from bozzetto.sampling import method_settings
+from bozzetto.pipeline.pipelines import FlowPipeline
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:

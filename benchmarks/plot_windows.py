@@ -9,7 +9,7 @@ import json
 import sys
 from math import log2
 
-from bozzetto.files import write_text
+from bozzetto.common.files import write_text
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 340, 250, 44, 34, 42, 30
 COLOURS = ("#1b6ca8", "#c2571a", "#3a7d44", "#7a4fa3")

@@ -38,9 +38,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bozzetto import load
-from bozzetto.files import write_text
-from bozzetto.pipeline import ROUNDING, GeneratedImage
-from bozzetto.provenance import provenance
+from bozzetto.common.files import write_text
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.pipeline.pipeline import ROUNDING, GeneratedImage
 from bozzetto.settings import GenerateSettings
 
 PATH = "/v1/images/generations"

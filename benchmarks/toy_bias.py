@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
-from bozzetto.registry import make_rule
+from bozzetto.methods.registry import make_rule
 from bozzetto.rules import exact, traversal, walk
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.lantern import Lantern
@@ -238,6 +238,6 @@ if __name__ == "__main__":
     found = measure()
     print(markdown(found))
     if options.json:
-        from bozzetto.files import write_text
+        from bozzetto.common.files import write_text
 
         write_text(options.json, json.dumps(found, indent=1) + "\n")

@@ -24,7 +24,7 @@ def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Graphs are the modules as they are, so that shapes are cheap; what was asked for."""
-    from bozzetto.models.graphs import Compiler
+    from bozzetto.runtime.graphs import Compiler
 
     asked: list[str] = []
 
@@ -41,8 +41,8 @@ def write_tiny_model(folder: Path) -> Path:
     import torch
 
     from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-    from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-    from bozzetto.models.store import save_llamagen
+    from bozzetto.checkpoints.store import save_llamagen
+    from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -107,11 +107,11 @@ def write_tiny_vectors(folder: Path, family: str) -> Path:
     import torch
 
     from bozzetto.autoencoders.latents import TINY, tiny_latents
-    from bozzetto.models.continuous_store import write_continuous, write_latents
-    from bozzetto.models.flow import FlowConfig, FlowModel
-    from bozzetto.models.flow_cache import FlowSampler
-    from bozzetto.models.mar import MAR, MARConfig
-    from bozzetto.models.mar_target import MARSampler
+    from bozzetto.checkpoints.continuous_store import write_continuous, write_latents
+    from bozzetto.targets.flow import FlowConfig, FlowModel
+    from bozzetto.targets.flow_cache import FlowSampler
+    from bozzetto.targets.mar import MAR, MARConfig
+    from bozzetto.targets.mar_target import MARSampler
 
     shape = {"grid": 4, "classes": 3, "head_width": 32, "head_depth": 2, "token_dim": 32}
     with torch.random.fork_rng():

@@ -19,20 +19,20 @@ from safetensors.torch import load_file, save_file
 
 from bozzetto import UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.cli import main
-from bozzetto.loading import load
-from bozzetto.models.continuous_store import load_continuous, load_latents
-from bozzetto.models.drift import DriftConfig, DriftModel
-from bozzetto.models.drift_store import save_drift
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import load_drafter, save_drafter
-from bozzetto.models.flow import FlowConfig
-from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
-from bozzetto.models.path_sketch import PathSketch, sketch_config
-from bozzetto.models.sketch_store import load_sketch, save_sketch
-from bozzetto.models.store import load_llamagen, load_tokenizer, read_config, save_llamagen, target_digest
+from bozzetto.checkpoints.continuous_store import load_continuous, load_latents
+from bozzetto.checkpoints.drift_store import save_drift
+from bozzetto.checkpoints.eagle_store import load_drafter, save_drafter
+from bozzetto.checkpoints.sketch_store import load_sketch, save_sketch
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config, save_llamagen, target_digest
+from bozzetto.cli.main import main
+from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
+from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
+from bozzetto.drafters.path_sketch import PathSketch, sketch_config
+from bozzetto.pipeline.loading import load
+from bozzetto.targets.drift import DriftConfig, DriftModel
+from bozzetto.targets.flow import FlowConfig
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from conftest import write_tiny_model, write_tiny_vectors
 from test_files import BAD_JSON
 

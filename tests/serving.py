@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.app import make_app
 from bozzetto.serve.server import Server
 from bozzetto.serve.terms import Terms

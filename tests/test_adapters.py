@@ -15,13 +15,13 @@ import hf_toys
 from bozzetto.adapters.lined import without_line_ends
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle, prompted_eagle
+from bozzetto.decoding.loop import Decoder
+from bozzetto.drafters.eagle import EagleNet
 from bozzetto.drafters.grow import TreeDrafter
 from bozzetto.drafts.tree import static_tree
-from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.eagle import EagleNet
-from bozzetto.registry import make_drafter, make_rule, read_shape, with_neighbours
+from bozzetto.methods.registry import make_drafter, make_rule, read_shape, with_neighbours
 from hf_toys import GRID, IMAGE, LINED, NEGATIVE, PROMPTS
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop

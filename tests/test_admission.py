@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.admission import CANCELLED, DONE, Admission, QueueFull, Ticket
+from bozzetto.decoding.scheduler import CANCELLED, DONE, Admission, QueueFull, Ticket
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
 WINDOW, EXACT = GenerateSettings("jacobi", "seed-exact"), GenerateSettings("jacobi", "exact", window=4)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.admission import DONE, DRAWING, FAILED, Admission, Ticket
+from bozzetto.decoding.lanes import spelled
+from bozzetto.decoding.scheduler import DONE, DRAWING, FAILED, Admission, Ticket
 from bozzetto.errors import UsageError
-from bozzetto.lanes import spelled
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
 WINDOW, EXACT = GenerateSettings("jacobi", "seed-exact"), GenerateSettings("jacobi", "exact", window=4)

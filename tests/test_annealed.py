@@ -10,8 +10,8 @@ import torch
 from bozzetto import load
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import sample_path
-from bozzetto.models.annealed import annealed_steps
-from bozzetto.models.flow_cache import FlowSampler, FlowTarget
+from bozzetto.targets.annealed import annealed_steps
+from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from test_flow_model import CONFIG, N, random_flow
 
 

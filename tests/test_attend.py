@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.errors import UsageError
-from bozzetto.models import native
-from bozzetto.models.native import HEAD_UNIT, in_pairs, load_kernels
+from bozzetto.runtime import native
+from bozzetto.runtime.native import HEAD_UNIT, in_pairs, load_kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bozzetto.models.attention import attend
+from bozzetto.runtime.attention import attend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

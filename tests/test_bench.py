@@ -10,7 +10,7 @@ import torch
 
 from bozzetto import UsageError, load
 from bozzetto.evaluate.bench import BenchRow, BenchSettings, bench, bench_table, write_report
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")

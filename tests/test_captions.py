@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.cli import main
+from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
-from bozzetto.models.compiled_cache import compile_target
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.store import save_llamagen
+from bozzetto.targets.compiled_cache import compile_target
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.train.conditions import conditions_of
 from bozzetto.train.fields import DataSource
 from toys import tiny_llamagen

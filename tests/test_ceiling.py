@@ -2,12 +2,12 @@
 
 import torch
 
+from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.jacobi import Jacobi
-from bozzetto.engine.loop import Decoder
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.tabular import TabularTarget
 from bozzetto.rules.seed_exact import SeedExact
+from bozzetto.targets.tabular import TabularTarget
 
 _LABELS, _INDEX = torch.zeros(50, dtype=torch.int64), torch.arange(50)
 

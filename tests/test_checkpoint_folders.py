@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import hf_toys
 from bozzetto import UsageError
 from bozzetto.adapters.load import load_hosted
-from bozzetto.load_settings import LoadSettings
-from bozzetto.loading import load
-from bozzetto.models.convert import read_state
-from bozzetto.pipeline import is_hosted
+from bozzetto.checkpoints.convert import read_state
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.pipeline.loading import load
+from bozzetto.pipeline.pipeline import is_hosted
 
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 INDEX, CONFIG, WEIGHTS = "model.safetensors.index.json", "config.json", "model.safetensors"

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto import cli
-from bozzetto.classes import class_named, distinct, labels_of, note_on_doubles
+from bozzetto.checkpoints.convert import read_class_names
+from bozzetto.cli import main as cli
+from bozzetto.common.classes import class_named, distinct, labels_of, note_on_doubles
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.photographs import photographs
-from bozzetto.models.convert import read_class_names
-from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import RUN, read_run, read_samples
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
+from bozzetto.evaluate.shards import RUN, read_run, read_samples
+from bozzetto.pipeline.pipeline import GenerateSettings
 
 CRANES = ["crane", "tulip", "crane"]
 

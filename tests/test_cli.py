@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bozzetto
-from bozzetto.cli import main
-from bozzetto.pipeline import Pipeline
+from bozzetto.cli.main import main
+from bozzetto.pipeline.pipeline import Pipeline
 
 FIELDS = {"file", "class", "seed", "index", "sha256", "target_passes", "accepted", "drafted", "margin", "near_tie"}
 
@@ -135,7 +135,7 @@ def test_a_second_run_replaces_its_files_and_keeps_those_of_others(tiny_model, t
     ],
 )
 def test_a_bad_option_is_refused_before_weights_are_read(arguments, named, tiny_model, empty, capsys, monkeypatch):
-    monkeypatch.setattr("bozzetto.loading.load", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("bozzetto.pipeline.loading.load", lambda *a, **k: pytest.fail("weights were read"))
     assert run("generate", *arguments, "--model", tiny_model, "--out", empty / "a" / "out") == 2
     refused(capsys, empty, *named)
 
@@ -257,7 +257,7 @@ def test_a_process_stopped_from_outside_leaves_nothing_behind(tiny_model, empty)
 
 
 def test_a_near_tie_is_named(tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(bozzetto.pipeline.ROUNDING, "float32", 1e9)
+    monkeypatch.setitem(bozzetto.pipeline.pipeline.ROUNDING, "float32", 1e9)
     assert run("generate", "rose", "--model", tiny_model, "--out", tmp_path) == 0
     assert "images 0 hold a choice" in capsys.readouterr().out
     assert manifest(tmp_path)["images"][0]["near_tie"] is True

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bozzetto.checkpoints.store import read_weights, save_state
 from bozzetto.errors import UsageError
-from bozzetto.models.store import read_weights, save_state
 
 
 def test_matrices_come_back_within_half_a_step_and_the_file_is_half_as_large(tmp_path: Path) -> None:

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.decoding.loop import Decoder
 from bozzetto.drafts import Layout
-from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.compiled import bucket
-from bozzetto.models.compiled_cache import CompiledSession, compile_target
-from bozzetto.models.flow import FlowConfig, FlowModel
-from bozzetto.models.flow_cache import FlowSampler, FlowTarget
-from bozzetto.models.graphs import check_mode
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.path_registry import make_path_drafter, make_path_rule
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
+from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.runtime.graphs import check_mode
+from bozzetto.targets.compiled import bucket
+from bozzetto.targets.compiled_cache import CompiledSession, compile_target
+from bozzetto.targets.flow import FlowConfig, FlowModel
+from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 SMALL = LlamaGenConfig(dim=32, layers=2, heads=2, vocab=16, grid=4, classes=3)
 

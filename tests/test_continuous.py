@@ -11,11 +11,11 @@ import torch
 
 import bozzetto
 from bozzetto import UsageError
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.evaluate.bench import BenchSettings, bench, bench_table
 from bozzetto.evaluate.samelaw import rejected, vector_tests
-from bozzetto.pipeline import Pipeline
-from bozzetto.pipelines import FlowPipeline, MaskedPipeline
+from bozzetto.pipeline.pipeline import Pipeline
+from bozzetto.pipeline.pipelines import FlowPipeline, MaskedPipeline
 
 FLOW_METHODS = [
     ("none", "plain"),

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bozzetto import load
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQConfig
+from bozzetto.checkpoints.convert import convert_llamagen, family_of, recognise
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer
 from bozzetto.errors import UsageError
-from bozzetto.models import llamagen
-from bozzetto.models.convert import convert_llamagen, family_of, recognise
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
-from bozzetto.models.store import load_llamagen, load_tokenizer
+from bozzetto.targets import llamagen
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
 from test_llamagen_vq import published_shapes, published_state
 from toys import tiny_llamagen
 
@@ -339,7 +339,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, vq: Path, monkey
         raise OSError(28, "No space left on device")
 
     gpt = saved(tmp_path / "c2i.pt", dict(network().state_dict()))
-    monkeypatch.setattr("bozzetto.models.convert.write_tokenizer", full)
+    monkeypatch.setattr("bozzetto.checkpoints.convert.write_tokenizer", full)
     for out in (tmp_path / "new", tmp_path / "empty"):
         if out.name == "empty":
             out.mkdir()

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.kl16 import KL16Config
+from bozzetto.checkpoints.continuous_store import load_continuous, load_latents, notes_of
+from bozzetto.checkpoints.convert import convert_llamagen, family_of
+from bozzetto.checkpoints.convert_mar import convert_mar, recognise_mar
+from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.errors import UsageError
-from bozzetto.models import mar
-from bozzetto.models.continuous_store import load_continuous, load_latents, notes_of
-from bozzetto.models.convert import convert_llamagen, family_of
-from bozzetto.models.convert_mar import convert_mar, recognise_mar
-from bozzetto.models.mar import MAR, MARConfig, published_mar
-from bozzetto.own_sampling import OwnSampling
+from bozzetto.targets import mar
+from bozzetto.targets.mar import MAR, MARConfig, published_mar
 from test_kl16 import SlowKL, published_state
 
 TINY = MARConfig(dim=32, depth=2, heads=4, head_width=24, head_depth=2, token_dim=6, grid=3, classes=3, buffer=5)
@@ -370,7 +370,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, vae: Path, monke
         raise OSError(28, "No space left on device")
 
     made = saved(tmp_path / "b.pth", STATE)
-    monkeypatch.setattr("bozzetto.models.convert_mar.write_continuous", full)
+    monkeypatch.setattr("bozzetto.checkpoints.convert_mar.write_continuous", full)
     for out in (tmp_path / "new", tmp_path / "empty"):
         if out.name == "empty":
             out.mkdir()

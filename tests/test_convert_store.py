@@ -14,15 +14,15 @@ from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQConfig
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.cli import main
+from bozzetto.checkpoints.continuous_store import load_continuous
+from bozzetto.checkpoints.convert import convert_llamagen
+from bozzetto.checkpoints.convert_mar import convert_mar
+from bozzetto.checkpoints.eagle_store import convert_eagle
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
-from bozzetto.models import llamagen, mar
-from bozzetto.models.continuous_store import load_continuous
-from bozzetto.models.convert import convert_llamagen
-from bozzetto.models.convert_mar import convert_mar
-from bozzetto.models.eagle_store import convert_eagle
-from bozzetto.models.llamagen import LlamaGenConfig
-from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.targets import llamagen, mar
+from bozzetto.targets.llamagen import LlamaGenConfig
 from test_convert import PIXELS, SHAPE, network
 from test_convert_mar import MODEL as MAR_NET
 from test_convert_mar import PIXELS as KL_PIXELS
@@ -169,7 +169,7 @@ def test_a_full_disk_is_no_traceback_and_leaves_nothing(
 
     torch.save(dict(network().state_dict()), tmp_path / "gpt.pt")
     torch.save(vq_state(PIXELS), tmp_path / "vq.pt")
-    monkeypatch.setattr("bozzetto.models.store.save_file", full)
+    monkeypatch.setattr("bozzetto.checkpoints.store.save_file", full)
     words = ["convert", "llamagen", "--gpt", tmp_path / "gpt.pt", "--vq", tmp_path / "vq.pt", "--out", tmp_path / "out"]
     assert main([str(word) for word in words]) == 2
     assert "No space left" in capsys.readouterr().err

@@ -21,10 +21,10 @@ from transformers.generation import (
 import bozzetto
 import hf_toys
 from bozzetto.adapters.prompted import cache_argument
-from bozzetto.engine.loop import Decoder
+from bozzetto.decoding.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.methods.registry import make_drafter, make_rule
 from hf_toys import GRID, NEGATIVE, PROMPTS
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop

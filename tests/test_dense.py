@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.models import dense
-from bozzetto.models.dense import Dense
+from bozzetto.runtime import dense
+from bozzetto.runtime.dense import Dense
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 24), (3, 24), (32, 24), (70, 24), (2, 5, 24), (1, 1, 24), (7, 10, 24)]

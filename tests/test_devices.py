@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto import doctor
-from bozzetto.cli import main
+from bozzetto.checkpoints.load_settings import LoadSettings, best_device, check_gpus, gpus_of
+from bozzetto.checkpoints.store import usual_type
+from bozzetto.cli import doctor, main
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings, best_device, check_gpus, gpus_of
-from bozzetto.models.store import usual_type
 from published import families
 
 VERBS: dict[str, list[str]] = {
@@ -36,7 +35,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
         real = torch.zeros
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr("bozzetto.load_settings.torch.zeros", lambda *a, device="cpu", **k: real(*a, **k))
+        monkeypatch.setattr("torch.zeros", lambda *a, device="cpu", **k: real(*a, **k))
 
     return pretend
 
@@ -75,7 +74,7 @@ def test_the_shipped_models_are_drawn_in_float32_on_a_processor(tiny_model: Path
 def test_a_device_that_is_not_there_is_refused_by_every_verb_before_weights_are_read(
     verb: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bozzetto.models.store.read_weights", lambda *given: pytest.fail("weights were read"))
+    monkeypatch.setattr("bozzetto.checkpoints.store.read_weights", lambda *given: pytest.fail("weights were read"))
     monkeypatch.setattr("bozzetto.evaluate.features.make_extractor", lambda spec: pytest.fail("weights were read"))
     words = [word for flag in VERBS[verb] for word in (flag, str(tmp_path / "made"))]
     assert main([verb, "--model", "flowers", *words, "--device", device]) == 2
@@ -88,7 +87,7 @@ def test_a_device_without_float64_is_refused_since_seeds_are_drawn_in_it(monkeyp
     def mps(*given: Any, **named: Any) -> Any:  # torch 2.13 says so of mps
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
 
-    monkeypatch.setattr("bozzetto.load_settings.torch.zeros", mps)
+    monkeypatch.setattr("torch.zeros", mps)
     with pytest.raises(UsageError, match=r"'mps' is not available here .*float64"):
         LoadSettings(device="mps")
 
@@ -101,7 +100,7 @@ def test_a_gpu_that_nobody_named_is_said_in_one_line(gpus: Any, monkeypatch: Any
         seen.append(wanted)
         raise UsageError("far enough")
 
-    monkeypatch.setattr("bozzetto.loading.load", load)
+    monkeypatch.setattr("bozzetto.pipeline.loading.load", load)
     for words in ([], ["--device", "cuda"], ["--device", "cpu"]):
         assert main(["bench", "--model", "flowers", *words]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bozzetto import doctor
-from bozzetto.cli import main
-from bozzetto.models.kept import keep
+from bozzetto.cli import doctor, main
+from bozzetto.runtime.kept import keep
 
 
 def finding(name: str) -> doctor.Finding:

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from bozzetto import load
+from bozzetto.checkpoints.continuous_store import load_continuous, write_continuous
+from bozzetto.checkpoints.drift_store import load_drift, save_drift
+from bozzetto.checkpoints.sketch_store import save_sketch
+from bozzetto.checkpoints.store import CONFIG, WEIGHTS
 from bozzetto.drafters.base import Observation
+from bozzetto.drafters.path_sketch import sketch_config
 from bozzetto.drafts import Layout, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
-from bozzetto.models.compiled_cache import compile_target
-from bozzetto.models.continuous_store import load_continuous, write_continuous
-from bozzetto.models.drift import DriftConfig, DriftModel, DriftTarget, OneStep, guided_features
-from bozzetto.models.drift_store import load_drift, save_drift
-from bozzetto.models.entropy import attention_entropy
-from bozzetto.models.path_sketch import sketch_config
-from bozzetto.models.sketch_store import save_sketch
-from bozzetto.models.store import CONFIG, WEIGHTS
+from bozzetto.targets.compiled_cache import compile_target
+from bozzetto.targets.drift import DriftConfig, DriftModel, DriftTarget, OneStep, guided_features
+from bozzetto.targets.entropy import attention_entropy
 from bozzetto.train.drift import anti_symmetric_force, drift_force, energy_distance, teacher_tokens
 from test_flow_model import CONFIG as FLOW
 from test_flow_model import INDEX, LABELS, TOKENS, N, inputs_at, random_flow
@@ -157,7 +157,7 @@ def test_forces_pull_generated_samples_to_the_real_ones() -> None:
 def test_the_teacher_draws_from_its_own_sampler() -> None:
     """Against the law that decoding uses, at the same noise, place by place."""
     from bozzetto.laws.chain import sample_path
-    from bozzetto.models.flow_cache import FlowSampler, FlowTarget
+    from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 
     flow, sampler = random_flow(), FlowSampler(steps=4)
     target = FlowTarget(flow, sampler)

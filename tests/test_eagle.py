@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.checkpoints.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
+from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation
+from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafters.grow import TreeDrafter
+from bozzetto.drafters.sketch import EagleSketcher, TargetSketcher
 from bozzetto.drafts import Layout, Verdict
 from bozzetto.drafts.tree import static_tree
-from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.sketch import EagleSketcher, TargetSketcher
-from bozzetto.models.store import load_llamagen
-from bozzetto.registry import RULES, make_rule, read_shape, with_neighbours
+from bozzetto.methods.registry import RULES, make_rule, read_shape, with_neighbours
 from bozzetto.rules.neighbours import nearest_codes
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from toys import PLAIN, decode, tiny_llamagen
 
 MODEL = tiny_llamagen()

@@ -14,11 +14,11 @@ from PIL import Image
 from pyarrow import parquet
 
 import bozzetto
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table
 from bozzetto.evaluate.photographs import prompts_for
-from bozzetto.pipeline import ASSETS, GenerateSettings, Pipeline, shipped_models
-from bozzetto.shards import read_run
+from bozzetto.evaluate.shards import read_run
+from bozzetto.pipeline.pipeline import ASSETS, GenerateSettings, Pipeline, shipped_models
 
 pytestmark = pytest.mark.skipif("emoji" not in shipped_models(), reason="not shipped yet")
 PROMPTS = ["a penguin, 3d", "red apple, noto", "smiling face, flat", "car"]

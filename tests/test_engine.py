@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bozzetto.decoding.loop import Decoder, PassEvent
 from bozzetto.drafters.base import Start
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.engine.loop import Decoder, PassEvent
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import DRAFTERS, RULES, make_drafter, make_rule
+from bozzetto.methods.registry import DRAFTERS, RULES, make_drafter, make_rule
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, decode, tiny_llamagen
 
 TARGET = TabularTarget(4, 5, spread=1.0, seed=2)

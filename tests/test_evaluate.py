@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import bozzetto
-from bozzetto import cli
+from bozzetto.cli import main as cli
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.compare import CompareSettings, compare, comparison_table
 from bozzetto.evaluate.evaluation import (
@@ -28,9 +28,9 @@ from bozzetto.evaluate.evaluation import (
     speeds,
 )
 from bozzetto.evaluate.photographs import Photographs, data_path, photographs, prompts_for, reconstructions
-from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import read_samples
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
+from bozzetto.evaluate.shards import read_samples
+from bozzetto.pipeline.pipeline import GenerateSettings
 
 pytest.importorskip("torchmetrics")
 CLASSES = ("daisy", "rose", "tulip")

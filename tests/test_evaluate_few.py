@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 import bozzetto
-from bozzetto import cli
+from bozzetto.cli import main as cli
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.compare import CompareSettings, compare
 from bozzetto.evaluate.evaluation import EVALUATION, EvaluateSettings, evaluate, evaluation_table, to_json
 from bozzetto.evaluate.metrics import Comparison, Interval, interval
 from bozzetto.evaluate.quality import ClassProbe
-from bozzetto.pipeline import GenerateSettings, Pipeline
-from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import RUN, read_run, read_samples
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
+from bozzetto.evaluate.shards import RUN, read_run, read_samples
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
 pytest.importorskip("torchmetrics")
 

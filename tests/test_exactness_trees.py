@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import RULES
+from bozzetto.methods.registry import RULES
 from bozzetto.rules.base import RuleNoise
 from bozzetto.rules.traversal import Traversal
 from bozzetto.rules.tree import TreeRejection
+from bozzetto.targets.tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, alternating_target, cells, constant_target, decode, p_value, sketched
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from bozzetto.common.files import parse_json, read_json, write_text, write_whole
 from bozzetto.errors import UsageError
-from bozzetto.files import parse_json, read_json, write_text, write_whole
 
 
 def test_a_written_file_is_whole_and_alone(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_full_disk_is_an_os_error_whatever_the_writer_says(tmp_path: Path, mon
 
     with pytest.raises(RuntimeError, match="unexpected pos"):
         write_whole(tmp_path / "a.pt", fail)
-    monkeypatch.setattr("bozzetto.files.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    monkeypatch.setattr("bozzetto.common.files.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match=r"No space left on device: .*a\.pt"):
         write_whole(tmp_path / "a.pt", fail)
     assert list(tmp_path.iterdir()) == []

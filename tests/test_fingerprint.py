@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import bozzetto
 from bozzetto.adapters.load import checkpoint_digest
+from bozzetto.checkpoints.store import save_llamagen
 from bozzetto.errors import UsageError
-from bozzetto.models.store import save_llamagen
-from bozzetto.pipeline import GenerateSettings, Pipeline, model_folder
-from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import RUN, read_run
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
+from bozzetto.evaluate.shards import RUN, read_run
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline, model_folder
 from conftest import write_tiny_vectors
 from test_hosted import EMU3_SIZE, WRITERS
 
@@ -120,8 +120,8 @@ def test_a_decoder_from_another_folder_counts(tmp_path):
 
 
 def test_captions_count(tmp_path, tiny_model):
-    from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-    from bozzetto.models.store import load_tokenizer
+    from bozzetto.checkpoints.store import load_tokenizer
+    from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 
     network = LlamaGen(LlamaGenConfig(32, 2, 2, vocab=16, grid=4, classes=0, condition_tokens=3, caption_dim=8))
     save_llamagen(tmp_path / "model", network, load_tokenizer(tiny_model), {"name": "text", "class_names": []})

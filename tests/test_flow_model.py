@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bozzetto.checkpoints.continuous_store import load_continuous, notes_of, write_continuous
+from bozzetto.decoding.loop import BatchResult, Decoder
 from bozzetto.drafters.none import NoPaths
-from bozzetto.engine.loop import BatchResult, Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NormalField
-from bozzetto.models.continuous_store import load_continuous, notes_of, write_continuous
-from bozzetto.models.flow import FlowConfig, FlowModel
-from bozzetto.models.flow_cache import FlowSampler, FlowTarget
 from bozzetto.rules.reflection import Plain
+from bozzetto.targets.flow import FlowConfig, FlowModel
+from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 
 CONFIG = FlowConfig(16, 2, 2, token_dim=3, grid=4, classes=3, head_width=16, head_depth=2, ffn_multiple=8)
 N, D, NONE = CONFIG.length, CONFIG.token_dim, CONFIG.classes

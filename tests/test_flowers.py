@@ -10,7 +10,7 @@ import torch
 
 import bozzetto
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.pipeline import ASSETS, ROUNDING, GeneratedImage, Pipeline
+from bozzetto.pipeline.pipeline import ASSETS, ROUNDING, GeneratedImage, Pipeline
 
 SEEDS, GUIDANCES = (0, 1, 2), (1.0, 2.0)
 

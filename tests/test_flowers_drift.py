@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto.pipeline import ASSETS, Pipeline, shipped_models
+from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
 
 FOLDER = ASSETS / "flowers-drift"
 pytestmark = pytest.mark.skipif("flowers-drift" not in shipped_models(), reason="not shipped yet")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto.pipeline import ASSETS, Pipeline, shipped_models
+from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
 
 FOLDER = ASSETS / "flowers-flow"
 

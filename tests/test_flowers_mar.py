@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto.pipeline import ASSETS, Pipeline, shipped_models
-from bozzetto.pipelines import MaskedPipeline
+from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
+from bozzetto.pipeline.pipelines import MaskedPipeline
 
 FOLDER = ASSETS / "flowers-mar"
 FAST = {"seed": 7, "batch": 2, "passes": 8}

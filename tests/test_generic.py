@@ -14,7 +14,7 @@ import yaml
 
 import bozzetto
 from bozzetto.adapters.spec import SHIPPED, AdapterSpec, DecoderSpec, known_by, read_spec, shipped
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from published.generic import (
     CODES,

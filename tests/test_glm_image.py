@@ -17,11 +17,11 @@ from transformers import ByT5Tokenizer, GlmImageConfig, GlmImageForConditionalGe
 
 import bozzetto
 from bozzetto.adapters.glm_image import GlmImageDrawing
-from bozzetto.cli import main
+from bozzetto.cli.listing import list_models
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
+from bozzetto.evaluate.sampling import SampleRun
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
-from bozzetto.listing import list_models
-from bozzetto.sampling import SampleRun
 from bozzetto.settings import GenerateSettings
 from published.glm_image import PIXELS, PROMPTS, write
 from serving import live

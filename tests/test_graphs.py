@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.errors import UsageError
-from bozzetto.models import graphs
-from bozzetto.models.compiled import ChainStep, SlotStep
-from bozzetto.models.graphs import Compiler, Graph
-from bozzetto.models.kept import cache_folder
+from bozzetto.runtime import graphs
+from bozzetto.runtime.graphs import Compiler, Graph
+from bozzetto.runtime.kept import cache_folder
+from bozzetto.targets.compiled import ChainStep, SlotStep
 
 
 class Counted(nn.Module):

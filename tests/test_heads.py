@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule, diffusion_schedule, flow_schedule
-from bozzetto.models.denoiser import Denoiser, DenoiserConfig, time_features
-from bozzetto.models.heads import DiffusionLaw, FlowLaw, PackedDenoiser
+from bozzetto.targets.denoiser import Denoiser, DenoiserConfig, time_features
+from bozzetto.targets.heads import DiffusionLaw, FlowLaw, PackedDenoiser
 
 D, CONDITION, STEPS = 5, 7, 6
 SHAPE, PLACES = (2, 3), 6

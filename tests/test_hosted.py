@@ -29,10 +29,10 @@ import bozzetto
 import hf_toys
 from bozzetto.adapters.lumina import lumina_sizes
 from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, to_published
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
-from bozzetto.report.figures import offset_colours, overlay
-from bozzetto.report.runs import read_any
+from bozzetto.evaluate.report.figures import offset_colours, overlay
+from bozzetto.evaluate.report.runs import read_any
 from hf_toys import GRID, IMAGE
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop

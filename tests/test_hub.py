@@ -19,14 +19,14 @@ from bozzetto.adapters.load import FAMILIES as READERS
 from bozzetto.adapters.lumina import trained_side
 from bozzetto.adapters.refusals import READ, way_out
 from bozzetto.adapters.source import Source
-from bozzetto.cli import main
+from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.cli.main import main
+from bozzetto.cli.options import Serve
+from bozzetto.cli.serve import models_of
+from bozzetto.common.hub import fetched, model_name, on_hub
+from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.suites import suite_models
-from bozzetto.hub import fetched, model_name, on_hub
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import save_drafter
-from bozzetto.options import Serve
-from bozzetto.serve.command import models_of
 from published import chameleon
 from published.lumina import FAMILIES
 from test_hosted import WRITERS

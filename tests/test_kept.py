@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bozzetto.errors import UsageError
-from bozzetto.hosted import HostedWorkshop
-from bozzetto.models import graphs, kept, native
-from bozzetto.models.graphs import Compiler
-from bozzetto.models.kept import cache_folder, damaged, find, keep, made
+from bozzetto.methods.workshop import TargetWorkshop, kept_neighbours
+from bozzetto.pipeline.hosted import HostedWorkshop
 from bozzetto.rules.neighbours import nearest_codes
-from bozzetto.workshop import TargetWorkshop, kept_neighbours
+from bozzetto.runtime import graphs, kept, native
+from bozzetto.runtime.graphs import Compiler
+from bozzetto.runtime.kept import cache_folder, damaged, find, keep, made
 from test_graphs import Counted, arguments
 
 CODES = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -221,7 +221,7 @@ def test_a_table_is_kept_for_the_next_run_and_not_beside_the_model(
     monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     first = workshop(tmp_path / "model").neighbours(5)
-    monkeypatch.setattr("bozzetto.workshop.nearest_codes", None)
+    monkeypatch.setattr("bozzetto.methods.workshop.nearest_codes", None)
     assert torch.equal(workshop(tmp_path / "model").neighbours(5), first)
     assert list((tmp_path / "model").iterdir()) == []
 

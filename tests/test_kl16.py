@@ -25,9 +25,9 @@ from bozzetto.autoencoders.kl16 import (
     to_published,
 )
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
+from bozzetto.checkpoints.continuous_store import load_latents, write_latents
+from bozzetto.checkpoints.store import fill, load_strict
 from bozzetto.errors import UsageError
-from bozzetto.models.continuous_store import load_latents, write_latents
-from bozzetto.models.store import fill, load_strict
 from test_llamagen_vq import Slow
 
 SMALL = KL16Config(image_size=16, token_dim=6, downsample=4, channels=32, multipliers=(1, 1, 2), blocks=2)

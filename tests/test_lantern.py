@@ -16,16 +16,16 @@ import bozzetto
 import hf_toys
 from bozzetto.adapters.lantern import convert_lantern
 from bozzetto.adapters.sketch import PromptedEagle
-from bozzetto.cli import main
+from bozzetto.checkpoints.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
+from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.cli.main import main
 from bozzetto.drafters.base import Observation
+from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafters.sketch import EagleSketcher
 from bozzetto.drafts import Layout, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
-from bozzetto.models.llamagen import left_pad
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.sketch import EagleSketcher
-from bozzetto.models.store import load_llamagen
+from bozzetto.targets.llamagen import left_pad
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from published import chameleon_files, families
 from published import llamagen as published
 from test_captions import model as model  # a tiny text-conditional model

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bozzetto.models import linear, native
-from bozzetto.models.linear import OwnMap, TorchMap, fixed_map, laid_out, own_linear_pays
-from bozzetto.models.native import load_kernels
+from bozzetto.runtime import linear, native
+from bozzetto.runtime.linear import OwnMap, TorchMap, fixed_map, laid_out, own_linear_pays
+from bozzetto.runtime.native import load_kernels
 from bozzetto.train import loop
 from bozzetto.train.loop import autocast, compute_dtype
 

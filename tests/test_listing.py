@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bozzetto.cli import main
-from bozzetto.listing import list_models
-from bozzetto.models.continuous_store import load_continuous
-from bozzetto.models.drift import DriftConfig, DriftModel
-from bozzetto.models.drift_store import save_drift
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import save_drafter
-from bozzetto.models.store import load_llamagen
+from bozzetto.checkpoints.continuous_store import load_continuous
+from bozzetto.checkpoints.drift_store import save_drift
+from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.cli.listing import list_models
+from bozzetto.cli.main import main
+from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.targets.drift import DriftConfig, DriftModel
 
 
 def test_everything_shipped_is_readable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, from_published, infer_config, ours
+from bozzetto.checkpoints.store import load_strict
 from bozzetto.errors import UsageError
-from bozzetto.models.store import load_strict
 
 SMALL = LlamaGenVQConfig(codes=12, code_dim=8, channels=32, multipliers=(1, 1, 2), blocks=2, latent=16, image_size=16)
 VQ_16, VQ_8 = LlamaGenVQConfig(), LlamaGenVQConfig(multipliers=(1, 2, 2, 4))

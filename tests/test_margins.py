@@ -7,17 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from bozzetto.decoding.batch_lane import BatchLane
+from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.slots import ImageRequest
 from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.second import SecondGuess
-from bozzetto.engine.batch_lane import BatchLane
-from bozzetto.engine.loop import Decoder
-from bozzetto.engine.slots import ImageRequest
+from bozzetto.drafters.sketch import TargetSketcher
 from bozzetto.laws.categorical import LawSettings, coin_margin
-from bozzetto.models.sketch import TargetSketcher
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import make_rule
+from bozzetto.methods.registry import make_rule
+from bozzetto.targets.tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, decode, sketched
 
 IMAGES, V, N = 20_000, 6, 5

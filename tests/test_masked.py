@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from bozzetto import load
-from bozzetto.engine.masked import DraftWindow, MaskedDecoder, place_order
+from bozzetto.decoding.masked import MaskedDecoder, place_order
+from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_TOKEN, NormalField, image_keys, normal_rows
-from bozzetto.models.mar import MAR, MARConfig
-from bozzetto.models.mar_target import MARSampler, MARTarget
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.cspd import Cspd
 from bozzetto.rules.pathwise import Pathwise
 from bozzetto.rules.reflection import Coupled, Plain, Reflection
+from bozzetto.targets.mar import MAR, MARConfig
+from bozzetto.targets.mar_target import MARSampler, MARTarget
 from path_toys import compare
 
 CONFIG = MARConfig(dim=16, depth=2, heads=2, head_width=16, head_depth=1, token_dim=4, grid=4, classes=3, buffer=2)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import bozzetto
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from bozzetto.checkpoints.store import Streamed, finite, load_llamagen, load_tokenizer, read_weights, save_llamagen
 from bozzetto.errors import UsageError
-from bozzetto.models.dense import Dense
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.models.store import Streamed, finite, load_llamagen, load_tokenizer, read_weights, save_llamagen
-from bozzetto.pipelines import MaskedPipeline
+from bozzetto.pipeline.pipelines import MaskedPipeline
+from bozzetto.runtime.dense import Dense
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 CONFIG = LlamaGenConfig(dim=256, layers=4, heads=4, vocab=512, grid=4, classes=3)
 PIXELS = LlamaGenVQConfig(codes=512, channels=32, multipliers=(1, 1, 1, 1, 2), blocks=1, latent=16, image_size=64)

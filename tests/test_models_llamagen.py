@@ -12,14 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.checkpoints.convert import read_state
+from bozzetto.checkpoints.store import load_strict
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, left_pad, published_config, read_published
-from bozzetto.models.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, left_pad, published_config
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from toys import decode, sketched, tiny_llamagen
 
 MODEL = tiny_llamagen()
 C = MODEL.config
+
+
+def read_published(path: Path, config: LlamaGenConfig) -> LlamaGen:
+    """A published checkpoint of this config in float32."""
+    state = {key: value.float() for key, value in read_state(path).items() if key != "freqs_cis"}
+    model = LlamaGen(config)
+    load_strict(model, state, path)
+    return model.eval()
+
+
 TOKENS = torch.randint(C.vocab, (4, C.length), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 1])
 Seen = Callable[[int, int], bool]

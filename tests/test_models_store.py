@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config, save_llamagen, save_tokenizer
 from bozzetto.errors import UsageError
-from bozzetto.models.store import load_llamagen, load_tokenizer, read_config, save_llamagen, save_tokenizer
 from toys import tiny_llamagen
 
 TOKENIZER = VQConfig(codes=11, code_dim=4, width=8, pre_blocks=1, post_blocks=1, image_size=32)

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 import path_toys
 from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStepTarget, grid_positions
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.engine.loop import Decoder
-from bozzetto.engine.state import BatchResult
+from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.state import BatchResult
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.flow_cache import EulerSampler, FlowSdeSampler
-from bozzetto.models.heads import FlowLaw, PackedDenoiser
-from bozzetto.path_registry import make_path_drafter, make_path_rule
+from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.joint import Joint
 from bozzetto.rules.path_block import PathBlock
 from bozzetto.rules.paths import PathRule
+from bozzetto.targets.flow_cache import EulerSampler, FlowSdeSampler
+from bozzetto.targets.heads import FlowLaw, PackedDenoiser
 from path_toys import compare, sequential
 
 GRID, D, DIM = 3, 4, 32

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bozzetto
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from published import nextstep
 from published.nextstep import BOI, GRID, OWN, PIXELS, Slow

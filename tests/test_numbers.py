@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import bozzetto
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.profile import ProfileSettings
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.path_registry import PATH_DRAFTERS, PATH_RULES, make_path_rule, path_drafter_options
-from bozzetto.registry import DRAFTERS, RULES, drafter_options, make_rule
+from bozzetto.methods.path_registry import PATH_DRAFTERS, PATH_RULES, make_path_rule, path_drafter_options
+from bozzetto.methods.registry import DRAFTERS, RULES, drafter_options, make_rule
 from bozzetto.settings import GenerateSettings
 
 NAN, INF, DIGITS = float("nan"), float("inf"), 10**5000  # Python writes no whole number of more than 4,300 digits

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from bozzetto import cli
+from bozzetto.cli import main as cli
+from bozzetto.cli.options import Bench, Evaluate, Generate, Profile, Sample
+from bozzetto.cli.options_shared import Law, Loading
 from bozzetto.evaluate.bench import BenchSettings
 from bozzetto.evaluate.compare import CompareSettings
 from bozzetto.evaluate.evaluation import EvaluateSettings
 from bozzetto.evaluate.profile import ProfileSettings
-from bozzetto.options import Bench, Evaluate, Generate, Profile, Sample
-from bozzetto.options_shared import Law, Loading
 from bozzetto.settings import GenerateSettings
 
 LAW: dict[str, Any] = {
@@ -59,7 +59,7 @@ def typed(values: dict[str, Any]) -> list[str]:
 def arrived(monkeypatch: pytest.MonkeyPatch, arguments: list[str], where: str, kind: type) -> Any:
     """The settings of a kind that a verb gives to `where`."""
     pipe = SimpleNamespace(default_methods=("none",), generate=stop, name="toy")
-    monkeypatch.setattr("bozzetto.loading.load", lambda *given, **named: pipe)
+    monkeypatch.setattr("bozzetto.pipeline.loading.load", lambda *given, **named: pipe)
     monkeypatch.setattr("bozzetto.evaluate.features.make_extractor", lambda spec: spec)
     monkeypatch.setattr("bozzetto.evaluate.suites.suite_models", lambda suite, model: [])
     monkeypatch.setattr(where, stop)
@@ -76,7 +76,7 @@ def test_the_table_of_this_file_knows_every_option():
 
 def test_sample(monkeypatch, tmp_path):
     words = ["sample", "--model", "flowers", "--method", "none", *typed(LAW), "--out", str(tmp_path / "run")]
-    found = arrived(monkeypatch, words, "bozzetto.sampling.SampleRun", GenerateSettings)
+    found = arrived(monkeypatch, words, "bozzetto.evaluate.sampling.SampleRun", GenerateSettings)
     assert found == GenerateSettings("none", "seed-exact", **GENERATE)
     typed_there = {f.name for f in fields(Sample)} - set(LAW) - ENGINE
     assert typed_there == {"classes", "model", "method", "count", "ray", "npz", "out"}
@@ -99,7 +99,7 @@ def test_generate(monkeypatch, tmp_path):
     settings = {**GENERATE, "drafter": "none", "rule": "plain"}
     words = ["generate", "tulip", "--model", "flowers", *typed({**settings, "seed": 7}), "--out", str(tmp_path / "o")]
     pipe = SimpleNamespace(generate=stop, labels=stop)
-    monkeypatch.setattr("bozzetto.loading.load", lambda *given, **named: pipe)
+    monkeypatch.setattr("bozzetto.pipeline.loading.load", lambda *given, **named: pipe)
     monkeypatch.setattr(cli, "_check_request", stop)
     with pytest.raises(Arrived) as caught:
         cli.main(words)

@@ -9,8 +9,8 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafters.outlook import Outlook, flatness_of
 from bozzetto.drafts import Verdict
 from bozzetto.errors import UsageError
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import check_method, make_drafter
+from bozzetto.methods.registry import check_method, make_drafter
+from bozzetto.targets.tabular import TabularTarget
 from toys import constant_target, decode, sketched
 
 V = 8

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import bozzetto
-from bozzetto.cli import main
-from bozzetto.engine.trace import PassTrace
+from bozzetto.cli.main import main
+from bozzetto.common.images import MOST_PIXELS, ContactSheet, contact_sheet
+from bozzetto.decoding.trace import PassTrace
 from bozzetto.errors import UsageError
-from bozzetto.images import MOST_PIXELS, ContactSheet, contact_sheet
-from bozzetto.output import RunWriter, check_free, check_writable, file_name, table
-from bozzetto.report.runs import read_any
-from bozzetto.results import GeneratedImage, GenerateResult
+from bozzetto.evaluate.output import RunWriter, check_free, check_writable, file_name, table
+from bozzetto.evaluate.report.runs import read_any
+from bozzetto.pipeline.results import GeneratedImage, GenerateResult
 from bozzetto.settings import GenerateSettings
 
 NAMES = [

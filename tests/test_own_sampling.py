@@ -15,10 +15,10 @@ import bozzetto
 import hf_toys
 from bozzetto import GenerateSettings, UsageError
 from bozzetto.adapters.spec import SHIPPED, read_spec, shipped
-from bozzetto.cli import main
-from bozzetto.own_sampling import OwnSampling, own_from, sampling_line, with_stated
-from bozzetto.published import FAMILIES, STATED, published
-from bozzetto.sampling import SampleRun, own_for
+from bozzetto.checkpoints.own_sampling import OwnSampling, own_from, sampling_line, with_stated
+from bozzetto.checkpoints.published import FAMILIES, STATED, published
+from bozzetto.cli.main import main
+from bozzetto.evaluate.sampling import SampleRun, own_for
 from test_hosted import EMU3_SIZE, write_chameleon, write_emu3, write_janus
 
 QUALITY = " masterpiece, film grained, best quality."
@@ -255,7 +255,7 @@ def test_quality_words_that_nobody_published_are_refused(tiny_model: Path) -> No
 
 
 def test_a_list_of_models_says_how_they_are_sampled(tiny_model: Path, tmp_path: Path) -> None:
-    from bozzetto.listing import list_models
+    from bozzetto.cli.listing import list_models
 
     with_sampling(tiny_model, tmp_path, OWN)
     for family, said in {"janus": {"guidance_scale": 6, "top_k": 50}, "chameleon": {}, "emu3": {}}.items():

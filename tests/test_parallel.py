@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 import bozzetto
+from bozzetto.checkpoints.eagle_store import load_drafter, save_drafter
+from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.filled import FilledJacobi
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.drafters.grow import TreeDrafter
+from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
+from bozzetto.drafters.parallel_sketch import BlockSketcher, GlanceSketcher, ParallelSketcher, PlaneSketcher
 from bozzetto.drafts import Layout
-from bozzetto.engine.loop import Decoder
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.eagle_store import load_drafter, save_drafter
-from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
-from bozzetto.models.parallel_sketch import BlockSketcher, GlanceSketcher, ParallelSketcher, PlaneSketcher
-from bozzetto.models.store import load_llamagen
-from bozzetto.registry import make_rule, read_shape
+from bozzetto.methods.registry import make_rule, read_shape
 from bozzetto.train.drafter import train_drafter
 from bozzetto.train.recipes import DataSource, ParallelRecipe
 from test_eagle import GUIDED, LABELS, MODEL, TARGET, TOKENS, C, seen, true_features
@@ -266,7 +266,7 @@ def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, blooms: Path
 def test_compact_folders_hold_the_same_drafter(tmp_path: Path, tiny_model: Path) -> None:
     target = load_llamagen(tiny_model).config
     net = BlockNet(BlockConfig(target.dim, target.heads, target.ffn, target.vocab, target.grid, PLACES, rank=8))
-    from bozzetto.models.store import target_digest
+    from bozzetto.checkpoints.store import target_digest
 
     for compact in (False, True):
         save_drafter(tmp_path, net, tiny_model, {}, compact)

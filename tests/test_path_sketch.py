@@ -14,24 +14,24 @@ from safetensors.torch import load_file
 
 import bozzetto
 from bozzetto import UsageError
-from bozzetto.cli import main
+from bozzetto.checkpoints.sketch_store import load_sketch, save_sketch
+from bozzetto.checkpoints.store import CONFIG, WEIGHTS
+from bozzetto.cli.main import main
+from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.path_chain import SketchChain
+from bozzetto.drafters.path_sketch import PathSketch, PathSketcher, SketchConfig, sketch_config
 from bozzetto.drafts import PathVerdict
-from bozzetto.engine.loop import Decoder
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import Path as DenoisingPath
 from bozzetto.laws.chain import sample_path
 from bozzetto.laws.gaussian import AffineChain, GaussianChain
 from bozzetto.laws.noise import NormalField, image_keys
-from bozzetto.models.dense import Dense
-from bozzetto.models.flow import FlowConfig, FlowModel
-from bozzetto.models.flow_cache import FlowSampler, FlowTarget
-from bozzetto.models.path_sketch import PathSketch, PathSketcher, SketchConfig, sketch_config
-from bozzetto.models.sketch_store import load_sketch, save_sketch
-from bozzetto.models.store import CONFIG, WEIGHTS
-from bozzetto.path_registry import make_path_drafter, make_path_rule
-from bozzetto.pipelines import FlowPipeline
+from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
+from bozzetto.pipeline.pipelines import FlowPipeline
+from bozzetto.runtime.dense import Dense
+from bozzetto.targets.flow import FlowConfig, FlowModel
+from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from bozzetto.train.drafter import train_drafter
 from bozzetto.train.path_drafter import SketchFit
 from bozzetto.train.recipes import DataSource, DrafterRecipe, SketchRecipe, read_recipe

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bozzetto
 from bozzetto import UsageError
-from bozzetto.cli import main
+from bozzetto.checkpoints.continuous_store import load_continuous
+from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.cli.main import main
 from bozzetto.evaluate import passes, roofline
 from bozzetto.evaluate.advice import (
     ATTENTION,
@@ -33,11 +35,9 @@ from bozzetto.evaluate.advice import (
 from bozzetto.evaluate.passes import AROUND, GRAPH, BarePass, by_part, product_names
 from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
 from bozzetto.evaluate.roofline import Machine, Work, pass_work
-from bozzetto.models.continuous_store import load_continuous
-from bozzetto.models.llamagen import published_config
-from bozzetto.models.llamagen_cache import CausalSession
-from bozzetto.models.store import load_llamagen
-from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
+from bozzetto.targets.llamagen import published_config
+from bozzetto.targets.llamagen_cache import CausalSession
 
 MACHINE = Machine("a processor", "cpu", 2, "float32", read=10e9, copy=8e9, float32=100e9, bfloat16=800e9)
 QUICK = {"seconds": 0.005, "window": 4}
@@ -387,7 +387,7 @@ def test_a_full_disk_and_a_folder_in_the_way_leave_nothing(tiny_model, tmp_path,
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("bozzetto.files.os.fsync", full)
+    monkeypatch.setattr("bozzetto.common.files.os.fsync", full)
     out = tmp_path / "p.json"
     assert run("profile", "--model", tiny_model, "--seconds", 0.005, "--json", out) == 2
     assert "No space left on device" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

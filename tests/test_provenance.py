@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bozzetto import provenance
-from bozzetto.provenance import command, commit, machine, versions
+from bozzetto.evaluate import provenance
+from bozzetto.evaluate.provenance import command, commit, machine, versions
 
 
 def test_the_command_names_the_program_without_its_folder(monkeypatch):

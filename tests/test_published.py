@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto.cli import main
-from bozzetto.own_sampling import sampling_line
+from bozzetto.checkpoints.own_sampling import sampling_line
+from bozzetto.cli.main import main
 from published import Published, families
 from serving import live
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bozzetto import cli
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import save_drafter
-from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.store import save_llamagen
-from bozzetto.pipeline import shipped_models
+from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.cli import main as cli
+from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
+from bozzetto.pipeline.pipeline import shipped_models
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.train.recipes import RECIPES, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

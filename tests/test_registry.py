@@ -7,7 +7,7 @@ import pytest
 from bozzetto.drafters.grow import Dynamic
 from bozzetto.drafts.tree import SHAPES
 from bozzetto.errors import UsageError
-from bozzetto.registry import (
+from bozzetto.methods.registry import (
     RULES,
     check_method,
     drafter_options,

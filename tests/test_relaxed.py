@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.decoding.loop import BatchResult, Decoder
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
-from bozzetto.engine.loop import BatchResult, Decoder
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import make_rule, read_shape
+from bozzetto.methods.registry import make_rule, read_shape
 from bozzetto.rules.base import Rule, RuleNoise
 from bozzetto.rules.exact import Exact
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.rules.relaxed import Annealed, Grouped, KeepingRule
+from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, RELAXED_RULES, cells, fit_p_value, sketched
 
 _SPEC = importlib.util.spec_from_file_location("toy_bias", Path(__file__).parent.parent / "benchmarks" / "toy_bias.py")

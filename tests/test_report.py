@@ -17,20 +17,20 @@ import pytest
 from PIL import Image
 
 import bozzetto
-from bozzetto import cli
-from bozzetto.engine.trace import PassTrace
+from bozzetto.cli import main as cli
+from bozzetto.decoding.trace import PassTrace
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import read_samples
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
+from bozzetto.evaluate.shards import read_samples
+from bozzetto.pipeline.pipeline import GenerateSettings
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from bozzetto.report import build_report
-from bozzetto.report import figures as draw
-from bozzetto.report.runs import Figure, figure_of
-from bozzetto.report.tables import cell, number
+from bozzetto.evaluate.report import build_report
+from bozzetto.evaluate.report import figures as draw
+from bozzetto.evaluate.report.runs import Figure, figure_of
+from bozzetto.evaluate.report.tables import cell, number
 
 METHODS = ("none", "jacobi/exact", "jacobi/seed-exact")
 

@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 
 import bozzetto
-from bozzetto import cli
-from bozzetto.engine.trace import PassTrace
+from bozzetto.cli import main as cli
+from bozzetto.decoding.trace import PassTrace
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, sample
-from bozzetto.shards import RUN, read_run
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
+from bozzetto.evaluate.shards import RUN, read_run
+from bozzetto.pipeline.pipeline import GenerateSettings
 from conftest import write_tiny_vectors
 from test_hosted import SIZES, WRITERS
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from bozzetto.report import build_report
-from bozzetto.report import figures as draw
-from bozzetto.report.runs import read_any
+from bozzetto.evaluate.report import build_report
+from bozzetto.evaluate.report import figures as draw
+from bozzetto.evaluate.report.runs import read_any
 
 
 @pytest.fixture(scope="module")

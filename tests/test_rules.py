@@ -9,7 +9,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import gumbel_argmax, weighted_draw
 from bozzetto.laws.noise import fold, gumbel, image_keys, uniform
-from bozzetto.registry import RULES
+from bozzetto.methods.registry import RULES
 from bozzetto.rules.base import Rule, RuleNoise, leading
 from bozzetto.rules.exact import Exact, residual
 from bozzetto.rules.seed_exact import SeedExact

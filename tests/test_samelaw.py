@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import bozzetto
+from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Draft
-from bozzetto.engine.loop import Decoder
 from bozzetto.evaluate.compare import surprisal
 from bozzetto.evaluate.samelaw import (
     by_position,
@@ -24,10 +24,10 @@ from bozzetto.evaluate.samelaw import (
     swap_test,
     token_tests,
 )
+from bozzetto.evaluate.shards import Samples
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.methods.registry import make_drafter, make_rule
 from bozzetto.rules.exact import Exact
-from bozzetto.shards import Samples
 
 N = 500
 LAW = LawSettings(guidance=2.0, top_k=5)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto import cli, shards
+from bozzetto.cli import main as cli
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import GenerateSettings
-from bozzetto.sampling import SampleRun, method_settings, sample, world_of
+from bozzetto.evaluate import shards
+from bozzetto.evaluate.sampling import SampleRun, method_settings, sample, world_of
+from bozzetto.evaluate.shards import ADM, RUN, read_run, read_samples, write_adm
+from bozzetto.pipeline.pipeline import GenerateSettings
 from bozzetto.settings import default_window
-from bozzetto.shards import ADM, RUN, read_run, read_samples, write_adm
 
 METHODS = ["none", "jacobi/seed-exact", "jacobi/exact"]
 

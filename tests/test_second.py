@@ -15,15 +15,15 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafters.filled import FilledJacobi
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafters.second import SecondGuess
+from bozzetto.drafters.sketch import TargetSketcher
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import comb_tree, make_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, weighted_draw
-from bozzetto.models.sketch import TargetSketcher
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import check_method, make_drafter
+from bozzetto.methods.registry import check_method, make_drafter
 from bozzetto.rules.base import RuleNoise, leading
 from bozzetto.rules.exact import Exact
+from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value, p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import bozzetto
+from bozzetto.checkpoints.store import load_llamagen
 from bozzetto.data import read_captions
 from bozzetto.errors import UsageError
-from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.models.store import load_llamagen
+from bozzetto.targets.sentence import SentenceEncoder
 from bozzetto.train.conditions import Classes, Prompts, dropped, together
 from bozzetto.train.drafter import train_drafter
 from bozzetto.train.recipes import CaptionRecipe, DataSource, DrafterRecipe, TargetRecipe, read_recipe

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from bozzetto import load
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.schema import ImageGeneration, Speculation
 from serving import Live, live, slowed, until
 
@@ -372,9 +372,9 @@ def test_what_a_fuzzer_makes_of_the_schema_never_breaks_the_server(server: Live)
 
 
 def test_a_folder_is_served_under_its_own_name(tmp_path: Path) -> None:
+    from bozzetto.cli.options import Serve
+    from bozzetto.cli.serve import models_of
     from bozzetto.errors import UsageError
-    from bozzetto.options import Serve
-    from bozzetto.serve.command import models_of
 
     (tmp_path / "mine").mkdir()
     assert models_of(Serve(model=("flowers", str(tmp_path / "mine")))) == {

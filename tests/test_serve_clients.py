@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from bozzetto import load
+from bozzetto.cli.options import Serve
+from bozzetto.cli.serve import aliases_of, check
 from bozzetto.errors import UsageError
-from bozzetto.options import Serve
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve import answers
 from bozzetto.serve.app import _Stream
-from bozzetto.serve.command import aliases_of, check
 from bozzetto.serve.problems import without_places
 from serving import Live, live, slowed
 from test_serve_api import picture, post, sha

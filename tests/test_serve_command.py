@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from bozzetto import load
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.serve.guard import KEYS_VARIABLE
 
 KEY = "a-key-of-sixteen-characters"
@@ -36,7 +36,7 @@ def started(*arguments: object, changed: str = "", **environment: str) -> Iterat
     """The process and its address, as soon as it listens. changed: Python that runs before the command, with `Worker`
     and `sleep`; its stderr goes to a file that `said` reads."""
     program = f"import sys\nfrom time import sleep\nfrom bozzetto.serve.worker import Worker\n{changed}\n"
-    program += "from bozzetto.cli import main\nsys.exit(main(sys.argv[1:]))"
+    program += "from bozzetto.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "serve", "--port", "0", *map(str, arguments)]
     given = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
     with tempfile.TemporaryFile("w+") as log:

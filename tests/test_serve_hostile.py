@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bozzetto import load
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from serving import Live, live, until
 from test_serve_api import post
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bozzetto import load
-from bozzetto.own_sampling import OwnSampling
+from bozzetto.checkpoints.own_sampling import OwnSampling
 from serving import Live, live
 
 sync_api = pytest.importorskip("playwright.sync_api")

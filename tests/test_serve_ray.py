@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from bozzetto import load
-from bozzetto.cli import main
-from bozzetto.options import Serve
+from bozzetto.cli.main import main
+from bozzetto.cli.options import Serve
 from bozzetto.serve.worker import Worker
 
 ray = pytest.importorskip("ray")
@@ -42,7 +42,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_two_replicas_pass_what_one_server_passes(cluster: None, tiny_model: Path) -> None:
-    from bozzetto.serve.on_ray import serve_on_ray
+    from bozzetto.cli.serve_ray import serve_on_ray
 
     seen: list[Any] = []
     options = Serve(model=(str(tiny_model),), ray=True, replicas=2, port=18765)
@@ -79,7 +79,7 @@ def ask(url: str, folder: Path) -> None:
 def test_a_full_replica_says_so_at_once_and_its_health(cluster: None) -> None:
     """Ray Serve 2.60.0 with max_ongoing_requests = slots + queue: three requests were drawn, seven others and /health
     had no answer after two minutes; with max_queued_requests they had 503 in plain text without Retry-After."""
-    from bozzetto.serve.on_ray import serve_on_ray
+    from bozzetto.cli.serve_ray import serve_on_ray
 
     url, seen = "http://127.0.0.1:18766", list[Any]()
 
@@ -103,7 +103,7 @@ def test_a_full_replica_says_so_at_once_and_its_health(cluster: None) -> None:
 
 
 def test_a_replica_that_draws_nothing_is_ill(tiny_model: Path) -> None:
-    from bozzetto.serve.on_ray import Replica
+    from bozzetto.cli.serve_ray import Replica
 
     pipe, replica = load(tiny_model), Replica()
     worker = Worker(lambda: {"tiny": pipe}, warm=False)
@@ -129,7 +129,7 @@ def test_ray_data_writes_the_files_that_one_process_writes(cluster: None, tiny_m
 
 
 def test_scaling_settings_reach_ray(tiny_model: Path) -> None:
-    from bozzetto.serve.on_ray import application
+    from bozzetto.cli.serve_ray import application
 
     fixed = application(Serve(model=(str(tiny_model),), ray=True, replicas=3))
     scaled = application(Serve(model=(str(tiny_model),), ray=True, replicas=2, max_replicas=5, ongoing=4))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from bozzetto import load
-from bozzetto.own_sampling import OwnSampling
-from bozzetto.pipeline import Pipeline
+from bozzetto.checkpoints.own_sampling import OwnSampling
+from bozzetto.pipeline.pipeline import Pipeline
 from conftest import write_tiny_vectors
 from serving import Live, live
 from test_hosted import EMU3_SIZE, write_emu3

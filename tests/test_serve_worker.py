@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.engine.batch_lane import BatchLane
-from bozzetto.engine.slots import SlotLane
+from bozzetto.decoding.batch_lane import BatchLane
+from bozzetto.decoding.slots import SlotLane
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import Pipeline
-from bozzetto.prompts import PromptBook
+from bozzetto.pipeline.pipeline import Pipeline
+from bozzetto.pipeline.prompts import PromptBook
 from bozzetto.serve.orders import Busy, Failed, Finished, Order, Partial, Progress
 from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
@@ -139,7 +139,7 @@ def test_a_warm_up_that_fails_is_logged_with_its_cause(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "/secret/folder")
 
-    monkeypatch.setattr("bozzetto.admission.Admission.step", full)
+    monkeypatch.setattr("bozzetto.decoding.scheduler.Admission.step", full)
     worker = Worker(lambda: {"tiny": pipe})
     worker.start()
     worker.join(20)
@@ -186,7 +186,7 @@ def test_a_model_that_draws_nothing_any_more_is_told_from_one_request_that_faile
     until(lambda: not worker.doubted)  # a pass of ours went well
     assert worker.complaint() is None and "ZeroDivisionError" in caplog.text
     with monkeypatch.context() as broken:
-        broken.setattr("bozzetto.admission.Admission.step", lambda self: 1 / 0)
+        broken.setattr("bozzetto.decoding.scheduler.Admission.step", lambda self: 1 / 0)
         assert isinstance(collected(worker, order())[-1], Failed)
         until(lambda: worker.complaint() == "passes of tiny fail: ZeroDivisionError, see the server's log")
     until(lambda: worker.complaint() is None)  # found out without a request

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto import cli
+from bozzetto.cli import main as cli
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import GenerateSettings, Pipeline
-from bozzetto.sampling import SampleRun, batched, method_settings, sample, world_of
-from bozzetto.shards import (
+from bozzetto.evaluate.sampling import SampleRun, batched, method_settings, sample, world_of
+from bozzetto.evaluate.shards import (
     DamagedShard,
     Samples,
     read_index,
@@ -31,6 +30,7 @@ from bozzetto.shards import (
     write_adm,
     write_shard,
 )
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
 SHARD = "shard-000003.npz"
 

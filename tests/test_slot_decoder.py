@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.admission import Admission
-from bozzetto.engine.slot_decoder import SlotDecoder
-from bozzetto.engine.widths import MeasuredWidth
+from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.decoding.scheduler import Admission
+from bozzetto.decoding.slot_decoder import SlotDecoder
+from bozzetto.decoding.widths import MeasuredWidth
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
-from bozzetto.models.eagle_store import save_drafter
-from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
 

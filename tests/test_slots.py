@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from bozzetto.decoding.loop import BatchResult, Decoder
+from bozzetto.decoding.slots import ImageRequest, SlotImage, SlotLane
 from bozzetto.drafters.filled import FilledJacobi
-from bozzetto.engine.loop import BatchResult, Decoder
-from bozzetto.engine.slots import ImageRequest, SlotImage, SlotLane
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
+from bozzetto.drafters.glance_fill import GlanceFill
+from bozzetto.drafters.parallel_sketch import GlanceSketcher
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.compiled_cache import compile_target
-from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.models.glance_fill import GlanceFill
-from bozzetto.models.llamagen_cache import CausalSession, LlamaGenTarget
-from bozzetto.models.parallel_sketch import GlanceSketcher
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.targets.compiled_cache import compile_target
+from bozzetto.targets.llamagen_cache import CausalSession, LlamaGenTarget
 from toys import PLAIN, tiny_llamagen
 
 LENGTH = 16

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import bozzetto
+from bozzetto.common.staging import recover, staged_folder
 from bozzetto.errors import UsageError
-from bozzetto.staging import recover, staged_folder
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -132,7 +132,7 @@ def test_a_process_that_is_really_killed_is_finished_by_the_next(tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
-from bozzetto.staging import staged_folder
+from bozzetto.common.staging import staged_folder
 real, moved = os.replace, []
 def replace(source, target):
     moved.append(source)

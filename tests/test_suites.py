@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bozzetto.cli import main
+from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.cli.main import main
+from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.evaluate.sampling import method_settings
 from bozzetto.evaluate.suites import SUITES, suite_models
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import save_drafter
-from bozzetto.models.store import load_llamagen
-from bozzetto.path_registry import PATH_RULES
-from bozzetto.registry import RULES, make_rule, split_method
-from bozzetto.sampling import method_settings
+from bozzetto.methods.path_registry import PATH_RULES
+from bozzetto.methods.registry import RULES, make_rule, split_method
 from bozzetto.settings import GenerateSettings
 
 
@@ -139,7 +139,7 @@ def test_the_bench_of_a_suite_wants_one_cell(capsys: pytest.CaptureFixture[str])
 def test_every_rule_names_its_paper() -> None:
     import inspect
 
-    from bozzetto.registry import RULES
+    from bozzetto.methods.registry import RULES
 
     for rule in RULES.values():
         assert "arXiv" in (inspect.getmodule(rule).__doc__ or "") + (rule.__doc__ or "")

@@ -19,15 +19,15 @@ import bozzetto
 from bozzetto.adapters.load import checkpoint_digest
 from bozzetto.adapters.t5 import T5Encoder, encoder_digest
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.cli import main
+from bozzetto.checkpoints.captions import write_captions
+from bozzetto.checkpoints.convert import convert_llamagen
+from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
-from bozzetto.models.caption_text import clean_caption
-from bozzetto.models.captions import write_captions
-from bozzetto.models.convert import convert_llamagen
-from bozzetto.models.kept import cache_folder, thin_out
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig, left_pad
-from bozzetto.models.store import save_llamagen
-from bozzetto.shards import read_run
+from bozzetto.evaluate.shards import read_run
+from bozzetto.runtime.kept import cache_folder, thin_out
+from bozzetto.targets.caption_text import clean_caption
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, left_pad
 from published import llamagen as published
 
 T, C = published.TOKENS, 24
@@ -194,7 +194,7 @@ def test_encoders_that_do_not_fit_are_refused(model: Path, tiny_model: Path, t5:
     encoder = T5Encoder(other, T, 30, torch.float32, "cpu")
     with pytest.raises(UsageError, match="weights of the text encoder"):
         encoder(["never read before"])
-    shown = bozzetto.pipeline.shipped_models()
+    shown = bozzetto.pipeline.pipeline.shipped_models()
     if "emoji" in shown:
         refused("comes with its own, all-MiniLM-L6-v2", "emoji", text_encoder=t5)
 

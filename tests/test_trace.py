@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto.engine.loop import Decoder
-from bozzetto.engine.trace import PassTrace, TraceRecorder, acceptance_by_offset, mean_progress
+from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.trace import PassTrace, TraceRecorder, acceptance_by_offset, mean_progress
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.llamagen_cache import LlamaGenTarget
-from bozzetto.registry import make_drafter, make_rule
+from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from toys import tiny_llamagen
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 import bozzetto
 from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, save_llamagen
 from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.errors import UsageError
-from bozzetto.models.llamagen import LlamaGen
-from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.train import drafter as drafter_module
 from bozzetto.train import target as target_module
 from bozzetto.train import tokenizer as tokenizer_module

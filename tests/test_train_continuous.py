@@ -13,8 +13,8 @@ import yaml
 import bozzetto
 from bozzetto import UsageError
 from bozzetto.laws.schedules import noised_tables
-from bozzetto.models.flow import FlowConfig, FlowModel
-from bozzetto.models.mar import MAR, MARConfig
+from bozzetto.targets.flow import FlowConfig, FlowModel
+from bozzetto.targets.mar import MAR, MARConfig
 from bozzetto.train import continuous
 from bozzetto.train.continuous import flow_loss, mar_loss
 from bozzetto.train.recipes import DataSource, FlowRecipe, MARRecipe, TargetRecipe, read_recipe

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from bozzetto.autoencoders.tiny import load_tiny
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError
 from bozzetto.train.conditions import by_name

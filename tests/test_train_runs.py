@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.train.continuous import LATENTS, FlowFit, MARFit
 from bozzetto.train.drafter import DrafterFit, train_drafter

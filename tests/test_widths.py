@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bozzetto.engine import widths
-from bozzetto.engine.widths import MeasuredWidth, PassTimes, candidates, committed, share_kept
+from bozzetto.decoding import widths
+from bozzetto.decoding.widths import MeasuredWidth, PassTimes, candidates, committed, share_kept
 
 
 def paced(cost: dict[int, float], share: float, passes: int = 400, images: int = 2) -> list[int]:

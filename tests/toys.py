@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bozzetto.decoding.loop import BatchResult, Decoder
 from bozzetto.drafters.base import Drafter, Start
 from bozzetto.drafters.grow import TreeDrafter
-from bozzetto.engine.loop import BatchResult, Decoder
+from bozzetto.drafters.sketch import TargetSketcher
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import GumbelField
-from bozzetto.models.base import Target
-from bozzetto.models.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.models.sketch import TargetSketcher
-from bozzetto.models.tabular import TabularTarget
-from bozzetto.registry import RULES, make_drafter, make_rule, read_shape
+from bozzetto.methods.registry import RULES, make_drafter, make_rule, read_shape
 from bozzetto.rules.base import Rule
+from bozzetto.targets.base import Target
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
+from bozzetto.targets.tabular import TabularTarget
 
 PLAIN = LawSettings()
 WINDOW_RULES = [name for name, rule in RULES.items() if rule.window and rule.exact]

@@ -210,7 +210,7 @@ class Cases:
                 pipe.preview(tokens, count)
 
     def slots(self) -> None:
-        from bozzetto.admission import Admission
+        from bozzetto.decoding.scheduler import Admission
         from bozzetto.settings import GenerateSettings
 
         found = []
@@ -243,7 +243,7 @@ class Cases:
         BarePass(pipe, pipe.resolve(GenerateSettings("none")), labels, 2).run()
 
     def sample(self) -> None:
-        from bozzetto.sampling import SampleRun, sample
+        from bozzetto.evaluate.sampling import SampleRun, sample
         from bozzetto.settings import GenerateSettings
 
         run = SampleRun(self.root / "samples", self.pipe("codes", "second"), GenerateSettings("none", batch=2))
@@ -251,9 +251,9 @@ class Cases:
 
     def hosted(self) -> None:
         import hf_toys
-        from bozzetto.engine.loop import Decoder
+        from bozzetto.decoding.loop import Decoder
         from bozzetto.laws.categorical import LawSettings
-        from bozzetto.registry import make_drafter, make_rule
+        from bozzetto.methods.registry import make_drafter, make_rule
 
         ready, found = hf_toys._ready, dict[str, list[Any]]()
         for device in ("second", "cpu"):
@@ -281,9 +281,9 @@ class Cases:
         """As accelerate does: layers on two devices, hooks that bring what a layer is called with."""
         import hf_toys
         from bozzetto.adapters.janus import JanusTarget, janus_prompt
-        from bozzetto.engine.loop import Decoder
+        from bozzetto.decoding.loop import Decoder
         from bozzetto.laws.categorical import LawSettings
-        from bozzetto.registry import make_drafter, make_rule
+        from bozzetto.methods.registry import make_drafter, make_rule
 
         found = []
         for spread in (True, False):

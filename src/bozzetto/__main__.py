@@ -2,7 +2,7 @@
 
 import sys
 
-from bozzetto.cli import main
+from bozzetto.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

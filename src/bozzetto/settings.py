@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.errors import UsageError, brief, check_number, check_text
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.models.graphs import check_mode
-from bozzetto.models.native import cheap_rows
-from bozzetto.own_sampling import HEAD, LAW, OwnSampling
-from bozzetto.path_registry import (
+from bozzetto.methods.path_registry import (
     ALONE,
     PATH_DRAFTERS,
     PATH_RULES,
@@ -21,9 +19,11 @@ from bozzetto.path_registry import (
     make_path_rule,
     path_drafter_options,
 )
-from bozzetto.registry import DRAFTERS, RULES, check_method, drafter_options, make_rule, split_spec, tree_nodes
+from bozzetto.methods.registry import DRAFTERS, RULES, check_method, drafter_options, make_rule, split_spec, tree_nodes
 from bozzetto.rules.reflection import Plain
 from bozzetto.rules.seed_exact import SeedExact
+from bozzetto.runtime.graphs import check_mode
+from bozzetto.runtime.native import cheap_rows
 
 AUTO = "auto"
 SCHEDULES = ("", "linear", "constant")
@@ -35,7 +35,7 @@ _HUGE = sys.float_info.max
 class GenerateSettings:
     """How to generate.
 
-    drafter, rule: NAME or NAME:key=value:... (see registry.py and path_registry.py), or `auto`: what suits the model
+    drafter, rule: NAME or NAME:key=value:... (see methods/), or `auto`: what suits the model
     and the other of the two, without bias; window: scored positions per pass of drafter jacobi (0: chosen for the
     batch); guidance, temperature, top_k, top_p: the law (see LawSettings), None: the model's own; batch: images decoded
     together; tv_budget: most bias per image that a relaxed rule may spend (None: no limit).

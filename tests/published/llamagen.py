@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQConfig
-from bozzetto.cli import main
-from bozzetto.models import llamagen
-from bozzetto.models.caption_text import clean_caption
+from bozzetto.cli.main import main
+from bozzetto.targets import llamagen
+from bozzetto.targets.caption_text import clean_caption
 from published import Published
 from test_llamagen_vq import published_state
 

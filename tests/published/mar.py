@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.kl16 import KL16Config
-from bozzetto.cli import main
-from bozzetto.engine.masked import place_order
+from bozzetto.checkpoints.published import MAR_SAMPLER, published
+from bozzetto.cli.main import main
+from bozzetto.decoding.masked import place_order
 from bozzetto.laws.noise import NormalField
-from bozzetto.models import mar
-from bozzetto.models.mar import MARConfig
-from bozzetto.published import MAR_SAMPLER, published
+from bozzetto.targets import mar
+from bozzetto.targets.mar import MARConfig
 from published import Published
 from test_convert_mar import SlowMAR
 from test_kl16 import published_state
@@ -82,8 +82,8 @@ def write(folder: Path) -> Path:
     few = {"steps": STEPS, "passes": PASSES}
     with (
         mock.patch.dict(mar.SHAPES, {"B": (SHAPE.dim, SHAPE.depth, SHAPE.heads, SHAPE.head_width, SHAPE.head_depth)}),
-        mock.patch("bozzetto.models.convert_mar.MAR_SAMPLER", {**MAR_SAMPLER, **few, "noisiest": NOISIEST}),
-        mock.patch("bozzetto.models.convert_mar.published", lambda name: replace(published(name), **few)),
+        mock.patch("bozzetto.checkpoints.convert_mar.MAR_SAMPLER", {**MAR_SAMPLER, **few, "noisiest": NOISIEST}),
+        mock.patch("bozzetto.checkpoints.convert_mar.published", lambda name: replace(published(name), **few)),
     ):
         files = ["--checkpoint", str(folder / "checkpoint-last.pth"), "--vae", str(folder / "kl16.ckpt")]
         assert main(["convert", "mar", *files, "--out", str(folder / "converted")]) == 0

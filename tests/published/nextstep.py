@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bozzetto.autoencoders.kl16 import KL16Config, kl16_autoencoder, to_published
+from bozzetto.checkpoints.published import published as known
 from bozzetto.laws.noise import NormalField
-from bozzetto.published import published as known
 from published import VECTORS, Published
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, LAYERS, D, WIDTH, DEPTH = 32, 4, 2, 8, 2, 64, 32, 2

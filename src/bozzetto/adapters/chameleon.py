@@ -18,9 +18,9 @@ from bozzetto.adapters.lumina import load_lumina
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
 from bozzetto.adapters.vqgan import vqgan_pictures
-from bozzetto.images import size_of
-from bozzetto.load_settings import LoadSettings
-from bozzetto.published import family_of
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.published import family_of
+from bozzetto.common.images import size_of
 
 
 class ChameleonTarget(PromptedCodes):

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import ChameleonForConditionalGeneration
 
 from bozzetto.adapters.source import Source
+from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings
 
 _VQ = "model.vqmodel."
 _NORM = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_norm\.(weight|bias)")

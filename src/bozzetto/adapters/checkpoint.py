@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bozzetto.checkpoints.layout import weight_files
+from bozzetto.checkpoints.store import CONFIG, FLOATS, WEIGHT, Held, header_of, open_tensors, read_config
+from bozzetto.common.files import pointer_note
 from bozzetto.errors import UsageError
-from bozzetto.files import pointer_note
-from bozzetto.models.layout import weight_files
-from bozzetto.models.store import CONFIG, FLOATS, WEIGHT, Held, header_of, open_tensors, read_config
 
 _COUNTS, _MOST = re.compile(r"(num|n)_\w*(layer|block|head)s?|depths?"), 1024
 

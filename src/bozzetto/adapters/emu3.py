@@ -11,7 +11,7 @@ from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.pictures import emu3_pictures
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Ask, Hosted, Source, check_multiple, fits_context, numbers
-from bozzetto.load_settings import LoadSettings
+from bozzetto.checkpoints.load_settings import LoadSettings
 
 _FACTOR, _AREA = 8, 720 * 720  # pixels per token and side, and of a picture
 # Width to height, in the model's own area. Its authors publish the square and a processor that takes any ratio; these

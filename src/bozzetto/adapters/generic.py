@@ -17,10 +17,10 @@ from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
 from bozzetto.adapters.source import Hosted, Source, fits_context
 from bozzetto.adapters.spec import TOKENIZER, AdapterSpec, filled
 from bozzetto.adapters.undecoded import LinedTokens, TokenPictures
-from bozzetto.checks import naming
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.common.checks import naming
+from bozzetto.common.hub import fetched, fetched_file
 from bozzetto.errors import UsageError, brief
-from bozzetto.hub import fetched, fetched_file
-from bozzetto.load_settings import LoadSettings
 
 _SAME = 0.1  # of the spread of logits: what rounding in two bytes may turn
 

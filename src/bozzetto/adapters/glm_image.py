@@ -22,7 +22,7 @@ from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 from bozzetto.adapters.glm_pictures import FACTOR, glm_pictures, second_stage
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
 from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context, numbers
-from bozzetto.load_settings import LoadSettings
+from bozzetto.checkpoints.load_settings import LoadSettings
 
 PROCESSOR = "processor"  # a folder of the published pipeline, beside that of the first stage
 SIZES = ((1024, 1024), (1152, 768), (768, 1152), (1280, 1280))

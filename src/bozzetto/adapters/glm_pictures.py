@@ -18,11 +18,11 @@ from bozzetto.adapters.checkpoint import check_counts, check_types
 from bozzetto.adapters.pictures import PictureConfig
 from bozzetto.adapters.source import Source, check_weights
 from bozzetto.adapters.undecoded import TokenPictures
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.store import CONFIG, header_of, open_tensors, read_config
+from bozzetto.common.images import Origin
 from bozzetto.errors import UsageError
-from bozzetto.images import Origin
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
-from bozzetto.load_settings import LoadSettings
-from bozzetto.models.store import CONFIG, header_of, open_tensors, read_config
 
 FACTOR = 32  # pixels per token and side
 _TWICE = 2  # the second stage has a token for each 16 pixels

@@ -17,10 +17,10 @@ from transformers import JanusForConditionalGeneration
 from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.store import CONFIG
+from bozzetto.common.images import size_of
 from bozzetto.errors import UsageError, brief
-from bozzetto.images import size_of
-from bozzetto.load_settings import LoadSettings
-from bozzetto.models.store import CONFIG
 
 
 class JanusDrawing(JanusForConditionalGeneration):

@@ -20,12 +20,12 @@ from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Ask, Hosted, Source, fixed_size
 from bozzetto.autoencoders.kl16 import numbered
 from bozzetto.autoencoders.llamagen_vq import MODULES
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.store import CONFIG
+from bozzetto.common.files import read_json
+from bozzetto.common.hub import model_name
+from bozzetto.common.images import size_of
 from bozzetto.errors import UsageError
-from bozzetto.files import read_json
-from bozzetto.hub import model_name
-from bozzetto.images import size_of
-from bozzetto.load_settings import LoadSettings
-from bozzetto.models.store import CONFIG
 
 # Names of weights, theirs and transformers'; a name that none of these begins or that becomes "" is not needed.
 _NAMES = (

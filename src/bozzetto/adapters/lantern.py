@@ -15,15 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.checks import config_from
+from bozzetto.checkpoints.convert import check_out, types_in, write_folder
+from bozzetto.checkpoints.eagle_store import EMBEDDING, FAMILY, ffn_of, read_drafter
+from bozzetto.checkpoints.layout import weight_files
+from bozzetto.checkpoints.store import (
+    CONFIG,
+    OWN,
+    WEIGHTS,
+    check_fit,
+    open_tensors,
+    read_config,
+    save_state,
+    write_config,
+)
+from bozzetto.common.checks import config_from
+from bozzetto.common.files import read_json
+from bozzetto.common.hub import fetched, model_name
+from bozzetto.drafters.eagle import EagleConfig, EagleNet
 from bozzetto.errors import UsageError
-from bozzetto.files import read_json
-from bozzetto.hub import fetched, model_name
-from bozzetto.models.convert import check_out, types_in, write_folder
-from bozzetto.models.eagle import EagleConfig, EagleNet
-from bozzetto.models.eagle_store import EMBEDDING, FAMILY, ffn_of, read_drafter
-from bozzetto.models.layout import weight_files
-from bozzetto.models.store import CONFIG, OWN, WEIGHTS, check_fit, open_tensors, read_config, save_state, write_config
 
 _LAYER = "layers.0.self_attn"
 

@@ -11,9 +11,9 @@ from bozzetto.adapters.lined import LinedTarget
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context, written
 from bozzetto.adapters.vqgan import vqgan_pictures
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.common.hub import model_name
 from bozzetto.errors import UsageError
-from bozzetto.hub import model_name
-from bozzetto.load_settings import LoadSettings
 
 
 class LuminaTarget(LinedTarget):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from bozzetto.adapters.pictures import PictureConfig
 from bozzetto.adapters.prompted import PromptedTarget, Shape
-from bozzetto.models.base import Scores
-from bozzetto.models.denoiser import Denoiser, DenoiserConfig
-from bozzetto.models.flow_cache import Sampled
+from bozzetto.targets.base import Scores
+from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
+from bozzetto.targets.flow_cache import Sampled
 
 _EPS = 1e-6  # of the norm of drawn tokens
 
@@ -47,7 +47,7 @@ class _Grid(Shape):
 
 class NextStepTarget(Sampled, PromptedTarget):
     """body: a transformers decoder in evaluation mode; parts: in its dtype; rows, columns: of tokens; sampler: of the
-    head (models/flow_cache.py); positions: [N, d], added to the hidden states that tokens are drawn from (None: nothing
+    head (flow_cache.py); positions: [N, d], added to the hidden states that tokens are drawn from (None: nothing
     is).
 
     Tokens here are those that the chain ends in. Where the sampler has a norm, what is fed back and decoded is a

@@ -21,15 +21,15 @@ from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStep
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context
 from bozzetto.autoencoders.kl16 import KL16Config, from_published, kl16_autoencoder
-from bozzetto.checks import clipped, config_from
+from bozzetto.checkpoints.convert import read_state
+from bozzetto.checkpoints.layout import weight_files
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.published import family_of
+from bozzetto.checkpoints.store import CONFIG, Held, header_of, open_tensors, read_config
+from bozzetto.common.checks import clipped, config_from
+from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError
-from bozzetto.hub import fetched
-from bozzetto.load_settings import LoadSettings
-from bozzetto.models.convert import read_state
-from bozzetto.models.flow_cache import EulerSampler
-from bozzetto.models.layout import weight_files
-from bozzetto.models.store import CONFIG, Held, header_of, open_tensors, read_config
-from bozzetto.published import family_of
+from bozzetto.targets.flow_cache import EulerSampler
 
 VAE, VAE_WEIGHTS = "vae", "checkpoint.pt"
 _UNUSED = ("lm_head.weight", "gen_pos_embed")  # of words; of a table that grid_positions computes

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bozzetto.adapters.lined import without_line_ends
-from bozzetto.images import Origin, to_picture
+from bozzetto.common.images import Origin, to_picture
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
-from bozzetto.models.base import Scores, visible
-from bozzetto.models.llamagen_cache import copied, whole_blocks
+from bozzetto.targets.base import Scores, visible
+from bozzetto.targets.llamagen_cache import copied, whole_blocks
 
 _WHOLE = 8  # slots of a row are a multiple of this
 
@@ -204,7 +204,7 @@ class PromptedCodes(PromptedTarget):
 
 @dataclass
 class PromptedSession:
-    """Cache and conditions of R = copies * B sequences (models/base.py)."""
+    """Cache and conditions of R = copies * B sequences (targets/base.py)."""
 
     target: PromptedTarget
     prompts: list[tuple[int, ...]]

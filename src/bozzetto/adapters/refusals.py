@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bozzetto.hub import on_hub
+from bozzetto.common.hub import on_hub
 
 READ = ("janus", "multi_modality", "emu3", "chameleon", "nextstep", "glm_image")  # model types, see load.py
 _DIFFUSION = "its pictures come from a diffusion process, not from image tokens: there is nothing to draft here"

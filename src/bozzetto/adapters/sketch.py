@@ -9,9 +9,9 @@ from torch import Tensor
 
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.drafters.base import Observation
+from bozzetto.drafters.eagle import EagleConfig, EagleNet
+from bozzetto.drafters.sketch import EagleLayerCache, Lead
 from bozzetto.drafts import Layout
-from bozzetto.models.eagle import EagleConfig, EagleNet
-from bozzetto.models.sketch import EagleLayerCache, Lead
 
 
 def prompted_eagle(target: PromptedCodes, heads: int, ffn: int) -> EagleConfig:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
+from bozzetto.checkpoints.convert import open_state
+from bozzetto.checkpoints.layout import weight_files
+from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.own_sampling import OwnSampling
+from bozzetto.checkpoints.published import sampling_of
+from bozzetto.checkpoints.store import finite, usual_type
+from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError, brief
-from bozzetto.hub import fetched
-from bozzetto.load_settings import LoadSettings
-from bozzetto.models.convert import open_state
-from bozzetto.models.layout import weight_files
-from bozzetto.models.store import finite, usual_type
-from bozzetto.own_sampling import OwnSampling
-from bozzetto.published import sampling_of
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bozzetto.checks import Count, Size, config_from
+from bozzetto.checkpoints.load_settings import size_of
+from bozzetto.checkpoints.own_sampling import HEAD, OwnSampling
+from bozzetto.common.checks import Count, Size, config_from
+from bozzetto.common.mappings import read_mapping
 from bozzetto.errors import UsageError, brief
-from bozzetto.load_settings import size_of
-from bozzetto.mappings import read_mapping
-from bozzetto.own_sampling import HEAD, OwnSampling
 
 NAMES = ("bozzetto.yaml", "bozzetto.yml", "bozzetto.json")
 SHIPPED = Path(__file__).parent / "files"

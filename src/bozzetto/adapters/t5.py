@@ -1,6 +1,6 @@
 """Captions as features of flan-t5-xl, as LlamaGen's text-to-image models were trained on them (arXiv 2406.06525).
 
-A caption is cleaned (models/caption_text.py), cut to T = 120 tokens with their end, and padded on the right; only the
+A caption is cleaned (targets/caption_text.py), cut to T = 120 tokens with their end, and padded on the right; only the
 encoder of T5 is loaded. Features are kept on disk by the encoder's files and the cleaned text, so that a caption costs
 the encoder (1.2 billion weights) once.
 """
@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bozzetto.adapters.load import checkpoint_digest
+from bozzetto.common.files import digest
+from bozzetto.common.hub import split_name
 from bozzetto.errors import UsageError
-from bozzetto.files import digest
-from bozzetto.hub import split_name
-from bozzetto.models.caption_text import clean_caption
-from bozzetto.models.kept import cache_folder, find, keep, thin_out
+from bozzetto.runtime.kept import cache_folder, find, keep, thin_out
+from bozzetto.targets.caption_text import clean_caption
 
 PUBLISHED, DIM = "google/flan-t5-xl", 2048
 _SMALL = 16 << 20  # bytes of a file that is read to tell encoders apart; of larger ones size and time are looked at

@@ -18,9 +18,9 @@ from bozzetto.adapters.lined import without_line_ends
 from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
 from bozzetto.adapters.source import Source
 from bozzetto.autoencoders.kl16 import decoder_config
+from bozzetto.checkpoints.convert import check_finite, read_state
+from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.errors import UsageError
-from bozzetto.load_settings import LoadSettings
-from bozzetto.models.convert import check_finite, read_state
 
 NAMES = ("vqgan.safetensors", "vqgan.ckpt", "tokenizer/vqgan.ckpt")
 _CODES = "quantize.embedding.weight"

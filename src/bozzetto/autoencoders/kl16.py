@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
-from bozzetto.checks import Layers, Levels, Pixels, Size
+from bozzetto.common.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
 _GROUPS = 32  # of every group norm

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder
-from bozzetto.checks import Pixels, Size
+from bozzetto.common.checks import Pixels, Size
 from bozzetto.errors import UsageError
 
 TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder

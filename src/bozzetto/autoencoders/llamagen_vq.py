@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.checks import Layers, Levels, Pixels, Size
+from bozzetto.common.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder, tiny_encoder
-from bozzetto.checks import Layers, Pixels, Size
+from bozzetto.common.checks import Layers, Pixels, Size
 from bozzetto.errors import UsageError
 
 _GROUPS = 8  # of every group norm

@@ -1,4 +1,4 @@
-"""A trained drafter of continuous tokens: one Gaussian after another (models/path_sketch.py)."""
+"""A trained drafter of continuous tokens: one Gaussian after another (drafters/path_sketch.py)."""
 
 from __future__ import annotations
 

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bozzetto.engine.loop import Decoder
-from bozzetto.engine.state import BatchResult
+from bozzetto.checkpoints.own_sampling import OwnSampling
+from bozzetto.common.files import write_text
+from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
-from bozzetto.files import write_text
-from bozzetto.output import table
-from bozzetto.own_sampling import OwnSampling
-from bozzetto.pipeline import GenerateSettings, Pipeline
-from bozzetto.provenance import provenance
-from bozzetto.registry import make_rule
-from bozzetto.sampling import method_settings
+from bozzetto.evaluate.output import table
+from bozzetto.evaluate.provenance import provenance
+from bozzetto.evaluate.sampling import method_settings
+from bozzetto.methods.registry import make_rule
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
 BARE, SEQUENTIAL = "bare", "none"
 _WARM_UP_PASSES = 4

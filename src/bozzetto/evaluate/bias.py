@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.evaluate.metrics import interval
+from bozzetto.evaluate.shards import Samples
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.pipeline import Pipeline
-from bozzetto.shards import Samples
+from bozzetto.pipeline.pipeline import Pipeline
 
 _IMPOSSIBLE = 30.0  # nats that a token outside the support of the law counts
 

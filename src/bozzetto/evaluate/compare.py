@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from bozzetto.common.files import write_text
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import surprisal
 from bozzetto.evaluate.evaluation import to_json
 from bozzetto.evaluate.features import FeatureExtractor, features_of
+from bozzetto.evaluate.output import table
+from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.reference import LEAST, MOST
 from bozzetto.evaluate.samelaw import (
     LEVEL,
@@ -29,13 +32,10 @@ from bozzetto.evaluate.samelaw import (
     token_tests,
     vector_tests,
 )
-from bozzetto.files import write_text
+from bozzetto.evaluate.sampling import SampleRun, method_settings, own_for, sample, slug
+from bozzetto.evaluate.shards import RUN, Samples, read_run, read_samples
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.output import table
-from bozzetto.pipeline import GenerateSettings, Pipeline
-from bozzetto.provenance import provenance
-from bozzetto.sampling import SampleRun, method_settings, own_for, sample, slug
-from bozzetto.shards import RUN, Samples, read_run, read_samples
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
 COMPARISON = "comparison.json"
 _IDENTICAL = 64

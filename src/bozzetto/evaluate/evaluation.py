@@ -20,25 +20,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.common.files import write_text, write_whole
+from bozzetto.common.images import contact_sheet
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import bias_figures
 from bozzetto.evaluate.features import FeatureExtractor
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
+from bozzetto.evaluate.output import table
 from bozzetto.evaluate.photographs import (
     SPLITS,
     data_path,
     prompts_for,
     reconstructions,
 )
+from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.quality import memorisation, nearest
 from bozzetto.evaluate.reference import LEAST, MOST, Reference, few
-from bozzetto.files import write_text, write_whole
-from bozzetto.images import contact_sheet
-from bozzetto.output import table
-from bozzetto.pipeline import ROUNDING, GenerateSettings, Pipeline
-from bozzetto.provenance import provenance
-from bozzetto.sampling import SampleRun, batched, method_settings, own_for, slug
-from bozzetto.shards import Samples, read_samples
+from bozzetto.evaluate.sampling import SampleRun, batched, method_settings, own_for, slug
+from bozzetto.evaluate.shards import Samples, read_samples
+from bozzetto.pipeline.pipeline import ROUNDING, GenerateSettings, Pipeline
 
 EVALUATION, NEAREST = "evaluation.json", "nearest.png"
 SEQUENTIAL, PHOTOGRAPHS, RECONSTRUCTIONS = "none", "photographs", "reconstructions"

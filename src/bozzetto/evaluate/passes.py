@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bozzetto.evaluate.advice import ATTENTION, DISPATCH, EMBEDDING, NARROW, PRODUCTS, Part, PassFigures
 from bozzetto.evaluate.roofline import Machine, now, pass_work, timed
-from bozzetto.models.llamagen_cache import CausalSession, CausalTarget
-from bozzetto.pipeline import GenerateSettings, Pipeline
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
+from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget
 
 GRAPH, AROUND = "compiled graph", "python around it"
 _ROUNDS = 8  # passes under the profiler, each after some without

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bozzetto.classes import class_named, distinct
+from bozzetto.checkpoints.store import load_tokenizer, read_config
+from bozzetto.common.classes import class_named, distinct
 from bozzetto.data import evaluation_view, read_captions, read_images
 from bozzetto.errors import UsageError
-from bozzetto.models.store import load_tokenizer, read_config
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 
 SPLITS = ("test", "train")
 

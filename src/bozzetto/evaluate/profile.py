@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.engine.state import BatchResult
+from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
+from bozzetto.evaluate.output import table
 from bozzetto.evaluate.passes import BarePass
+from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.roofline import Machine, measure_machine, now
-from bozzetto.models.llamagen_cache import CausalTarget
-from bozzetto.output import table
-from bozzetto.pipeline import GenerateSettings, Pipeline
-from bozzetto.provenance import provenance
-from bozzetto.sampling import method_settings
+from bozzetto.evaluate.sampling import method_settings
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
+from bozzetto.targets.llamagen_cache import CausalTarget
 
 SEQUENTIAL = "none"
 _WARM_UP_PASSES = 4

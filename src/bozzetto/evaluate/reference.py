@@ -16,7 +16,7 @@ from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Interval, mean_interval
 from bozzetto.evaluate.photographs import SPLITS, photographs
 from bozzetto.evaluate.quality import ClassProbe
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 
 LEAST = 8  # pictures that figures are made of
 MOST = 100_000  # figures compare each with every other

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bozzetto.models.llamagen_cache import CausalTarget
-from bozzetto.models.native import processor
+from bozzetto.runtime.native import processor
+from bozzetto.targets.llamagen_cache import CausalTarget
 
 LARGE = 1 << 30  # bytes that are read to measure memory: far beyond any cache
 SIDE = 2048  # of the square matrices

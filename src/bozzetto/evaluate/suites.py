@@ -8,16 +8,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from bozzetto.checkpoints.store import read_config
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
 from bozzetto.evaluate.features import FeatureExtractor
+from bozzetto.evaluate.output import table
 from bozzetto.evaluate.variants import compare_with_base
-from bozzetto.models.store import read_config
-from bozzetto.output import table
-from bozzetto.path_registry import is_path_method, make_path_rule
-from bozzetto.pipeline import Pipeline, is_hosted, model_folder
-from bozzetto.registry import make_rule, split_method
+from bozzetto.methods.path_registry import is_path_method, make_path_rule
+from bozzetto.methods.registry import make_rule, split_method
+from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
 
 Methods = Mapping[str, str]
 _WHOLE = ("followers",)

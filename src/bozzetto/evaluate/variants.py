@@ -11,9 +11,9 @@ import torch
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Comparison, interval, replicate, resamples
 from bozzetto.evaluate.photographs import data_path, photographs
-from bozzetto.pipeline import Pipeline
-from bozzetto.sampling import slug
-from bozzetto.shards import Samples, read_samples
+from bozzetto.evaluate.sampling import slug
+from bozzetto.evaluate.shards import Samples, read_samples
+from bozzetto.pipeline.pipeline import Pipeline
 
 SEQUENTIAL = "none"
 

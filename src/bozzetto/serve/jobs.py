@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from bozzetto.admission import Ticket
+from bozzetto.decoding.scheduler import Ticket
 from bozzetto.serve.orders import Event, Order
 
 

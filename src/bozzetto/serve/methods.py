@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bozzetto.errors import UsageError
-from bozzetto.path_registry import PATH_DRAFTERS, PATH_RULES
-from bozzetto.pipeline import Pipeline
-from bozzetto.pipelines import CodePipeline
-from bozzetto.registry import DRAFTERS, RULES
+from bozzetto.methods.path_registry import PATH_DRAFTERS, PATH_RULES
+from bozzetto.methods.registry import DRAFTERS, RULES
+from bozzetto.pipeline.pipeline import Pipeline
+from bozzetto.pipeline.pipelines import CodePipeline
 from bozzetto.settings import GenerateSettings
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bozzetto.models.kept import leave_nothing
+from bozzetto.runtime.kept import leave_nothing
 
 GRACE = 10.0  # seconds after those of a request, when the process is gone
 _HEAD = 16 * 1024  # bytes of a head that is not whole yet

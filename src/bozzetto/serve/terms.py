@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bozzetto.errors import UsageError
-from bozzetto.pipeline import Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.answers import Form
 from bozzetto.serve.methods import lossy, own_sampling, takes_negative
 from bozzetto.serve.orders import Order

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from bozzetto.admission import Admission
+from bozzetto.common.images import Origin, one_core
+from bozzetto.decoding.scheduler import Admission
 from bozzetto.errors import UsageError
-from bozzetto.images import Origin, one_core
-from bozzetto.pipeline import ROUNDING, Pipeline
+from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
 from bozzetto.serve.jobs import Drawn
 from bozzetto.serve.jobs import Job as Job
 from bozzetto.serve.methods import methods_of

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.checkpoints.store import read_config
 from bozzetto.data import ImageSet, read_captions
 from bozzetto.errors import UsageError
-from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, left_pad
-from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.models.store import read_config
+from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, left_pad
+from bozzetto.targets.sentence import SentenceEncoder
 from bozzetto.train.fields import DataSource
 
 _CHUNK = 64

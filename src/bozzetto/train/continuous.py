@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.latents import TINY, LatentDecoder, tiny_latents
 from bozzetto.autoencoders.tiny import load_tiny
+from bozzetto.checkpoints.continuous_store import FLOW, MASKED, load_latents, write_continuous, write_latents
 from bozzetto.data import augment, evaluation_view
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import noised_tables
-from bozzetto.models.continuous_store import FLOW, MASKED, load_latents, write_continuous, write_latents
-from bozzetto.models.flow import FlowConfig, FlowModel
-from bozzetto.models.flow_cache import FlowSampler
-from bozzetto.models.mar import MAR, MARConfig
-from bozzetto.models.mar_target import MARSampler
+from bozzetto.targets.flow import FlowConfig, FlowModel
+from bozzetto.targets.flow_cache import FlowSampler
+from bozzetto.targets.mar import MAR, MARConfig
+from bozzetto.targets.mar_target import MARSampler
 from bozzetto.train.fit import Fit
 from bozzetto.train.loop import autocast, channels_last
 from bozzetto.train.recipes import FlowRecipe, MARRecipe

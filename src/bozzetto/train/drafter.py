@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bozzetto.checkpoints.eagle_store import FAMILY, load_drafter, save_drafter, target_digest
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config
+from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.errors import UsageError
-from bozzetto.models.eagle import EagleNet, eagle_config
-from bozzetto.models.eagle_store import FAMILY, load_drafter, save_drafter, target_digest
-from bozzetto.models.store import load_llamagen, load_tokenizer, read_config
-from bozzetto.pipeline import model_folder
+from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.train.conditions import Condition, class_names, conditions_of, dropped, together
 from bozzetto.train.fit import Fit
 from bozzetto.train.loop import autocast, channels_last, compute_dtype, pass_over

@@ -1,4 +1,4 @@
-"""`bozzetto train drift RECIPE.yaml`: fit a drift variant (models/drift.py) of a trained flow model, resumably.
+"""`bozzetto train drift RECIPE.yaml`: fit a drift variant (targets/drift.py) of a trained flow model, resumably.
 
 Two phases in one loss (Drift-AR, arXiv 2603.28049, eq. 9 and 10): alpha (regression + entropy) + (1 - alpha) drifting,
 alpha falling linearly; from a share of the steps on the body stands still. The drifting (eq. 8) takes place per token:
@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bozzetto.checkpoints.drift_store import load_base, save_drift
+from bozzetto.checkpoints.store import CONFIG, config_from, read_config
 from bozzetto.laws.schedules import FlowSchedule
-from bozzetto.models.drift import DriftConfig, DriftModel, guided_features
-from bozzetto.models.drift_store import load_base, save_drift
-from bozzetto.models.flow import TIME_SCALE
-from bozzetto.models.flow_cache import FlowSampler
-from bozzetto.models.heads import PackedDenoiser, flow_coefficients
-from bozzetto.models.store import CONFIG, config_from, read_config
-from bozzetto.pipeline import model_folder
+from bozzetto.pipeline.pipeline import model_folder
+from bozzetto.targets.drift import DriftConfig, DriftModel, guided_features
+from bozzetto.targets.flow import TIME_SCALE
+from bozzetto.targets.flow_cache import FlowSampler
+from bozzetto.targets.heads import PackedDenoiser, flow_coefficients
 from bozzetto.train.conditions import class_names
 from bozzetto.train.continuous import LatentFit, target_latents
 from bozzetto.train.loop import autocast, compute_dtype

@@ -24,11 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bozzetto.checkpoints.store import TOKENIZER_WEIGHTS, WEIGHTS, save_tensors
+from bozzetto.common.files import digest, read_json, write_text, write_whole
 from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError
-from bozzetto.files import digest, read_json, write_text, write_whole
-from bozzetto.models.store import TOKENIZER_WEIGHTS, WEIGHTS, save_tensors
-from bozzetto.pipeline import model_folder
+from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.train.fields import DataSource
 
 RUN, CHECKPOINT, METRICS = "run.json", "checkpoint.pt", "metrics.jsonl"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.vq import VQTokenizer
-from bozzetto.models.llamagen import LlamaGen
-from bozzetto.models.native import products_prefer_bfloat16
+from bozzetto.runtime.native import products_prefer_bfloat16
+from bozzetto.targets.llamagen import LlamaGen
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.models.glance import GlanceConfig, GlanceNet
-from bozzetto.models.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
+from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.train.drafter import DrafterFit
 from bozzetto.train.loop import autocast
 from bozzetto.train.recipes import ParallelRecipe

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.checkpoints.continuous_store import load_continuous
+from bozzetto.checkpoints.sketch_store import SKETCH, load_sketch, save_sketch
+from bozzetto.checkpoints.store import CONFIG, config_from, read_config, target_digest
+from bozzetto.drafters.path_sketch import PathSketch, sketch_config
 from bozzetto.errors import UsageError
-from bozzetto.models.continuous_store import load_continuous
-from bozzetto.models.flow import FlowModel
-from bozzetto.models.flow_cache import FlowSampler
-from bozzetto.models.path_sketch import PathSketch, sketch_config
-from bozzetto.models.sketch_store import SKETCH, load_sketch, save_sketch
-from bozzetto.models.store import CONFIG, config_from, read_config, target_digest
-from bozzetto.pipeline import model_folder
+from bozzetto.pipeline.pipeline import model_folder
+from bozzetto.targets.flow import FlowModel
+from bozzetto.targets.flow_cache import FlowSampler
 from bozzetto.train.conditions import class_names
 from bozzetto.train.continuous import LatentFit, target_latents
 from bozzetto.train.loop import autocast

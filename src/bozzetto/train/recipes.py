@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
+from bozzetto.common.mappings import checked_as, read_mapping
 from bozzetto.errors import UsageError
-from bozzetto.mappings import checked_as, read_mapping
 from bozzetto.train.fields import (
     STRICT,
     Count,
@@ -81,7 +81,7 @@ class TargetRecipe:
     largest relative change of brightness and contrast; flips: mirror every other picture; whole: share of a batch that
     is taken whole, as held-out pictures are, in place of a view; ema: decay of the averaged weights; patience:
     evaluations without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write
-    matrices as int8 (models/store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
+    matrices as int8 (store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
     """
 
     out: Place
@@ -143,7 +143,7 @@ class DrafterRecipe:
     (smooth L1, EAGLE-1). rollout: steps of the drafter's own roll-out in training (EAGLE-3; 1 is EAGLE-1); step k
     weighs decay^(k-1). feature_noise: width of the uniform noise on features. test_images: held-out pictures used.
     layers: of the drafter; init: folder of a trained drafter of no more layers to begin from; compact: write matrices
-    as int8 (models/store.py).
+    as int8 (store.py).
     """
 
     out: Place
@@ -187,8 +187,8 @@ class DrafterRecipe:
 @checked(frozen=True, config=STRICT, kw_only=True)
 class ParallelRecipe(DrafterRecipe):
     """How to train a drafter that predicts several tokens in one pass: family plane, heads for the right neighbours and
-    the one below; family block, marked places and a table of the token before (models/parallel.py); family glance, the
-    row above and such a table (models/glance.py).
+    the one below; family block, marked places and a table of the token before (parallel.py); family glance, the
+    row above and such a table (drafters/glance.py).
 
     places: tokens predicted, K; anchors: pairs per picture and step from which they are; rank: of the table; narrow:
     numbers that a glance keeps of a token. Place k weighs decay^(k-1); rollout means nothing here.
@@ -206,7 +206,7 @@ class _ContinuousRecipe:
     """What the continuous families share.
 
     tiny: folder with the tiny autoencoder; views: augmented views held per image; draws: noise draws for the head per
-    token; compact: write matrices as int8 (models/store.py); jitter, ema, patience: as for a discrete target.
+    token; compact: write matrices as int8 (store.py); jitter, ema, patience: as for a discrete target.
     """
 
     out: Place
@@ -323,7 +323,7 @@ class DriftRecipe:
     """How to train a drift variant of a trained flow model (train/drift.py).
 
     model: the flow model, a shipped name or a model folder; tiny, train, test, views, jitter: as for the target;
-    decoder_width, decoder_depth, largest, heat, tuned: models/drift.py; guidance: scales are drawn from this range;
+    decoder_width, decoder_depth, largest, heat, tuned: targets/drift.py; guidance: scales are drawn from this range;
     context_noise: as for the target; places: per picture and step; positives, generated: samples of the teacher and of
     the decoder at each; alpha: weight of the first phase at the beginning; entropy_weight: of the entropy in it;
     frozen_from: share of the steps after which the body stands still; bandwidths: of the drifting; test_images:

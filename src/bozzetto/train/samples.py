@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bozzetto.files import write_whole
-from bozzetto.images import contact_sheet
-from bozzetto.loading import load
+from bozzetto.common.files import write_whole
+from bozzetto.common.images import contact_sheet
+from bozzetto.pipeline.loading import load
 
 
 def sample_sheet(model: Path, out: Path, per_class: int = 4, guidance: float = 2.0, batch: int = 20) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, save_llamagen
 from bozzetto.data import augment, evaluation_view, read_captions
 from bozzetto.errors import UsageError
-from bozzetto.models.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig
-from bozzetto.models.sentence import SentenceEncoder
-from bozzetto.models.store import load_llamagen, load_tokenizer, save_llamagen
-from bozzetto.prompts import ENCODER
+from bozzetto.pipeline.prompts import ENCODER
+from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig
+from bozzetto.targets.sentence import SentenceEncoder
 from bozzetto.train.conditions import prompt_features
 from bozzetto.train.fields import check_sizes
 from bozzetto.train.fit import Fit

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, load_tiny
 from bozzetto.autoencoders.vq import CodebookEMA, VQConfig, VQTokenizer
+from bozzetto.checkpoints.store import save_tokenizer
+from bozzetto.common.files import write_whole
+from bozzetto.common.images import contact_sheet
 from bozzetto.data import ImageSet, augment, evaluation_view
-from bozzetto.files import write_whole
-from bozzetto.images import contact_sheet
-from bozzetto.models.store import save_tokenizer
 from bozzetto.train.fields import note_overlap
 from bozzetto.train.fit import check_finite
 from bozzetto.train.folder import RunFolder, data_digest

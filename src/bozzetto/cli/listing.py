@@ -1,0 +1,121 @@
+"""`bozzetto models`: what lies in a folder of models, by their JSON files and the headers of their weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bozzetto.adapters.refusals import READ
+from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
+from bozzetto.checkpoints.continuous_store import DECODERS
+from bozzetto.checkpoints.continuous_store import FAMILIES as CONTINUOUS
+from bozzetto.checkpoints.drift_store import DRIFT
+from bozzetto.checkpoints.eagle_store import FAMILIES as DRAFTERS
+from bozzetto.checkpoints.own_sampling import brief_law, own_from
+from bozzetto.checkpoints.published import family_of, sampling_of
+from bozzetto.checkpoints.sketch_store import SKETCH
+from bozzetto.checkpoints.store import (
+    CODECS,
+    CONFIG,
+    FIRST_STAGE,
+    PIPELINE,
+    TINY,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    choose,
+    header_of,
+    open_tensors,
+    read_config,
+)
+from bozzetto.common.checks import clipped, config_from
+from bozzetto.drafters.path_sketch import SketchConfig
+from bozzetto.errors import UsageError
+from bozzetto.evaluate.output import table
+from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
+from bozzetto.targets.drift import DriftConfig
+from bozzetto.targets.llamagen import LlamaGenConfig
+
+_TARGETS: dict[str, Any] = {"llamagen": LlamaGenConfig, **{name: kinds[0] for name, kinds in CONTINUOUS.items()}}
+_DRAFTERS: dict[str, Any] = {SKETCH: SketchConfig, **{name: kinds[0] for name, kinds in DRAFTERS.items()}}
+_PIXELS: dict[str, Any] = {**CODECS, **{name: kinds[0] for name, kinds in DECODERS.items()}}
+
+
+def list_models(folder: str | Path | None) -> str:
+    """A table of the models shipped (None), or of `folder` and the folders right below it."""
+    root = ASSETS if folder is None else Path(folder)
+    if folder is not None and not root.is_dir():
+        raise UsageError(f"folder {str(folder)!r} not found (allowed: a model folder, or one that holds model folders)")
+    inside = () if (root / PIPELINE).is_file() else root.iterdir()  # parts of a pipeline are no models
+    folders = [root, *sorted(path for path in inside if path.is_dir())]
+    found = [path for path in folders if (_described(path) / CONFIG).is_file()]
+    if not found:
+        return f"no models found in {root}"
+    header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "where")
+    return table(header, [_row(path) for path in found])
+
+
+def _described(folder: Path) -> Path:
+    """Where its config.json is: of a diffusers pipeline, that of the part that draws tokens."""
+    return folder / FIRST_STAGE if (folder / PIPELINE).is_file() else folder
+
+
+def _row(folder: Path) -> tuple[str, ...]:
+    """One row of the table; a folder that cannot be read says so in place of its figures."""
+    try:
+        place = _described(folder)
+        content = read_config(place)
+        return (
+            str(content.get("name", folder.name)),
+            *_figures(place, content),
+            _sampling(place, content),
+            str(folder),
+        )
+    except (UsageError, OSError) as error:
+        return (folder.name, "unreadable", "-", "-", "-", "-", "-", f"{folder} ({str(error).splitlines()[0]})")
+
+
+def _sampling(folder: Path, content: dict[str, Any]) -> str:
+    """How it is drawn where nothing is asked for."""
+    if content.get("family") in _DRAFTERS:
+        return "-"
+    own = own_from(content, folder / CONFIG)
+    if is_hosted(folder):
+        adapter = find_spec_file("", folder) or known_by(content)
+        own = read_spec(adapter).sampling if adapter else sampling_of(family_of(content), folder)
+    return brief_law(own)
+
+
+def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    """Family, parameters, pixels, tokens and classes."""
+    if is_hosted(folder):
+        kind = content["model_type"]
+        if kind not in READ and not (find_spec_file("", folder) or known_by(content)):
+            raise UsageError(f"model type {clipped(kind)} draws no images by tokens here")
+        return (f"{kind} (of transformers)", "-", "-", "-", "prompts")
+    kinds = {**_TARGETS, **_DRAFTERS, DRIFT: DriftConfig}
+    source = folder / CONFIG
+    config = config_from(choose(content, "family", kinds, source), content.get("config"), source)
+    family, own = content["family"], f"{_parameters(folder) / 1e6:.2f} M"
+    if family in _DRAFTERS:
+        tokens = "-" if getattr(config, "before", "") == "words" else str(config.grid**2)  # of pictures of any size
+        return (f"{family} (a drafter)", own, "-", tokens, "-")
+    if family == DRIFT:  # it has its own head, and the rest from another model
+        base = model_folder(str(content.get("base")))
+        inner = read_config(base)
+        if inner.get("family") == DRIFT:
+            raise UsageError(f"{source}: base = {content['base']!r} is a variant itself")
+        _, parameters, *rest = _figures(base, inner)
+        return (f"drift (of {content['base']})", f"{own} and {parameters}", *rest)
+    pixels = read_config(folder, TOKENIZER_CONFIG)
+    place = folder / TOKENIZER_CONFIG
+    size = config_from(choose({"kind": TINY, **pixels}, "kind", _PIXELS, place), pixels.get("config"), place).image_size
+    labels = "captions" if getattr(config, "captioned", False) else str(config.classes)
+    return (family, own, f"{size}x{size}", str(config.length), labels)
+
+
+def _parameters(folder: Path) -> int:
+    with open_tensors(folder / WEIGHTS) as content:
+        held = header_of(content)
+    scales = {key for key in held if key.endswith(".scale") and key.removesuffix(".scale") in held}
+    return sum(math.prod(held[key].shape) for key in held.keys() - scales)

@@ -1,0 +1,398 @@
+"""The command line: thin verbs over the Python API. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bozzetto import __version__
+from bozzetto.cli.options import (
+    COMMANDS,
+    Bench,
+    Completion,
+    Convert,
+    Doctor,
+    Evaluate,
+    Generate,
+    Models,
+    Profile,
+    Report,
+    Sample,
+    Serve,
+    Train,
+)
+from bozzetto.cli.options_shared import Law, listed, loading_of, settings_from
+from bozzetto.errors import UsageError
+
+BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
+# Packages of extras.
+_OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
+AUTO, _LONGEST = "auto", 2000  # characters of an error
+_ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the doctor found something, 2 bad input, 130 cancelled."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"bozzetto {__version__}")
+        return 0
+    try:
+        with _terminable():
+            command = _parse(arguments)
+            return HANDLERS[type(command)](command) or 0
+    except BrokenPipeError:  # who reads our output has gone; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (UsageError, OSError, UnicodeDecodeError) as error:
+        print(f"bozzetto: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt as stop:
+        print(f"bozzetto: cancelled: {stop}" if str(stop) else "bozzetto: cancelled: nothing written", file=sys.stderr)
+        return CANCELLED
+
+
+def _parse(arguments: list[str]) -> Any:
+    """Options of the command line over those of --config over the defaults. tyro exits with code 2 on bad flags."""
+    command = tyro.cli(COMMANDS, args=arguments, prog="bozzetto", description=_ABOUT)
+    if not isinstance(command, Generate) or command.config is None:
+        return command
+    from bozzetto.train.recipes import read_recipe
+
+    if not command.config.is_file():
+        raise UsageError(f"config = {str(command.config)!r} is not allowed: no such file")
+    base = read_recipe(command.config, Generate)
+    if base.config is not None:
+        raise UsageError(f"{command.config}: key 'config' is not allowed inside a config file")
+    return tyro.cli(COMMANDS, args=arguments, prog="bozzetto", description=_ABOUT, default=base)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM cancels as Ctrl-C does, so that cleaning up happens either way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def cancel(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _wants_progress(asked: bool) -> bool:
+    return asked or sys.stderr.isatty()
+
+
+def _generate(options: Generate) -> None:
+    from bozzetto.checkpoints.own_sampling import sampling_line
+    from bozzetto.common.staging import staged_folder
+    from bozzetto.evaluate.output import RunWriter, check_free, written_before
+    from bozzetto.pipeline.loading import load
+    from bozzetto.pipeline.pipeline import GenerateSettings
+
+    settings, loading = settings_from(options, GenerateSettings), loading_of(options)
+    _check_request(options, settings)
+    out, show = options.out, _wants_progress(options.progress)
+    with staged_folder(out, written_before(out)) as folder:
+        pipe = load(options.model, loading)
+        labels = pipe.labels(options.classes, settings)
+        count = options.count or len(labels)
+        check_free(out, count, [pipe.classes[label] for label in labels])
+        sampling = pipe.sampling(settings)
+        print(sampling_line(sampling), flush=True)
+        codes = pipe.tokenizer.codes if pipe.undecoded else None
+        with RunWriter(folder, count, pipe.size, pipe.undecoded, codes) as writer:
+            request: dict[str, Any] = {"classes": list(options.classes), "seed": options.seed, "count": count}
+            result = pipe.generate(**request, settings=settings, progress=show, take=writer.add)
+            about = {"model": options.model, "dtype": pipe.dtype, "device": loading.device, "grid": list(pipe.grid)}
+            about |= {"undecoded": pipe.undecoded} if pipe.undecoded else {}
+            writer.finish(result, {**about, **request}, sampling)
+    print(writer.summary(result, out))
+
+
+def _check_request(options: Generate, settings: Any) -> None:
+    """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
+    from bozzetto.checkpoints.store import read_config
+    from bozzetto.common.classes import distinct, labels_of
+    from bozzetto.pipeline.pipeline import is_hosted, model_folder, plan_batches
+
+    plan_batches([0], options.count, options.seed, 0, settings.batch)
+    if is_hosted(options.model):
+        return
+    names = read_config(model_folder(options.model)).get("class_names")
+    if isinstance(names, list) and names and options.captions is None:  # if not, loading explains what is wrong
+        known = distinct([str(n) for n in names])
+        plan_batches(labels_of(known, options.classes), options.count, options.seed, 0, settings.batch)
+
+
+def _bench(options: Bench) -> None:
+    from bozzetto.evaluate.bench import BenchSettings, bench, bench_table, write_report
+    from bozzetto.evaluate.output import check_writable
+    from bozzetto.pipeline.loading import load
+
+    settings = settings_from(
+        options,
+        BenchSettings,
+        methods=("none",) if options.methods == AUTO else listed("methods", options.methods, str),
+        batches=listed("batch", options.batch, int),
+        guidances=listed("guidance", options.guidance, float, own=True),
+        windows=listed("window", options.window, int),
+        top_ks=listed("top_k", options.top_k, int, own=True),
+    )
+    if options.json is not None:
+        check_writable(options.json)
+    if options.suite is not None:
+        report = _suite(options, settings)
+    else:
+        pipe = load(options.model, loading_of(options))
+        if options.methods == AUTO:
+            settings = replace(settings, methods=pipe.default_methods)
+        report = bench(pipe, settings, progress=_wants_progress(options.progress))
+        print(bench_table(report))
+    if options.json is not None:
+        write_report(options.json, report)
+
+
+def _suite(options: Bench, settings: Any) -> dict[str, Any]:
+    from bozzetto.evaluate.evaluation import EvaluateSettings
+    from bozzetto.evaluate.features import make_extractor
+    from bozzetto.evaluate.suites import run_suite, suite_models, suite_table
+    from bozzetto.pipeline.loading import load
+    from bozzetto.pipeline.pipeline import GenerateSettings
+
+    if any(len(values) != 1 for values in (settings.batches, settings.guidances, settings.windows, settings.top_ks)):
+        raise UsageError("a suite is one cell: give one value each for batch, guidance, window and top_k")
+    law = {"guidance": settings.guidances[0], "top_k": settings.top_ks[0], "window": settings.windows[0]}
+    law |= {"drafter": "none", "rule": "seed-exact", "batch": options.quality_batch}
+    own = {"methods": ("none",), "count": options.images, "recitation": False}  # the methods are the suite's
+    quality = settings_from(options, EvaluateSettings, base=settings_from(options, GenerateSettings, **law), **own)
+    assert options.suite is not None
+    loading = loading_of(options)
+    with _resumable(options.out), _needs("evaluate"):
+        extractor = make_extractor(options.extractor)
+        chosen = suite_models(options.suite, options.model)
+        parts = [(load(model, loading), part.methods) for model, part in chosen]
+        show = _wants_progress(options.progress)
+        report = run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
+    print(suite_table(report))
+    return report
+
+
+def _profile(options: Profile) -> None:
+    from bozzetto.evaluate.bench import write_report
+    from bozzetto.evaluate.output import check_writable
+    from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
+    from bozzetto.pipeline.loading import load
+
+    settings = settings_from(options, ProfileSettings)
+    if options.json is not None:
+        check_writable(options.json)
+    pipe = load(options.model, loading_of(options))
+    report = profile(pipe, settings, progress=_wants_progress(options.progress))
+    print(profile_table(report))
+    if options.json is not None:
+        write_report(options.json, report)
+
+
+def _base(options: Law) -> Any:
+    """The law, batch and window of the options, as settings of sequential decoding."""
+    from bozzetto.pipeline.pipeline import GenerateSettings
+
+    return settings_from(options, GenerateSettings, drafter="none", rule="seed-exact")
+
+
+def _sample(options: Sample) -> None:
+    from bozzetto.checkpoints.own_sampling import sampling_line
+    from bozzetto.evaluate.sampling import SampleRun, gathered, method_settings, sample, world_of
+    from bozzetto.evaluate.shards import write_adm
+    from bozzetto.pipeline.loading import load
+
+    settings = method_settings(options.method, _base(options))
+    rank, world = world_of()
+    if options.ray and world > 1:
+        raise UsageError(f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment")
+    show = _wants_progress(options.progress) and rank == 0
+    loading = loading_of(options)
+    with _resumable(options.out), gathered(world):
+        pipe = load(options.model, loading)
+        named = None if options.method == "auto" else options.method
+        run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes, method=named)
+        if rank == 0:
+            print(sampling_line(run.sampling), flush=True)
+        if options.ray:
+            with _needs("ray"):
+                from bozzetto.evaluate.sampling_ray import sample_by_ray
+            sample_by_ray(run, options.count, options.model, loading, options.ray)
+        else:
+            sample(run, options.count, rank=rank, world=world, progress=show)
+    if rank == 0:
+        print(f"{options.count} images: {options.out}")
+        if options.npz:
+            print(f"for evaluators: {write_adm(options.out, options.count)}")
+
+
+def _evaluate(options: Evaluate) -> None:
+    from bozzetto.common.files import write_text
+    from bozzetto.evaluate.compare import CompareSettings, compare, comparison_table
+    from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table, to_json
+    from bozzetto.evaluate.features import make_extractor
+    from bozzetto.evaluate.output import check_writable
+    from bozzetto.pipeline.loading import load
+
+    if options.json is not None:
+        check_writable(options.json)
+    base = _base(options)
+    methods, references = (listed(n, getattr(options, n), str) for n in ("methods", "reference"))
+    if options.methods == AUTO:
+        methods = ("none",)  # for now
+    wanted = settings_from(options, EvaluateSettings, methods=methods, references=references, base=base)
+    if options.compare is not None:
+        first, second = options.compare
+        wanted = settings_from(options, CompareSettings, a=first, b=second, base=base)
+    loading = loading_of(options)
+    with _resumable(options.out), _needs("evaluate"):
+        extractor = make_extractor(options.extractor)
+        pipe = load(options.model, loading)
+        if options.methods == AUTO and options.compare is None:
+            wanted = replace(wanted, methods=pipe.default_methods)
+        work: Any = evaluate if options.compare is None else compare
+        report = work(pipe, wanted, extractor, options.out, progress=_wants_progress(options.progress))
+    print(evaluation_table(report) if options.compare is None else comparison_table(report))
+    if options.json is not None:
+        write_text(options.json, to_json(report))
+
+
+def _report(options: Report) -> None:
+    from bozzetto.evaluate.report import build_report
+
+    print(f"report: {build_report(options.runs, options.out, progress=_wants_progress(options.progress))}")
+
+
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """A cancelled run says where it stands and how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = out.is_dir() and any(out.rglob("shard-*.npz"))
+        how = (
+            f"the same command goes on from {out}" if kept else "no batch was finished, the same command starts afresh"
+        )
+        raise KeyboardInterrupt(how) from None
+
+
+@contextlib.contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """A missing optional package is an error that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OPTIONAL:
+            raise
+        raise UsageError(f"this needs {error.name}, which is not installed: pip install 'bozzetto[{extra}]'") from error
+
+
+def _models(options: Models) -> None:
+    from bozzetto.cli.listing import list_models
+
+    print(list_models(options.folder))
+
+
+def _convert(options: Convert) -> None:
+    from bozzetto.pipeline.pipeline import is_hosted
+
+    wanted = {"llamagen": ("gpt", "vq"), "mar": ("checkpoint", "vae"), "eagle": ("drafter", "model")}[options.what]
+    for name in wanted:
+        if getattr(options, name) is None:
+            raise UsageError(f"convert {options.what} needs --{name}")
+    first, second = (getattr(options, name) for name in wanted)
+    if options.what == "llamagen":
+        from bozzetto.checkpoints.convert import convert_llamagen
+
+        more = (options.image_size, options.class_names, options.store, options.text_encoder)
+        print(convert_llamagen(first, second, options.out, *more))
+    elif options.what == "mar":
+        from bozzetto.checkpoints.convert_mar import convert_mar
+
+        print(convert_mar(first, second, options.out, options.class_names, options.store))
+    elif is_hosted(str(second)):
+        from bozzetto.adapters.lantern import convert_lantern
+
+        print(convert_lantern(first, second, options.out, options.store))
+    else:
+        from bozzetto.checkpoints.eagle_store import convert_eagle
+
+        print(convert_eagle(first, second, options.out, options.store))
+
+
+def _train(options: Train) -> None:
+    from bozzetto.train import recipes
+
+    kind: Any = recipes.RECIPES[options.what]
+    recipe = recipes.read_recipe(options.recipe, kind)
+    try:
+        with _needs("train"):
+            train = getattr(importlib.import_module(f"bozzetto.train.{options.what}"), f"train_{options.what}")
+            print(f"written: {train(recipe, options.restart)}")
+    except KeyboardInterrupt:
+        saved = Path(recipe.out) / "checkpoint.pt"
+        same = "without --restart the same command" if options.restart else "the same command"
+        how = f"{same} resumes from {saved}" if saved.exists() else "nothing saved yet, it starts afresh"
+        raise KeyboardInterrupt(how) from None
+
+
+def _serve(options: Serve) -> None:
+    with _needs("ray" if options.ray else "serve"):
+        from bozzetto.cli.serve import serve
+
+        serve(options)
+
+
+def _doctor(options: Doctor) -> int:
+    from bozzetto.cli.doctor import examine, shown
+
+    findings = examine()
+    print(shown(findings))
+    return int(any(finding.verdict == "fail" for finding in findings))
+
+
+def _completion(options: Completion) -> None:
+    tyro.cli(COMMANDS, args=["--tyro-print-completion", options.shell], prog="bozzetto", description=_ABOUT)
+
+
+HANDLERS: dict[type, Callable[[Any], int | None]] = {
+    Generate: _generate,
+    Bench: _bench,
+    Profile: _profile,
+    Sample: _sample,
+    Evaluate: _evaluate,
+    Report: _report,
+    Models: _models,
+    Convert: _convert,
+    Train: _train,
+    Serve: _serve,
+    Doctor: _doctor,
+    Completion: _completion,
+}

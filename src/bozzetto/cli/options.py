@@ -1,0 +1,352 @@
+"""What can be typed: one frozen dataclass per verb. Its docstrings are the help texts; unknown YAML keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic.dataclasses import dataclass as checked
+
+from bozzetto.cli.options_shared import STRICT, Law, Loading
+
+
+@checked(frozen=True, config=STRICT)
+class Generate(Law):
+    """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
+
+    Example: bozzetto generate tulip rose --count 4 --seed 7 --out flowers
+
+    Example: bozzetto generate "a red tulip in a vase" --model deepseek-ai/Janus-Pro-1B --out janus
+    """
+
+    classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
+    """Class names or numbers, or prompts where the model takes them, in turn until --count is reached. None: all of the
+    model's classes, or its example prompts."""
+    model: str = "flowers"
+    """A shipped model by name, a model folder (see `bozzetto models`), or a checkpoint in the Hugging Face layout (a
+    folder, or ORGANISATION/NAME)."""
+    count: int | None = None
+    """How many images in all. Not given: one for each class."""
+    drafter: str = "auto"
+    """auto: what suits the model, without bias; jacobi: guess several tokens ahead and check them in one pass; none:
+    plain sequential decoding; eagle, glance, plane, block: a trained drafter (eagle:tree=chain-5), alone or beside
+    windows (jacobi:fill=glance, jacobi:second=eagle); model: a smaller target (model:folder=DIR)."""
+    rule: str = "auto"
+    """auto: as the model and the drafter suggest. Codes: seed-exact, the very tokens that sequential decoding of the
+    seed gives; exact, the same law, other tokens. For eagle and model also tree, traversal, block (exact) and lantern,
+    lantern++, grouped, annealed, cascade (lossy): lantern:k=1000:delta=0.1. Continuous tokens: plain, reflection,
+    coupled (without a drafter), chains, joint, block (exact) and pathwise, cspd (lossy): pathwise:epsilon=0.1."""
+    batch: int = 4
+    """Images decoded together."""
+    out: Path = Path("out")
+    """Folder for the results. It appears, or changes, only when everything is done."""
+    config: Path | None = None
+    """YAML file with any of these options (top_k: 100). Options on the command line win over it."""
+
+
+@checked(frozen=True, config=STRICT)
+class Bench(Loading):
+    """Measure decoding methods against our own sequential engine: interleaved rounds, medians and ranges.
+
+    Example: bozzetto bench --batch 1,4 --guidance 1,2 --json bench.json
+    """
+
+    model: str = "flowers"
+    """As of `generate`."""
+    methods: str = "auto"
+    """none, or DRAFTER/RULE, separated by commas; @steps=, @passes= or @window= gives one a setting of its own
+    (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
+    suite: Literal["lantern", "continuous", "followers"] | None = None
+    """A set of methods in place of --methods, measured in speed and in picture quality and bias too. followers: every
+    rule, with the drafters that are shipped, on all models but the masked one."""
+    images: int = 200
+    """With --suite: images per method behind the figures of quality."""
+    quality_batch: int = 8
+    """With --suite: batch of those images."""
+    data: Path | None = None
+    """With --suite: photographs to compare with, as in `evaluate`."""
+    extractor: str = "efficientnet-lite0"
+    """With --suite: features, as in `evaluate`."""
+    out: Path = Path("out/suite")
+    """With --suite: folder of those images; the same command goes on where it stopped."""
+    count: int = 4
+    """Images per method and setting, rounded up to whole batches."""
+    rounds: int = 3
+    """At least this many rounds, a batch each."""
+    batch: str = "1"
+    """Batch sizes, separated by commas."""
+    guidance: str = "own"
+    """Guidance scales, separated by commas. own: the model's."""
+    window: str = "0"
+    """Windows, separated by commas. 0: chosen for the batch."""
+    top_k: str = "own"
+    """Values of top-k, separated by commas. 0: all tokens; own: the model's."""
+    temperature: float | None = None
+    """Shared by all methods. Not given: the model's own."""
+    top_p: float | None = None
+    """Shared by all methods. Not given: the model's own."""
+    seed: int = 0
+    """Seed of the images."""
+    compile: str = "off"
+    """off, default or max, of all methods but those with @compile= (none@compile=off)."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit."""
+    waves: int = 1
+    """Images per round for each place in the batch: with more than one, images enter as others finish."""
+    threads: int = 0
+    """CPU threads. 0: as torch chooses."""
+    json: Path | None = None
+    """Also write {settings, results} to this file."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=STRICT)
+class Profile(Loading):
+    """Show where a target pass spends its time, against the roofline of this machine, and what would help most.
+
+    Example: bozzetto profile --model flowers --dtype bfloat16 --compile max
+    """
+
+    model: str = "flowers"
+    """As of `generate`. Causal models of ours alone."""
+    method: str = "auto"
+    """none, DRAFTER/RULE, or auto: the model's default. Sequential decoding always takes part."""
+    batch: int = 1
+    """Images decoded together."""
+    guidance: float | None = None
+    """Classifier-free guidance, 1 or more. 1: off. Not given: the model's own."""
+    window: int = 0
+    """Positions scored in one pass of drafter jacobi. 0: chosen for the batch."""
+    compile: str = "off"
+    """off, default or max. Compiled passes are timed whole, eager ones by operator."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit."""
+    seconds: float = 0.3
+    """Spent on measuring each part, at least."""
+    threads: int = 0
+    """CPU threads. 0: as torch chooses."""
+    json: Path | None = None
+    """Also write all figures to this file."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=STRICT)
+class Sample(Law):
+    """Sample many images into a folder of shards: resumable, and by any number of processes under torchrun.
+
+    Example: bozzetto sample --count 1000 --batch 8 --npz --out samples
+
+    Example: torchrun --nproc-per-node 2 -m bozzetto sample --count 50000 --out samples
+    """
+
+    classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
+    """Class names or numbers, taken in turn. None: all classes of the model."""
+    model: str = "flowers"
+    """As of `generate`."""
+    method: str = "auto"
+    """none, DRAFTER/RULE, or auto: the model's default, without bias."""
+    count: int = 1000
+    """Images 0 to count - 1 of the seed. A larger count later adds to the folder."""
+    batch: int = 8
+    """Images decoded together, and images per shard."""
+    ray: int = 0
+    """Workers of Ray Data (extra `ray`), one processor each, in place of this process. 0: without Ray."""
+    npz: bool = False
+    """When all images are there, also write samples.npz (arr_0 uint8 [N, H, W, 3], arr_1 labels), the format of the
+    usual ImageNet evaluators."""
+    out: Path = Path("out/samples")
+    """Folder of the samples. The same command goes on where it stopped."""
+
+
+@checked(frozen=True, config=STRICT)
+class Evaluate(Law):
+    """Measure picture quality and speed of methods in one run, or test whether two samplers draw from the same law.
+
+    Example: bozzetto evaluate --methods none,jacobi/exact --count 500 --reference test --json quality.json
+
+    Example: bozzetto evaluate --compare none jacobi/exact --count 500
+    """
+
+    model: str = "flowers"
+    """As of `generate`."""
+    methods: str = "auto"
+    """none, or DRAFTER/RULE, separated by commas; auto: the model's usual ones. none always takes part."""
+    count: int = 500
+    """Images per method."""
+    reference: str = "test"
+    """Photographs to compare with: test, train, or both separated by a comma."""
+    compare: tuple[str, str] | None = None
+    """Instead of quality: the same-law test on two methods or folders of samples."""
+    data: Path | None = None
+    """Photographs: a parquet file or a folder, with splits train and test (docs/data.md). Not given: the data that the
+    model's config.json names."""
+    extractor: str = "efficientnet-lite0"
+    """efficientnet-lite0, or a TorchScript file such as an Inception network."""
+    bootstrap: int = 100
+    """Resamples behind every interval."""
+    out: Path = Path("out/evaluate")
+    """Folder for samples and results: a run for `bozzetto report`. The same command goes on where it stopped."""
+    json: Path | None = None
+    """Also write the results to this file."""
+
+
+@checked(frozen=True, config=STRICT)
+class Report:
+    """Put runs together on one HTML page: pictures, acceptance maps, speed and quality, where it all came from.
+
+    Example: bozzetto report out/evaluate --out report.html
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of generate, sample or evaluate; JSON files of evaluate or bench."""
+    out: Path = Path("report.html")
+    """The page: one file that needs nothing else."""
+    progress: bool = False
+    """Show the progress bar even where no terminal is attached."""
+
+
+@checked(frozen=True, config=STRICT)
+class Models:
+    """List the models that are shipped, or those found in a folder."""
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """A model folder, or a folder that holds model folders."""
+
+
+@checked(frozen=True, config=STRICT)
+class Convert:
+    """Turn published checkpoints into a folder that the other verbs read.
+
+    Janus (transformers' files or deepseek-ai's own), Emu3, Anole, Lumina-mGPT, GLM-Image and NextStep-1 need none of
+    this: generate --model FOLDER, or ORGANISATION/NAME.
+
+    Example: bozzetto convert llamagen --gpt c2i_B_256.pt --vq vq_ds16_c2i.pt --out llamagen-b
+
+    Example: bozzetto convert llamagen --gpt t2i_XL_stage1_256.pt --vq vq_ds16_t2i.pt --out llamagen-t2i
+
+    Example: bozzetto convert mar --checkpoint checkpoint-last.pth --vae kl16.ckpt --out mar-b
+
+    Example: bozzetto convert eagle --drafter pytorch_model.bin --model llamagen-b --out llamagen-b/eagle
+    """
+
+    what: tyro.conf.Positional[Literal["llamagen", "mar", "eagle"]]
+    """llamagen, mar: a target with its tokenizer (they need the extra of that name); eagle: a published drafter for a
+    target that is there."""
+    out: Path
+    """The new folder: missing or empty. It appears only when everything fits."""
+    gpt: Path | None = None
+    """llamagen: the transformer (c2i_B_256.pt, t2i_XL_stage1_256.pt, ...), or a folder in Llama's layout
+    (LlamaGen-T2I). Opened without running any code in it."""
+    vq: Path | None = None
+    """llamagen: its tokenizer, vq_ds16_c2i.pt, vq_ds8_c2i.pt or vq_ds16_t2i.pt."""
+    image_size: Literal[256, 384, 512] | None = None
+    """llamagen: side of the pictures. Not given: as the file or its name says, else 256 (it is printed)."""
+    text_encoder: str = ""
+    """llamagen, text-conditional: what captions are read with, folder or hub name. Not given: google/flan-t5-xl."""
+    class_names: Path | None = None
+    """llamagen, mar: text file with one name per class and line. Not given: the classes are called 0, 1, 2, ..."""
+    checkpoint: Path | None = None
+    """mar: the transformer, checkpoint-last.pth; its averaged weights, where it has them."""
+    vae: Path | None = None
+    """mar: its autoencoder, kl16.ckpt."""
+    drafter: Path | None = None
+    """eagle: the drafter's folder, or its weights, .bin, .pt or .safetensors."""
+    model: Path | None = None
+    """eagle: its target: a converted LlamaGen, or Anole's or Lumina-mGPT's folder or hub name."""
+    store: Literal["own", "float16", "bfloat16", "float32"] = "own"
+    """How weights are stored. own: every one in the type that it has in its file (float64: float32). Another type may
+    round them; what it cannot hold is refused."""
+
+
+@checked(frozen=True, config=STRICT)
+class Train:
+    """Train a tokenizer, a target, a drafter or a drift variant from a YAML recipe. Interrupt at will: the same
+    command resumes."""
+
+    what: tyro.conf.Positional[Literal["tokenizer", "target", "drafter", "drift"]]
+    """What to train. A target needs a trained tokenizer, a drafter a trained target, a drift variant a trained flow
+    model."""
+    recipe: tyro.conf.Positional[Path]
+    """YAML file; recipes/ has those of the shipped models."""
+    restart: bool = False
+    """Begin anew; an earlier run in the recipe's `out` is put aside as `out`.1. README says what a run may change."""
+
+
+@checked(frozen=True, config=STRICT)
+class Serve(Loading):
+    """Serve models over HTTP as the OpenAI Images API does, with a page to look at.
+
+    Example: bozzetto serve --model flowers --model emoji --port 8000
+    """
+
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A shipped model, a model folder or a checkpoint in the Hugging Face layout; may be given several times. None:
+    flowers."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Only this machine reaches the default one."""
+    port: int = 8000
+    """0: any free one, which is printed."""
+    slots: int = 8
+    """Images in passes at a time, of each model."""
+    queue: int = 64
+    """Images that may wait. More are answered with 429 and Retry-After."""
+    limit: float = 120.0
+    """Seconds that a request may take."""
+    alias: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=MODEL: a further name of a model that is served, for clients that ask for one of their own, such as
+    gpt-image-1=flowers; may be given several times."""
+    resize: bool = False
+    """Scale pictures to the size that a request asks for (a square), which is else refused where the model draws
+    another."""
+    api_keys: Path | None = None
+    """A file of API keys, one a line. Not given: those of the environment variable BOZZETTO_API_KEYS; none there: open
+    to all who reach the address."""
+    allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Names under which the server may be asked. None: those of this machine for a loopback address, else any."""
+    compile: str = "off"
+    """off, default or max, see `generate`."""
+    deterministic: bool = False
+    """See `generate`."""
+    ray: bool = False
+    """Run replicas under Ray Serve (extra `ray`)."""
+    replicas: int = 1
+    """With --ray: how many."""
+    max_replicas: int = 0
+    """With --ray: as many as that when there is work, --replicas of them always. 0: no more than --replicas."""
+    ongoing: int = 8
+    """With --ray and --max-replicas: requests per replica that Ray aims at."""
+
+
+@checked(frozen=True, config=STRICT)
+class Doctor:
+    """Check the installation and say what to fix. Exit code 1 where something does not work."""
+
+
+@checked(frozen=True, config=STRICT)
+class Completion:
+    """Print a completion script for a shell.
+
+    Example: bozzetto completion bash > ~/.local/share/bash-completion/completions/bozzetto
+    """
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """Which one."""
+
+
+COMMANDS: Any = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")]
+)

@@ -1,0 +1,201 @@
+"""The two kinds of token that the loop decodes: codes of a codebook, and vectors with a denoising chain.
+
+A kind says what the noise is, what a pass's law is, what a rule is given and what is recorded beside the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bozzetto.decoding.state import DecodeState
+from bozzetto.drafters.base import Observation
+from bozzetto.drafts import Draft, PathDraft, PathVerdict, Verdict
+from bozzetto.errors import UsageError
+from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
+from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
+from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.paths import PathNoise, PathRule
+from bozzetto.targets.base import Scores, Target
+from bozzetto.targets.flow_cache import FlowTarget
+
+
+class TokenKind(Protocol):
+    """rule: what verifies; asks: what it wants of drafts (fields of drafters.base.Start)."""
+
+    rule: Any
+    asks: dict[str, bool]
+
+    def begin(self, seed: int, index: Tensor) -> NoiseField:
+        """Fixed noise of the images int64 [B]."""
+        ...
+
+    def blank(self, batch: int, device: torch.device) -> Tensor:
+        """Tokens [B, N, ...] before there are any."""
+        ...
+
+    def fill(self, noise: NoiseField, upto: int) -> None:
+        """Make fixed noise available for positions < upto."""
+        ...
+
+    def law(self, scores: Scores, done: int) -> Any:
+        """The laws at the scored places. done: tokens of the image that is furthest."""
+        ...
+
+    def given(self, noise: NoiseField, state: DecodeState, draft: Any) -> Any:
+        """What the rule may use besides draft and law."""
+        ...
+
+    def record(self, state: DecodeState, draft: Any, seen: Observation, given: Any, fresh: Tensor) -> dict[str, Tensor]:
+        """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
+        ...
+
+    def head_work(self, law: Any, draft: Any) -> tuple[int, int]:
+        """(serial calls, rows) of the head in this pass."""
+        ...
+
+
+def along(path: Tensor | None, values: Tensor, count: int) -> Tensor:
+    """The first `count` places of the accepted path. values [R, M + 1, ...], R a multiple of B -> [R, count, ...]."""
+    if path is None:
+        return values[:, :count]
+    path = path[:, :count].repeat(len(values) // len(path), 1)
+    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _place_keys(state: DecodeState, places: int) -> Tensor:
+    """Fresh keys int64 [B, places], one per scored place, also where several stand at one position."""
+    place = torch.arange(places, device=state.count.device)
+    return fold(fold(state.keys, state.passes)[:, None], state.count[:, None] + place)
+
+
+@dataclass
+class Codes:
+    """Tokens of a codebook. budget: see `Decoder`."""
+
+    target: Target
+    rule: Rule
+    settings: LawSettings
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        # A relaxed rule makes its greedy choice from the plain law.
+        self.greedy = self.settings.temperature == 0 and bool(self.rule.bias)
+        self.scored = LawSettings(guidance=self.settings.guidance) if self.greedy else self.settings
+        self.lead: Tensor | None = None  # in greedy decoding: margins of the choices at the scored places
+        rule = self.rule
+        self.asks = {"with_laws": rule.needs_law, "fixed_noise": rule.seed_exact, "with_hidden": rule.needs_hidden}
+
+    def begin(self, seed: int, index: Tensor) -> GumbelField:
+        return GumbelField(seed, index, self.target.length, self.target.vocab)
+
+    def blank(self, batch: int, device: torch.device) -> Tensor:
+        return torch.zeros(batch, self.target.length, dtype=torch.int64, device=device)
+
+    def fill(self, noise: NoiseField, upto: int) -> None:
+        if self.rule.needs_gumbel or self.rule.window:  # places that enter a window are drawn with it
+            noise.fill(upto)
+
+    def law(self, scores: Scores, done: int) -> Tensor:
+        if scores.logits is None:
+            raise UsageError("this target draws continuous tokens: a rule for codes cannot verify them")
+        if self.settings.temperature == 0 and not self.greedy:
+            self.lead = greedy_margin(scores.logits, self.settings)
+        return law_of(scores.logits, self.scored)
+
+    def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> RuleNoise:
+        gumbel = uniforms = slack = None
+        if self.rule.needs_gumbel:
+            place = torch.arange(draft.length + 1, device=state.count.device)
+            gumbel = noise.rows(state.count[:, None] + (place if draft.tree is None else draft.tree.depth))
+        if self.rule.needs_uniforms:
+            keys = _place_keys(state, draft.length + 1)
+            uniforms = uniform(
+                fold(keys[..., None], torch.arange(2 + 2 * draft.reach if draft.beside else 2, device=keys.device))
+            )
+        if self.budget is not None:
+            slack = (self.budget - state.spent).clamp_min(0)
+        return RuleNoise(gumbel, uniforms, slack, self.greedy)
+
+    def record(
+        self, state: DecodeState, draft: Draft, seen: Observation, given: RuleNoise, fresh: Tensor
+    ) -> dict[str, Tensor]:
+        out, verdict = {}, seen.verdict
+        inf = float("inf")
+        if self.lead is not None:
+            gaps = along(verdict.along, self.lead[..., None], seen.longest)[..., 0]
+            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
+        elif self.rule.seed_exact and given.gumbel is not None and seen.log_p is not None:
+            gaps = gumbel_margin(*(along(verdict.along, part, seen.longest) for part in (seen.log_p, given.gumbel)))
+            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
+        elif isinstance(verdict, Verdict) and verdict.margin is not None:
+            place = torch.arange(verdict.margin.shape[1], device=state.count.device)
+            outside = state.count[:, None] + place >= self.target.length
+            margin = torch.minimum(state.margin, verdict.margin.masked_fill(outside, inf).amin(1))
+            out["margin"] = margin if draft.margin is None else torch.minimum(margin, draft.margin)
+        if verdict.spent is not None:
+            out["spent"] = state.spent + verdict.spent
+        return out
+
+    def head_work(self, law: Any, draft: Any) -> tuple[int, int]:
+        return 0, 0
+
+
+@dataclass
+class Vectors:
+    """Continuous tokens of a causal model."""
+
+    target: FlowTarget
+    rule: PathRule
+    settings: LawSettings
+
+    def __post_init__(self) -> None:
+        if self.settings.temperature <= 0 or self.settings.top_k or self.settings.top_p != 1:
+            raise UsageError(
+                "continuous tokens have no top-k, no top-p and no greedy choice: top_k = 0, top_p = 1, temperature > 0 "
+                f"are allowed (given: {self.settings.top_k}, {self.settings.top_p:g}, {self.settings.temperature:g})"
+            )
+        self.asks = {"with_laws": self.rule.needs_path, "fixed_noise": self.rule.fixed_noise}
+
+    def begin(self, seed: int, index: Tensor) -> NormalField:
+        return NormalField(seed, index, self.target.length, self.target.schedule.steps, self.target.token_dim)
+
+    def blank(self, batch: int, device: torch.device) -> Tensor:
+        return torch.zeros(batch, self.target.length, self.target.token_dim, device=device)
+
+    def fill(self, noise: NoiseField, upto: int) -> None:
+        noise.fill(upto)
+
+    def law(self, scores: Scores, done: int) -> Any:
+        assert scores.features is not None
+        return self.target.law(scores.features, self.settings.guidance, self.settings.temperature, done)
+
+    def given(self, noise: NoiseField, state: DecodeState, draft: PathDraft) -> PathNoise:
+        place = torch.arange(draft.length + 1, device=state.count.device)
+        fixed = noise.rows(state.count[:, None] + place) if self.rule.uses_fixed else noise.table[:, :0]
+        return PathNoise(fixed, _place_keys(state, draft.length + 1))
+
+    def record(
+        self, state: DecodeState, draft: PathDraft, seen: Observation, given: PathNoise, fresh: Tensor
+    ) -> dict[str, Tensor]:
+        verdict = seen.verdict
+        if not isinstance(verdict, PathVerdict) or verdict.distance is None:
+            return {}
+        moved = verdict.distance[:, : seen.longest].masked_fill(~fresh, 0.0)
+        return {"moved": state.moved + moved.sum(1), "farthest": torch.maximum(state.farthest, moved.amax(1))}
+
+    def head_work(self, law: Any, draft: PathDraft) -> tuple[int, int]:
+        mine = [law] if draft.law is None else [law, draft.law]
+        return sum(part.calls for part in mine), sum(part.rows for part in mine)
+
+
+def kind_of(target: Any, rule: Any, settings: LawSettings, budget: float | None) -> TokenKind:
+    """The kind of a target's tokens. Raises UsageError for a rule of the other kind."""
+    continuous = isinstance(rule, PathRule)
+    if hasattr(target, "token_dim") != continuous:
+        drawn = "continuous tokens" if hasattr(target, "token_dim") else "codes"
+        raise UsageError(f"rule {rule.name!r} is not allowed here: the model draws {drawn}")
+    return Vectors(target, rule, settings) if continuous else Codes(target, rule, settings, budget)

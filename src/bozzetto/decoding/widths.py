@@ -1,0 +1,125 @@
+"""How wide a pass should be: as wide as it brings most tokens per second, by what passes of this machine cost and by
+what they have committed so far.
+
+Only for rules whose tokens do not depend on the width (seed-exact).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bozzetto.common.files import write_text
+from bozzetto.runtime.native import cheap_rows
+
+_PERIOD = 24  # passes between decisions
+_MEMORY = 400.0  # passes (times images) that an estimate remembers
+_MARGIN = 1.02  # a change has to promise this factor
+_FIRST_GUESS = 0.7  # share of drafts kept, before anything is known
+_MOST_ROWS = {32: 64}  # of a pass, beyond which none has paid, by the rows that are cheap; else as many as are cheap
+
+
+class PassTimes:
+    """Seconds of a pass by (images, places), measured when they are first asked for and kept in a file where that can
+    be written: they save measuring again, no more.
+
+    path: JSON, or None: nothing is kept; measure: (images, places) -> seconds.
+    """
+
+    def __init__(self, path: Path | None = None, measure: Callable[[int, int], float] | None = None):
+        self.path, self.measure = path, measure
+        self.known: dict[tuple[int, int], float] = self._read()
+
+    def _read(self) -> dict[tuple[int, int], float]:
+        """What was measured before; a file that is damaged counts for nothing."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8")) if self.path is not None else {}
+            pairs = {tuple(map(int, key.split("x"))): float(value) for key, value in content.items()}
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+            return {}
+        return {(k[0], k[1]): v for k, v in pairs.items() if len(k) == 2 and 0 < v < math.inf}
+
+    def of(self, images: int, width: int) -> float:
+        """Seconds of a pass."""
+        if (images, width) not in self.known:
+            if self.measure is None:
+                raise ValueError("nobody measures passes")
+            self.known[images, width] = self.measure(images, width)
+            if self.path is not None:
+                kept = {f"{n}x{w}": seconds for (n, w), seconds in sorted({**self._read(), **self.known}.items())}
+                with contextlib.suppress(OSError):
+                    write_text(self.path, json.dumps(kept, indent=1) + "\n")
+        return self.known[images, width]
+
+
+def candidates(sequences: int, widest: int) -> list[int]:
+    """Widths worth a graph for this many sequences in a pass: 1, the widest that may pay, and half of it."""
+    cheap = cheap_rows()
+    most = min(widest, max(1, _MOST_ROWS.get(cheap, cheap) // sequences))
+    return sorted({1, (most + 1) // 2, most})
+
+
+class MeasuredWidth:
+    """Chooses the places of the next pass. widest: at most; copies: sequences per image (2 under guidance); slots: most
+    images at a time.
+
+    Only passes of a full batch are measured. With fewer images in it width costs less, so that what pays in a full one
+    pays there too.
+    """
+
+    def __init__(self, times: PassTimes, widest: int, copies: int, slots: int):
+        self.times, self.widest, self.copies = times, widest, copies
+        self.slots = 1 << max(0, slots - 1).bit_length()
+        self.weight: dict[int, float] = {}
+        self.mean: dict[int, float] = {}  # tokens per pass and image, by width
+        self.now, self.size, self.left = 0, 0, 0
+
+    def __call__(self, images: int) -> int:
+        size = 1 << max(0, images - 1).bit_length()
+        if size != self.size or not self.left:
+            self.now, self.size, self.left = self._best(size), size, _PERIOD
+        self.left -= 1
+        return self.now
+
+    def _best(self, size: int) -> int:
+        if size < self.slots:
+            return candidates(size * self.copies, self.widest)[-1] if self._best(self.slots) > 1 else 1
+        widths = candidates(size * self.copies, self.widest)
+        speed = {w: self.expected(w) / self.times.of(size, w) for w in widths}
+        best = max(widths, key=lambda w: speed[w])
+        stay = self.now in speed and size == self.size and speed[best] < _MARGIN * speed[self.now]
+        return self.now if stay else best
+
+    def expected(self, width: int) -> float:
+        """Tokens per pass and image: as observed, or as the share of drafts kept at the nearest observed width says."""
+        if width == 1 or width in self.mean:
+            return self.mean.get(width, 1.0)
+        known = min((w for w in self.mean if w > 1), key=lambda w: abs(math.log(w / width)), default=None)
+        share = _FIRST_GUESS if known is None else share_kept(self.mean[known], known)
+        return committed(share, width)
+
+    def note(self, width: int, report: Sequence[float], real: Sequence[bool]) -> None:
+        """Tokens that each row of a pass committed; real: which rows hold an image."""
+        found = [tokens for tokens, one in zip(report, real, strict=True) if one]
+        if width == 1 or not found:
+            return
+        before, new = self.weight.get(width, 0.0), float(len(found))
+        self.mean[width] = (self.mean.get(width, 0.0) * before + sum(found)) / (before + new)
+        self.weight[width] = min(before + new, _MEMORY)
+
+
+def committed(share: float, width: int) -> float:
+    """Tokens per pass where every draft is kept with this chance: sum of share^j for j < width."""
+    return float(width) if share >= 1 else (1 - share**width) / (1 - share)
+
+
+def share_kept(tokens: float, width: int) -> float:
+    """The inverse of `committed`."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if committed(middle, width) < tokens else (low, middle)
+    return (low + high) / 2

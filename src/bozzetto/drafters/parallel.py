@@ -1,0 +1,218 @@
+"""Drafter networks that predict several tokens in one pass, for laws that are flat and chains that are cheap.
+
+From the last committed pair a (the target's feature f_a and the token x_a that followed, eagle.py) they predict
+features f_{a+1} .. f_{a+K} at once; the target's frozen head makes draft laws of tokens a + 1 .. a + K of them.
+
+- `PlaneNet`: heads for the right neighbours and one for the neighbour below (SSD, arXiv 2606.20543; Hawk, arXiv
+  2510.25739): every pair guesses K features to its right and the one a row further down; a token's feature is the guess
+  from its left, corrected by the guess that the pair above made a row ago.
+- `BlockNet`: K marked places that attend to all committed pairs and to the places before them, in every layer (DFlash),
+  and a low-rank table that tells each law which token was drawn just before (DSpark).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
+from bozzetto.errors import UsageError
+from bozzetto.targets.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Raise UsageError for a field that is less than 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise UsageError(f"{name} = {value} is not allowed: a whole number >= 1")
+
+
+@dataclass(frozen=True)
+class PlaneConfig:
+    """dim: the target's; vocab, grid: the target's; places: K, features guessed to the right; ffn: of a head."""
+
+    dim: Size
+    vocab: Size
+    grid: Grid
+    places: Layers = 12
+    ffn: Size = 512
+
+    def __post_init__(self) -> None:
+        check_counts(self, "dim", "grid", "places", "ffn")
+        if self.places > self.grid:  # the guess from above has to come from a committed pair
+            raise UsageError(f"places = {self.places} is not allowed: at most a row of the grid, {self.grid}")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; places: K; layers: how many;
+    rank: of the table of the token before."""
+
+    dim: Size
+    heads: Size
+    ffn: Size
+    vocab: Size
+    grid: Grid
+    places: Layers = 12
+    layers: Layers = 2
+    rank: Size = 128
+    rope_base: Base = 10000.0
+    norm_eps: Epsilon = 1e-6
+
+    def __post_init__(self) -> None:
+        check_counts(self, "dim", "heads", "ffn", "grid", "places", "layers", "rank")
+        check_heads(self.dim, self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+class _Head(nn.Module):
+    """h = W z + SwiGLU(RMSNorm(W z)), one neighbour's feature from z = [f; e(x)]."""
+
+    def __init__(self, dim: int, ffn: int):
+        super().__init__()
+        self.fc = nn.Linear(2 * dim, dim)
+        self.norm = RMSNorm(dim, 1e-6)
+        self.gate_up = nn.Linear(dim, 2 * ffn, bias=False)
+        self.down = nn.Linear(ffn, dim, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.fc(z)
+        gate, up = self.gate_up(self.norm(h)).chunk(2, -1)
+        return h + self.down(F.silu(gate) * up)
+
+
+class PlaneNet(nn.Module):
+    """right: K heads; below: one; mix: how a guess from above corrects one from the left."""
+
+    def __init__(self, config: PlaneConfig):
+        super().__init__()
+        self.config = config
+        self.right = nn.ModuleList(_Head(config.dim, config.ffn) for _ in range(config.places))
+        self.below = _Head(config.dim, config.ffn)
+        self.mix = nn.Parameter(torch.zeros(config.places, config.dim))
+        self.turn = nn.Linear(config.dim, config.dim, bias=False)
+        _small(self)
+
+    def guesses_below(self, features: Tensor, embedded: Tensor) -> Tensor:
+        """Of pairs [R, n, d]: the features a row below them, [R, n, d]."""
+        return self.turn(self.below(torch.cat([embedded, features], -1)))
+
+    def places(self, feature: Tensor, embedded: Tensor, above: Tensor) -> Tensor:
+        """Features [..., K, d] after pairs (feature, embedded) [..., d]; above [..., K, d]: guesses from the row above,
+        zeros where there is none."""
+        z = torch.cat([embedded, feature], -1)
+        return torch.stack([head(z) for head in self.right], -2) + self.mix * above
+
+    def after(self, features: Tensor, embedded: Tensor, anchors: Tensor) -> Tensor:
+        """Over whole sequences: pairs [R, n, d], anchors int64 [R, A] -> [R, A, K, d], features of anchors + 1 .. + K
+        (beyond the sequence: of nothing)."""
+        grid, count = self.config.grid, self.config.places
+        below = F.pad(self.guesses_below(features, embedded), (0, 0, grid, count))  # at i: the guess for feature i
+        each = anchors[..., None].expand(-1, -1, features.shape[-1])
+        place = anchors[..., None] + torch.arange(1, count + 1, device=anchors.device)  # [R, A, K]
+        above = below.gather(1, place.flatten(1)[..., None].expand(-1, -1, below.shape[-1])).unflatten(
+            1, place.shape[1:]
+        )
+        return self.places(features.gather(1, each), embedded.gather(1, each), above)
+
+    def bias(self, tokens: Tensor) -> Tensor | None:
+        """What a law learns from the token before: nothing."""
+        return None
+
+
+class _BlockLayer(nn.Module):
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        d = config.dim
+        self.input_layernorm = RMSNorm(d, config.norm_eps)
+        self.q_proj, self.kv_proj, self.o_proj = (nn.Linear(d, n * d, bias=False) for n in (1, 2, 1))
+        self.post_attention_layernorm = RMSNorm(d, config.norm_eps)
+        self.gate_up = nn.Linear(d, 2 * config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, d, bias=False)
+
+    def feed(self, h: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.post_attention_layernorm(h)).chunk(2, -1)
+        return h + self.down(F.silu(gate) * up)
+
+
+class BlockNet(nn.Module):
+    """fc: pairs to contexts; marks: [K, d], what tells the places apart; before: low-rank table, token -> logits."""
+
+    rope: Tensor
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(2 * config.dim, config.dim)
+        self.marks = nn.Parameter(torch.zeros(config.places, config.dim))
+        self.layers = nn.ModuleList(_BlockLayer(config) for _ in range(config.layers))
+        self.before = nn.Embedding(config.vocab, config.rank)
+        self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
+        self.register_buffer("rope", _rope(config), persistent=False)  # [N, hd/2, 2]
+        _small(self)
+        nn.init.normal_(self.marks, std=0.02)
+        nn.init.zeros_(self.to_logits.weight)
+
+    def reset_rope(self) -> None:
+        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
+        self.rope = _rope(self.config)
+
+    @property
+    def blocks(self) -> list[_BlockLayer]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, _BlockLayer)]
+
+    def rotated(self, x: Tensor, position: Tensor) -> Tensor:
+        """x [R, n, d] at grid cells int64 [R or 1, n] -> heads, rotated: [R, n, H, hd]."""
+        cell = position.clamp_max(len(self.rope) - 1)
+        return rotate(x.unflatten(-1, (self.config.heads, self.config.head_dim)), self.rope[cell][:, :, None])
+
+    def after(self, features: Tensor, embedded: Tensor, anchors: Tensor) -> Tensor:
+        """As `PlaneNet.after`."""
+        c, (rows, n, _) = self.config, features.shape
+        context = self.fc(torch.cat([embedded, features], -1))  # [R, n, d]
+        cell = torch.arange(n, device=anchors.device)
+        place = (anchors[..., None] + torch.arange(1, c.places + 1, device=anchors.device)).flatten(1)  # [R, A K]
+        h = context.gather(1, anchors[..., None].expand(-1, -1, c.dim))[:, :, None] + self.marks
+        h = h.flatten(1, 2)
+        past = (cell <= anchors[..., None]).repeat_interleave(c.places, 1)[:, None]  # [R, 1, A K, n]
+        block = torch.ones(c.places, c.places, dtype=torch.bool, device=anchors.device).tril()
+        for layer in self.blocks:
+            seen = layer.input_layernorm(h)
+            q = self.rotated(layer.q_proj(seen), place).transpose(1, 2)  # [R, H, A K, hd]
+            own_k, own_v = layer.kv_proj(seen).chunk(2, -1)
+            old_k, old_v = layer.kv_proj(context).chunk(2, -1)
+            keys, values = self.rotated(old_k, cell[None]), old_v.unflatten(-1, (c.heads, c.head_dim))
+            far = (q @ keys.permute(0, 2, 3, 1)).float().masked_fill(~past, -torch.inf)
+            by_block = (-1, c.places)
+            q = q.unflatten(2, by_block)  # [R, H, A, K, hd]
+            own = self.rotated(own_k, place).transpose(1, 2).unflatten(2, by_block)
+            near = (q @ own.transpose(-1, -2)).float().masked_fill(~block, -torch.inf).flatten(2, 3)
+            shares = (torch.cat([far, near], -1) * c.head_dim**-0.5).softmax(-1).to(values.dtype)
+            mixed = shares[..., :n] @ values.transpose(1, 2)
+            own = own_v.unflatten(-1, (c.heads, c.head_dim)).transpose(1, 2).unflatten(2, by_block)
+            mixed = mixed + (shares[..., n:].unflatten(2, by_block) @ own).flatten(2, 3)
+            h = layer.feed(h + layer.o_proj(mixed.transpose(1, 2).flatten(2)))
+        return h.view(rows, -1, c.places, c.dim)
+
+    def bias(self, tokens: Tensor) -> Tensor | None:
+        """Logits [..., V] that follow tokens int64 [...]."""
+        return self.to_logits(self.before(tokens))
+
+
+def _rope(c: BlockConfig) -> Tensor:
+    return rope_table(LlamaGenConfig(c.dim, 1, c.heads, c.vocab, c.grid, rope_base=c.rope_base), 0)
+
+
+def _small(net: nn.Module) -> None:
+    for name, weight in net.named_parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)

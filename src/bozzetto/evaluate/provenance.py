@@ -1,0 +1,86 @@
+"""Where a figure comes from: versions, the source's commit, the machine, the command. Everything that is written and
+measured carries it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bozzetto import __version__
+from bozzetto.runtime.native import has_matrix_unit
+
+
+def versions() -> dict[str, str]:
+    """What produced a file."""
+    return {
+        "bozzetto": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def machine() -> dict[str, object]:
+    """The processor, its cores, the threads in use and whether it has a matrix unit."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "matrix_unit": has_matrix_unit(),
+    }
+
+
+def processor() -> str:
+    """The processor's name as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The git commit of the source tree, with `+` where files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        # A package inside somebody else's repository (a virtual environment, say) must not report that one's commit.
+        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, cwd=here, capture_output=True, check=True, timeout=10)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, check=True, text=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "."],
+            cwd=here,
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=10,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found + ("+" if changed.strip() else "")
+
+
+def command() -> str:
+    """The command line of this process; the program by name, without its folder."""
+    program, *arguments = sys.argv or [""]
+    name = Path(program).name
+    return shlex.join(["bozzetto" if name in ("__main__.py", "bozzetto") else name, *arguments])
+
+
+def provenance() -> dict[str, object]:
+    """All of the above and the time, ready for JSON."""
+    return {
+        "command": command(),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,126 @@
+"""What belongs to a loaded target besides itself: its drafters, and the table of its codes' neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bozzetto.checkpoints.eagle_store import load_drafter, target_digest
+from bozzetto.checkpoints.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
+from bozzetto.common.files import digest
+from bozzetto.common.hub import fetched
+from bozzetto.drafters.glance_fill import GlanceFill
+from bozzetto.drafters.grow import Sketcher
+from bozzetto.drafters.parallel_sketch import BlockSketcher, GlanceSketcher, PlaneSketcher
+from bozzetto.drafters.sketch import EagleSketcher, TargetSketcher
+from bozzetto.errors import UsageError
+from bozzetto.rules.neighbours import MOST, nearest_codes
+from bozzetto.runtime.graphs import digest_of
+from bozzetto.runtime.kept import cache_folder, find, keep
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
+
+TRAINED: dict[str, Any] = {
+    "eagle": EagleSketcher,
+    "plane": PlaneSketcher,
+    "block": BlockSketcher,
+    "glance": GlanceSketcher,
+}
+
+
+class TargetWorkshop:
+    """Makes drafters for one target. folder: the model's, if it has one; codebook: float [V, d]."""
+
+    def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None):
+        self.target, self.codebook, self.folder = target, codebook, folder
+        self._net = functools.cache(self._load_net)
+        self._trained = functools.cache(self._load_trained)
+        self._smaller = functools.cache(self._load_smaller)
+        self._table: Tensor | None = None
+
+    def trained(self, name: str, folder: str) -> Sketcher:
+        """The trained drafter of this kind in `folder`, or the model's own. Raises UsageError where there is none, or
+        where it was trained for another target."""
+        return copy.copy(self._trained(name, str(self.trained_folder(name, folder))))
+
+    def trained_folder(self, name: str, folder: str) -> Path:
+        """Where the drafter lies: in a folder, or under a name on the hub."""
+        if folder:
+            return fetched(folder)
+        if self.folder is None or not (self.folder / name).is_dir():
+            where = "this model" if self.folder is None else self.folder
+            raise UsageError(f"{where} comes without a trained drafter (write {name}:folder=DIR, or train one)")
+        return self.folder / name
+
+    def _load_net(self, name: str, folder: str) -> Any:
+        weights = "" if self.folder is None else target_digest(self.folder)
+        return load_drafter(folder, name, self.target.config, weights).to(self.target.device)
+
+    def _load_trained(self, name: str, folder: str) -> Any:
+        target = self.target
+        more = (target.condition_features,) if name == "eagle" else ()
+        return TRAINED[name](self._load_net(name, folder), target.embedding, target.head, *more)
+
+    def filler(self, name: str, folder: str, fresh: int, target: Any) -> GlanceFill:
+        """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""
+        net = self._net(name, str(self.trained_folder(name, folder)))
+        step = getattr(target, "step", None)
+        output = None if step is None else step.step.head
+        return GlanceFill(net, self.target.embedding, self.target.head, fresh, output)
+
+    def smaller(self, folder: str) -> Sketcher:
+        """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
+        return TargetSketcher(self._smaller(str(fetched(folder)) if folder else folder))
+
+    def _load_smaller(self, folder: str) -> LlamaGenTarget:
+        small, want = load_llamagen(folder, self.target.dtype, self.target.device), self.target.config
+        for name in ("vocab", "grid", "classes"):
+            have = getattr(small.config, name)
+            if have != getattr(want, name):
+                raise UsageError(f"{folder}: {name} = {have}, the target has {getattr(want, name)}")
+        theirs, ours = Path(folder) / TOKENIZER_WEIGHTS, self.folder and self.folder / TOKENIZER_WEIGHTS
+        if ours and theirs.is_file() and digest(theirs) != digest(ours):
+            raise UsageError(f"{folder}: another tokenizer than the target's, so that its tokens mean other things")
+        return LlamaGenTarget(small, self.target.dtype)
+
+    def neighbours(self, columns: int) -> Tensor:
+        """The nearest codes, int [V, columns] on the target's device. Raises UsageError for more columns than there
+        are other codes."""
+        most = min(MOST, len(self.codebook) - 1)
+        if columns > most:
+            held = f"the codebook has {len(self.codebook)} codes"
+            raise UsageError(f"k = {columns} is not allowed: at most {most} ({held})")
+        if self._table is None:
+            self._table = self._all_neighbours(most).to(self.target.device)
+        return self._table[:, :columns]
+
+    def _all_neighbours(self, most: int) -> Tensor:
+        return kept_neighbours(self.codebook, most)
+
+    def drafter_digest(self, name: str, folder: str) -> str | None:
+        """Digest of the weights of a tree drafter, None for the others."""
+        if name == "model":
+            return digest(fetched(folder) / WEIGHTS)
+        return digest(self.trained_folder(name, folder) / WEIGHTS) if name in TRAINED else None
+
+
+def kept_neighbours(codebook: Tensor, k: int) -> Tensor:
+    """`nearest_codes`, kept from one run to the next where there is a folder for that."""
+    content = hashlib.sha256(codebook.detach().float().cpu().contiguous().numpy().data).hexdigest()
+    name = f"neighbours-{digest_of(content, tuple(codebook.shape), str(codebook.device), k)}.safetensors"
+    folder = cache_folder()
+    if path := find(name, folder):
+        with contextlib.suppress(OSError, SafetensorError):  # another process threw it away
+            return load_file(path)["nearest"].clone()  # what is loaded is mapped, and the file may change
+    table = nearest_codes(codebook, k).cpu().contiguous()
+    # safetensors 0.8 reports a full disk as a SafetensorError, not as an OSError.
+    with contextlib.suppress(OSError, SafetensorError):
+        keep(name, lambda at: save_file({"nearest": table}, at), folder)
+    return table

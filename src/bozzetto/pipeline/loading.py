@@ -1,0 +1,239 @@
+"""`bozzetto.load`: from the name or the folder of a model to a pipeline that draws its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bozzetto.adapters.refusals import way_out
+from bozzetto.checkpoints.captions import read_captions
+from bozzetto.checkpoints.continuous_store import FLOW, MASKED, load_continuous, load_latents
+from bozzetto.checkpoints.drift_store import DRIFT, load_drift
+from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
+from bozzetto.checkpoints.own_sampling import SAMPLING, own_from
+from bozzetto.checkpoints.store import CONFIG, PIPELINE, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
+from bozzetto.common.checks import clipped, config_from, naming
+from bozzetto.common.classes import distinct
+from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
+from bozzetto.errors import UsageError
+from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
+from bozzetto.pipeline.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
+from bozzetto.pipeline.prompts import ENCODER, EXAMPLES, CaptionPipeline, TextEncoder
+from bozzetto.settings import GenerateSettings
+from bozzetto.targets.drift import DriftModel
+from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
+from bozzetto.targets.llamagen import LlamaGenConfig
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.mar import MAR
+from bozzetto.targets.mar_target import MARSampler, MARTarget, check_passes
+from bozzetto.targets.sentence import SentenceEncoder
+
+_LONGEST = 200  # characters of a name
+
+
+def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **options: Any) -> Pipeline:
+    """Load a shipped model by name, a model folder, or a checkpoint in the Hugging Face layout (a folder, or its name
+    on the hub). options: fields of LoadSettings, in place of `settings`.
+
+    Raises UsageError for an unknown model or option and for files that do not fit together.
+    """
+    wanted = load_settings_of(settings, options)
+    if wanted.offline:
+        go_offline()
+    place = _described(model) if on_hub(model) else model
+    if not (Path(place) / CONFIG).is_file() and (why := way_out(str(model), {})):
+        raise UsageError(f"{model}: {why}")
+    if is_hosted(place):
+        return _load_hosted(model, Path(place), wanted)
+    folder = model_folder(fetched(model) if on_hub(model) else model)
+    config = read_config(folder)
+    refuse_flow_options(wanted, str(folder))
+    for name in ("tokenizer", "vqgan"):
+        if getattr(wanted, name):
+            raise UsageError(f"{name} = {str(getattr(wanted, name))!r} is not allowed: {folder} has its own")
+    own = own_from(config, folder / CONFIG)
+    if wanted.size:
+        raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
+    for name in ("device_map", "adapter"):
+        if said := getattr(wanted, name):
+            raise UsageError(f"{name} = {str(said)!r} is not allowed: {folder} is no model of transformers")
+    wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
+    if config.get("family") in (FLOW, MASKED, DRIFT):
+        _refuse_text(folder, wanted)
+        pipe = _load_vectors(folder, config, wanted)
+    else:
+        pipe = _load_codes(folder, config, wanted)
+    pipe.own = own
+    if SAMPLING in config:
+        with naming(folder / CONFIG):  # what it says is allowed for this kind of model
+            pipe.decoder_for(GenerateSettings(drafter="none"), 1)
+    return pipe
+
+
+def _described(model: str | Path) -> Path:
+    """What is known of a name on the hub before its weights are fetched. Raises UsageError, with the way out where its
+    name tells one."""
+    try:
+        found = described(model)
+    except UsageError as error:
+        why = way_out(str(model), {})
+        raise UsageError(f"{error} (by its name: {why})" if why else str(error)) from error
+    if not any((found / name).is_file() for name in (CONFIG, PIPELINE)):
+        raise UsageError(f"{model}: {way_out(str(model), {}) or f'there is no {CONFIG}, which says what a model is'}")
+    return found
+
+
+def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> LoadSettings:
+    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
+    if settings is not None and options:
+        raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
+    allowed = LoadSettings.__dataclass_fields__
+    for name in options:
+        if name not in allowed:
+            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
+    return LoadSettings(**options) if settings is None else settings
+
+
+def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipeline:
+    for name in ("captions", "text_encoder"):
+        if getattr(wanted, name):
+            raise UsageError(f"{model} takes prompts: --{name.replace('_', '-')} is for LlamaGen models")
+    try:
+        from bozzetto.pipeline.hosted import load_prompted
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise UsageError(f"{model} needs transformers, which is not installed: pip install 'bozzetto[hf]'") from error
+    return load_prompted(model, wanted, folder)
+
+
+def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> CodePipeline:
+    dtype, device, captions = wanted.dtype, wanted.device, wanted.captions
+    network = partial(load_llamagen, folder, wanted.torch_dtype, device)
+    tokenizer = load_tokenizer(folder, encoder=False).to(device)
+    names = config.get("class_names")
+    target = LlamaGenTarget(network(), wanted.torch_dtype)
+    if target.config.captioned:
+        if captions is None:
+            encoder, prompts = _encoder(folder, config, target, wanted)
+            _check_codes(folder, tokenizer.config, target.config)
+            return CaptionPipeline(_name(folder, config), target, tokenizer, prompts, dtype, folder, network, encoder)
+        if wanted.text_encoder:
+            raise UsageError("give either --captions, the features of captions, or --text-encoder, which makes them")
+        names, *given = read_captions(captions, target.config)
+        target = target.with_captions(*given)
+    else:
+        _refuse_text(folder, wanted)
+        names = _class_names(folder, config, target.config.classes)
+    _check_codes(folder, tokenizer.config, target.config)
+    classes = distinct([str(n) for n in names])
+    pipe = CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
+    pipe.captions = None if captions is None else Path(captions)
+    return pipe
+
+
+def _refuse_text(folder: Path, wanted: LoadSettings) -> None:
+    for name in ("captions", "text_encoder"):
+        if getattr(wanted, name):
+            raise UsageError(f"{folder} draws classes: --{name.replace('_', '-')} is for text-conditional models")
+
+
+def _encoder(
+    folder: Path, config: dict[str, Any], target: LlamaGenTarget, wanted: LoadSettings
+) -> tuple[TextEncoder, Sequence[str]]:
+    """The text encoder of a model that draws captions, and the prompts that stand for its classes."""
+    shape = target.config
+    own, source = config.get("encoder"), wanted.text_encoder
+    if own == ENCODER:
+        if source:
+            raise UsageError(f"text_encoder = {str(source)!r} is not allowed: {folder} comes with its own, {ENCODER}")
+        prompts = config.get("prompts")
+        if not isinstance(prompts, list) or not _texts(prompts) or not prompts:
+            raise UsageError(f"{folder / CONFIG}: prompts must list one text or more")
+        if shape.caption_dim != SentenceEncoder.dim:
+            raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
+        return SentenceEncoder(shape.condition_tokens), prompts
+    try:
+        from bozzetto.adapters.t5 import DIM, PUBLISHED, T5Encoder
+
+        if not isinstance(own, str | None):
+            raise UsageError(
+                f"{folder / CONFIG}: encoder = {clipped(own)} is not allowed: a folder, or a name on the hub"
+            )
+        source = source or own or ""
+        if not source and shape.caption_dim != DIM:
+            raise UsageError(
+                f"{folder} draws captions of {shape.caption_dim} numbers a token, which {PUBLISHED} does not give: "
+                "name its text encoder with --text-encoder, or give a file of features with --captions"
+            )
+        dims = shape.condition_tokens, shape.caption_dim
+        return T5Encoder(source or PUBLISHED, *dims, target.dtype, str(target.device)), EXAMPLES
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise UsageError("prompts need transformers, which is not installed: pip install 'bozzetto[hf]'") from error
+
+
+def _check_codes(folder: Path, have: Any, want: LlamaGenConfig) -> None:
+    if (have.codes, have.grid) != (want.vocab, want.grid):
+        raise UsageError(
+            f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
+            f"{want.vocab} on {want.grid}x{want.grid}"
+        )
+
+
+def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> Pipeline:
+    dtype, device = wanted.dtype, wanted.device
+    drift: DriftModel | None = None
+    own, name = folder, _name(folder, config)
+    if config.get("family") == DRIFT:
+        folder = _base(own, config)
+        config, drift = read_config(folder), load_drift(own, folder).to(device)
+    again = partial(load_continuous, folder, wanted.torch_dtype, device)
+    network = again() if drift is None else drift.flow
+    tokenizer = load_latents(folder).to(device)
+    classes = distinct([str(n) for n in _class_names(folder, config, network.config.classes)])
+    have, want = tokenizer.config, network.config
+    if (have.token_dim, have.grid) != (want.token_dim, want.grid):
+        raise UsageError(
+            f"{folder}: the decoder takes {have.token_dim} numbers on a {have.grid}x{have.grid} grid, the target draws "
+            f"{want.token_dim} on {want.grid}x{want.grid}"
+        )
+    if drift is not None:
+        return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
+    sampler, source = config.get("sampler", {}), folder / CONFIG
+    if isinstance(network, MAR):
+        with naming(source):
+            masked = config_from(MARSampler, sampler, source)
+            check_passes(masked.passes, network.config.length)
+        drawn = MARTarget(network, masked, wanted.torch_dtype)
+        return MaskedPipeline(name, drawn, tokenizer, classes, dtype, folder)
+    with naming(source):
+        made = config_from(FlowSampler, sampler, source)
+    target = FlowTarget(network, made, wanted.torch_dtype)
+    return FlowPipeline(name, target, tokenizer, classes, dtype, folder, again)
+
+
+def _base(folder: Path, config: dict[str, Any]) -> Path:
+    with naming(folder / CONFIG):
+        return model_folder(fetched(str(config.get("base"))))
+
+
+def _name(folder: Path, config: dict[str, Any]) -> str:
+    name = config.get("name", model_name(folder))
+    if not isinstance(name, str) or not name.isprintable() or not len(name) <= _LONGEST:
+        raise UsageError(f"{folder / CONFIG}: name = {clipped(name)} is not allowed: a text of one line")
+    return name
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _class_names(folder: Path, config: dict[str, Any], classes: int) -> list[Any]:
+    names = config.get("class_names")
+    if not isinstance(names, list) or not _texts(names) or len(names) != classes:
+        raise UsageError(f"{folder / CONFIG}: class_names must list {classes} names")
+    return names

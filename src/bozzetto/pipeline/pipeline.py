@@ -1,0 +1,396 @@
+"""The Python API: generate images with a loaded model, or stream them pass by pass. `loading.load` makes pipelines."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
+from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
+from bozzetto.checkpoints.store import (
+    CONFIG,
+    PIPELINE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_WEIGHTS,
+    WEIGHTS,
+    convert_note,
+    read_config,
+    tokenizer_weights,
+)
+from bozzetto.common.checks import clipped
+from bozzetto.common.classes import labels_of
+from bozzetto.common.files import digest
+from bozzetto.common.hub import on_hub
+from bozzetto.common.images import Origin, grid_of, one_core, size_of, to_picture
+from bozzetto.decoding.batch_lane import BatchLane
+from bozzetto.decoding.state import BatchResult
+from bozzetto.decoding.trace import PassTrace, traced
+from bozzetto.errors import UsageError
+from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
+from bozzetto.settings import GenerateSettings
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.04}
+_GREY = 0.5  # of what is not drawn yet
+_WAVES = 64  # of images that follow each other into slots, before pictures are made of them
+
+
+class Pipeline(ABC):
+    """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `decoder_for`, `resolve`.
+
+    target: has length and device; tokenizer: has decode and config (`grid_of` and `size_of` read it).
+    """
+
+    default_methods: tuple[str, ...]
+    undecoded = ""  # why its tokens cannot become pictures here, where they cannot
+    takes_prompts = False  # any text, not only the names of classes
+
+    def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
+        self.name, self.target, self.tokenizer = name, target, tokenizer
+        self.classes, self.dtype, self.folder = classes, dtype, folder
+        self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
+        self.own = OwnSampling()  # how its authors sample it
+        self._known = ""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the codes of a picture."""
+        return grid_of(self.tokenizer.config)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a picture in pixels."""
+        return size_of(self.tokenizer.config)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (width, height) that the model can be asked for, its own first."""
+        return (self.size,)
+
+    def in_size(self, size: tuple[int, int]) -> Pipeline:
+        """The same model, with the same weights, for pictures of another size. Raises UsageError for one that it does
+        not draw."""
+        if size != self.size:
+            only = f"{self.size[0]}x{self.size[1]}"
+            raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
+        return self
+
+    def need_pictures(self) -> None:
+        """Raise UsageError where there are tokens only."""
+        if self.undecoded:
+            raise UsageError(
+                f"{self.name} draws tokens and no pictures here: {self.undecoded} (bozzetto generate writes its tokens)"
+            )
+
+    @abstractmethod
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
+        """A decoder (run, stream, result) for resolved settings and this many images, and its window."""
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        """With `auto` replaced, and with the model's own values where nothing is asked for. Raises UsageError for a
+        method or an option of the other kind of token."""
+        if settings.quality_words and not (self.own.suffix or self.own.negative_prompt):
+            raise UsageError(f"quality_words is not allowed here: none are published for {self.name}")
+        return settings.with_own(self.own)
+
+    def sampling(self, settings: GenerateSettings | None = None) -> dict[str, Any]:
+        """How images of these settings (None: those that say nothing) are sampled, ready for JSON: the law, the head's
+        steps, the words around prompts; asked: what is not the model's own; source: where that was published."""
+        given = GenerateSettings() if settings is None else settings
+        used, unset = self.resolve(given), GenerateSettings()
+        shown: dict[str, Any] = {name: getattr(used, name) for name in LAW} | self.head_sampling(used)
+        words: dict[str, Any] = {
+            "suffix": self.own.suffix * used.quality_words,
+            "negative_prompt": used.negative_prompt,
+        }
+        words |= {"quality_words": used.quality_words} if self.own.suffix or self.own.negative_prompt else {}
+        names = (*LAW, *HEAD, "negative_prompt", "quality_words")
+        asked = [name for name in names if getattr(given, name) != getattr(unset, name)]
+        return {**shown, **words, "asked": asked, "source": self.own.source}
+
+    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
+        """Of resolved settings: steps, passes and guidance schedule, where there are."""
+        return {}
+
+    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+        """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for one that is
+        unknown, or that does not say which of several classes is meant."""
+        return labels_of(self.classes, listed(asked))
+
+    def prompt_of(self, label: int) -> str:
+        """What the model is asked for a label."""
+        return self.classes[label]
+
+    def refuse_negative(self, settings: GenerateSettings) -> None:
+        """Raise UsageError for a negative prompt, which models of other libraries have."""
+        if settings.negative_prompt:
+            raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
+
+    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:  # noqa: B027  (of classes: nothing)
+        """Keep what belongs to so many prompts, asked for last, and to `busy` labels (a server would only grow)."""
+
+    def target_in(self, mode: str, deterministic: bool = False) -> Any:
+        """The target with its passes compiled as asked."""
+        return self.target
+
+    def refills(self, settings: GenerateSettings) -> bool:
+        """Whether a decoder for resolved settings takes more images than it decodes together."""
+        return False
+
+    def alone(self, settings: GenerateSettings) -> GenerateSettings:
+        """Settings as they are for one image drawn alone: resolved, batch 1, and with the window of that where the
+        rule's noise depends on the window."""
+        settings = replace(self.resolve(settings), batch=1)
+        if settings.window == 0 and settings.drafter == "jacobi" and settings.rule != "seed-exact":
+            settings = replace(settings, window=self.decoder_for(settings, 1)[1])
+        return settings
+
+    def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
+        """Equal for images of resolved settings that can be decoded in one lane."""
+        return (settings, seed)
+
+    def make_lane(self, settings: GenerateSettings) -> Any:
+        """A lane (decoding/scheduler.py) of `settings.batch` slots."""
+        decoder = self.decoder_for(settings, settings.batch)[0]
+        return BatchLane(decoder, self.target.length, settings.batch, self.target.device)
+
+    @torch.no_grad()
+    def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
+        """The target passes of sequential decoding of labels int64 [B] and nothing else: constant tokens, results
+        thrown away. What any decoding is measured against."""
+        guided = settings.with_own(self.own).law.guided
+        session = self.target_in(settings.compile, settings.deterministic).begin(labels, guided, 1)
+        start = torch.zeros_like(labels)
+        inputs = self.blank_inputs(labels)
+        for number in range(self.target.length):
+            yield session.score(inputs, start, number)
+            start = start + 1
+
+    def blank_inputs(self, labels: Tensor) -> Tensor:
+        """Any token for each of B images, [B, 1, ...]."""
+        return torch.zeros_like(labels)[:, None]
+
+    def fingerprint(self) -> str:
+        """A digest of the model's files, so that samples of two states of one model are not mixed up; taken once, for
+        large files take seconds. "unknown" for a model that has none."""
+        self._known = self._known or self._fingerprint()
+        return self._known
+
+    def _fingerprint(self) -> str:
+        more = () if self.captions is None else (self.captions,)
+        return "unknown" if self.folder is None else digest(*model_files(self.folder), *more)
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        """Digest of a trained drafter's weights, None for drafters without."""
+        return None
+
+    def stream(
+        self,
+        classes: str | int | Sequence[str | int] = (),
+        *,
+        seed: int = 0,
+        count: int | None = None,
+        first_index: int = 0,
+        settings: GenerateSettings | None = None,
+        **options: object,
+    ) -> Iterator[StreamEvent]:
+        """Yield one event per target pass, batch after batch; arguments as in `generate`.
+
+        A partial picture of an event is `pipe.preview(event.tokens[i], int(event.count[i]))`.
+        """
+        settings = self.resolve(settings_of(settings, options))
+        for indices, labels in plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch):
+            decoder, _ = self.decoder_for(settings, len(indices))
+            names = [self.classes[label] for label in labels]
+            for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
+                yield StreamEvent(**vars(event), indices=indices, class_names=names)
+
+    def generate(
+        self,
+        classes: str | int | Sequence[str | int] = (),
+        *,
+        seed: int = 0,
+        count: int | None = None,
+        first_index: int = 0,
+        indices: Sequence[int] | None = None,
+        settings: GenerateSettings | None = None,
+        progress: bool = False,
+        take: Callable[[GeneratedImage], object] | None = None,
+        **options: object,
+    ) -> GenerateResult:
+        """Generate `count` images (default: one per class given), cycling through `classes` (none given: all).
+
+        Image `index` of `seed` is the same in any batch. indices: these images, in place of `count` from `first_index`;
+        take: called with every image as soon as its batch is drawn, and the result then keeps none of them.
+        `options` are fields of GenerateSettings.
+        Raises UsageError for an unknown class or a setting out of range.
+        """
+        settings = self.resolve(settings_of(settings, options))
+        plan = plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch, indices)
+        if self.refills(settings):  # slots take more images than they hold
+            plan = replace(plan, batch=_WAVES * settings.batch)
+        result = GenerateResult([], settings, [], dict.fromkeys(("total", "draft", "target", "decode"), 0.0))
+        began, handed = time.perf_counter(), 0.0
+        with tqdm(total=plan.count * self.target.length, unit="token", disable=not progress) as bar:
+            for image in self._images(plan, seed, result, bar):
+                start = time.perf_counter()
+                result.add(image)
+                (result.images.append if take is None else take)(image)
+                handed += time.perf_counter() - start
+        result.seconds["total"] = time.perf_counter() - began - handed
+        return result
+
+    def _images(self, plan: BatchPlan, seed: int, result: GenerateResult, bar: Any) -> Iterator[GeneratedImage]:
+        """Draw the batches in turn and note in the result what they took."""
+        settings, together = result.settings, max(result.settings.batch, torch.get_num_threads())
+        for indices, labels in plan:
+            decoder, window = self.decoder_for(settings, min(len(indices), settings.batch))
+            tick = partial(_advance, bar, bar.n)
+            made, traces = traced(decoder, self._tensor(labels), seed, self._tensor(indices), tick)
+            result.windows.append(window)
+            for part in ("draft", "target"):
+                result.seconds[part] += made.seconds[part]
+            result.head_calls, result.head_rows = result.head_calls + made.head_calls, result.head_rows + made.head_rows
+            for first in range(0, len(indices), together):
+                start = time.perf_counter()
+                some = slice(first, first + together)
+                origins = [Origin(self.prompt_of(k), seed, i) for i, k in zip(indices[some], labels[some], strict=True)]
+                pictures = self.pictures(made.tokens[some], origins)
+                result.seconds["decode"] += time.perf_counter() - start
+                for row, picture in enumerate(pictures, first):
+                    yield self._image(picture, made, row, traces[row], seed, indices[row], labels[row])
+
+    def _image(
+        self, picture: Image.Image, made: BatchResult, row: int, trace: PassTrace, seed: int, index: int, label: int
+    ) -> GeneratedImage:
+        margin = float(made.margin[row])
+        measured = margin < float("inf")
+        return GeneratedImage(
+            image=picture,
+            tokens=made.tokens[row].cpu(),
+            class_name=self.classes[label],
+            prompt=self.prompt_of(label),
+            label=label,
+            seed=seed,
+            index=index,
+            sha256=hashlib.sha256(picture.tobytes()).hexdigest(),
+            target_passes=int(made.passes[row]),
+            accepted=int(made.accepted[row]),
+            drafted=int(made.drafted[row]),
+            margin=margin if measured else None,
+            near_tie=measured and margin < ROUNDING[self.dtype],
+            spent=float(made.spent[row]),
+            trace=trace,
+            moved=float(made.moved[row]) / self.target.length,
+            farthest=float(made.farthest[row]),
+        )
+
+    def decode(self, tokens: Tensor) -> Image.Image:
+        """Tokens int64 [N] -> RGB picture. Equal tokens, equal bytes: see `pictures`."""
+        return self.pictures(tokens[None])[0]
+
+    def pictures(self, tokens: Tensor, origins: Sequence[Origin] = ()) -> list[Image.Image]:
+        """Tokens int64 [n, N] -> RGB pictures. Each alone, in float32 and on one thread: sums are then added in one
+        order, whatever the batch, the threads and the processes. The images are spread over the threads."""
+        images = [(row, origins[i] if origins else None) for i, row in enumerate(tokens)]
+        if self.target.device.type != "cpu":
+            return [self.decode_here(*image) for image in images]
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(min(threads, len(tokens)), initializer=one_core) as pool:
+            made = list(pool.map(lambda image: self.decode_here(*image), images))
+        torch.set_num_threads(threads)  # the workers' setting would be that of threads made later
+        return made
+
+    @torch.no_grad()
+    def decode_here(self, tokens: Tensor, origin: Origin | None = None) -> Image.Image:
+        """Tokens int64 [N] -> RGB picture, in the calling thread. The bytes are those of `decode` where that thread has
+        one core (`one_core`). origin: what it was drawn for, where that is known."""
+        return to_picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
+
+    @torch.no_grad()
+    def preview(self, tokens: Tensor, count: int, known: Tensor | None = None) -> Image.Image:
+        """A picture of the first `count` tokens int64 [N], or of those that are `known`, bool [N]; the rest is grey."""
+        pixels = self.tokenizer.decode(tokens[None].to(self.target.device))[0]
+        rows, columns = self.grid
+        first = torch.arange(rows * columns, device=pixels.device) < self.codes_drawn(count)
+        drawn = (first if known is None else known.to(pixels.device)).view(1, rows, columns).float()
+        drawn = drawn.repeat_interleave(pixels.shape[1] // rows, 1).repeat_interleave(pixels.shape[2] // columns, 2)
+        return to_picture(pixels * drawn + _GREY * (1 - drawn))
+
+    def codes_drawn(self, count: int) -> int:
+        """How many cells of the grid the first `count` tokens fill."""
+        return count
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.target.device)
+
+
+def _advance(bar: Any, before: float, done: int) -> None:
+    bar.update(before + done - bar.n)
+
+
+def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
+    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
+    if settings is not None:
+        if options:
+            raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
+        return settings
+    allowed = GenerateSettings.__dataclass_fields__
+    for name in options:
+        if name not in allowed:
+            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
+    return GenerateSettings(**options)  # type: ignore[arg-type]
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that say what a model draws; some models have the weights of their tokenizer from a folder beside."""
+    names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
+    own = [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
+    pixels = tokenizer_weights(folder, read_config(folder, TOKENIZER_CONFIG)) if own[2:] else own[-1]
+    return own if pixels in own else [*own, pixels]
+
+
+def model_folder(name_or_folder: str | Path) -> Path:
+    """Folder of a shipped model or of a path. Raises UsageError naming what is shipped."""
+    shipped = ASSETS / str(name_or_folder)
+    if str(name_or_folder) in shipped_models():
+        return shipped
+    folder = Path(name_or_folder)
+    if os.path.isdir(folder):  # False, not an error, for a name that no file could have
+        return folder
+    is_file = os.path.isfile(folder)
+    what, note = ("not a folder but a file:", convert_note(folder)) if is_file else ("unknown model", "")
+    known = f"shipped: {', '.join(shipped_models()) or 'none'}; or a folder with a config.json, or ORGANISATION/NAME"
+    raise UsageError(f"{what} {clipped(str(folder), 300)} ({known}){note}")
+
+
+def is_hosted(name_or_folder: str | Path) -> bool:
+    """In the Hugging Face layout: config.json has a model type, not a family; a pipeline of diffusers; or
+    ORGANISATION/NAME as the hub writes it, where neither that nor a folder called ORGANISATION is here. `runs`, `out`
+    and `checkpoints` are folders, here or not."""
+    folder = Path(name_or_folder)
+    if os.path.isfile(folder / PIPELINE):
+        return True
+    if os.path.isfile(folder / CONFIG):
+        content = read_config(folder)
+        return "model_type" in content and "family" not in content
+    return on_hub(name_or_folder)

@@ -1,0 +1,375 @@
+"""Pipelines by kind of token: codes, continuous tokens of a causal model, of a masked one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bozzetto.checkpoints.continuous_store import load_continuous
+from bozzetto.checkpoints.own_sampling import HEAD
+from bozzetto.checkpoints.sketch_store import SKETCH, load_sketch
+from bozzetto.checkpoints.store import WEIGHTS, Tokenizer, target_digest
+from bozzetto.common.files import digest
+from bozzetto.common.hub import fetched
+from bozzetto.decoding.lanes import Lanes, in_slots
+from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.masked import MaskedDecoder
+from bozzetto.decoding.slot_decoder import SlotDecoder
+from bozzetto.drafters.drift_sketch import DriftSketcher
+from bozzetto.drafters.masked_window import DraftWindow
+from bozzetto.drafters.path_sketch import PathSketcher
+from bozzetto.errors import UsageError
+from bozzetto.methods.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
+from bozzetto.methods.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
+from bozzetto.methods.workshop import TargetWorkshop
+from bozzetto.pipeline.pipeline import DTYPES, Pipeline, model_files
+from bozzetto.rules.reflection import Plain
+from bozzetto.runtime.graphs import Compiler
+from bozzetto.settings import GenerateSettings
+from bozzetto.targets.compiled_cache import compile_target
+from bozzetto.targets.compiled_head import CompiledNarrow
+from bozzetto.targets.drift import DriftModel, DriftTarget
+from bozzetto.targets.llamagen import LlamaGen
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.mar import MAR
+from bozzetto.targets.mar_target import MARSampler, MARTarget
+
+DRAFT = "draft"  # the folder of a masked model's own draft model, inside its own
+
+
+class _CausalPipeline(Pipeline):
+    """What causal targets share: their passes can be compiled. network: reads what `target` was made from again."""
+
+    network: Callable[[], Any] | None
+    compiled: dict[tuple[str, bool], Any]
+
+    def target_in(self, mode: str, deterministic: bool = False) -> Any:
+        """The target with its passes compiled as asked; each is made once. Raises UsageError where there is nothing to
+        compile."""
+        if mode == "off":
+            return self.target
+        if (mode, deterministic) not in self.compiled:
+            if self.network is None:
+                raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is not a network")
+            target = copy.copy(self.target)
+            compile_target(target, self.network(), mode, _say, deterministic)
+            self.compiled[mode, deterministic] = target
+        return self.compiled[mode, deterministic]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class CodePipeline(_CausalPipeline):
+    """A target that draws codes of a codebook."""
+
+    default_methods = ("none", "jacobi/seed-exact", "jacobi/exact")
+    default_rules: ClassVar = {"none": "seed-exact", "jacobi": "seed-exact", **dict.fromkeys(TREES, "block")}
+
+    def __init__(
+        self,
+        name: str,
+        target: LlamaGenTarget,
+        tokenizer: Tokenizer,
+        classes: list[str],
+        dtype: str,
+        folder: Path | None = None,
+        network: Callable[[], LlamaGen] | None = None,
+    ):
+        super().__init__(name, target, tokenizer, classes, dtype, folder)
+        self.network, self.compiled = network, {}
+        self.lanes = Lanes(self.target_in, dtype, self._filler)
+        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = super().resolve(settings).with_method("jacobi", self.default_rules)
+        if is_path_method(settings.drafter, settings.rule):
+            raise UsageError(f"rule {settings.rule!r} is for continuous tokens: {self.name} draws codes")
+        self.refuse_negative(settings)
+        for option in ("steps", "last_steps", "passes", "guidance_schedule"):
+            if getattr(settings, option):
+                raise UsageError(f"{option} is not allowed here: {self.name} draws codes, without a denoising head")
+        return settings
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        name, options = drafter_options(drafter)
+        return self.workshop.drafter_digest(getattr(options, "trained", "") or name, getattr(options, "folder", ""))
+
+    def _filler(self, drafter: str, target: Any) -> Any:
+        """What draws the places that enter a window of slots, for a target of this model."""
+        _, options = drafter_options(drafter)
+        if not getattr(options, "fill", ""):
+            return None
+        return self.workshop.filler(options.fill, options.folder, options.fresh, target)
+
+    def refills(self, settings: GenerateSettings) -> bool:
+        return settings.compile != "off" and in_slots(settings)
+
+    def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
+        return self.lanes.kind(settings) if in_slots(settings) else super().lane_key(settings, seed)
+
+    def make_lane(self, settings: GenerateSettings) -> Any:
+        return self.lanes.make(settings) if in_slots(settings) else super().make_lane(settings)
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
+        settings = self.resolve(settings)
+        if self.refills(settings):
+            lane = self.lanes.shared(replace(settings, batch=batch))
+            return SlotDecoder(lane, settings.law), lane.widest
+        window = settings.window_for(batch, self.target.length, self.dtype)
+        widen = None
+        if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
+            widen = partial(settings.window_for, length=self.target.length, dtype=self.dtype)
+        drafter = make_drafter(settings.drafter, window, widen, self.workshop)
+        # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
+        rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
+        rule = with_neighbours(rule, self.workshop.neighbours)
+        target = self.target_in(settings.compile, settings.deterministic)
+        return Decoder(target, drafter, rule, settings.law, settings.tv_budget), window
+
+
+class FlowPipeline(_CausalPipeline):
+    """A causal target that draws continuous tokens. network: reads what it was made from again."""
+
+    default_methods: tuple[str, ...] = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
+    default_rules: Mapping[str, str] = MappingProxyType({"none": "plain", "jacobi": "chains", "sketch": "joint"})
+    default_drafter = "jacobi"
+
+    def __init__(
+        self,
+        name: str,
+        target: Any,
+        tokenizer: Any,
+        classes: list[str],
+        dtype: str,
+        folder: Path | None,
+        network: Callable[[], Any] | None,
+    ):
+        self.network, self.compiled = network, {}
+        super().__init__(name, target, tokenizer, classes, dtype, folder)
+        self._sketcher = functools.cache(self._load_sketcher)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = super().resolve(settings)
+        self.refuse_negative(settings)
+        settings = vector_settings(self.name, settings, self.default_drafter, self.default_rules)
+        for option in ("passes", "guidance_schedule"):
+            if getattr(settings, option):
+                raise UsageError(f"{option} is not allowed here: {self.name} is causal, not masked")
+        _check_annealed(settings)
+        return settings
+
+    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
+        return {"steps": settings.steps or self.target.sampler.steps}
+
+    def blank_inputs(self, labels: Tensor) -> Tensor:
+        return torch.zeros(len(labels), 1, self.target.token_dim, device=labels.device)
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
+        settings = self.resolve(settings)
+        rule, target = make_path_rule(settings.rule), self.target_in(settings.compile, settings.deterministic)
+        window = settings.window_for(batch, target.length, self.dtype, rule.widest)
+        asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
+        if asked and asked != {"steps": target.sampler.steps}:
+            target = copy.copy(target)
+            target.sample_with(replace(target.sampler, **asked))
+        drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
+        return Decoder(target, drafter, rule, settings.law), drafter.max_nodes + 1
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        name, options = path_drafter_options(drafter)
+        return digest(self._sketch_folder(options.folder) / WEIGHTS) if name == "sketch" else None
+
+    def _sketch_folder(self, folder: str) -> Path:
+        """Where a trained drafter lies; "": the model's own. Raises UsageError where there is none."""
+        if folder:
+            return fetched(folder)
+        if self.folder is None or not (self.folder / SKETCH).is_dir():
+            raise UsageError(f"{self.name} comes without a trained drafter (write sketch:folder=DIR, or train one)")
+        return self.folder / SKETCH
+
+    def _sketch(self, folder: str) -> PathSketcher:
+        return self._sketcher(self._sketch_folder(folder))
+
+    def _load_sketcher(self, folder: Path) -> PathSketcher:
+        weights = "" if self.folder is None else target_digest(self.folder)
+        net = load_sketch(folder, self.target.whole, weights).to(self.target.device)
+        return PathSketcher(net, self.target.embedding)
+
+
+class DriftPipeline(FlowPipeline):
+    """A drift variant of a causal target: one call of a decoder per token (targets/drift.py)."""
+
+    default_methods = ("none", "jacobi/pathwise:epsilon=0.1")
+    default_rules = MappingProxyType({"none": "plain", "jacobi": "pathwise", "sketch": "pathwise"})
+
+    def __init__(
+        self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path, base: Path
+    ):
+        self.drift, self.base = model, base
+        target = DriftTarget(model, DTYPES[dtype])
+        super().__init__(name, target, tokenizer, classes, dtype, folder, lambda: model.flow)
+
+    def _fingerprint(self) -> str:
+        return "unknown" if self.folder is None else digest(*model_files(self.folder), *model_files(self.base))
+
+    def _sketch_folder(self, folder: str) -> Path:
+        """The variant's own drafter, else the base model's, unless another one is named."""
+        own = self.folder is not None and (self.folder / SKETCH).is_dir()
+        if not (folder or own) and (self.base / SKETCH).is_dir():
+            return self.base / SKETCH
+        return super()._sketch_folder(folder)
+
+    def _load_sketcher(self, folder: Path) -> PathSketcher:
+        if self.drift.config.tuned:
+            raise UsageError(f"drafter 'sketch' is not allowed here: {self.name} changed the body it was trained for")
+        net = load_sketch(folder, self.target.whole, target_digest(self.base)).to(self.target.device)
+        return DriftSketcher(net, self.target.embedding)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        for option in ("steps", "last_steps"):
+            if (count := getattr(settings, option)) > 1:
+                raise UsageError(f"{option} = {count} is not allowed here: {self.name} draws a token in one step")
+        settings = super().resolve(settings)
+        rule = make_path_rule(settings.rule)
+        if not (rule.fixed_noise or rule.name == Plain.name):
+            raise UsageError(
+                f"rule {settings.rule!r} is not allowed here: {self.name} maps noise to a token and has no density "
+                "(plain, pathwise)"
+            )
+        return settings
+
+
+class MaskedPipeline(Pipeline):
+    """A masked target that draws continuous tokens. sampler: the model's."""
+
+    default_methods = ("none", "none@passes=64", "none/coupled")
+    default_rules: ClassVar = {"none": "coupled", "model": "cspd"}
+
+    def __init__(
+        self,
+        name: str,
+        target: MARTarget,
+        tokenizer: Any,
+        classes: list[str],
+        dtype: str,
+        folder: Path,
+    ):
+        self.sampler, self.own_folder = target.sampler, folder
+        self.made: dict[tuple[str, MARSampler, str], MARTarget] = {}
+        super().__init__(name, target, tokenizer, classes, dtype, folder)
+
+    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        settings = super().resolve(settings)
+        if settings.compile == "default" or settings.deterministic:
+            asked = "deterministic" if settings.deterministic else f"compile = {settings.compile!r}"
+            raise UsageError(
+                f"{asked} is not allowed here: {self.name} is masked; off, or max, which compiles its head"
+            )
+        self.refuse_negative(settings)
+        settings = vector_settings(self.name, settings, "none", self.default_rules)
+        _check_annealed(settings)
+        return settings
+
+    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
+        sampler = self.sampler_for(settings)
+        return {name: getattr(sampler, name) for name in HEAD}
+
+    def sampler_for(self, settings: GenerateSettings) -> MARSampler:
+        """The model's sampler with what the settings change."""
+        names = ("steps", "last_steps", "passes", "guidance_schedule")
+        asked = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+        return replace(self.sampler, **asked)
+
+    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[MaskedDecoder, int]:
+        settings = self.resolve(settings)
+        name, options = path_drafter_options(settings.drafter)
+        if name not in ("none", "model"):
+            raise UsageError(f"drafter {settings.drafter!r} is not allowed here: {self.name} is masked (none, model)")
+        sampler, rule = self.sampler_for(settings), make_path_rule(settings.rule)
+        target = self._target("", sampler, settings.compile)
+        if name == "none":
+            return MaskedDecoder(target, rule, settings.law), 1
+        window = DraftWindow(options.length, options.prefill)
+        drafter = self._target(str(self._draft_folder(options.folder)), sampler, settings.compile)
+        return MaskedDecoder(target, rule, settings.law, drafter, window), options.length
+
+    def drafter_weights(self, drafter: str) -> str | None:
+        name, options = path_drafter_options(drafter)
+        return digest(self._draft_folder(options.folder) / WEIGHTS) if name == "model" else None
+
+    def _draft_folder(self, folder: str) -> Path:
+        """Where a smaller model lies; "": the model's own. Raises UsageError where there is none."""
+        if folder:
+            return fetched(folder)
+        if self.folder is None or not (self.folder / DRAFT).is_dir():
+            raise UsageError(f"{self.name} comes without a smaller model (write model:folder=DIR)")
+        return self.folder / DRAFT
+
+    def _target(self, folder: str, sampler: MARSampler, mode: str = "off") -> MARTarget:
+        """The model ("") or a smaller one, with a sampler, and its head compiled as asked; each is made once."""
+        if not folder and sampler == self.sampler and mode == "off":
+            return self.target
+        if (folder, sampler, mode) not in self.made:
+            target = self._sampled(folder, sampler)
+            if mode != "off":
+                net = self._network(folder).diffloss.net
+                target.use_compiled(CompiledNarrow(net, target.dtype, Compiler(mode, _say)))
+            self.made[folder, sampler, mode] = target
+        return self.made[folder, sampler, mode]
+
+    def _sampled(self, folder: str, sampler: MARSampler) -> MARTarget:
+        """Targets of one folder share its weights."""
+        if not folder:
+            return self.target.with_sampler(sampler)
+        known = next((target for (name, *_), target in self.made.items() if name == folder), None)
+        if known is not None:
+            return known.with_sampler(sampler)
+        return MARTarget(self._network(folder), sampler, self.target.dtype)
+
+    def _network(self, folder: str) -> MAR:
+        """What a target is made from, read for it."""
+        source = Path(folder) if folder else self.own_folder
+        smaller = load_continuous(source, self.target.dtype, self.target.device)
+        if not isinstance(smaller, MAR):
+            raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
+        return smaller
+
+    def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
+        settings = settings.with_own(self.own)
+        sampler = self.sampler_for(settings)
+        target, done = self._target("", sampler), 0
+        tokens = torch.zeros(len(labels), target.length, target.token_dim, device=labels.device)
+        order = torch.arange(target.length, device=labels.device).expand(len(labels), -1)
+        for count in target.counts(sampler.passes):
+            known, places = order[:, :done], order[:, done : done + count]
+            yield target.features(labels, tokens, known, places, settings.law.guided)
+            done += count
+
+
+def _check_annealed(settings: GenerateSettings) -> None:
+    if settings.last_steps and settings.drafter != "none":
+        raise UsageError(f"last_steps is not allowed with drafts: drafter {settings.drafter!r} (allowed: none)")
+
+
+def vector_settings(name: str, settings: GenerateSettings, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:
+    """Settings for a model of continuous tokens: `auto` replaced, the sequential sampler as `none/plain`."""
+    settings = settings.with_method(drafter, rules)
+    if settings.sequential:
+        settings = replace(settings, rule=Plain.name)
+    if not is_path_method(settings.drafter, settings.rule):
+        raise UsageError(f"rule {settings.rule!r} is for codes: {name} draws continuous tokens")
+    if settings.tv_budget is not None:
+        raise UsageError(f"tv_budget is not allowed here: {name} draws continuous tokens")
+    return settings

@@ -1,0 +1,150 @@
+"""Prompts as conditions: any text may be asked for, and becomes a label when it first is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ
+from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.errors import UsageError
+from bozzetto.pipeline.pipelines import CodePipeline
+from bozzetto.pipeline.results import listed
+from bozzetto.settings import GenerateSettings
+from bozzetto.targets.llamagen import LlamaGen, left_pad
+from bozzetto.targets.llamagen_cache import LlamaGenTarget
+
+ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through targets/sentence.py
+EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrait of an old sailor")
+
+
+class TextEncoder(Protocol):
+    """Texts -> features float32 [K, T, C], padded on the right, and their mask [K, T]. keeps: whether features are
+    written to disk. Raises UsageError."""
+
+    keeps: bool
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    def release(self) -> None:
+        """Let go of what takes much memory, until it is needed again."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of its files; "" for one that comes with a package."""
+        ...
+
+
+class PromptBook:
+    """Prompts and their labels. names: what is listed as classes, grown here; add(text, negative, None): makes a label
+    for a new prompt, which has to be the next number or that of an equal one; add(text, negative, label): puts it in
+    the place of an old one. asked: what was added for each label, which ends in the suffix that it was given. most:
+    prompts that are remembered (None: all); beyond, the one that was asked for longest ago gives way, unless `busy`
+    says that it is still drawn."""
+
+    def __init__(self, names: list[str], add: Callable[[str, str, int | None], int]):
+        self.names, self.add = names, add
+        self.most: int | None = None
+        self.busy: Callable[[], set[int]] = set
+        self.asked: list[str] = []
+        self.known: dict[tuple[str, str], int] = {}
+        self.used: dict[int, None] = {}  # labels, the one used last at the end
+
+    def label(self, text: str, negative: str, suffix: str = "") -> int:
+        """Raises UsageError for an empty prompt, or one that does not fit."""
+        text, negative = " ".join(text.split()), " ".join(negative.split())
+        if not text:
+            raise UsageError("prompt '' is not allowed: say what to draw")
+        whole = text + suffix
+        if (whole, negative) not in self.known:
+            old = self._oldest()
+            label = self.add(whole, negative, old)
+            if label == len(self.names):
+                self.names.append(text)
+                self.asked.append(whole)
+            elif old is not None:
+                self.known = {key: other for key, other in self.known.items() if other != label}
+                self.names[label], self.asked[label] = text, whole
+            self.known[whole, negative] = label
+        label = self.known[whole, negative]
+        self.used.pop(label, None)
+        self.used[label] = None
+        return label
+
+    def _oldest(self) -> int | None:
+        """The label that gives way, if one has to."""
+        if self.most is None or len(self.names) < self.most:
+            return None
+        busy = self.busy()
+        return next((label for label in self.used if label not in busy), None)
+
+    def remember(self, most: int, busy: Callable[[], set[int]]) -> None:
+        """See Pipeline.remember."""
+        self.most, self.busy = most, busy
+
+    def labels(self, asked: str | int | Sequence[str | int], negative: str, suffix: str = "") -> list[int]:
+        """Labels of prompts, or of numbers of known ones; none given: all known ones in turn."""
+        found = []
+        for item in listed(asked):
+            if isinstance(item, int):
+                if not 0 <= item < len(self.names):
+                    raise UsageError(f"prompt {item} is not allowed: a text, or a number up to {len(self.names) - 1}")
+                item = self.names[item]
+            found.append(self.label(item, negative, suffix))
+        return found or [self.label(name, negative, suffix) for name in list(self.names)]
+
+
+class CaptionPipeline(CodePipeline):
+    """A text-conditional model whose text encoder is at hand, so that any prompt can be asked for. prompts: those that
+    stand for the classes where none is asked for. The encoder is let go of when prompts have become labels, unless a
+    server will be asked for more (`remember`)."""
+
+    takes_prompts = True
+
+    def __init__(
+        self,
+        name: str,
+        target: LlamaGenTarget,
+        tokenizer: VQTokenizer | LlamaGenVQ,
+        prompts: Sequence[str],
+        dtype: str,
+        folder: Path,
+        network: Callable[[], LlamaGen],
+        encoder: TextEncoder,
+    ):
+        super().__init__(name, target, tokenizer, [], dtype, folder, network)
+        self.encoder, self.serving = encoder, False
+        self.book = PromptBook(self.classes, self._add)
+        self.book.labels(prompts, "")
+
+    def _fingerprint(self) -> str:
+        return "-".join(filter(None, (super()._fingerprint(), self.encoder.fingerprint())))
+
+    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+        try:
+            return self.book.labels(asked, "")
+        finally:
+            if not self.serving:
+                self.encoder.release()
+
+    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
+        self.serving, self.encoder.keeps = True, False  # words of other people
+        self.book.remember(prompts, busy)
+
+    def _add(self, text: str, negative: str, label: int | None) -> int:
+        """Features of one more caption, or of another one for a label, in the target and in its compiled twins."""
+        new, had = left_pad(*self.encoder([text])), self.target.captions
+        parts: tuple[Tensor, ...] = new
+        if had is not None and label is None:
+            parts = tuple(torch.cat([a, b.to(a)]) for a, b in zip(had, new, strict=True))
+        elif had is not None:
+            row = torch.tensor([label], device=had[0].device)
+            parts = tuple(a.index_copy(0, row, b.to(a)) for a, b in zip(had, new, strict=True))
+        grown = self.target.with_captions(*parts).captions
+        for target in (self.target, *self.compiled.values()):
+            target.captions = grown
+        return len(parts[0]) - 1 if label is None else label

@@ -1,0 +1,132 @@
+"""What is asked of a pipeline and what it gives: a plan of batches, images, a result, events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import Tensor
+
+from bozzetto.decoding.loop import PassEvent
+from bozzetto.decoding.trace import PassTrace
+from bozzetto.errors import UsageError, check_number, check_text
+from bozzetto.settings import GenerateSettings
+
+MOST = 2**63  # seeds and indices are below
+
+
+@dataclass
+class GeneratedImage:
+    """One image and how it came about. tokens: int64 [N] or float32 [N, D]; sha256: of the RGB pixel bytes; margin: the
+    least log-probability by which a draw or coin would have fallen otherwise (None: not measured); near_tie: that is
+    within float rounding; spent: bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and
+    largest distance of continuous tokens from the target's own samples, in token units (0 where the rule measures
+    none); trace: what each target pass offered and kept; prompt: what the model was asked, which may be more than
+    class_name."""
+
+    image: Image.Image
+    tokens: Tensor
+    class_name: str
+    label: int
+    seed: int
+    index: int
+    sha256: str
+    target_passes: int
+    accepted: int
+    drafted: int
+    margin: float | None
+    near_tie: bool
+    spent: float
+    trace: PassTrace
+    moved: float = 0.0
+    farthest: float = 0.0
+    prompt: str = ""
+
+
+@dataclass
+class GenerateResult:
+    """images in index order (none where somebody took them); seconds: total, target (passes), draft (drafting and
+    verifying), decode (pixels); head_calls, head_rows: serial calls of a denoising head and rows in them, over all
+    batches (0 for codes); count, tokens, passes: how many of each there were in all."""
+
+    images: list[GeneratedImage]
+    settings: GenerateSettings
+    windows: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+    head_calls: int = 0
+    head_rows: int = 0
+    count: int = 0
+    tokens: int = 0
+    passes: int = 0
+
+    def add(self, image: GeneratedImage) -> None:
+        """Count one more."""
+        self.count, self.tokens = self.count + 1, self.tokens + len(image.tokens)
+        self.passes += image.target_passes
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens per target pass, averaged over images."""
+        return self.tokens / max(1, self.passes)
+
+
+@dataclass
+class StreamEvent(PassEvent):
+    """A PassEvent of one batch plus the images it is about: indices in the run and class names."""
+
+    indices: list[int] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Images in batches: iterating gives the (indices, labels) of one after the other, made when they are asked for.
+    labels: taken in turn by index; indices: of all images; batch: how many at a time."""
+
+    labels: Sequence[int]
+    indices: Sequence[int]
+    batch: int
+
+    @property
+    def count(self) -> int:
+        """Images in all."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+        for first in range(0, self.count, self.batch):
+            chunk = list(self.indices[first : first + self.batch])
+            yield chunk, [self.labels[index % len(self.labels)] for index in chunk]
+
+
+def plan_batches(
+    labels: Sequence[int],
+    count: int | None,
+    seed: int,
+    first_index: int,
+    batch: int,
+    indices: Sequence[int] | None = None,
+) -> BatchPlan:
+    """The batches of a request; count None: one image per label; `indices` in place of a first one and a count.
+
+    Raises UsageError for a value out of range.
+    """
+    if indices is not None:
+        count, first_index = len(indices), min(indices, default=0)
+    count = len(labels) if count is None else count
+    check_number("count", count, 1, MOST - 1, "a whole number >= 1", whole=True)
+    check_number("seed", seed, 0, MOST - 1, "a whole number from 0 to 2^63 - 1", whole=True)
+    check_number("first_index", first_index, 0, MOST - count, "a whole number >= 0, with no index above 2^63 - 1", True)
+    return BatchPlan(labels, range(first_index, first_index + count) if indices is None else indices, batch)
+
+
+def listed(asked: str | int | Iterable[str | int]) -> Sequence[str | int]:
+    """One text or number as a list of one (a text is a sequence too, of letters); an iterator as what it gives. Raises
+    UsageError for what is neither, and for a text that cannot be written (not UTF-8 on the command line)."""
+    if isinstance(asked, bytes) or not isinstance(asked, str | int | Iterable):
+        raise UsageError(f"classes = {asked!r} is not allowed: names, numbers or prompts, one or a list of them")
+    found = (asked,) if isinstance(asked, str | int) else tuple(asked)
+    for item in found:
+        if isinstance(item, str):
+            check_text("class or prompt", item)
+    return found

@@ -1,5 +1,0 @@
-"""The report: runs put together on one HTML page that needs nothing else."""
-
-from bozzetto.report.page import build_report
-
-__all__ = ["build_report"]

@@ -1,0 +1,251 @@
+"""Denoising heads as laws: what laws/chain.py asks for, from a `Denoiser` and the backbone's conditions.
+
+The modulations of a head (shift, scale, gate) depend on the step and on the condition but not on the noisy token, so
+those of all steps and places of a pass are computed at once, in one wide product; a serial call of the head is left
+with the narrow layers only. With a few rows and a small head these run in float32, which is the faster there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian
+from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
+from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.linear import KernelDense, own_linear_pays
+from bozzetto.targets.denoiser import Denoiser
+
+LN_EPS = 1e-6
+_LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be read off
+# On a CPU float32 is the faster dtype of narrow layers up to this many rows and this width (measured).
+_FEW_ROWS, _SMALL_WIDTH = 12, 512
+
+
+class _Block(NamedTuple):
+    """A residual block's narrow layers: gain and bias of its norm, its two linear maps."""
+
+    gain: Tensor
+    bias: Tensor
+    up: Dense
+    down: Dense
+
+
+class _Narrow:
+    """A denoiser's narrow layers in one dtype; tokens go in and predictions come out in float32."""
+
+    def __init__(self, net: Denoiser, dtype: torch.dtype):
+        self.width, self.dtype = net.config.width, dtype
+        self.input, self.output = (Dense.of(part, torch.float32) for part in (net.input_proj, net.final_layer.linear))
+        self.blocks = []
+        for block in net.blocks:
+            gain, bias = block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)
+            self.blocks.append(_Block(gain, bias, *(Dense.of(layer, dtype) for layer in block.linears)))
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """As `PackedDenoiser.__call__`."""
+        shape, parts = (self.width,), modulation.to(self.dtype).split(self.width, -1)
+        x = self.input(x).to(self.dtype)  # copies of a token part in the first block
+        for i, block in enumerate(self.blocks):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, LN_EPS), scale)
+            x = torch.addcmul(x, gate, block.down(block.up.silu(h)))
+        shift, scale = parts[-2:]
+        return self.output(torch.addcmul(shift, F.layer_norm(x, shape, eps=LN_EPS), scale).float())
+
+
+class PackedDenoiser:
+    """A denoiser ready for decoding: modulations side by side, embeddings of the given times, narrow layers, and these
+    compiled where one sets them (targets/compiled_head.py)."""
+
+    compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @torch.no_grad()
+    def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype, kernels: bool = False):
+        """times: [T], what the network is told at each step of the sampler (0 to 1000); kernels: ours are loaded."""
+        self.width, self.depth, self.dtype = net.config.width, net.config.depth, dtype
+        self.steps, self.token_dim, self.out_dim = len(times), net.config.token_dim, net.config.out_dim
+        device = net.input_proj.weight.device
+        self.embed_times = net.time_embed
+        self.times = net.time_embed(times.to(device)).to(dtype)  # [T, width]
+        self.condition = Dense.of(net.cond_embed, dtype)
+        parts = [block.modulation for block in [*net.blocks, net.final_layer]]
+        weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
+        for start in self._scales():  # "1 + scale" becomes part of the bias
+            bias[start : start + self.width] += 1
+        own = kernels and own_linear_pays(weight)
+        self.modulation = (KernelDense if own else Dense)(weight, bias, dtype)  # [(3 depth + 2) width, width]
+        self.narrow = self.few = _Narrow(net, dtype)
+        if dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
+            self.few = _Narrow(net, torch.float32)
+
+    @torch.no_grad()
+    def retimed(self, times: Tensor) -> PackedDenoiser:
+        """The same head at other times [T]; weights are shared."""
+        other = copy.copy(self)
+        other.steps, other.times = len(times), self.embed_times(times.to(self.times.device)).to(self.dtype)
+        return other
+
+    def _scales(self) -> list[int]:
+        """Where the scales begin among the modulations: each block has shift, scale, gate, the last shift, scale."""
+        return [self.width * (3 * i + 1) for i in range(self.depth + 1)]
+
+    def embed(self, condition: Tensor) -> Tensor:
+        """Conditions [P, C] -> [P, width]."""
+        return self.condition(condition.to(self.dtype))
+
+    def modulations(self, condition: Tensor, steps: Tensor) -> Tensor:
+        """Embedded conditions [P, width] at steps int64 [K] -> [K, P, (3 depth + 2) width]."""
+        return self.modulation(F.silu(self.times[steps][:, None] + condition))
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [R, D] under modulations [..., R, (3 depth + 2) width] -> predictions, float32 [..., R, out_dim]."""
+        few = modulation.shape[:-1].numel() <= _FEW_ROWS
+        return (self.few if few else self.narrow)(x, modulation)
+
+    def lock_step(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The same, by a compiled graph where there is one: for calls of a few shapes that come again and again."""
+        return (self.compiled or self)(x, modulation)
+
+
+class _HeadLaw(ChainLaw):
+    """What flow and diffusion heads share: conditions, guidance, counting.
+
+    condition: [copies B W, C], [cond; uncond] rows under guidance; shape: (B, W); guidance: float, or float32 [B W], a
+    scale per place; temperature: multiplies every deviation.
+    """
+
+    def __init__(
+        self,
+        head: PackedDenoiser,
+        condition: Tensor,
+        shape: tuple[int, int],
+        guidance: float | Tensor,
+        temperature: float,
+    ):
+        self.head, self.shape, self.temperature = head, shape, temperature
+        self.steps, self.dim = head.steps, head.token_dim
+        self.places = shape[0] * shape[1]
+        self.copies = len(condition) // max(1, self.places)
+        self.guidance = guidance
+        self.condition = head.embed(condition)
+        self.calls = self.rows = 0
+        self.table: Tensor | None = None
+
+    def modulations(self) -> Tensor:
+        """Of all steps and places, in the head's dtype: [T, copies B W, ...]."""
+        if self.table is None:
+            self.table = self.head.modulations(self.condition, torch.arange(self.steps, device=self.condition.device))
+        return self.table
+
+    def predict(self, x: Tensor, step: Tensor, place: Tensor) -> Tensor:
+        """ONE head call: x [R, D] -> guided predictions float32 [R, out_dim]; what lies beyond the first D numbers of a
+        prediction (variances) is that of the conditional rows."""
+        row = step * (self.copies * self.places) + place
+        if self.copies > 1:
+            row = torch.cat([row, row + self.places])
+        scale = self.guidance[place, None] if isinstance(self.guidance, Tensor) else self.guidance
+        return self._call(self.head, x, self.modulations().flatten(0, 1)[row], scale)
+
+    def predict_all(self, x: Tensor, step: int) -> Tensor:
+        """The same for one step at every place in turn: x [B W, D]."""
+        scale = self.guidance[:, None] if isinstance(self.guidance, Tensor) else self.guidance
+        return self._call(self.head.lock_step, x, self.modulations()[step], scale)
+
+    def _call(
+        self, head: Callable[[Tensor, Tensor], Tensor], x: Tensor, modulation: Tensor, scale: float | Tensor
+    ) -> Tensor:
+        self.calls += 1
+        self.rows += len(modulation)
+        if self.copies == 1:
+            return head(x, modulation)
+        cond, uncond = head(x, modulation.unflatten(0, (2, -1))).unbind(0)
+        d = self.dim
+        if cond.shape[1] == d:
+            return torch.lerp(uncond, cond, scale)
+        return torch.cat([torch.lerp(uncond[:, :d], cond[:, :d], scale), cond[:, d:]], 1)
+
+
+@lru_cache(maxsize=64)
+def _ancestry(schedule: FlowSchedule | DiffusionSchedule, device: torch.device) -> Ancestry:
+    return schedule.ancestry(device)
+
+
+class FlowLaw(_HeadLaw):
+    """Laws of a flow head: deviations are fixed."""
+
+    def __init__(self, schedule: FlowSchedule, *args: object):
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.isotropic = schedule.moving
+        self.coefficients = flow_coefficients(schedule, self.temperature, self.condition.device)
+        self.ancestry = _ancestry(schedule, self.condition.device)
+
+    def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
+        return self.coefficients[later, 2, None]
+
+    def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
+        velocity = self.predict(x, step, place)
+        of_state, of_velocity, std = self.coefficients[step].unsqueeze(-1).unbind(1)
+        return Gaussian(torch.addcmul(of_state * x, of_velocity, velocity), std)
+
+    def all_places(self, x: Tensor, step: int) -> Gaussian:
+        velocity = self.predict_all(x, step)
+        of_state, of_velocity, std = self.coefficients[step].unbind(0)
+        return Gaussian(torch.addcmul(of_state * x, of_velocity, velocity), std.expand(len(x), 1))
+
+
+@lru_cache(maxsize=64)
+def flow_coefficients(schedule: FlowSchedule, temperature: float, device: torch.device) -> Tensor:
+    """float32 [T, 3]: factor of the state, factor of the velocity, deviation."""
+    parts = (schedule.of_state, schedule.of_velocity, schedule.std * temperature)
+    return torch.stack(parts, 1).float().to(device)
+
+
+class DiffusionLaw(_HeadLaw):
+    """Laws of a diffusion head with learned variances (`diffusion_schedule`), as MAR samples it: the mean follows the
+    guided noise, the variance the conditional rows; the last step adds no noise."""
+
+    isotropic = False
+
+    def __init__(self, schedule: DiffusionSchedule, *args: object):
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.coefficients = diffusion_coefficients(schedule, self.condition.device)
+        self.ancestry = _ancestry(schedule, self.condition.device)
+
+    def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
+        """With the same mix of the two bounds."""
+        low, high = self.coefficients[step, 2:4].unsqueeze(-1).unbind(-2)  # [..., 1]
+        mix = (2 * (std / self.temperature).log() - low) / (high - low).clamp_min(_LEAST_GAP)
+        mix = torch.where(high - low > _LEAST_GAP, mix.clamp(0, 1), 0.5).unsqueeze(-2)
+        low, high, moving = self.coefficients[later, 2:5].unsqueeze(-1).unbind(-2)
+        return (0.5 * torch.lerp(low, high, mix)).exp() * (moving * self.temperature)
+
+    def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
+        return self._law(x, self.predict(x, step, place), self.coefficients[step].unsqueeze(-1).unbind(1))
+
+    def all_places(self, x: Tensor, step: int) -> Gaussian:
+        return self._law(x, self.predict_all(x, step), self.coefficients[step].unbind(0))
+
+    def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:
+        noise, mix = predicted.chunk(2, -1)
+        of_state, of_noise, low, high, moving = coefficients
+        share = (mix + 1) / 2
+        std = (0.5 * torch.lerp(low, high, share)).exp() * (moving * self.temperature)
+        return Gaussian(torch.addcmul(of_state * x, of_noise, noise), std)
+
+
+@lru_cache(maxsize=64)
+def diffusion_coefficients(schedule: DiffusionSchedule, device: torch.device) -> Tensor:
+    """float32 [T, 5]: factors of the state and of the noise in the mean, bounds of the log variance, and 1, or 0 for
+    the last step, which adds no noise."""
+    of_state = schedule.of_token * schedule.recip + schedule.of_state
+    of_noise = -schedule.of_token * schedule.recip_minus
+    moving = torch.ones_like(of_state)
+    moving[-1] = 0
+    return torch.stack([of_state, of_noise, schedule.log_small, schedule.log_large, moving], 1).float().to(device)

@@ -1,0 +1,304 @@
+"""LlamaGen: a LLaMA-style transformer over a raster of image tokens (Sun et al., arXiv 2406.06525).
+
+Pre-norm blocks, fused qkv, SwiGLU, no biases, 2-D rotary positions on interleaved pairs with zero rows for condition
+tokens (so a condition token's rotated query and key are zero while its value flows on). Parameter names are those of
+the published checkpoints. Input index 0 is the last condition token; input index i >= 1 carries token i - 1; the output
+at input index i is the law of token i.
+
+Conditions: a class (one token), or the features of a caption (120 tokens, padded on the left, padding masked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bozzetto.common.checks import Base, Count, Epsilon, Grid, Layers, Size
+from bozzetto.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """dim, layers, heads: transformer shape; vocab: codebook size V; grid: tokens per side (N = grid^2);
+    classes: class-conditional labels (one more row is the unconditional one), 0 where captions are the condition;
+    condition_tokens: T, the condition's inputs; caption_dim: length of a caption feature, 0 for classes."""
+
+    dim: Size
+    layers: Layers
+    heads: Size
+    vocab: Size = 16384
+    grid: Grid = 16
+    classes: Count = 1000
+    rope_base: Base = 10000.0
+    norm_eps: Epsilon = 1e-5
+    ffn_multiple: Size = 256
+    condition_tokens: Size = 1
+    caption_dim: Count = 0
+
+    def __post_init__(self) -> None:
+        check_heads(self.dim, self.heads)
+        if not self.captioned and self.condition_tokens != 1:
+            raise UsageError(f"condition_tokens = {self.condition_tokens} is not allowed: a class is one token")
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the condition is a caption (t2i) and not a class (c2i)."""
+        return self.caption_dim > 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def ffn(self) -> int:
+        """2/3 of 4 dim, rounded up to a multiple of `ffn_multiple`."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        return -(-hidden // self.ffn_multiple) * self.ffn_multiple
+
+    @property
+    def length(self) -> int:
+        """Tokens per image, N."""
+        return self.grid * self.grid
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Raise UsageError where heads do not divide dim into fours: two directions, each turned in pairs."""
+    if heads < 1 or dim < 1 or dim % (4 * heads):
+        raise UsageError(f"dim = {dim} with heads = {heads} is not allowed: dim must be a multiple of 4 heads")
+
+
+# Published sizes: dim, layers, heads.
+SHAPES = {
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1280, 36, 20),
+    "XXL": (1536, 48, 24),
+    "XXXL": (2560, 48, 40),
+    "1B": (2048, 22, 32),
+    "3B": (3200, 24, 32),
+    "7B": (4096, 32, 32),
+}
+
+
+# Some published files also hold their table of rotations; it is made anew here.
+POSITIONS = "freqs_cis"
+
+
+def published_config(size: str, grid: int = 16, captioned: bool = False) -> LlamaGenConfig:
+    """Config of a published size at `grid` (16, 24 and 32 are 256, 384 and 512 pixels): class-conditional with the 1000
+    ImageNet classes, or captioned with flan-t5-xl features."""
+    if size not in SHAPES:
+        raise UsageError(f"unknown LlamaGen size {size!r} (allowed: {', '.join(SHAPES)})")
+    dim, layers, heads = SHAPES[size]
+    config = LlamaGenConfig(dim, layers, heads, grid=grid)
+    return replace(config, classes=0, condition_tokens=120, caption_dim=2048) if captioned else config
+
+
+def rope_table(config: LlamaGenConfig, condition_tokens: int | None = None) -> Tensor:
+    """Rotations [condition_tokens + grid^2, head_dim / 2, 2] as (cos, sin); condition rows are zero.
+
+    The first half of the frequencies turns with the row, the second with the column. condition_tokens: the config's, or
+    this many.
+    """
+    if condition_tokens is None:
+        condition_tokens = config.condition_tokens
+    half = config.head_dim // 2
+    frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+    angle = torch.outer(torch.arange(config.grid).float(), frequency)  # [grid, head_dim/4]
+    by_row = angle[:, None].expand(config.grid, config.grid, -1)
+    by_column = angle[None, :].expand(config.grid, config.grid, -1)
+    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # [grid^2, head_dim/2]
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([torch.zeros(condition_tokens, *table.shape[1:]), table])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate interleaved pairs. x [..., H, hd]; rotation broadcastable [..., 1, hd/2, 2]. Computed in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times a learned gain."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with fused qkv; V is not rotated."""
+
+    def __init__(self, config: LlamaGenConfig, dropout: float):
+        super().__init__()
+        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, dropout
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, W, d], rotation [R or 1, W, 1, hd/2, 2] -> rotated q, k and plain v, each [R, W, H, hd]."""
+        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k = rotate(qkv[:, :, :2], rotation.unsqueeze(2)).unbind(2)
+        return q, k, qkv[:, :, 2]
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention over a whole sequence x [B, W, d]: causal, or what mask bool [B, 1, W, W] allows."""
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, rotation))
+        p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=p)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn, bias=False)
+        self.w2 = nn.Linear(config.ffn, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: LlamaGenConfig, dropout: float):
+        super().__init__()
+        self.attention = Attention(config, 0.0)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), rotation, mask))
+        return x + self.drop(self.feed_forward(self.ffn_norm(x)))
+
+
+class ClassEmbedding(nn.Module):
+    """Rows 0..classes-1 are labels; row `classes` is the unconditional one."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.classes + 1, config.dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """int64 [B] -> [B, 1, d]."""
+        return self.embedding_table(labels)[:, None]
+
+
+class CaptionProjection(nn.Module):
+    """fc2(gelu(fc1 x)), no biases."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Features of a text encoder, or the stored ones of no caption, as condition tokens."""
+
+    uncond_embedding: Tensor  # [T, caption_dim]
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        shape = (config.condition_tokens, config.caption_dim)
+        self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, caption_dim] -> [B, T, d]."""
+        return self.cap_proj(features)
+
+
+def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Captions padded on the right, as a text encoder gives them, to the left, as LlamaGen wants them.
+
+    features [B, T, C], mask [B, T] (1 or True: a real token; these come first) -> the rows rotated so that the real
+    tokens come last and everything else is zero, and their mask, bool [B, T].
+    """
+    length = mask.shape[1]
+    real = mask.bool().sum(1, keepdim=True)  # [B, 1]
+    turn = (torch.arange(length, device=mask.device) + real) % length  # [B, T]
+    mask = mask.bool().flip(1)
+    features = features.gather(1, turn[..., None].expand_as(features))
+    return features * mask[..., None].to(features.dtype), mask
+
+
+def caption_sight(mask: Tensor, width: int) -> Tensor:
+    """What each of `width` >= T inputs attends to under captions with mask [B, T]: bool [B, 1, width, width].
+
+    Causal, no padding, and every input itself, so that no row of the softmax is empty.
+    """
+    causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+    real = F.pad(mask.bool(), (0, width - mask.shape[1]), value=True)[:, None, None]
+    return causal & real | torch.eye(width, dtype=torch.bool, device=mask.device)
+
+
+class LlamaGen(nn.Module):
+    """The whole-sequence network, used for training and as the slow twin of the cached decoder."""
+
+    rope: Tensor
+
+    def __init__(self, config: LlamaGenConfig, dropout: float = 0.0):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = CaptionEmbedding(config) if config.captioned else ClassEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
+        self.drop = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab, bias=False)
+        self.register_buffer("rope", rope_table(config), persistent=False)
+        self.apply(_initialise)
+        nn.init.zeros_(self.output.weight)
+
+    def reset_rope(self) -> None:
+        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
+        self.rope = rope_table(self.config)
+
+    def each_block(self) -> Iterator[Block]:
+        """The layers in turn, typed."""
+        return (layer for layer in self.layers if isinstance(layer, Block))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return list(self.each_block())
+
+    def forward(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, n + 1, V] of tokens 0..n, given tokens int64 [B, n] with n < N and the condition: labels int64 [B]
+        (config.classes: unconditional), or caption features [B, T, caption_dim] with their mask [B, T], padded on the
+        left (`left_pad`). Unconditional captions are `cls_embedding.uncond_embedding` under the caption's mask."""
+        return self.output(self.features(condition, tokens, mask))
+
+    def features(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, what the head sees: arguments as in `forward` -> [B, n + 1, d]."""
+        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
+        sight = None if mask is None else caption_sight(mask, x.shape[1])
+        rotation = self.rope[None, : x.shape[1], None]
+        x = self.drop(x)
+        for layer in self.layers:
+            x = layer(x, rotation, sight)
+        return self.norm(x[:, self.config.condition_tokens - 1 :])
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,200 @@
+"""MAR ready to decode: its backbone in a compute dtype, its autoregressive schedule, the laws of its head.
+
+There is no cache: every pass runs the whole network again on what is known so far. What a pass does not need is left
+out: the last block and what follows it see the wanted places only.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bozzetto.common.checks import Count, Steps
+from bozzetto.errors import UsageError
+from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
+from bozzetto.runtime.dense import Dense
+from bozzetto.targets.annealed import Annealed
+from bozzetto.targets.heads import DiffusionLaw, PackedDenoiser
+from bozzetto.targets.mar import MAR, ViTBlock
+
+_LN_EPS = 1e-6
+_GUIDANCES = ("linear", "constant")
+
+
+@dataclass(frozen=True)
+class MARSampler:
+    """steps: denoising steps of a token; passes: autoregressive steps of an image; guidance_schedule: `linear` grows
+    with the share of known tokens, `constant` does not; noisiest: diffusion time at which denoising starts;
+    last_steps: steps of the last token (0: as of all the others), see targets/annealed.py."""
+
+    steps: Steps = 100
+    passes: Steps = 256
+    guidance_schedule: str = "linear"
+    noisiest: Count = 999
+    last_steps: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise UsageError(f"passes = {self.passes} is not allowed: a whole number >= 1")
+        if self.guidance_schedule not in _GUIDANCES:
+            raise UsageError(
+                f"guidance_schedule = {self.guidance_schedule!r} is not allowed: {' or '.join(_GUIDANCES)}"
+            )
+        diffusion_schedule(self.steps, self.noisiest)  # raises UsageError
+
+    @property
+    def schedule(self) -> DiffusionSchedule:
+        return self.with_steps(self.steps)
+
+    def with_steps(self, steps: int) -> DiffusionSchedule:
+        return diffusion_schedule(steps, self.noisiest)
+
+
+def check_passes(passes: int, length: int) -> None:
+    """Raise UsageError for a number of passes that `length` tokens cannot be drawn in."""
+    if not 1 <= passes <= length:
+        raise UsageError(f"passes = {passes} is not allowed: a whole number from 1 to {length} (tokens)")
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x [..., L, C] at int64 [..., W] -> [..., W, C]."""
+    return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+class _Block:
+    """A pre-norm transformer block's weights in the compute dtype."""
+
+    def __init__(self, block: ViTBlock, dtype: torch.dtype):
+        self.heads = block.attn.heads
+        self.norm1, self.norm2 = (_weights(part, dtype) for part in (block.norm1, block.norm2))
+        maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        self.qkv, self.proj, self.fc1, self.fc2 = (Dense.of(part, dtype) for part in maps)
+
+    def __call__(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """x [R, L, dim] -> the same, or only what is at int64 [R, W]: [R, W, dim]."""
+        fused = self.qkv(_norm(x, self.norm1))
+        q, k, v = fused.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if at is not None:
+            x, q = _gather(x, at), _gather(q, at[:, None].expand(-1, self.heads, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(_norm(x, self.norm2))))
+
+
+def _weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm."""
+    weight, bias = (getattr(layer, name).detach().to(dtype) for name in ("weight", "bias"))
+    return weight, bias
+
+
+def _norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], *weights, _LN_EPS)
+
+
+class MARTarget:
+    """A MAR network ready to decode in `dtype` with a sampler. length: N; token_dim: D; schedule: of the denoising.
+
+    Raises UsageError if the sampler makes more passes than there are tokens.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):
+        c = self.config = model.config
+        self.dtype, self.length, self.token_dim = dtype, c.length, c.token_dim
+        self.device = model.mask_token.device
+        self.classes = torch.cat([model.class_emb.weight, model.fake_latent]).to(dtype)  # the last: no class
+        self.embedding, self.bridge = Dense.of(model.z_proj, dtype), Dense.of(model.decoder_embed, dtype)
+        norms = (model.z_proj_ln, model.encoder_norm, model.decoder_norm)
+        self.input_norm, self.encoder_norm, self.decoder_norm = (_weights(norm, dtype) for norm in norms)
+        self.encoder = [_Block(b, dtype) for b in model.encoder_blocks if isinstance(b, ViTBlock)]
+        self.decoder = [_Block(b, dtype) for b in model.decoder_blocks if isinstance(b, ViTBlock)]
+        self.encoder_places = model.encoder_pos_embed_learned[0].to(dtype)  # [buffer + N, dim]
+        self.decoder_places = model.decoder_pos_embed_learned[0].to(dtype)
+        self.blank = (model.mask_token + model.decoder_pos_embed_learned).to(dtype)  # [1, buffer + N, dim]
+        self.condition_places = model.diffusion_pos_embed_learned[0].to(dtype)  # [N, dim]
+        self.buffer = torch.arange(c.buffer, device=self.device)
+        self.head = PackedDenoiser(model.diffloss.net, sampler.schedule.time, dtype)
+        self._sample_with(sampler)
+
+    def with_sampler(self, sampler: MARSampler) -> MARTarget:
+        """The same network sampled in another way, not compiled; weights are shared. Raises UsageError as the class."""
+        other = copy.copy(self)
+        other.head = self.head.retimed(sampler.schedule.time)
+        other.head.compiled = None
+        other._sample_with(sampler)
+        return other
+
+    def _sample_with(self, sampler: MARSampler) -> None:
+        self.sampler, self.schedule = sampler, sampler.schedule
+        self.counts(sampler.passes)
+        self.stages: Annealed[DiffusionSchedule] | None = None
+        if sampler.last_steps:
+            at = (sampler.with_steps, lambda schedule: schedule.time)
+            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
+
+    def use_compiled(self, narrow: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let serial calls of the head run compiled layers."""
+        every = [] if self.stages is None else [head for _, head in self.stages.stages]
+        for head in (self.head, *every):
+            head.compiled = narrow
+
+    def counts(self, passes: int) -> list[int]:
+        """Tokens that each autoregressive step predicts (the published cosine schedule), `passes` numbers >= 1.
+
+        Raises UsageError for passes out of range.
+        """
+        masked = [self.length, *self._masked(passes)[:-1], 0]
+        return [before - after for before, after in pairwise(masked)]
+
+    def guidances(self, guidance: float, passes: int) -> list[float]:
+        """Guidance scale of each autoregressive step."""
+        masked, n = self._masked(passes), self.length
+        if self.sampler.guidance_schedule == "constant":
+            return [guidance] * passes
+        return [1 + (guidance - 1) * (n - left) / n for left in masked]
+
+    def _masked(self, passes: int) -> list[int]:
+        """Tokens that each step leaves masked; the schedule says 1 for the last step too, which predicts all."""
+        check_passes(passes, self.length)
+        masked = [self.length]
+        for step in range(1, passes + 1):
+            kept = math.floor(self.length * math.cos(math.pi / 2 * step / passes))
+            masked.append(max(1, min(masked[-1] - 1, kept)))
+        return masked[1:]
+
+    @torch.no_grad()
+    def features(self, labels: Tensor, tokens: Tensor, known: Tensor, places: Tensor, guided: bool) -> Tensor:
+        """ONE backbone pass: conditions of the head at places. labels int64 [B] (config.classes: unconditional); tokens
+        float32 [B, N, D], read where known; known int64 [B, K], places int64 [B, W], in any order; guided: also
+        unconditional rows, after the others -> [copies B W, dim]."""
+        seen = self.embedding(_gather(tokens, known).to(self.dtype))
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
+            seen, known, places = seen.repeat(2, 1, 1), known.repeat(2, 1), places.repeat(2, 1)
+        first = len(self.buffer)
+        slots = torch.cat([self.buffer.expand(len(labels), -1), known + first], 1)
+        x = torch.cat([self.classes[labels][:, None].expand(-1, first, -1), seen], 1)
+        x = _norm(x + self.encoder_places[slots], self.input_norm)
+        for block in self.encoder:
+            x = block(x)
+        x = self.bridge(_norm(x, self.encoder_norm)) + self.decoder_places[slots]
+        x = self.blank.repeat(len(x), 1, 1).scatter_(1, slots[..., None].expand_as(x), x)
+        for block in self.decoder[:-1]:
+            x = block(x)
+        x = self.decoder[-1](x, places + first)
+        return (_norm(x, self.decoder_norm) + self.condition_places[places]).flatten(0, 1)
+
+    def law(
+        self, features: Tensor, shape: tuple[int, int], guidance: float | Tensor, temperature: float, done: int = 0
+    ) -> DiffusionLaw:
+        """Laws of the tokens at places. features [copies B W, dim]; shape: (B, W); guidance: one scale, or float32
+        [B W]; done: tokens that are known."""
+        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
+        return DiffusionLaw(schedule, head, features, shape, guidance, temperature)

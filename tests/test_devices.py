@@ -13,7 +13,8 @@ import torch
 import bozzetto
 from bozzetto.checkpoints.load_settings import LoadSettings, best_device, check_gpus, gpus_of
 from bozzetto.checkpoints.store import usual_type
-from bozzetto.cli import doctor, main
+from bozzetto.cli import doctor
+from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from published import families
 

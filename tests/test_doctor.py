@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bozzetto.cli import doctor, main
+from bozzetto.cli import doctor
+from bozzetto.cli.main import main
 from bozzetto.runtime.kept import keep
 
 

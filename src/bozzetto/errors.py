@@ -20,15 +20,20 @@ def brief(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
+def require(fine: object, name: str, value: object, allowed: str) -> None:
+    """Raise UsageError `NAME = VALUE is not allowed: ALLOWED` unless it is fine."""
+    if not fine:
+        raise UsageError(f"{name} = {brief(value)} is not allowed: {allowed}")
+
+
 def check_number(
-    name: str, value: object, low: float, high: float, allowed: str, whole: bool = False, above: bool = False
+    name: str, value: object, low: float, high: float, allowed: str = "", whole: bool = False, above: bool = False
 ) -> None:
     """Raise UsageError for anything but a number, finite or not, from low (above: not low itself) to high. whole: and a
-    whole one."""
+    whole one; allowed: what is said of that, if not its two ends."""
     number: Any = value if isinstance(value, Real) else float("nan")
-    fine = low < number <= high if above else low <= number <= high
-    if not fine or (whole and number % 1):
-        raise UsageError(f"{name} = {brief(value)} is not allowed: {allowed}")
+    fine = (low < number if above else low <= number) and number <= high and not (whole and number % 1)
+    require(fine, name, value, allowed or f"a {'whole ' if whole else ''}number from {low} to {high}")
 
 
 def check_text(name: str, value: object) -> None:
@@ -37,5 +42,4 @@ def check_text(name: str, value: object) -> None:
         fine = isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         fine = False
-    if not fine:
-        raise UsageError(f"{name} = {brief(value)} is not allowed: a text (UTF-8)")
+    require(fine, name, value, "a text (UTF-8)")

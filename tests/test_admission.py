@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from bozzetto import load
+from bozzetto.checkpoints.eagle_store import save_drafter
 from bozzetto.decoding.scheduler import CANCELLED, DONE, Admission, QueueFull, Ticket
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
@@ -89,6 +91,23 @@ def test_continuous_tokens_are_admitted_too(tiny_flow: Path) -> None:
     assert len(list(engine.drain())) == 5
     for ticket in asked:
         assert torch.allclose(ticket.tokens, drawn_alone(pipe, ticket), atol=1e-3)
+
+
+@pytest.mark.parametrize("drafter", ["jacobi", "jacobi:fill=glance:fresh=1", "jacobi:second=glance"])
+def test_an_image_does_not_depend_on_how_many_slots_there_are(tiny_model: Path, tmp_path: Path, drafter: str) -> None:
+    """The noise of a rule that is not seed-exact depends on the window, which is that of one image alone."""
+    torch.manual_seed(0)
+    net = GlanceNet(GlanceConfig(32, 16, 4, places=4, narrow=8, ffn=16, rank=4))
+    save_drafter(tmp_path / "glance", net, tiny_model, {})
+    pipe = load(tiny_model)
+    folder = f":folder={tmp_path / 'glance'}" if ":" in drafter else ""
+    settings, drawn = GenerateSettings(drafter + folder, "exact", guidance=2.0), []
+    for slots in (1, 3, 8):
+        engine = Admission(pipe, slots=slots)
+        asked = [engine.submit(i % 3, seed=3, index=i, settings=settings) for i in range(6)]
+        list(engine.drain())
+        drawn.append(torch.stack([ticket.tokens for ticket in asked]))
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 def test_methods_take_turns(pipe: Pipeline) -> None:

@@ -39,6 +39,7 @@ from bozzetto.decoding.batch_lane import BatchLane
 from bozzetto.decoding.state import BatchResult
 from bozzetto.decoding.trace import PassTrace, traced
 from bozzetto.errors import UsageError
+from bozzetto.methods.registry import split_spec
 from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.settings import GenerateSettings
 
@@ -155,7 +156,8 @@ class Pipeline(ABC):
         """Settings as they are for one image drawn alone: resolved, batch 1, and with the window of that where the
         rule's noise depends on the window."""
         settings = replace(self.resolve(settings), batch=1)
-        if settings.window == 0 and settings.drafter == "jacobi" and settings.rule != "seed-exact":
+        windowed = split_spec(settings.drafter)[0] == "jacobi"  # whatever fills it
+        if settings.window == 0 and windowed and settings.rule != "seed-exact":
             settings = replace(settings, window=self.decoder_for(settings, 1)[1])
         return settings
 

@@ -26,9 +26,9 @@ from bozzetto.checkpoints.sketch_store import load_sketch, save_sketch
 from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config, save_llamagen, target_digest
 from bozzetto.cli.main import main
 from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafters.gaussian import GaussianNet, gaussian_config
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
-from bozzetto.drafters.path_sketch import PathSketch, sketch_config
 from bozzetto.pipeline.loading import load
 from bozzetto.targets.drift import DriftConfig, DriftModel
 from bozzetto.targets.flow import FlowConfig
@@ -57,7 +57,7 @@ def write_families(root: Path) -> dict[str, Path]:
     for name, net in zip(DRAFTERS, nets, strict=True):
         save_drafter(codes / name, net, codes, {})
     network = load_continuous(flow)
-    save_sketch(flow / "sketch", PathSketch(sketch_config(network.config)), flow, {})
+    save_sketch(flow / "sketch", GaussianNet(gaussian_config(network.config)), flow, {})
     (root / "drift").mkdir()
     model = DriftModel(network, DriftConfig(width=16, depth=1))
     save_drift(root / "drift", model, str(flow), flow, {"name": "tiny-drift"})

@@ -17,7 +17,7 @@ from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle, prompted_eagle
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.eagle import EagleNet
-from bozzetto.drafters.grow import TreeDrafter
+from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings

@@ -17,7 +17,7 @@ from bozzetto.checkpoints.drift_store import load_drift, save_drift
 from bozzetto.checkpoints.sketch_store import save_sketch
 from bozzetto.checkpoints.store import CONFIG, WEIGHTS
 from bozzetto.drafters.base import Observation
-from bozzetto.drafters.path_sketch import sketch_config
+from bozzetto.drafters.gaussian import gaussian_config
 from bozzetto.drafts import Layout, PathVerdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
@@ -264,7 +264,7 @@ def drafted(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A variant whose base model has a random drafter; its body is the base's own."""
     base = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("base") / "flow"))
     pipe = load(base)
-    save_sketch(base / "sketch", random_sketch(sketch_config(pipe.target.whole)), base, {"target_name": "tiny"})
+    save_sketch(base / "sketch", random_sketch(gaussian_config(pipe.target.whole)), base, {"target_name": "tiny"})
     at = tmp_path_factory.mktemp("drafted") / "model"
     at.mkdir()
     model = DriftModel(load_continuous(pipe.folder), DriftConfig(width=16, depth=1))

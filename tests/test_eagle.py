@@ -14,9 +14,9 @@ from bozzetto.checkpoints.eagle_store import convert_eagle, load_eagle, save_dra
 from bozzetto.checkpoints.store import load_llamagen
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation
-from bozzetto.drafters.eagle import EagleNet, eagle_config
-from bozzetto.drafters.grow import TreeDrafter
-from bozzetto.drafters.sketch import EagleSketcher, TargetSketcher
+from bozzetto.drafters.eagle import CachedEagle, EagleNet, eagle_config
+from bozzetto.drafters.small_target import SmallTarget
+from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts import Layout, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
@@ -47,8 +47,8 @@ def tiny_eagle(seed: int = 0, layers: int = 1) -> EagleNet:
 NET = tiny_eagle()
 
 
-def sketcher(net: EagleNet = NET) -> EagleSketcher:
-    return EagleSketcher(net, TARGET.embedding, TARGET.head)
+def sketcher(net: EagleNet = NET) -> CachedEagle:
+    return CachedEagle(net, TARGET.embedding, TARGET.head)
 
 
 def drafter(tree: str) -> TreeDrafter:
@@ -208,7 +208,7 @@ def test_every_rule_decodes_with_the_drafter(rule: str, tree: str, temperature: 
 
 def test_the_target_as_its_own_smaller_target_is_always_right() -> None:
     result = decode(
-        TARGET, "tree", TreeDrafter("model", TargetSketcher(TARGET), read_shape("chain-3")), settings=GUIDED, labels=1
+        TARGET, "tree", TreeDrafter("model", SmallTarget(TARGET), read_shape("chain-3")), settings=GUIDED, labels=1
     )
     assert int(result.accepted.sum()) >= 0.99 * int(result.drafted.sum())
     assert int(result.passes.max()) == 1 + -(-(C.length - 1) // 4)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bozzetto.checkpoints.continuous_store import load_continuous, notes_of, write_continuous
 from bozzetto.decoding.loop import BatchResult, Decoder
-from bozzetto.drafters.none import NoPaths
+from bozzetto.drafters.base import NoPaths
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NormalField

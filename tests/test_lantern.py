@@ -20,8 +20,7 @@ from bozzetto.checkpoints.eagle_store import convert_eagle, load_eagle, save_dra
 from bozzetto.checkpoints.store import load_llamagen
 from bozzetto.cli.main import main
 from bozzetto.drafters.base import Observation
-from bozzetto.drafters.eagle import EagleNet, eagle_config
-from bozzetto.drafters.sketch import EagleSketcher
+from bozzetto.drafters.eagle import CachedEagle, EagleNet, eagle_config
 from bozzetto.drafts import Layout, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import left_pad
@@ -166,7 +165,7 @@ def test_drafters_of_text_conditional_llamagen_begin_with_the_caption(guided: bo
         n = len(ids)
         return forward(torch.cat([whole[row][:first], known.double()]), rows[ids], (cos[:n], sin[:n]))
 
-    sketch = EagleSketcher(net, target.embedding, target.head, target.condition_features)
+    sketch = CachedEagle(net, target.embedding, target.head, target.condition_features)
     check_sketch(sketch, torch.arange(3), tokens, guided, own, torch.stack([part[first:] for part in whole]).float())
 
 

@@ -11,10 +11,8 @@ from bozzetto.decoding.batch_lane import BatchLane
 from bozzetto.decoding.loop import Decoder
 from bozzetto.decoding.slots import ImageRequest
 from bozzetto.drafters.base import Drafter
-from bozzetto.drafters.filled import FilledJacobi
-from bozzetto.drafters.jacobi import Jacobi
-from bozzetto.drafters.second import SecondGuess
-from bozzetto.drafters.sketch import TargetSketcher
+from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
+from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.laws.categorical import LawSettings, coin_margin
 from bozzetto.methods.registry import make_rule
 from bozzetto.targets.tabular import TabularTarget
@@ -27,8 +25,8 @@ SKETCH.tables = TARGET.tables + 0.5 * SKETCH.tables
 
 DRAFTERS: dict[str, Callable[[TabularTarget], Drafter]] = {
     "window": lambda _: Jacobi(4),
-    "filled": lambda sketch: FilledJacobi(4, TargetSketcher(sketch), fresh=1),
-    "second": lambda sketch: SecondGuess(4, TargetSketcher(sketch), 2, reach=2),
+    "filled": lambda sketch: FilledJacobi(4, SmallTarget(sketch), fresh=1),
+    "second": lambda sketch: SecondGuess(4, SmallTarget(sketch), 2, reach=2),
     "chain": lambda sketch: sketched(sketch, "chain-3"),
     "tree": lambda sketch: sketched(sketch, "2x2"),
     "dynamic": lambda sketch: sketched(sketch, "dynamic-7-3-2"),

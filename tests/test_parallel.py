@@ -14,11 +14,18 @@ import bozzetto
 from bozzetto.checkpoints.eagle_store import load_drafter, save_drafter
 from bozzetto.checkpoints.store import load_llamagen
 from bozzetto.decoding.loop import Decoder
-from bozzetto.drafters.filled import FilledJacobi
-from bozzetto.drafters.glance import GlanceConfig, GlanceNet
-from bozzetto.drafters.grow import TreeDrafter
-from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
-from bozzetto.drafters.parallel_sketch import BlockSketcher, GlanceSketcher, ParallelSketcher, PlaneSketcher
+from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceNet
+from bozzetto.drafters.jacobi import FilledJacobi
+from bozzetto.drafters.parallel import (
+    BlockConfig,
+    BlockNet,
+    CachedBlock,
+    CachedParallel,
+    CachedPlane,
+    PlaneConfig,
+    PlaneNet,
+)
+from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
@@ -31,7 +38,7 @@ from toys import PLAIN, decode
 
 PLACES = 4
 KINDS = ("plane", "block", "glance")
-SKETCHERS: dict[str, Any] = {"plane": PlaneSketcher, "block": BlockSketcher, "glance": GlanceSketcher}
+SKETCHERS: dict[str, Any] = {"plane": CachedPlane, "block": CachedBlock, "glance": CachedGlance}
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -50,7 +57,7 @@ def tiny(kind: str, seed: int = 0) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def sketcher(kind: str, net: Any = None) -> ParallelSketcher:
+def sketcher(kind: str, net: Any = None) -> CachedParallel:
     net = tiny(kind) if net is None else net
     return SKETCHERS[kind](net, TARGET.embedding, TARGET.head)
 

@@ -19,8 +19,7 @@ from bozzetto.checkpoints.store import CONFIG, WEIGHTS
 from bozzetto.cli.main import main
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafters.path_chain import SketchChain
-from bozzetto.drafters.path_sketch import PathSketch, PathSketcher, SketchConfig, sketch_config
+from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianDrafter, GaussianNet, gaussian_config
 from bozzetto.drafts import PathVerdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import Path as DenoisingPath
@@ -41,10 +40,10 @@ SCHEDULE = FlowSampler(steps=5).schedule
 CPU = torch.device("cpu")
 
 
-def random_sketch(config: SketchConfig, seed: int = 0) -> PathSketch:
+def random_sketch(config: GaussianConfig, seed: int = 0) -> GaussianNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = PathSketch(config)
+        net = GaussianNet(config)
         for name, weight in net.named_parameters():
             if weight.ndim > 1 or "bias" in name:
                 torch.nn.init.normal_(weight, std=0.2)
@@ -64,10 +63,10 @@ def small_target(grid: int = 2, token_dim: int = 3) -> FlowTarget:
     return FlowTarget(model.eval().requires_grad_(False), FlowSampler(steps=3, last_std=0.6))
 
 
-def sketcher_for(target: FlowTarget) -> PathSketcher:
+def sketcher_for(target: FlowTarget) -> CachedGaussian:
     c = target.config
-    return PathSketcher(
-        random_sketch(SketchConfig(c.dim, c.heads, c.ffn, target.token_dim, c.grid, 16)), target.embedding
+    return CachedGaussian(
+        random_sketch(GaussianConfig(c.dim, c.heads, c.ffn, target.token_dim, c.grid, 16)), target.embedding
     )
 
 
@@ -77,7 +76,7 @@ def flow(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("with") / "sketch"))
     pipe = bozzetto.load(folder)
     assert isinstance(pipe, FlowPipeline)
-    save_sketch(folder / "sketch", random_sketch(sketch_config(pipe.target.whole)), folder, {"target_name": "tiny"})
+    save_sketch(folder / "sketch", random_sketch(gaussian_config(pipe.target.whole)), folder, {"target_name": "tiny"})
     return folder
 
 
@@ -121,12 +120,12 @@ def test_a_gaussian_chain_predicts_the_posterior_mean_of_its_token() -> None:
 def test_the_cached_drafter_predicts_what_the_roll_out_of_training_does(guidance: float) -> None:
     target = small_target(grid=3)
     sketcher = sketcher_for(target)
-    net = random_sketch(SketchConfig(16, 2, target.config.ffn, 3, 3, 16))
+    net = random_sketch(GaussianConfig(16, 2, target.config.ffn, 3, 3, 16))
     copies, n = (2 if guidance != 1 else 1), 5
     torch.manual_seed(2)
     features, tokens = torch.randn(2 * copies, n, 16), torch.randn(2, n, 3)
     rolled = net.body.roll_out(features, sketcher.embed(tokens).repeat(copies, 1, 1), 1)[0]
-    drafter = SketchChain(sketcher, 2, SCHEDULE.ancestry(CPU), SCHEDULE.std.float(), 3)
+    drafter = GaussianDrafter(sketcher, 2, SCHEDULE.ancestry(CPU), SCHEDULE.std.float(), 3)
     labels, keys = torch.tensor([0, 1]), image_keys(0, 2, torch.arange(2))
     noise = NormalField(0, torch.arange(2), 9, 5, 3)
     drafter.begin(Start(labels, 9, LawSettings(guidance=guidance), noise, keys, with_laws=True))
@@ -141,7 +140,7 @@ def test_the_cached_drafter_predicts_what_the_roll_out_of_training_does(guidance
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_drafted_paths_carry_the_laws_they_were_drawn_from(guidance: float) -> None:
     target, drafts = small_target(), []
-    drafter = SketchChain(sketcher_for(target), 3, target.schedule.ancestry(CPU), target.schedule.std.float(), 3)
+    drafter = GaussianDrafter(sketcher_for(target), 3, target.schedule.ancestry(CPU), target.schedule.std.float(), 3)
     propose = drafter.propose
 
     def spy(batch: int, limit: int):  # type: ignore[no-untyped-def]
@@ -242,10 +241,10 @@ def test_a_stored_drafter_comes_back(flow: Path) -> None:
     assert isinstance(pipe, FlowPipeline)
     config = pipe.target.whole
     digest = json.loads((flow / "sketch" / CONFIG).read_text())["target_weights"]
-    net, stored = random_sketch(sketch_config(config)), load_sketch(flow / "sketch", config, digest)
+    net, stored = random_sketch(gaussian_config(config)), load_sketch(flow / "sketch", config, digest)
     for name, weight in net.state_dict().items():
         torch.testing.assert_close(stored.state_dict()[name], weight, atol=1e-2, rtol=1e-2)
-    basis = PathSketcher(stored, Dense(torch.randn(32, 32), None, torch.float32)).basis
+    basis = CachedGaussian(stored, Dense(torch.randn(32, 32), None, torch.float32)).basis
     torch.testing.assert_close(basis @ basis.T, torch.eye(32), atol=1e-6, rtol=0)
 
 
@@ -344,4 +343,4 @@ def test_a_drafter_of_codes_is_no_drafter_of_vectors(tiny_model: Path, tmp_path:
 
 def test_the_sketcher_computes_in_the_dtype_of_the_targets_embedding() -> None:
     embedding = Dense(torch.randn(16, 3), None, torch.bfloat16)
-    assert PathSketcher(random_sketch(SketchConfig(16, 2, 24, 3, 2, 16)), embedding).dtype == torch.bfloat16
+    assert CachedGaussian(random_sketch(GaussianConfig(16, 2, 24, 3, 2, 16)), embedding).dtype == torch.bfloat16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bozzetto.drafters.grow import Dynamic
+from bozzetto.drafters.tree import Dynamic
 from bozzetto.drafts.tree import SHAPES
 from bozzetto.errors import UsageError
 from bozzetto.methods.registry import (

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 import bozzetto
-from bozzetto.drafters.base import Observation
-from bozzetto.drafters.filled import FilledJacobi
-from bozzetto.drafters.jacobi import Jacobi
-from bozzetto.drafters.second import SecondGuess
-from bozzetto.drafters.sketch import TargetSketcher
+from bozzetto.drafters.base import DraftModel, Observation
+from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
+from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import comb_tree, make_tree
 from bozzetto.errors import UsageError
@@ -37,10 +35,10 @@ Make = Callable[[TabularTarget], Jacobi]
 K = 3
 
 
-class AtOnce:
+class AtOnce(DraftModel):
     """A parallel sketcher of any law: what it says of K places, and what it adds behind a token, is random."""
 
-    wants_features = False
+    at_once = True
 
     def __init__(self, sketch: TabularTarget):
         self.table = sketch.tables[0, -(V**3) :].view(V, V, V, V)  # any random numbers, of the sketch
@@ -60,16 +58,16 @@ class AtOnce:
 
 
 HELPED: dict[str, Make] = {
-    "filled-3": lambda sketch: FilledJacobi(3, TargetSketcher(sketch)),
-    "filled-5-1": lambda sketch: FilledJacobi(5, TargetSketcher(sketch), fresh=1),
-    "filled-4-3": lambda sketch: FilledJacobi(4, TargetSketcher(sketch), fresh=3),
-    "at-once-3": lambda sketch: FilledJacobi(3, AtOnce(sketch)),  # type: ignore[arg-type]
-    "at-once-5-2": lambda sketch: FilledJacobi(5, AtOnce(sketch), fresh=2),  # type: ignore[arg-type]
-    "second-2-1": lambda sketch: SecondGuess(2, TargetSketcher(sketch), 1),
-    "second-4-2": lambda sketch: SecondGuess(4, TargetSketcher(sketch), 2),
-    "second-5-4": lambda sketch: SecondGuess(5, TargetSketcher(sketch), 4),
-    "second-3-2-2": lambda sketch: SecondGuess(3, TargetSketcher(sketch), 2, reach=2),
-    "second-2-1-3": lambda sketch: SecondGuess(2, TargetSketcher(sketch), 1, reach=3),
+    "filled-3": lambda sketch: FilledJacobi(3, SmallTarget(sketch)),
+    "filled-5-1": lambda sketch: FilledJacobi(5, SmallTarget(sketch), fresh=1),
+    "filled-4-3": lambda sketch: FilledJacobi(4, SmallTarget(sketch), fresh=3),
+    "at-once-3": lambda sketch: FilledJacobi(3, AtOnce(sketch)),
+    "at-once-5-2": lambda sketch: FilledJacobi(5, AtOnce(sketch), fresh=2),
+    "second-2-1": lambda sketch: SecondGuess(2, SmallTarget(sketch), 1),
+    "second-4-2": lambda sketch: SecondGuess(4, SmallTarget(sketch), 2),
+    "second-5-4": lambda sketch: SecondGuess(5, SmallTarget(sketch), 4),
+    "second-3-2-2": lambda sketch: SecondGuess(3, SmallTarget(sketch), 2, reach=2),
+    "second-2-1-3": lambda sketch: SecondGuess(2, SmallTarget(sketch), 1, reach=3),
 }
 CASES = [(rule, kind) for rule in WINDOW_RULES for kind in HELPED]
 UNLIKE = ("at-once-3", "at-once-5-2", "second-3-2-2", "second-2-1-3")  # of a law of their own, or deeper than a window
@@ -141,7 +139,7 @@ def test_seed_exact_windows_give_the_sequential_tokens(kind: str, settings: LawS
 def test_second_guesses_gain_tokens_where_the_window_is_wrong(rule: str) -> None:
     """A certain second guess is kept wherever the window's token is not: two tokens in every pass but the first."""
     target = alternating_target(V, N)
-    result = decode(target, rule, SecondGuess(2, TargetSketcher(target), 1), index=range(2000))
+    result = decode(target, rule, SecondGuess(2, SmallTarget(target), 1), index=range(2000))
     plain = decode(target, rule, "jacobi", window=2, index=range(2000))
     assert set(plain.passes.tolist()) == {N}
     assert float(result.passes.double().mean()) < 0.8 * N

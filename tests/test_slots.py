@@ -12,10 +12,8 @@ from torch import Tensor
 
 from bozzetto.decoding.loop import BatchResult, Decoder
 from bozzetto.decoding.slots import ImageRequest, SlotImage, SlotLane
-from bozzetto.drafters.filled import FilledJacobi
-from bozzetto.drafters.glance import GlanceConfig, GlanceNet
-from bozzetto.drafters.glance_fill import GlanceFill
-from bozzetto.drafters.parallel_sketch import GlanceSketcher
+from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceFill, GlanceNet
+from bozzetto.drafters.jacobi import FilledJacobi
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.registry import make_drafter, make_rule
 from bozzetto.targets.compiled_cache import compile_target
@@ -95,7 +93,7 @@ def alone(
     """The image by the readable twin. fresh: with windows that a glance fills."""
     drafter = make_drafter("jacobi", window) if window > 1 else make_drafter("none")
     if fresh is not None:
-        drafter = FilledJacobi(window, GlanceSketcher(glance_of(target), target.embedding, target.head), fresh)
+        drafter = FilledJacobi(window, CachedGlance(glance_of(target), target.embedding, target.head), fresh)
     decoder = Decoder(target, drafter, make_rule(rule), r.law)
     return decoder.run(torch.tensor([r.label]), r.seed, torch.tensor([r.index]))
 

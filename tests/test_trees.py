@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafters.grow import TreeDrafter
+from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts import Draft, Tree, Verdict
 from bozzetto.drafts.tree import SHAPES, chain_tree, make_tree, static_tree
 from bozzetto.errors import UsageError

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bozzetto.decoding.loop import BatchResult, Decoder
 from bozzetto.drafters.base import Drafter, Start
-from bozzetto.drafters.grow import TreeDrafter
-from bozzetto.drafters.sketch import TargetSketcher
+from bozzetto.drafters.small_target import SmallTarget
+from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import GumbelField
 from bozzetto.methods.registry import RULES, make_drafter, make_rule, read_shape
@@ -32,7 +32,7 @@ def start_of(noise: GumbelField, with_laws: bool = True, settings: LawSettings =
 def sketched(target: Target, tree: str) -> TreeDrafter:
     """A tree drafter that sketches with `target`; `TREE stop=S`: it stops where drafts are not likely to be reached."""
     shape, _, stop = tree.partition(" stop=")
-    return TreeDrafter("model", TargetSketcher(target), read_shape(shape), float(stop or 0))
+    return TreeDrafter("model", SmallTarget(target), read_shape(shape), float(stop or 0))
 
 
 def decode(

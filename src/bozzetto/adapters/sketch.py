@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from bozzetto.adapters.prompted import PromptedCodes
-from bozzetto.drafters.base import Observation
-from bozzetto.drafters.eagle import EagleConfig, EagleNet
-from bozzetto.drafters.sketch import EagleLayerCache, Lead
+from bozzetto.drafters.base import DraftModel, Observation
+from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet, Lead
 from bozzetto.drafts import Layout
 
 
@@ -20,7 +19,7 @@ def prompted_eagle(target: PromptedCodes, heads: int, ffn: int) -> EagleConfig:
     return EagleConfig(shape.dim, heads, ffn, shape.vocab, shape.grid)
 
 
-class PromptedEagle(EagleLayerCache):
+class PromptedEagle(EagleLayerCache, DraftModel):
     """Pairs of a target feature and a token in, the next law out. The number of the token that a law is of is told to
     the target, which knows what stands where (ends of lines)."""
 

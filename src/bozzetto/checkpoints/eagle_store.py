@@ -1,4 +1,4 @@
-"""Folders that hold a drafter of codes: config.json (family eagle, plane, block, glance), model.safetensors. A drafter
+"""Folders that hold a drafter of codes: config.json (family: one of drafters/trained.py), model.safetensors. A drafter
 names the target it was trained for."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bozzetto.checkpoints.convert import check_out, check_storable, read_state, types_in, write_folder
 from bozzetto.checkpoints.layout import weight_files
@@ -28,31 +28,18 @@ from bozzetto.checkpoints.store import (
     write_config,
 )
 from bozzetto.common.checks import config_from
-from bozzetto.drafters.eagle import EagleConfig, EagleNet, Rows, eagle_config
-from bozzetto.drafters.glance import GlanceConfig, GlanceNet
-from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
+from bozzetto.drafters.eagle import EagleNet, Rows, eagle_config
+from bozzetto.drafters.trained import TRAINED, family_of
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 
 FAMILY = "eagle"
-Drafting = EagleNet | PlaneNet | BlockNet | GlanceNet
-FAMILIES: dict[str, tuple[type, Any]] = {
-    FAMILY: (EagleConfig, EagleNet),
-    "plane": (PlaneConfig, PlaneNet),
-    "block": (BlockConfig, BlockNet),
-    "glance": (GlanceConfig, GlanceNet),
-}
 EMBEDDING = "embed_tokens.weight"
-
-
-def family_of(net: Drafting) -> str:
-    """The family's name."""
-    return next(name for name, (_, kind) in FAMILIES.items() if isinstance(net, kind))
 
 
 def save_drafter(
     folder: str | Path,
-    net: Drafting,
+    net: nn.Module,
     target: Path,
     notes: dict[str, Any],
     compact: bool = False,
@@ -72,8 +59,8 @@ def load_drafter(folder: str | Path, family: str, target: LlamaGenConfig, weight
     """
     folder = Path(folder)
     content, source = read_config(folder), folder / CONFIG
-    config_kind, kind = choose(content, "family", {family: FAMILIES[family]}, source)
-    config = config_from(config_kind, content.get("config"), source)
+    kind = choose(content, "family", {family: TRAINED[family]}, source)
+    config = config_from(kind.config, content.get("config"), source)
     before = getattr(config, "before", "nothing")
     allowed = ("nothing", "captions" if isinstance(target, LlamaGenConfig) else "words")
     if before not in allowed:
@@ -81,7 +68,7 @@ def load_drafter(folder: str | Path, family: str, target: LlamaGenConfig, weight
     if before == "words":  # it knows the whole vocabulary, and places in a line
         config = replace(config, vocab=target.vocab, grid=target.grid)
     check_target(folder, content, config, target, weights)
-    return load_module(lambda: kind(config), folder / WEIGHTS)
+    return load_module(lambda: kind.net(config), folder / WEIGHTS)
 
 
 def load_eagle(folder: str | Path, target: LlamaGenConfig, weights: str) -> EagleNet:

@@ -11,7 +11,6 @@ from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checkpoints.continuous_store import DECODERS
 from bozzetto.checkpoints.continuous_store import FAMILIES as CONTINUOUS
 from bozzetto.checkpoints.drift_store import DRIFT
-from bozzetto.checkpoints.eagle_store import FAMILIES as DRAFTERS
 from bozzetto.checkpoints.own_sampling import brief_law, own_from
 from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.sketch_store import SKETCH
@@ -29,7 +28,8 @@ from bozzetto.checkpoints.store import (
     read_config,
 )
 from bozzetto.common.checks import clipped, config_from
-from bozzetto.drafters.path_sketch import SketchConfig
+from bozzetto.drafters.gaussian import GaussianConfig
+from bozzetto.drafters.trained import TRAINED
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.output import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
@@ -37,7 +37,7 @@ from bozzetto.targets.drift import DriftConfig
 from bozzetto.targets.llamagen import LlamaGenConfig
 
 _TARGETS: dict[str, Any] = {"llamagen": LlamaGenConfig, **{name: kinds[0] for name, kinds in CONTINUOUS.items()}}
-_DRAFTERS: dict[str, Any] = {SKETCH: SketchConfig, **{name: kinds[0] for name, kinds in DRAFTERS.items()}}
+_DRAFTERS: dict[str, Any] = {SKETCH: GaussianConfig, **{name: kind.config for name, kind in TRAINED.items()}}
 _PIXELS: dict[str, Any] = {**CODECS, **{name: kinds[0] for name, kinds in DECODERS.items()}}
 
 

@@ -61,7 +61,7 @@ class SlotState:
 class Advance(nn.Module):
     """rule: a rule that carries windows on; length: tokens of an image; widest: places of the next inputs; filtered:
     whether any law has a top-k or a top-p (or is greedy: top-k 1); filler: draws the places that enter the window
-    (drafters/glance_fill.py; None: a copy of the window's last law)."""
+    (drafters/glance.py; None: a copy of the window's last law)."""
 
     def __init__(self, rule: Rule, length: int, widest: int, filtered: bool, filler: nn.Module | None = None):
         super().__init__()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, PathDraft, PathVerdict, Verdict
+from bozzetto.drafts import Draft, Layout, PathDraft, PathVerdict, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NoiseField
 
@@ -94,3 +95,76 @@ class Drafter(Protocol):
     def keep(self, rows: Tensor) -> None:
         """Drop finished images: keep the given batch rows int64 [B']."""
         ...
+
+
+class DraftModel:
+    """A cheap causal model with its own cache. All log-laws are made from logits [B, n, V] or [2B, n, V] (guided).
+
+    wants_features: whether it learns from the target's hidden states; at_once: whether one call gives the logits of all
+    next places, by `bases` and `after`."""
+
+    wants_features: bool = False
+    at_once: bool = False
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        """Start a batch: labels int64 [B]; max_nodes: most nodes ever grown in a pass."""
+        raise NotImplementedError
+
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        """Take in what a pass committed. Returns logits and hidden states (each [R, 1, ...]) for the next token."""
+        raise NotImplementedError
+
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        """One level. tokens int64 [B, n]; parent int64 [b, n], numbers of their parents among the grown (0: the root,
+        e: the e-th grown node); first: number of nodes grown before; layout: slots after the committed ones. Returns
+        logits [R, n, V] and hidden states [R, n, d] that predict the nodes' children."""
+        raise NotImplementedError
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop finished images: keep the given batch rows int64 [B']."""
+        raise NotImplementedError
+
+    def bases(self, seen: Observation) -> Tensor:
+        """Take in what a pass committed -> logits float32 [R, K, V] of the next places, without what `after` adds."""
+        raise NotImplementedError
+
+    def after(self, tokens: Tensor) -> Tensor | float:
+        """What the tokens before, int64 [B, n], add to logits [R, n, V]."""
+        raise NotImplementedError
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """values [R, W, d] at columns int64 [B, n], R a multiple of B -> [R, n, d]."""
+    index = index.repeat(len(values) // len(index), 1)
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+class NoDrafter:
+    """Proposes nothing, ever: plain sequential decoding as a case of the same loop."""
+
+    name = "none"
+    max_nodes = 0
+    max_depth = 0
+    wants_features = False
+
+    def begin(self, start: Start) -> None:
+        self.device = start.labels.device
+
+    def propose(self, batch: int, limit: int) -> Draft:
+        return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.device))
+
+    def observe(self, seen: Observation) -> None:
+        pass
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+
+class NoPaths(NoDrafter):
+    """The same for continuous tokens of `dim` numbers."""
+
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    def propose(self, batch: int, limit: int) -> PathDraft:  # type: ignore[override]
+        return PathDraft(torch.empty(batch, 0, self.dim, device=self.device))

@@ -1,4 +1,5 @@
-"""EAGLE-style drafter network: a decoder layer, or a few, that predict the target's next hidden feature.
+"""EAGLE-style draft model: a decoder layer, or a few, that predict the target's next hidden feature. Network, config
+and cached form.
 
 Pair i is (f_i, x_i): the target's hidden state after its final norm at input i (its head gives the law of token i) and
 the token i that followed. From the pairs 0..i the network predicts f_{i+1}, and the target's frozen head turns the
@@ -15,19 +16,29 @@ ones and begin as the identity, so that a trained drafter can be made deeper.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
+from bozzetto.drafters.base import DraftModel, Observation, gather_rows
+from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
+from bozzetto.runtime.attention import attend
+from bozzetto.runtime.dense import Dense
+from bozzetto.targets.base import visible
 from bozzetto.targets.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
+from bozzetto.targets.llamagen_cache import copied, rotate_pairs
 
 Rows = Literal["tokens", "head"]  # of the target that stand for a token
 Before = Literal["nothing", "captions", "words"]  # in the sequences that a drafter was trained on
+Conditions = Callable[[Tensor, bool], Tensor]
+_HEAD_EPS = 1e-5  # of the norms of heads
 QUIET = {"quiet": True}  # a field that config.json holds only where it is not the usual
 
 
@@ -70,53 +81,33 @@ def eagle_config(target: LlamaGenConfig, embedding: Rows = "tokens", layers: int
     return EagleConfig(*shape, embedding, rope_base=target.rope_base, layers=layers)
 
 
-class HeadNorm(nn.Module):
-    """A layer norm of each head of its own, as Chameleon's (arXiv 2405.09818, section 2.3)."""
-
-    eps = 1e-5
-
-    def __init__(self, heads: int, head_dim: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(heads, head_dim)), nn.Parameter(torch.zeros(heads, head_dim))
-
-
-class _SelfAttention(nn.Module):
-    def __init__(self, config: EagleConfig):
-        super().__init__()
-        dim = config.dim
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
-        if config.head_norms:
-            self.q_norm, self.k_norm = (HeadNorm(config.heads, config.head_dim) for _ in range(2))
-
-
-class _MLP(nn.Module):
-    def __init__(self, dim: int, ffn: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, ffn, bias=False)
-        self.up_proj = nn.Linear(dim, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class EagleLayer(nn.Module):
     """A decoder layer; its attention is written out by whoever calls it (training and cached drafting differ). first:
-    without a norm before the attention, unless the config says so."""
+    without a norm before the attention, unless the config says so. Norms of heads have a gain and a bias for each head,
+    as Chameleon's (arXiv 2405.09818, section 2.3)."""
+
+    self_attn: Any
+    mlp: Any
 
     def __init__(self, config: EagleConfig, first: bool):
         super().__init__()
-        self.self_attn = _SelfAttention(config)
-        self.mlp = _MLP(config.dim, config.ffn)
+        dim, ffn, heads = config.dim, config.ffn, (config.heads, config.head_dim)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(dim, dim, bias=False) for name in "qkvo"})
+        for name in "qk" if config.head_norms else "":
+            self.self_attn[f"{name}_norm"] = nn.ParameterDict({"weight": torch.ones(heads), "bias": torch.zeros(heads)})
+        sizes = {"gate_proj": (dim, ffn), "up_proj": (dim, ffn), "down_proj": (ffn, dim)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.input_layernorm = None if first and not config.first_norm else RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
     def before(self, h: Tensor) -> Tensor:
         """What the attention sees of hidden states."""
         return h if self.input_layernorm is None else self.input_layernorm(h)
+
+    def feed(self, h: Tensor) -> Tensor:
+        """The part behind the attention."""
+        m, seen = self.mlp, self.post_attention_layernorm(h)
+        return h + m.down_proj(F.silu(m.gate_proj(seen)) * m.up_proj(seen))
 
 
 class EagleNet(nn.Module):
@@ -168,8 +159,7 @@ class EagleNet(nn.Module):
                 keys.append(k)
                 values.append(v)
                 mixed = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
-                h = h + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-                h = h + layer.mlp(layer.post_attention_layernorm(h))
+                h = layer.feed(h + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)))
             out.append(h)
             fed = torch.cat([features[:, :1], h[:, :-1]], 1)
         return out
@@ -191,3 +181,201 @@ def _roll_out_mask(at: Tensor, step: int) -> Tensor:
 
 def _as_target(config: EagleConfig) -> LlamaGenConfig:
     return LlamaGenConfig(config.dim, 1, config.heads, config.vocab, config.grid, rope_base=config.rope_base)
+
+
+class _PackedEagle:
+    """A drafter layer's maps in the compute dtype."""
+
+    def __init__(self, layer: EagleLayer, dtype: torch.dtype):
+        a, m, before = layer.self_attn, layer.mlp, layer.input_layernorm
+        self.wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
+        self.w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
+        self.wo, self.w2 = Dense.of(a.o_proj, dtype), Dense.of(m.down_proj, dtype)
+        self.before = None if before is None else before.weight.to(dtype)
+        both = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
+        self.head_norms = (
+            None if None in both else [torch.stack([getattr(n, p) for n in both]).to(dtype) for p in ("weight", "bias")]
+        )
+        self.gain = layer.post_attention_layernorm.weight.to(dtype)
+
+
+@dataclass
+class Lead:
+    """Pairs before the first image token of R rows, padded on the left: embedded tokens and features [R, L, d]; count:
+    int64 [R], how many are real (None: all)."""
+
+    embedded: Tensor
+    features: Tensor
+    count: Tensor | None = None
+
+
+class EagleLayerCache:
+    """The cached EAGLE layers: pairs of a target feature and a token in, the next feature out.
+
+    Slot i of the cache holds pair i, slots below 0 what stands before (`Lead`); drafted pairs lie behind the committed
+    ones and are written over by the next pass.
+    """
+
+    wants_features = True
+
+    @torch.no_grad()
+    def __init__(self, net: EagleNet, dtype: torch.dtype):
+        self.config, self.dtype, self.device = net.config, dtype, net.fc.weight.device
+        self.fc = Dense.of(net.fc, dtype)
+        self.layers = [_PackedEagle(layer, dtype) for layer in net.blocks]
+        self.rope = torch.view_as_complex(net.rope.contiguous())  # complex64 [N, hd/2]
+        if net.config.before == "captions":  # whose pairs are not turned, and not looked at by their keys: zero
+            self.rope = torch.cat([torch.zeros_like(self.rope[:1]), self.rope])
+
+    @torch.no_grad()
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        self.copies = 2 if guided else 1
+        self.rows = len(labels) * self.copies
+        lead = self.before(labels, guided)
+        first = 0 if lead is None else lead.features.shape[1]
+        self.slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
+        shape = (len(self.layers), 2, self.rows * self.slots, self.config.dim)
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._number_slots(first)
+        self.count = None if lead is None else lead.count
+        if lead is not None and first:
+            at = self.columns[:first].expand(self.rows, -1)
+            seen = (at[:, None] <= at[:, :, None]) & self._open(self.columns[:first]) | (at[:, None] == at[:, :, None])
+            self._run(lead.embedded, lead.features, at, at, F.pad(seen, (0, self.slots - first)))
+
+    def _number_slots(self, first: int) -> None:
+        """first_slot [R, 1]: where pair 0 of a row lies in the flat cache, behind `first` others; columns [S]: the pair
+        in each slot."""
+        self.first_slot = torch.arange(self.rows, device=self.device)[:, None] * self.slots + first  # [R, 1]
+        self.columns = torch.arange(self.slots, device=self.device) - first
+
+    def before(self, labels: Tensor, guided: bool) -> Lead | None:
+        """What stands before pair 0."""
+        return None
+
+    def _open(self, columns: Tensor) -> Tensor:
+        """Which columns are not padding, bool [R or 1, 1, S]."""
+        if self.count is None:
+            return torch.ones_like(columns, dtype=torch.bool)[None, None]
+        return (columns >= -self.count[:, None])[:, None]
+
+    def _turns(self, position: Tensor) -> Tensor:
+        """Rotations complex64 [R, n, hd/2] of pairs int64 [R, n]."""
+        c = self.config
+        if c.before != "words":
+            behind = int(c.before == "captions")  # the row of the table that is that of pair 0
+            return self.rope[(position + behind).clamp(0, len(self.rope) - 1)]
+        rate = c.rope_base ** -(torch.arange(0, c.head_dim, 2, device=self.device).float() / c.head_dim)
+        place = position if self.count is None else (position + self.count[:, None]).clamp_min(0)
+        angle = place[..., None] * rate
+        return torch.polar(torch.ones_like(angle), angle)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, n, ...] -> [B, n, d]."""
+        raise NotImplementedError
+
+    def take_in(self, seen: Observation) -> Tensor:
+        """What a pass committed -> the prediction for the next token, hidden states [R, 1, d]."""
+        assert seen.features is not None
+        offset = torch.arange(seen.longest, device=self.device)
+        slot = seen.start[:, None] + offset
+        shown = visible(self.columns, seen.start, seen.longest, None)
+        features = seen.features[:, : seen.longest]
+        out = self._step(seen.verdict.tokens[:, : seen.longest], features, slot, slot, shown)
+        self.next = seen.start + seen.committed  # slot of the first drafted pair
+        self.grown = gather_rows(out, seen.committed[:, None] - 1)
+        return self.grown
+
+    def put_out(self, tokens: Tensor, parent: Tensor, layout: Layout) -> Tensor:
+        """One level of drafts (as `DraftModel.grow`) -> the predictions for their children, hidden states [R, n, d]."""
+        base = self.next[:, None]
+        shown = visible(self.columns, self.next, tokens.shape[1], layout)
+        features = gather_rows(self.grown, parent.expand(len(tokens), -1))
+        out = self._step(tokens, features, base + layout.slot, base + layout.depth, shown)
+        self.grown = torch.cat([self.grown, out], 1)
+        return out
+
+    @torch.no_grad()
+    def _step(self, tokens: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
+        """tokens [B, n, ...], slot, position int64 [B, n], features [R, n, d], shown bool [B, n, S] -> hidden
+        states [R, n, d]."""
+        x = self.embed(tokens)
+        if self.copies > 1:
+            slot, position, x, shown = (copied(part, self.copies) for part in (slot, position, x, shown))
+        if self.count is not None:
+            shown = shown & self._open(self.columns)
+        return self._run(x, features, slot, position, shown)
+
+    def _run(self, x: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
+        """The same for all R rows. x [R, n, d]: embedded tokens."""
+        mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)
+        rotation = self._turns(position)[:, :, None, None]
+        h = self.fc(torch.cat([x, features], -1))
+        flat = (self.first_slot + slot).flatten()
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            h = self._layer(layer, cache, h, rotation, flat, mask)
+        return h
+
+    def _layer(self, w: _PackedEagle, cache: Tensor, h: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
+        """h [R, n, d]; cache [2, R S, d]; slot int64 [R n], of the flat cache; mask [R, n, S]."""
+        c = self.config
+        seen = h if w.before is None else F.rms_norm(h, (c.dim,), w.before, c.norm_eps)
+        qkv = w.wqkv(seen).unflatten(-1, (3, c.heads, c.head_dim))
+        both = qkv[:, :, :2]
+        if w.head_norms is not None:
+            gain, bias = w.head_norms
+            both = F.layer_norm(both, (c.head_dim,), None, None, _HEAD_EPS) * gain + bias
+        q, k = rotate_pairs(both, rotation).unbind(2)
+        cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
+        cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
+        keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
+        h = h + w.wo(self._attend(q.transpose(1, 2), keys, values, mask[:, None]).transpose(1, 2).flatten(2))
+        gate, up = w.w13(F.rms_norm(h, (c.dim,), w.gain, c.norm_eps)).chunk(2, -1)
+        return h + w.w2(F.silu(gate) * up)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """q [R, H, n, hd]; keys, values [R, H, S, hd]; mask [R, 1, n, S] -> [R, H, n, hd]."""
+        return attend(q, keys, values, mask)
+
+    def keep(self, rows: Tensor) -> None:
+        batch = self.rows // self.copies
+        rows = torch.cat([rows + i * batch for i in range(self.copies)])
+        self.cache = self.cache.unflatten(2, (self.rows, self.slots))[:, :, rows].flatten(2, 3)
+        self.rows, self.first_slot = len(rows), self.first_slot[: len(rows)]
+        self.count = None if self.count is None else self.count[rows]
+
+
+class CachedEagle(EagleLayerCache, DraftModel):
+    """The cached EAGLE drafter of codes: the target's head reads its predictions."""
+
+    @torch.no_grad()
+    def __init__(self, net: EagleNet, embedding: Tensor, head: Tensor, conditions: Conditions | None = None):
+        """embedding, head: the target's rows [V, d] for tokens, in the dtype to compute in; conditions: its hidden
+        states at the condition's inputs but the last, [R, T - 1, d], which drafters ask for that begin with captions
+        (labels int64 [B], whether guided)."""
+        self.conditions = conditions
+        super().__init__(net, head.dtype)
+        self.embedding = head if net.config.embedding == "head" else embedding
+        self.output = Dense(head, None, head.dtype)
+
+    @classmethod
+    def of(cls, net: EagleNet, target: Any) -> CachedEagle:
+        """For a LlamaGen target that is ready to decode."""
+        return cls(net, target.embedding, target.head, target.condition_features)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding[tokens]
+
+    def before(self, labels: Tensor, guided: bool) -> Lead | None:
+        if self.config.before != "captions" or self.conditions is None:
+            return None
+        features = self.conditions(labels, guided)
+        return Lead(self.embedding[:1].expand(*features.shape[:2], -1), features)
+
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        hidden = self.take_in(seen)
+        return self.output(hidden).float(), hidden
+
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        hidden = self.put_out(tokens, parent, layout)
+        return self.output(hidden).float(), hidden

@@ -1,24 +1,30 @@
-"""A drafter without attention, for passes that are cheap: the last feature and what lies around each place, no more.
+"""A draft model without attention, for cheap passes: the last feature and what lies around each place, no more.
 
 Features of the next K places come from the target's feature f_a of the last committed pair (drafters/parallel.py), the
 token x_a that followed it, and the committed tokens and features of the row above each place, all of them narrow; a
 low-rank table tells each law which token was drawn just before (DSpark's). The row above says much of what attention
 would find out (ZipAR, arXiv 2412.04062; Hawk, arXiv 2510.25739), and the laws of all places cost one small network and
-one product with the head. It keeps two rows of narrow numbers, so that it can be compiled into the pass itself.
+one product with the head. It keeps two rows of narrow numbers, so that it can be compiled into the pass itself
+(`GlanceFill`; its readable twin is `CachedGlance`).
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Grid, Layers, Size
-from bozzetto.drafters.parallel import check_counts
+from bozzetto.drafters.base import Observation, gather_rows
+from bozzetto.drafters.parallel import CachedParallel, check_counts
 from bozzetto.errors import UsageError
+from bozzetto.runtime.linear import TorchMap, fixed_map
 from bozzetto.targets.llamagen import RMSNorm
+from bozzetto.targets.llamagen_cache import copied
 
 TOKENS_ABOVE = (-1, 0, 1, 2)  # columns of the row above, relative to a place's own
 FEATURES_ABOVE = (0, 1, 2)  # a feature knows the tokens before its own
@@ -114,3 +120,115 @@ def known_around(number: Tensor, distances: tuple[int, ...], last: Tensor) -> tu
     where = number[..., None] + torch.tensor(distances, device=number.device)
     known = (where >= 0) & (where <= last[..., None])
     return torch.where(known, where, 0), known[..., None]
+
+
+class CachedGlance(CachedParallel):
+    """What is kept of tokens and features, narrow, one row for each committed pair."""
+
+    net: GlanceNet
+
+    @torch.no_grad()
+    def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor):
+        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
+        self.narrow = self.net.of_token(embedding)  # [V, narrow]
+
+    def open(self, length: int) -> None:
+        shape = (2, self.rows, length, self.config.narrow)  # of tokens, of features
+        self.kept_of = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def places(self, seen: Observation, at: Tensor) -> Tensor:
+        assert seen.features is not None
+        count, c = seen.longest, self.config
+        features = seen.features[:, :count].to(self.dtype)
+        start = copied(seen.start[:, None], self.copies)
+        row = torch.arange(self.rows, device=self.device)[:, None]
+        # What lies beyond an image's committed pairs is written again before it is read.
+        new = start + torch.arange(count, device=self.device)
+        self.kept_of[0, row, new] = copied(self.narrow[seen.verdict.tokens[:, :count]], self.copies)
+        self.kept_of[1, row, new] = self.net.of_feature(features)
+        last = start + at
+        number = last + 1 + torch.arange(c.places, device=self.device)
+        looked = [surroundings(k, number, far, last) for k, far in zip(self.kept_of, c.around, strict=True)]
+        feature, end = gather_rows(features, at), self.kept_of[0, row, last]
+        return self.net.places(feature, end, torch.cat(looked, -1), number)
+
+    def kept(self, rows: Tensor) -> None:
+        self.kept_of = self.kept_of[:, rows]
+
+
+class GlanceFill(nn.Module):
+    """A glance as a part of a step: from what a pass has just found to the laws of the next drafts. Nothing is held:
+    what is kept of features is a tensor of the slots, what is kept of tokens a table of the codebook, so that all of it
+    can be compiled into the pass (decoding/advance.py).
+
+    embedding, head: the target's rows [V, d], in the dtype to compute in; fresh: drafts at the head of the window
+    that are drawn anew in every pass; output: a compiled target's map of `head`, whose weights are at hand then. With
+    it, runtime/linear.py may choose our kernel for the others too."""
+
+    @torch.no_grad()
+    def __init__(
+        self, net: GlanceNet, embedding: Tensor, head: Tensor, fresh: int = 0, output: nn.Module | None = None
+    ):
+        super().__init__()
+        self.config, self.fresh, dtype = net.config, fresh, head.dtype
+
+        def linear(weight: Tensor, gated: bool = False) -> Any:
+            weight = weight.detach().to(dtype).contiguous()
+            return TorchMap(weight, None, gated) if output is None else fixed_map(weight, dtype, gated=gated)
+
+        def fixed(weight: Tensor) -> nn.Parameter:
+            return nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=False)
+
+        self.of_token = fixed(F.linear(embedding, net.of_token.weight.to(dtype)))  # [V, narrow]
+        self.of_feature, self.last, self.around = map(
+            linear, (w.weight for w in (net.of_feature, net.last, net.around))
+        )
+        self.gate_up, self.down = linear(net.gate_up.weight, gated=True), linear(net.down.weight)
+        self.output, self.to_logits = output or linear(head), linear(net.to_logits.weight)
+        self.gain, self.shift, self.column, self.norm = map(fixed, (net.gain, net.shift, net.column, net.norm.weight))
+        self.before = fixed(net.before.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, fresh={self.fresh}"
+
+    @property
+    def narrow(self) -> int:
+        """Numbers that are kept of a feature."""
+        return self.config.narrow
+
+    def forward(
+        self, hidden: Tensor, kept: Tensor, tokens: Tensor, count: Tensor, committed: Tensor, most: int
+    ) -> Tensor:
+        """hidden [R, W, d] of a pass from token `count` int64 [B] on, R = copies B; kept [B, copies, S, narrow] is
+        changed in place; tokens: int64 [B, S], what is committed, `committed` int64 [B] by this pass; most: drafts
+        wanted -> logits float32 [R, min(most, K), V] of the tokens behind, without what the table adds."""
+        c, (batch, copies, *_), width = self.config, kept.shape, hidden.shape[1]
+        row, copy = (torch.arange(n, device=hidden.device) for n in (batch, copies))
+        new = count[:, None] + torch.arange(width, device=hidden.device)
+        kept[row[:, None, None], copy[:, None], new[:, None]] = _by_image(self.of_feature(hidden), copies)
+        last = (count + committed - 1).clamp_min(0)[:, None]  # [B, 1]; a slot without an image commits nothing
+        number = last + 1 + torch.arange(min(most, c.places), device=hidden.device)  # [B, K]
+        far_tokens, far_features = c.around
+        where, known = known_around(number, far_tokens, last)
+        around = torch.where(known, self.of_token[tokens[row[:, None, None], where]], 0).flatten(2)
+        ends = self.of_token[tokens.gather(1, last)].expand(-1, number.shape[1], -1)
+        where, known = known_around(number, far_features, last)
+        of_features = kept[row[:, None, None, None], copy[:, None, None], where[:, None]]
+        of_features = torch.where(known[:, None], of_features, 0).flatten(3)  # [B, copies, K, .]
+        ours = torch.cat([ends, around], -1).repeat(copies, 1, 1)
+        seen = torch.cat([ours, of_features.transpose(0, 1).flatten(0, 1)], -1)
+        at = (committed - 1).clamp_min(0).repeat(copies)[:, None, None].expand(-1, -1, c.dim)
+        places = number.shape[1]
+        column = self.column[number % c.grid].repeat(copies, 1, 1)
+        h = self.last(hidden.gather(1, at)) * self.gain[:places] + self.shift[:places] + column + self.around(seen)
+        h = self.down(self.gate_up(F.rms_norm(h, (c.dim,), self.norm, 1e-6)), h)
+        return self.output(h).float()
+
+    def bias(self, tokens: Tensor) -> Tensor:
+        """What the table adds to logits behind tokens int64 [B, n]: float32 [B, n, V]."""
+        return self.to_logits(self.before[tokens]).float()
+
+
+def _by_image(part: Tensor, copies: int) -> Tensor:
+    """[copies B, ...] -> [B, copies, ...]."""
+    return part.unflatten(0, (copies, -1)).transpose(0, 1)

@@ -4,18 +4,38 @@ One pass gives a law at every window position. The rule's tokens there (coupled 
 noise or by the keep-or-residual test) are the next draft, and the laws they follow are the next draft laws, for kept
 and redrawn tokens alike. Positions that enter the window are drawn from a copy of the last law of the window.
 Speculative Jacobi decoding: arXiv 2410.01699; coupling: SCD, arXiv 2510.24211.
+
+`FilledJacobi`: new slots of the window are filled by a trained drafter: coupling keeps what the target has already
+said, and the drafter's law replaces the copy of the window's last law where nothing is known yet.
+
+`SecondGuess`: beside the tokens that the target drew a pass ago, which an earlier reject may have made stale, stand
+tokens that a trained drafter draws after what is committed now. Every pass ends at a reject, and there the second guess
+may be right; then one more token is known behind it. Windows and drafters fail in different places, so that the two
+gains add up.
+
+`JacobiVectors`, the continuous form: one pass gives every place of a window a path of the target's law given the drafts
+before it; under the next pass's contexts the rule couples these paths to new ones or runs them again with the same
+noise. A place that enters the window has no path of the target's yet. Its first draft is a Gaussian around the drafted
+or committed tokens beside and above it, whose chain has a closed form (laws/gaussian.py); it costs no call of the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafts import Draft
-from bozzetto.laws.categorical import gumbel_argmax, gumbel_margin
+from bozzetto.drafters.base import DraftModel, Observation, Start
+from bozzetto.drafts import Draft, Layout, PathDraft, PathVerdict
+from bozzetto.drafts.tree import comb_tree
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
+from bozzetto.laws.chain import Ancestry, Path
+from bozzetto.laws.gaussian import GaussianChain
+from bozzetto.laws.noise import fold, gumbel
+
+_ABOVE = 0.47  # how a latent follows the one above it, measured on photographs
 
 
 def smallest(margins: Tensor) -> Tensor:
@@ -79,3 +99,257 @@ class Jacobi:
     def keep(self, rows: Tensor) -> None:
         if self.seen is not None:
             self.seen = self.seen.keep(rows)
+
+
+class FilledJacobi(Jacobi):
+    """sketcher: fills the slots that enter the window, each after the token drafted before it; fresh: drafts at the
+    head of the window that it fills in every pass: right behind a reject the target's own are the most out of date."""
+
+    def __init__(self, window: int, sketcher: DraftModel, fresh: int = 0, widen: Callable[[int], int] | None = None):
+        super().__init__(window, widen)
+        self.sketcher, self.fresh, self.wants_features = sketcher, fresh, sketcher.wants_features
+
+    def begin(self, start: Start) -> None:
+        super().begin(start)
+        self.settings = start.settings
+        self.sketcher.begin(start.labels, start.settings.guided, self.max_nodes + 1)
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.sketcher.keep(rows)
+
+    def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        width = seen.laws.shape[1]
+        rows = torch.arange(len(column), device=column.device)[:, None]
+        known = (column < width) & (torch.arange(column.shape[1], device=column.device) >= self.fresh)
+        old = seen.verdict.tokens.gather(1, column.clamp_max(width - 1))
+        noise = self.noise.rows(seen.start[:, None] + column)
+        fill = self._at_once if self.sketcher.at_once else self._one_by_one
+        tokens, laws, margins = fill(seen, old, known, noise)
+        if not self.with_laws:
+            return tokens, None, None
+        kept = seen.laws[rows, column.clamp_max(width - 1)]
+        settled = known | (seen.start[:, None] + column >= self.length)
+        return tokens, torch.where(known[..., None], kept, laws), smallest(margins.masked_fill(settled, torch.inf))
+
+    def _one_by_one(
+        self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int64 [B, L], `old` where known bool [B, L], the sketcher's laws [B, L, V], each drawn after the token
+        before it, and the margins [B, L]. noise: [B, L, V]."""
+        tokens, laws, length = [], [], old.shape[1]
+        logits, _ = self.sketcher.extend(seen)
+        for slot in range(length):
+            laws.append(law_of(logits, self.settings))  # [B, 1, V]
+            drawn = gumbel_argmax(laws[-1], noise[:, slot : slot + 1])
+            tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
+            if slot + 1 < length:
+                at = torch.full((1, 1), slot, device=old.device)
+                sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=old.device)
+                logits, _ = self.sketcher.grow(tokens[-1], at, slot, Layout(at, at, sees))
+        law = torch.cat(laws, 1)
+        return torch.cat(tokens, 1), law, gumbel_margin(law, noise)
+
+    def _at_once(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a sketcher that knows all places at once: what it learns from the token before, it learns from a
+        first guess at it, drawn with the same noise, unfiltered, and so mostly the same."""
+        sketcher = self.sketcher
+        base = sketcher.bases(seen)
+        place = torch.arange(old.shape[1], device=old.device).clamp_max(base.shape[1] - 1)  # behind the last: its law
+        base = base[:, place]
+        unfiltered = LawSettings(self.settings.guidance, self.settings.temperature or 1.0)
+        first = law_of(base, unfiltered)
+        guess = torch.where(known, old, gumbel_argmax(first, noise))
+        last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
+        laws = law_of(base + sketcher.after(torch.cat([last, guess[:, :-1]], 1)), self.settings)
+        margins = torch.minimum(gumbel_margin(first, noise), gumbel_margin(laws, noise))
+        return torch.where(known, old, gumbel_argmax(laws, noise)), laws, margins
+
+
+class SecondGuess(Jacobi):
+    """sketcher: guesses the tokens beside; places: how many of the window's first places have a second guess; reach:
+    tokens that it is long."""
+
+    def __init__(
+        self,
+        window: int,
+        sketcher: DraftModel,
+        places: int,
+        reach: int = 1,
+        widen: Callable[[int], int] | None = None,
+    ):
+        super().__init__(window, widen)
+        self.sketcher, self.places, self.reach, self.wants_features = sketcher, places, reach, sketcher.wants_features
+
+    whole: Observation | None  # all that the last pass taught; `seen` is of the window's places
+
+    @property
+    def max_nodes(self) -> int:
+        return super().max_nodes + self.places * self.reach
+
+    @property
+    def max_depth(self) -> int:
+        return max(super().max_nodes, self.places + self.reach - 1)
+
+    def begin(self, start: Start) -> None:
+        super().begin(start)
+        self.settings, self.keys, self.passes, self.fixed = start.settings, start.keys, 0, start.fixed_noise
+        self.chain, self.whole = 0, None
+        self.sketcher.begin(start.labels, start.settings.guided, self.places * self.reach + 1)
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.keys = self.keys[rows]
+        self.whole = None if self.whole is None else self.whole.keep(rows)
+        self.sketcher.keep(rows)
+
+    def observe(self, seen: Observation) -> None:
+        """What the window goes on from are the places of its chain; the sketcher takes in all that was committed."""
+        self.whole, width = seen, self.chain + 1
+        verdict = replace(seen.verdict, tokens=seen.verdict.tokens[:, :width])
+        super().observe(replace(seen, log_p=seen.laws[:, :width], verdict=verdict))
+
+    def propose(self, batch: int, limit: int) -> Draft:
+        self.passes += 1
+        draft = super().propose(batch, limit)
+        self.chain = draft.length
+        if self.whole is None or not draft.length:
+            return draft
+        count = min(self.places, draft.length)
+        tokens, laws, near = self._beside(self.whole, draft.tokens[:, :count])
+        log_q = None if draft.log_q is None else torch.cat([draft.log_q, *laws], 1)
+        margin = None if draft.margin is None else torch.minimum(draft.margin, near)
+        comb = comb_tree(draft.length, count, self.reach, draft.tokens.device)
+        tokens = [draft.tokens, *tokens]
+        return Draft(torch.cat(tokens, 1), log_q, comb, window=True, beside=count, reach=self.reach, margin=margin)
+
+    def _beside(self, seen: Observation, chain: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Second guesses, and what follows them, level by level: tokens int64 [B, n] beside the window's, int64 [B, n],
+        the laws [B, n, V] they follow, and the margin [B] of the draws."""
+        count = chain.shape[1]
+        place, logits = torch.arange(count, device=chain.device), []
+        logits.append(self.sketcher.extend(seen)[0])
+        for slot in range(count - 1):
+            at = place[None, slot : slot + 1]
+            sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=chain.device)
+            logits.append(self.sketcher.grow(chain[:, slot : slot + 1], at, slot, Layout(at, at, sees))[0])
+        after, tokens, laws, margins = torch.cat(logits, 1), [], [], []
+        parent, sees = place[None], place < place[:, None]  # the window's tokens before each place
+        sees = sees[:, : count - 1]
+        for step in range(self.reach):
+            laws.append(law_of(after, self.settings))
+            noise = self._noise(seen, place, step)
+            tokens.append(gumbel_argmax(laws[-1], noise))
+            outside = (seen.start + seen.committed)[:, None] + place + step >= self.length
+            margins.append(gumbel_margin(laws[-1], noise).masked_fill(outside, torch.inf))
+            if step + 1 < self.reach:
+                first = count - 1 + step * count  # grown before
+                sees = torch.cat([sees, torch.eye(count, dtype=torch.bool, device=chain.device)], 1)
+                layout = Layout(first + place[None], place[None] + step, sees[None])
+                after, _ = self.sketcher.grow(tokens[-1], parent, first, layout)
+                parent = first + 1 + place[None]
+        return tokens, laws, torch.cat(margins, 1).amin(1)
+
+    def _noise(self, seen: Observation, place: Tensor, step: int) -> Tensor:
+        """Gumbel noise [B, n, V] of the guesses `step` tokens behind the second ones. It does not depend on how many
+        places there are."""
+        if self.fixed:
+            return self.noise.rows((seen.start + seen.committed)[:, None] + place + step)
+        keys = fold(fold(self.keys, self.passes)[:, None], place + step * self.places)
+        return gumbel(fold(keys[..., None], torch.arange(seen.laws.shape[-1], device=place.device)))
+
+
+class JacobiVectors:
+    """window: scored places per pass W (1 is sequential decoding); W - 1 of them are drafted.
+
+    grid: tokens per side; ancestry, std [T]: the target's sampler; spread: deviation of a token around what the one
+    above it says, which the first drafts assume, in token units.
+    """
+
+    name = "jacobi"
+    wants_features = False
+
+    def __init__(self, window: int, grid: int, dim: int, ancestry: Ancestry, std: Tensor, spread: float = 1.0):
+        self.window, self.grid, self.dim = window, grid, dim
+        self.ancestry, self.std, self.spread = ancestry, std, spread
+
+    @property
+    def max_nodes(self) -> int:
+        return self.window - 1
+
+    @property
+    def max_depth(self) -> int:
+        return self.window - 1
+
+    def begin(self, start: Start) -> None:
+        self.noise, self.with_laws = start.noise, start.with_laws
+        self.tempered = self.std * start.settings.temperature
+        self.seen: Observation | None = None
+        batch, device = len(start.labels), start.labels.device
+        # Committed and drafted tokens after one row of zeros, so that every place has one above it.
+        self.tokens = torch.zeros(batch, start.length + 2 * self.window + self.grid, self.dim, device=device)
+
+    def propose(self, batch: int, limit: int) -> PathDraft:
+        # Up to the image's last place, so that what happens there does not depend on batch mates that are behind.
+        length = min(limit, self.window - 1)
+        if length < 1:
+            return PathDraft(self.tokens[:, :0])
+        device = self.tokens.device
+        offset = torch.arange(length, device=device)
+        if self.seen is None:
+            count = torch.zeros(batch, dtype=torch.int64, device=device)
+            path = self._first(count[:, None] + offset)
+        else:
+            seen = self.seen
+            count, old = seen.start + seen.committed, _path(seen)
+            width = seen.verdict.tokens.shape[1]
+            # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
+            new = max(0, seen.longest + length - width)
+            entering = self._first(seen.start[:, None] + torch.arange(width, width + new, device=device))
+            rows = torch.arange(batch, device=device)[:, None]
+            column = seen.committed[:, None] + offset
+            both = zip(old, entering, strict=True)
+            path = Path(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
+        self._write(count, path.token)
+        return PathDraft(path.token, path) if self.with_laws else PathDraft(path.token)
+
+    def _write(self, start: Tensor, tokens: Tensor) -> None:
+        place = self.grid + start[:, None] + torch.arange(tokens.shape[1], device=start.device)
+        self.tokens[torch.arange(len(start), device=start.device)[:, None], place] = tokens
+
+    def _first(self, position: Tensor) -> Path:
+        """First drafts at positions int64 [B, L]: paths [B, L, ...], with the positions' own noise."""
+        rows = torch.arange(len(position), device=position.device)[:, None]
+        centre = _ABOVE * self.tokens[rows, position].flatten(0, 1)  # the token above
+        law = GaussianChain(
+            centre,
+            torch.full_like(centre, self.spread),
+            self.ancestry,
+            self.tempered,
+            (len(position), position.shape[1]),
+        )
+        path = law.sample(self.noise.rows(position).flatten(0, 1))
+        path = Path(*(part.unflatten(0, position.shape) for part in path))
+        return path if self.with_laws else _only_tokens(path.token)
+
+    def observe(self, seen: Observation) -> None:
+        self._write(seen.start, seen.verdict.tokens)
+        self.seen = seen
+
+    def keep(self, rows: Tensor) -> None:
+        self.tokens = self.tokens[rows]
+        if self.seen is not None:
+            self.seen = self.seen.keep(rows)
+
+
+def _path(seen: Observation) -> Path:
+    """The target's paths of the last window, as far as the rule left any."""
+    verdict = seen.verdict
+    if isinstance(verdict, PathVerdict) and verdict.path is not None:
+        return verdict.path
+    return _only_tokens(verdict.tokens)
+
+
+def _only_tokens(tokens: Tensor) -> Path:
+    """Tokens [B, L, D] as paths of one state."""
+    return Path(tokens[:, :, None], tokens[:, :, None, :0], tokens[:, :, None, :0])

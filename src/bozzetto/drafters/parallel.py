@@ -1,4 +1,4 @@
-"""Drafter networks that predict several tokens in one pass, for laws that are flat and chains that are cheap.
+"""Draft models that predict several tokens in one pass, for laws that are flat and chains that are cheap.
 
 From the last committed pair a (the target's feature f_a and the token x_a that followed, eagle.py) they predict
 features f_{a+1} .. f_{a+K} at once; the target's frozen head makes draft laws of tokens a + 1 .. a + K of them.
@@ -12,15 +12,23 @@ features f_{a+1} .. f_{a+K} at once; the target's frozen head makes draft laws o
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
+from bozzetto.drafters.base import DraftModel, Observation, gather_rows
+from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
+from bozzetto.runtime.dense import Dense
+from bozzetto.targets.base import visible
 from bozzetto.targets.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
+from bozzetto.targets.llamagen_cache import copied
 
 
 def check_counts(config: object, *names: str) -> None:
@@ -216,3 +224,146 @@ def _small(net: nn.Module) -> None:
             nn.init.normal_(weight, std=0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(weight)
+
+
+class CachedParallel(DraftModel):
+    """The cached form: all laws of a draft after one call of the network. Trees grow as with any draft model, except
+    that a law knows its depth and the token before it, no more. embedding, head: the target's rows [V, d] for tokens,
+    in the dtype to compute in. A kind says what its places are."""
+
+    wants_features = True
+    at_once = True
+
+    @torch.no_grad()
+    def __init__(self, net: Any, embedding: Tensor, head: Tensor):
+        self.net, self.config = net, net.config
+        self.dtype, self.device = head.dtype, head.device
+        self.embedding, self.output = embedding, Dense(head, None, head.dtype)
+
+    @classmethod
+    def of(cls, net: Any, target: Any) -> CachedParallel:
+        """For a LlamaGen target that is ready to decode."""
+        return cls(net, target.embedding, target.head)
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        self.copies = 2 if guided else 1
+        self.rows = len(labels) * self.copies
+        self.open(self.config.grid**2 + self.config.places + max_nodes + 2)
+
+    def open(self, length: int) -> None:
+        """Room for that many pairs of each row."""
+        raise NotImplementedError
+
+    def places(self, seen: Observation, at: Tensor) -> Tensor:
+        """Take in what a pass committed -> the features of the next K places, [R, K, d]. at: int64 [R, 1], the last
+        committed column."""
+        raise NotImplementedError
+
+    def after(self, tokens: Tensor) -> Tensor | float:
+        bias = self.net.bias(tokens)
+        return 0.0 if bias is None else copied(bias.float(), self.copies)
+
+    @torch.no_grad()
+    def bases(self, seen: Observation) -> Tensor:
+        self.hidden = self.places(seen, (seen.committed[:, None] - 1).repeat(self.copies, 1))
+        self.base = self.output(self.hidden).float()
+        return self.base
+
+    @torch.no_grad()
+    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
+        return self.bases(seen)[:, :1] + self.after(last), self.hidden[:, :1]
+
+    @torch.no_grad()
+    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        # The children of a node at depth j stand at place j + 1; behind the last place its law serves again.
+        place = (layout.depth + 1).clamp_max(self.config.places - 1)
+        base, hidden = (gather_rows(part, place) for part in (self.base, self.hidden))
+        return base + self.after(tokens), hidden
+
+    def keep(self, rows: Tensor) -> None:
+        batch = self.rows // self.copies
+        self.kept(torch.cat([rows + i * batch for i in range(self.copies)]))
+        self.rows = len(rows) * self.copies
+
+    def kept(self, rows: Tensor) -> None:
+        """Keep the given rows of what `open` made."""
+        raise NotImplementedError
+
+
+class CachedPlane(CachedParallel):
+    """Heads for the right neighbours and the one below."""
+
+    net: PlaneNet
+
+    @torch.no_grad()
+    def __init__(self, net: PlaneNet, embedding: Tensor, head: Tensor):
+        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
+
+    def open(self, length: int) -> None:
+        shape = (self.rows, length + self.config.grid, self.config.dim)
+        self.below = torch.zeros(shape, dtype=self.dtype, device=self.device)  # at i: the guess for feature i
+
+    def places(self, seen: Observation, at: Tensor) -> Tensor:
+        assert seen.features is not None
+        count, c = seen.longest, self.config
+        features = seen.features[:, :count].to(self.dtype)
+        embedded = copied(self.embedding[seen.verdict.tokens[:, :count]], self.copies)
+        start = copied(seen.start[:, None], self.copies)
+        row = torch.arange(self.rows, device=self.device)[:, None]
+        # What lies beyond an image's committed pairs is written again before it is read.
+        self.below[row, start + torch.arange(count, device=self.device) + c.grid] = self.net.guesses_below(
+            features, embedded
+        )
+        place = start + at + 1 + torch.arange(c.places, device=self.device)
+        return self.net.places(
+            gather_rows(features, at)[:, 0],
+            gather_rows(embedded, at)[:, 0],
+            self.below[row, place],
+        )
+
+    def kept(self, rows: Tensor) -> None:
+        self.below = self.below[rows]
+
+
+class CachedBlock(CachedParallel):
+    """Marked places over cached contexts. Slot i of a row's cache holds pair i; the places lie behind the committed
+    pairs and are written over by the next pass."""
+
+    net: BlockNet
+
+    @torch.no_grad()
+    def __init__(self, net: BlockNet, embedding: Tensor, head: Tensor):
+        cast = copy.deepcopy(net).to(head.dtype)
+        cast.rope = net.rope.float()
+        super().__init__(cast, embedding, head)
+
+    def open(self, length: int) -> None:
+        c = self.config
+        shape = (c.layers, 2, self.rows, length, c.heads, c.head_dim)
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.columns = torch.arange(length, device=self.device)
+
+    def places(self, seen: Observation, at: Tensor) -> Tensor:
+        assert seen.features is not None
+        c, net, count = self.config, self.net, seen.longest
+        embedded = copied(self.embedding[seen.verdict.tokens[:, :count]], self.copies)
+        context = net.fc(torch.cat([embedded, seen.features[:, :count].to(self.dtype)], -1))
+        start = copied(seen.start[:, None], self.copies)
+        row = torch.arange(self.rows, device=self.device)[:, None]
+        old, new = start + self.columns[:count], start + at + 1 + self.columns[: c.places]
+        h = gather_rows(context, at) + net.marks
+        shown = visible(self.columns, (start + at + 1)[:, 0], c.places, None)
+        mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)[:, None]
+        for layer, (keys, values) in zip(net.blocks, self.cache, strict=True):
+            input_ = layer.input_layernorm(h)
+            for slot, part in ((old, context), (new, input_)):
+                k, v = layer.kv_proj(part).chunk(2, -1)
+                keys[row, slot], values[row, slot] = net.rotated(k, slot), v.unflatten(-1, (c.heads, c.head_dim))
+            q = net.rotated(layer.q_proj(input_), new).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+            h = layer.feed(h + layer.o_proj(mixed.transpose(1, 2).flatten(2)))
+        return h
+
+    def kept(self, rows: Tensor) -> None:
+        self.cache = self.cache[:, :, rows]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from bozzetto.drafters.base import Drafter
-from bozzetto.drafters.drift_chain import DriftChain
-from bozzetto.drafters.jacobi_paths import JacobiPaths
+from bozzetto.drafters.base import Drafter, NoPaths
+from bozzetto.drafters.drift import DriftDrafter
+from bozzetto.drafters.gaussian import GaussianDrafter
+from bozzetto.drafters.jacobi import JacobiVectors
 from bozzetto.drafters.masked_window import DraftWindow
-from bozzetto.drafters.none import NoPaths
-from bozzetto.drafters.path_chain import SketchChain
 from bozzetto.errors import UsageError
 from bozzetto.methods.registry import DRAFTERS, RULES, filled, split_spec
 from bozzetto.methods.registry import Plain as NoOptions
@@ -117,11 +116,11 @@ def make_path_drafter(
         if sketcher is None:
             raise UsageError("drafter 'sketch' is not allowed here: no folder to load it from")
         if isinstance(target, DriftTarget):
-            return DriftChain(sketcher(options.folder), options.length, target, options.stop)
-        return SketchChain(sketcher(options.folder), options.length, ancestry, std, target.token_dim, options.stop)
+            return DriftDrafter(sketcher(options.folder), options.length, target, options.stop)
+        return GaussianDrafter(sketcher(options.folder), options.length, ancestry, std, target.token_dim, options.stop)
     if name != "jacobi":
         raise UsageError(f"drafter {spec!r} is for masked models (allowed here: none, jacobi, sketch)")
-    return JacobiPaths(window, target.config.grid, target.token_dim, ancestry, std, options.spread)
+    return JacobiVectors(window, target.config.grid, target.token_dim, ancestry, std, options.spread)
 
 
 def is_path_method(drafter: str, rule: str) -> bool:

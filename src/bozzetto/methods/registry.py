@@ -13,12 +13,10 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from bozzetto.drafters.base import Drafter
-from bozzetto.drafters.filled import FilledJacobi
-from bozzetto.drafters.grow import Dynamic, Shape, Sketcher, TreeDrafter
-from bozzetto.drafters.jacobi import Jacobi
-from bozzetto.drafters.none import NoDrafter
-from bozzetto.drafters.second import SecondGuess
+from bozzetto.drafters.base import Drafter, DraftModel, NoDrafter
+from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
+from bozzetto.drafters.trained import TRAINED
+from bozzetto.drafters.tree import Dynamic, Shape, TreeDrafter
 from bozzetto.drafts.tree import SHAPES
 from bozzetto.errors import UsageError, brief
 from bozzetto.rules.base import Rule
@@ -33,17 +31,16 @@ from bozzetto.rules.tree import TreeRejection
 Widen = Callable[[int], int]
 MOST_NODES = 128
 _LONGEST_SHAPE = 300  # characters of a tree that the cache holds
-TRAINED = ("eagle", "plane", "block", "glance")  # drafters that are trained for a target
 
 
 class Workshop(Protocol):
     """What a tree drafter is made from; a pipeline has it."""
 
-    def trained(self, name: str, folder: str) -> Sketcher:
+    def trained(self, name: str, folder: str) -> DraftModel:
         """The trained drafter of a kind in a folder ("": the one that ships with the model)."""
         ...
 
-    def smaller(self, folder: str) -> Sketcher:
+    def smaller(self, folder: str) -> DraftModel:
         """A smaller target in a model folder."""
         ...
 
@@ -94,7 +91,7 @@ class Window:
 @dataclass(frozen=True)
 class Trained:
     """tree: shape (see `read_shape`); folder: of the trained drafter, empty for the model's own; stop: nothing is
-    drafted below a node that is reached with less than this chance (drafters/outlook.py; 0: the whole tree)."""
+    drafted below a node that is reached with less than this chance (drafters/early_stop.py; 0: the whole tree)."""
 
     tree: str = "chain-5"
     folder: str = ""

@@ -17,22 +17,14 @@ from bozzetto.checkpoints.eagle_store import load_drafter, target_digest
 from bozzetto.checkpoints.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
-from bozzetto.drafters.glance_fill import GlanceFill
-from bozzetto.drafters.grow import Sketcher
-from bozzetto.drafters.parallel_sketch import BlockSketcher, GlanceSketcher, PlaneSketcher
-from bozzetto.drafters.sketch import EagleSketcher, TargetSketcher
+from bozzetto.drafters.base import DraftModel
+from bozzetto.drafters.small_target import SmallTarget
+from bozzetto.drafters.trained import TRAINED
 from bozzetto.errors import UsageError
 from bozzetto.rules.neighbours import MOST, nearest_codes
 from bozzetto.runtime.graphs import digest_of
 from bozzetto.runtime.kept import cache_folder, find, keep
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-
-TRAINED: dict[str, Any] = {
-    "eagle": EagleSketcher,
-    "plane": PlaneSketcher,
-    "block": BlockSketcher,
-    "glance": GlanceSketcher,
-}
 
 
 class TargetWorkshop:
@@ -45,7 +37,7 @@ class TargetWorkshop:
         self._smaller = functools.cache(self._load_smaller)
         self._table: Tensor | None = None
 
-    def trained(self, name: str, folder: str) -> Sketcher:
+    def trained(self, name: str, folder: str) -> DraftModel:
         """The trained drafter of this kind in `folder`, or the model's own. Raises UsageError where there is none, or
         where it was trained for another target."""
         return copy.copy(self._trained(name, str(self.trained_folder(name, folder))))
@@ -64,20 +56,19 @@ class TargetWorkshop:
         return load_drafter(folder, name, self.target.config, weights).to(self.target.device)
 
     def _load_trained(self, name: str, folder: str) -> Any:
-        target = self.target
-        more = (target.condition_features,) if name == "eagle" else ()
-        return TRAINED[name](self._load_net(name, folder), target.embedding, target.head, *more)
+        return TRAINED[name].cached(self._load_net(name, folder), self.target)
 
-    def filler(self, name: str, folder: str, fresh: int, target: Any) -> GlanceFill:
-        """A glance for slots of `target`, this one or this one compiled. Raises as `trained`."""
+    def filler(self, name: str, folder: str, fresh: int, target: Any) -> Any:
+        """A trained drafter as a part of a step, for slots of `target`, this one or this one compiled. Raises as
+        `trained`."""
         net = self._net(name, str(self.trained_folder(name, folder)))
         step = getattr(target, "step", None)
         output = None if step is None else step.step.head
-        return GlanceFill(net, self.target.embedding, self.target.head, fresh, output)
+        return TRAINED[name].fused(net, self.target.embedding, self.target.head, fresh, output)
 
-    def smaller(self, folder: str) -> Sketcher:
+    def smaller(self, folder: str) -> DraftModel:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
-        return TargetSketcher(self._smaller(str(fetched(folder)) if folder else folder))
+        return SmallTarget(self._smaller(str(fetched(folder)) if folder else folder))
 
     def _load_smaller(self, folder: str) -> LlamaGenTarget:
         small, want = load_llamagen(folder, self.target.dtype, self.target.device), self.target.config

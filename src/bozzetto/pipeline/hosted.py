@@ -23,7 +23,7 @@ from bozzetto.checkpoints.store import name_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import model_name
 from bozzetto.common.images import Origin
-from bozzetto.drafters.grow import Sketcher
+from bozzetto.drafters.base import DraftModel
 from bozzetto.errors import UsageError
 from bozzetto.methods.path_registry import make_path_rule, make_sampler
 from bozzetto.methods.workshop import TargetWorkshop
@@ -50,7 +50,7 @@ class HostedWorkshop(TargetWorkshop):
         net = load_eagle(folder, self.target.config, "").to(self.target.device)
         return PromptedEagle(net, self.target)
 
-    def smaller(self, folder: str) -> Sketcher:
+    def smaller(self, folder: str) -> DraftModel:
         raise UsageError("drafter 'model' is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
 
     def neighbours(self, columns: int) -> Tensor:

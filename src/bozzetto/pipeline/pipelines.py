@@ -25,9 +25,9 @@ from bozzetto.decoding.lanes import Lanes, in_slots
 from bozzetto.decoding.loop import Decoder
 from bozzetto.decoding.masked import MaskedDecoder
 from bozzetto.decoding.slot_decoder import SlotDecoder
-from bozzetto.drafters.drift_sketch import DriftSketcher
+from bozzetto.drafters.drift import CachedDrift
+from bozzetto.drafters.gaussian import CachedGaussian
 from bozzetto.drafters.masked_window import DraftWindow
-from bozzetto.drafters.path_sketch import PathSketcher
 from bozzetto.errors import UsageError
 from bozzetto.methods.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
 from bozzetto.methods.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
@@ -199,13 +199,13 @@ class FlowPipeline(_CausalPipeline):
             raise UsageError(f"{self.name} comes without a trained drafter (write sketch:folder=DIR, or train one)")
         return self.folder / SKETCH
 
-    def _sketch(self, folder: str) -> PathSketcher:
+    def _sketch(self, folder: str) -> CachedGaussian:
         return self._sketcher(self._sketch_folder(folder))
 
-    def _load_sketcher(self, folder: Path) -> PathSketcher:
+    def _load_sketcher(self, folder: Path) -> CachedGaussian:
         weights = "" if self.folder is None else target_digest(self.folder)
         net = load_sketch(folder, self.target.whole, weights).to(self.target.device)
-        return PathSketcher(net, self.target.embedding)
+        return CachedGaussian(net, self.target.embedding)
 
 
 class DriftPipeline(FlowPipeline):
@@ -231,11 +231,11 @@ class DriftPipeline(FlowPipeline):
             return self.base / SKETCH
         return super()._sketch_folder(folder)
 
-    def _load_sketcher(self, folder: Path) -> PathSketcher:
+    def _load_sketcher(self, folder: Path) -> CachedGaussian:
         if self.drift.config.tuned:
             raise UsageError(f"drafter 'sketch' is not allowed here: {self.name} changed the body it was trained for")
         net = load_sketch(folder, self.target.whole, target_digest(self.base)).to(self.target.device)
-        return DriftSketcher(net, self.target.embedding)
+        return CachedDrift(net, self.target.embedding)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         for option in ("steps", "last_steps"):

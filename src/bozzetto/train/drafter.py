@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bozzetto.checkpoints.eagle_store import FAMILY, load_drafter, save_drafter, target_digest
 from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config
-from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafters.trained import new_net
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.train.conditions import Condition, class_names, conditions_of, dropped, together
@@ -59,7 +59,7 @@ class DrafterFit(TokenFit):
         self.head = self.target.output.weight.to(compute_dtype())
 
     def make_model(self) -> Any:
-        return EagleNet(eagle_config(self.target.config, layers=self.recipe.layers))
+        return new_net(self.family, self.target.config, asdict(self.recipe))
 
     def begin(self) -> None:
         """Take over a trained drafter of no more layers; those that it has not begin as the identity."""

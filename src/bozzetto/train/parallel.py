@@ -7,14 +7,10 @@ tokens before, as verification does while drafts are kept.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.drafters.glance import GlanceConfig, GlanceNet
-from bozzetto.drafters.parallel import BlockConfig, BlockNet, PlaneConfig, PlaneNet
 from bozzetto.train.drafter import DrafterFit
 from bozzetto.train.loop import autocast
 from bozzetto.train.recipes import ParallelRecipe
@@ -23,22 +19,13 @@ _EVERY = 11  # pairs between held-out anchors
 
 
 class ParallelFit(DrafterFit):
-    """Fits a PlaneNet, a BlockNet or a GlanceNet."""
+    """Fits the network of any of these families."""
 
     recipe: ParallelRecipe
 
     def load_target(self) -> None:
         self.family = self.recipe.family
         super().load_target()
-
-    def make_model(self) -> Any:
-        r, t = self.recipe, self.target.config
-        if r.family == "plane":
-            return PlaneNet(PlaneConfig(t.dim, t.vocab, t.grid, r.places))
-        if r.family == "glance":
-            return GlanceNet(GlanceConfig(t.dim, t.vocab, t.grid, r.places, r.narrow, rank=r.rank))
-        shape = (t.dim, t.heads, t.ffn, t.vocab, t.grid)
-        return BlockNet(BlockConfig(*shape, r.places, r.layers, r.rank, rope_base=t.rope_base))
 
     def draws(self, batch: int) -> tuple[Tensor, ...]:
         """Anchors int64 [B, A]."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bozzetto.checkpoints.continuous_store import load_continuous
 from bozzetto.checkpoints.sketch_store import SKETCH, load_sketch, save_sketch
 from bozzetto.checkpoints.store import CONFIG, config_from, read_config, target_digest
-from bozzetto.drafters.path_sketch import PathSketch, sketch_config
+from bozzetto.drafters.gaussian import GaussianNet, gaussian_config
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.flow import FlowModel
@@ -34,11 +34,11 @@ _DEPTHS = 4  # of the roll-out in the held-out report
 
 
 class SketchFit(LatentFit):
-    """Fits a PathSketch."""
+    """Fits a GaussianNet."""
 
     title, family = "drafter", SKETCH
     recipe: SketchRecipe
-    model: PathSketch
+    model: GaussianNet
 
     def load_target(self) -> None:
         self.folder = model_folder(self.recipe.model)
@@ -58,7 +58,7 @@ class SketchFit(LatentFit):
         self.scale_as(self.latents_of_target)
 
     def make_model(self) -> nn.Module:
-        net = PathSketch(sketch_config(self.target.config))
+        net = GaussianNet(gaussian_config(self.target.config))
         if self.recipe.init:
             net = load_sketch(self.recipe.init, self.target.config, target_digest(self.folder)).requires_grad_(True)
         self.turn = nn.utils.parametrizations.orthogonal(net, "basis")
@@ -135,7 +135,7 @@ class SketchFit(LatentFit):
         return self.by_depth[0]
 
     def export(self) -> None:
-        plain = PathSketch(self.model.config)
+        plain = GaussianNet(self.model.config)
         state = {name: value for name, value in self.model.state_dict().items() if "parametrizations" not in name}
         plain.load_state_dict({**state, "basis": self.model.basis.detach()})
         notes = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bozzetto.drafters.base import Observation
-from bozzetto.drafters.outlook import Outlook, flatness_of
+from bozzetto.drafters.early_stop import EarlyStop, flatness_of
 from bozzetto.drafts import Verdict
 from bozzetto.errors import UsageError
 from bozzetto.methods.registry import check_method, make_drafter
@@ -18,7 +18,7 @@ UNIFORM, CERTAIN = torch.full((V,), 1 / V).log(), torch.eye(V)[0].log()
 CPU = torch.device("cpu")
 
 
-def level(outlook: Outlook, mother: int, *laws: torch.Tensor) -> bool:
+def level(outlook: EarlyStop, mother: int, *laws: torch.Tensor) -> bool:
     """One more link of a chain, drawn from a law per image."""
     return outlook.go_on(torch.tensor([mother]), torch.tensor([[mother + 1]]), flatness_of(torch.stack(laws)[:, None]))
 
@@ -30,7 +30,7 @@ def verdict(*accepted: int, places: int = 4) -> Observation:
 
 
 def test_flat_laws_end_a_draft_and_sharp_ones_do_not() -> None:
-    outlook = Outlook(2, 0.5, CPU)
+    outlook = EarlyStop(2, 0.5, CPU)
     outlook.begin(3)
     assert level(outlook, 0, UNIFORM, CERTAIN)
     assert outlook.open[:, 1].tolist() == [False, True] and outlook.present[:, 1].all()
@@ -40,7 +40,7 @@ def test_flat_laws_end_a_draft_and_sharp_ones_do_not() -> None:
 
 
 def test_what_a_law_is_worth_is_learnt_for_every_image_from_its_own_drafts() -> None:
-    outlook = Outlook(2, 0.5, CPU)
+    outlook = EarlyStop(2, 0.5, CPU)
     for _ in range(40):
         outlook.begin(3)
         for depth in range(3):
@@ -55,7 +55,7 @@ def test_what_a_law_is_worth_is_learnt_for_every_image_from_its_own_drafts() -> 
 
 
 def test_places_without_drafts_teach_nothing() -> None:
-    outlook = Outlook(1, 0.9, CPU)
+    outlook = EarlyStop(1, 0.9, CPU)
     before = outlook.kept / outlook.tried
     outlook.begin(0)  # the first pass
     outlook.observe(verdict(0, places=1))

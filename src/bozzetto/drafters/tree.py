@@ -1,6 +1,6 @@
-"""Growing a draft level by level with any causal sketcher: chains, static trees, dynamic trees.
+"""Growing a draft level by level with any draft model: chains, static trees, dynamic trees.
 
-Static trees: the children of a node are drawn without replacement from the sketcher's law (EAGLE, arXiv 2401.15077), by
+Static trees: the children of a node are drawn without replacement from its law (EAGLE, arXiv 2401.15077), by
 Gumbel-top-k, which is the same thing. Dynamic trees: the likeliest children, the likeliest nodes expanded, and of all
 of them those of largest joint draft probability kept (EAGLE-2, arXiv 2406.16858); such drafts are certain, not drawn.
 """
@@ -8,13 +8,12 @@ of them those of largest joint draft probability kept (EAGLE-2, arXiv 2406.16858
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafters.outlook import Outlook, flatness_of
+from bozzetto.drafters.base import DraftModel, Observation, Start
+from bozzetto.drafters.early_stop import EarlyStop, flatness_of
 from bozzetto.drafts import Draft, Layout, Tree
 from bozzetto.drafts.tree import make_tree, static_tree
 from bozzetto.errors import UsageError
@@ -22,26 +21,6 @@ from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.laws.noise import fold, gumbel
 
 Shape = tuple[tuple[int, ...], ...]
-
-
-class Sketcher(Protocol):
-    """A cheap causal model with its own cache. All log-laws are made from logits [B, n, V] or [2B, n, V] (guided)."""
-
-    wants_features: bool
-
-    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None: ...
-
-    def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
-        """Take in what a pass committed. Returns logits and hidden states (each [R, 1, ...]) for the next token."""
-        ...
-
-    def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
-        """One level. tokens int64 [B, n]; parent int64 [b, n], numbers of their parents among the grown (0: the root,
-        e: the e-th grown node); first: number of nodes grown before; layout: slots after the committed ones. Returns
-        logits [R, n, V] and hidden states [R, n, d] that predict the nodes' children."""
-        ...
-
-    def keep(self, rows: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -59,10 +38,10 @@ def soft(settings: LawSettings) -> LawSettings:
 
 
 class TreeDrafter:
-    """Drafts trees of one static shape, or dynamic ones, from a sketcher. stop: see drafters/outlook.py; a static tree
-    goes on below a node only where that is likely enough to be reached."""
+    """Drafts trees of one static shape, or dynamic ones, from a draft model. stop: see drafters/early_stop.py; a static
+    tree goes on below a node only where that is likely enough to be reached."""
 
-    def __init__(self, name: str, sketcher: Sketcher, shape: Shape | Dynamic, stop: float = 0.0):
+    def __init__(self, name: str, sketcher: DraftModel, shape: Shape | Dynamic, stop: float = 0.0):
         self.name, self.sketcher, self.shape, self.stop = name, sketcher, shape, stop
         self.wants_features = sketcher.wants_features
 
@@ -83,7 +62,7 @@ class TreeDrafter:
             room = self.shape.depth * self.shape.beam
         else:
             room = self.max_nodes
-        self.outlook = Outlook(len(start.keys), self.stop, start.keys.device) if self.stop else None
+        self.outlook = EarlyStop(len(start.keys), self.stop, start.keys.device) if self.stop else None
         self.sketcher.begin(start.labels, start.settings.guided, room)
 
     def observe(self, seen: Observation) -> None:

@@ -1,57 +1,123 @@
-"""A trained drafter of continuous tokens: one Gaussian after another (drafters/path_sketch.py)."""
+"""The draft model of continuous tokens: the target's next feature, then a Gaussian law of the next token.
+
+An EAGLE layer (drafters/eagle.py) predicts the target's next feature from its features and tokens so far; a small
+read-out turns that into a Gaussian whose axes are the same for all tokens. The Gaussian's denoising chain is known in
+closed form (laws/gaussian.py), so a drafted token costs one layer and no call of a head.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from bozzetto.common.checks import Grid, Size
 from bozzetto.drafters.base import Observation, Start
-from bozzetto.drafters.outlook import Outlook
+from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet
+from bozzetto.drafters.early_stop import EarlyStop
 from bozzetto.drafts import Layout, PathDraft
 from bozzetto.laws.chain import Ancestry, Path
 from bozzetto.laws.gaussian import AffineChain, gaussian_tables
 from bozzetto.laws.noise import fold, fresh_noise
+from bozzetto.runtime.dense import Dense
+from bozzetto.targets.flow import FlowConfig
 
+_LARGEST_LOG = 3.0  # of a token's deviation: more says nothing
 _NARROW, _WIDE = -2.0, 1.0  # log deviations of a token between which the law's width is told apart
 _NOBODYS = 1e3  # a number that is no token's: tokens have a deviation of 1
 
 
-class PathSketcher(Protocol):
-    """A cheap causal model of vectors with its own cache. basis: float32 [D, D], orthogonal, the axes of its laws."""
+@dataclass(frozen=True)
+class GaussianConfig:
+    """dim, heads, ffn: of the layer (dim is the target's); token_dim: D; grid: the target's; width: of the read-out's
+    hidden layer."""
 
-    basis: Tensor
+    dim: Size
+    heads: Size
+    ffn: Size
+    token_dim: Size
+    grid: Grid
+    width: Size = 512
 
-    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None: ...
+    def __post_init__(self) -> None:
+        _ = self.layer  # raises UsageError for a shape that a layer cannot have
 
-    def take_in(self, seen: Observation) -> Tensor:
-        """What a pass committed -> the prediction for the next token, hidden states [R, 1, d]."""
-        ...
+    @property
+    def layer(self) -> EagleConfig:
+        """The layer's config; there is no codebook."""
+        return EagleConfig(self.dim, self.heads, self.ffn, 1, self.grid)
 
-    def put_out(self, tokens: Tensor, parent: Tensor, layout: Layout) -> Tensor:
-        """A level of drafts, tokens float32 [B, n, D], as in `drafters.grow.Sketcher.grow` -> hidden states [R, n, d]
-        that predict their children."""
-        ...
+
+def gaussian_config(target: FlowConfig) -> GaussianConfig:
+    """A drafter with a layer of the target's shape."""
+    body = target.body
+    return GaussianConfig(body.dim, body.heads, body.ffn, target.token_dim, target.grid)
+
+
+class GaussianNet(nn.Module):
+    """The trainable part; tokens are embedded by the target, frozen."""
+
+    def __init__(self, config: GaussianConfig):
+        super().__init__()
+        self.config = config
+        self.body = EagleNet(config.layer)
+        self.hidden = nn.Linear(config.dim, config.width)
+        self.readout = nn.Linear(config.width, 2 * config.token_dim)
+        self.basis = nn.Parameter(torch.eye(config.token_dim))  # rows are the axes
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
 
     def gaussian(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [..., d] -> centre and variance of the token along the axes, float32 [..., D]."""
-        ...
+        """Predicted features [..., d] -> centre, variance along the axes, float32 [..., D]."""
+        centre, log_std = self.readout(F.silu(self.hidden(features))).float().chunk(2, -1)
+        return centre, bounded(log_std)
 
-    def keep(self, rows: Tensor) -> None: ...
+
+def nearest_rotation(basis: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to [D, D]: stored axes are rounded, and drafts whose axes are not orthogonal would
+    not have the deviations that they claim."""
+    left, _, right = torch.linalg.svd(basis.double())
+    return (left @ right).float()
 
 
-class SketchChain:
+def bounded(log_std: Tensor) -> Tensor:
+    """Variance of a log deviation, kept in bounds."""
+    return (2 * _LARGEST_LOG * torch.tanh(log_std / _LARGEST_LOG)).exp()
+
+
+class CachedGaussian(EagleLayerCache):
+    """The cached drafter, computing in the dtype of `embedding`, the target's map from tokens to inputs."""
+
+    @torch.no_grad()
+    def __init__(self, net: GaussianNet, embedding: Dense):
+        super().__init__(net.body, embedding.dtype)
+        self.embedding = embedding
+        self.hidden, self.readout = Dense.of(net.hidden, self.dtype), Dense.of(net.readout, torch.float32)
+        self.basis = nearest_rotation(net.basis.detach().float())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens.to(self.dtype))
+
+    def gaussian(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """As `GaussianNet.gaussian`."""
+        centre, log_std = self.readout(self.hidden.silu(features).float()).chunk(2, -1)
+        return centre, bounded(log_std)
+
+
+class GaussianDrafter:
     """Drafts `length` tokens per pass. ancestry, std [T]: the target's sampler; stop: an image's draft ends where its
-    next token is reached with less than this chance (drafters/outlook.py; 0: nowhere), for rules that compare tokens
+    next token is reached with less than this chance (drafters/early_stop.py; 0: nowhere), for rules that compare tokens
     with the target's own: what is left of the draft are numbers that no target draws."""
 
     name = "sketch"
     wants_features = True
 
     def __init__(
-        self, sketcher: PathSketcher, length: int, ancestry: Ancestry, std: Tensor, dim: int, stop: float = 0.0
+        self, sketcher: CachedGaussian, length: int, ancestry: Ancestry, std: Tensor, dim: int, stop: float = 0.0
     ):
         self.sketcher, self.length, self.dim = copy.copy(sketcher), length, dim
         self.ancestry, self.std, self.stop = ancestry, std, stop
@@ -67,7 +133,7 @@ class SketchChain:
     def begin(self, start: Start) -> None:
         self.start, self.keys, self.passes = start, start.keys, 0
         self.seen: Observation | None = None
-        self.outlook = Outlook(len(start.keys), self.stop, start.keys.device) if self.stop else None
+        self.outlook = EarlyStop(len(start.keys), self.stop, start.keys.device) if self.stop else None
         self.sketcher.begin(start.labels, start.settings.guided, self.length)
 
     def observe(self, seen: Observation) -> None:

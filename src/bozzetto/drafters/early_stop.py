@@ -25,7 +25,7 @@ def flatness_of(log_q: Tensor) -> Tensor:
     return -(log_q.exp() * log_q.clamp_min(-1e4)).sum(-1) / math.log(log_q.shape[-1])
 
 
-class Outlook:
+class EarlyStop:
     """One image per row. stop: the least chance of a node to be reached with which something is drafted below it."""
 
     def __init__(self, batch: int, stop: float, device: torch.device):

@@ -41,7 +41,7 @@ def write_tiny_model(folder: Path) -> Path:
     import torch
 
     from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-    from bozzetto.checkpoints.store import save_llamagen
+    from bozzetto.checkpoints.folders import save_llamagen
     from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 
     with torch.random.fork_rng():
@@ -107,7 +107,7 @@ def write_tiny_vectors(folder: Path, family: str) -> Path:
     import torch
 
     from bozzetto.autoencoders.latents import TINY, tiny_latents
-    from bozzetto.checkpoints.continuous_store import write_continuous, write_latents
+    from bozzetto.checkpoints.folders import write_model, write_tokenizer
     from bozzetto.targets.flow import FlowConfig, FlowModel
     from bozzetto.targets.flow_cache import FlowSampler
     from bozzetto.targets.mar import MAR, MARConfig
@@ -130,8 +130,8 @@ def write_tiny_vectors(folder: Path, family: str) -> Path:
         "class_names": ["daisy", "rose", "tulip"],
         "sampler": dataclasses.asdict(sampler),
     }
-    write_continuous(folder, family, network.config, network.state_dict(), notes)
-    write_latents(folder, TINY, latents.config, latents.state_dict(), {})
+    write_model(folder, family, network.config, network.state_dict(), notes)
+    write_tokenizer(folder, TINY, latents.config, latents.state_dict(), {})
     return folder
 
 

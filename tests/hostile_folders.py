@@ -19,11 +19,17 @@ from safetensors.torch import load_file, save_file
 
 from bozzetto import UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.checkpoints.continuous_store import load_continuous, load_latents
-from bozzetto.checkpoints.drift_store import save_drift
-from bozzetto.checkpoints.eagle_store import load_drafter, save_drafter
-from bozzetto.checkpoints.sketch_store import load_sketch, save_sketch
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config, save_llamagen, target_digest
+from bozzetto.checkpoints.folders import (
+    load_drafter,
+    load_latents,
+    load_target,
+    load_tokenizer,
+    read_config,
+    save_drafter,
+    save_drift,
+    save_llamagen,
+    target_digest,
+)
 from bozzetto.cli.main import main
 from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafters.gaussian import GaussianNet, gaussian_config
@@ -47,7 +53,7 @@ def write_families(root: Path) -> dict[str, Path]:
     """What is loaded by which name; drafters lie inside the model that they are for."""
     codes, flow = write_tiny_model(root / "codes"), write_tiny_vectors(root / "flow", "flow")
     write_tiny_vectors(root / "mar", "mar")
-    c = load_llamagen(codes).config
+    c = load_target(codes, "llamagen").config
     nets = (
         EagleNet(eagle_config(c)),
         PlaneNet(PlaneConfig(c.dim, c.vocab, c.grid, 2, ffn=8)),
@@ -56,8 +62,8 @@ def write_families(root: Path) -> dict[str, Path]:
     )
     for name, net in zip(DRAFTERS, nets, strict=True):
         save_drafter(codes / name, net, codes, {})
-    network = load_continuous(flow)
-    save_sketch(flow / "sketch", GaussianNet(gaussian_config(network.config)), flow, {})
+    network = load_target(flow, "flow", "mar")
+    save_drafter(flow / "sketch", GaussianNet(gaussian_config(network.config)), flow, {}, compact=True)
     (root / "drift").mkdir()
     model = DriftModel(network, DriftConfig(width=16, depth=1))
     save_drift(root / "drift", model, str(flow), flow, {"name": "tiny-drift"})
@@ -79,7 +85,7 @@ def loaded(model: Path, path: Path) -> None:
     if path.parent != model:
         target = read_config(model)["config"]
         if path.parent.name == "sketch":
-            load_sketch(path.parent, FlowConfig(**target), target_digest(model))
+            load_drafter(path.parent, "sketch", FlowConfig(**target), target_digest(model))
         else:
             load_drafter(path.parent, path.parent.name, LlamaGenConfig(**target), target_digest(model))
     elif path.name.startswith("tokenizer"):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.targets.compiled_cache import compile_target

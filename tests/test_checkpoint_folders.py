@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import hf_toys
 from bozzetto import UsageError
 from bozzetto.adapters.load import load_hosted
-from bozzetto.checkpoints.convert import read_state
 from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.states import read_state
 from bozzetto.pipeline.loading import load
 from bozzetto.pipeline.pipeline import is_hosted
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bozzetto.checkpoints.store import read_weights, save_state
+from bozzetto.checkpoints.weights import read_weights, save_state
 from bozzetto.errors import UsageError
 
 

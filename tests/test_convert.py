@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bozzetto import load
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQConfig
-from bozzetto.checkpoints.convert import convert_llamagen, family_of, recognise
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer
+from bozzetto.checkpoints.convert import convert_llamagen, recognise
+from bozzetto.checkpoints.folders import load_target, load_tokenizer
+from bozzetto.checkpoints.states import family_of
 from bozzetto.errors import UsageError
 from bozzetto.targets import llamagen
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
@@ -83,7 +84,7 @@ def test_every_layout_gives_the_network(tmp_path: Path, vq: Path, wrapper: str |
     assert "LlamaGen-T (c2i, 3 classes) with VQ-16, 256 x 256 pixels (assumed; --image-size changes it)" in told
     assert config_of(folder)["class_names"] == ["0", "1", "2"]
     assert config_of(folder)["converted"] == {"size": "T", "condition": "c2i", "gpt": name, "vq": "vq.pt"}
-    after = load_llamagen(folder)
+    after = load_target(folder, "llamagen")
     assert after.config == LlamaGenConfig(*SHAPE, vocab=11, classes=3)
     for key, value in model.state_dict().items():
         assert torch.equal(after.state_dict()[key], value), key
@@ -136,7 +137,7 @@ def test_the_picture_size_is_stored_asked_or_named_and_said(
     told = convert_llamagen(saved(tmp_path / name, state), vq, tmp_path / "out", asked)
     assert f"{size} x {size} pixels" in told
     assert how in told
-    assert load_llamagen(tmp_path / "out").config.grid == size // 16
+    assert load_target(tmp_path / "out", "llamagen").config.grid == size // 16
     assert load_tokenizer(tmp_path / "out").config.image_size == size
 
 
@@ -144,7 +145,7 @@ def test_vq_8_gives_twice_the_grid(tmp_path: Path) -> None:
     vq = saved(tmp_path / "vq8.pt", published_state(TALL))
     told = convert_llamagen(saved(tmp_path / "c2i.pt", dict(network().state_dict())), vq, tmp_path / "out")
     assert "VQ-8" in told
-    assert load_llamagen(tmp_path / "out").config.grid == load_tokenizer(tmp_path / "out").config.grid == 32
+    assert load_target(tmp_path / "out", "llamagen").config.grid == load_tokenizer(tmp_path / "out").config.grid == 32
 
 
 def test_a_text_conditional_checkpoint_gives_a_captioned_network(tmp_path: Path, vq: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_text_conditional_checkpoint_gives_a_captioned_network(tmp_path: Path,
     state = {**model.state_dict(), "freqs_cis": positions(24, condition_tokens=5)}
     told = convert_llamagen(saved(tmp_path / "t2i.pt", state, "module"), vq, tmp_path / "out")
     assert "LlamaGen-T (t2i, 5 text tokens)" in told
-    after = load_llamagen(tmp_path / "out")
+    after = load_target(tmp_path / "out", "llamagen")
     wanted = LlamaGenConfig(*SHAPE, vocab=11, grid=24, classes=0, condition_tokens=5, caption_dim=6)
     assert after.config == wanted
     assert config_of(tmp_path / "out")["class_names"] == []

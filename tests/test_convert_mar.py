@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bozzetto.autoencoders.kl16 import KL16Config
-from bozzetto.checkpoints.continuous_store import load_continuous, load_latents, notes_of
-from bozzetto.checkpoints.convert import convert_llamagen, family_of
+from bozzetto.checkpoints.convert import convert_llamagen
 from bozzetto.checkpoints.convert_mar import convert_mar, recognise_mar
+from bozzetto.checkpoints.folders import load_latents, load_target, read_config
 from bozzetto.checkpoints.own_sampling import OwnSampling
+from bozzetto.checkpoints.states import family_of
 from bozzetto.errors import UsageError
 from bozzetto.targets import mar
 from bozzetto.targets.mar import MAR, MARConfig, published_mar
@@ -25,6 +27,11 @@ from test_kl16 import SlowKL, published_state
 
 TINY = MARConfig(dim=32, depth=2, heads=4, head_width=24, head_depth=2, token_dim=6, grid=3, classes=3, buffer=5)
 PIXELS = KL16Config(image_size=12, token_dim=6, downsample=4, channels=32, multipliers=(1, 1, 2), blocks=1)
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    """Everything in config.json besides family and config."""
+    return {k: v for k, v in read_config(folder).items() if k not in ("family", "config")}
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +204,7 @@ def test_every_layout_gives_the_network(tmp_path: Path, vae: Path, layout: str) 
         "sampler": {"steps": 100, "passes": 256, "guidance_schedule": "linear"},
         "sampling": OwnSampling().recorded(),  # no published size
     }
-    after = load_continuous(folder)
+    after = load_target(folder, "flow", "mar")
     assert after.config == TINY
     assert not after.training
     for key, value in STATE.items():
@@ -226,7 +233,7 @@ def test_any_grid_buffer_head_and_number_of_classes_converts(
     (tmp_path / "names.txt").write_text("\n".join(f"class {n}" for n in range(classes)))
     made = saved(tmp_path / "b.pth", dict(network(config).state_dict()))
     convert_mar(made, vae, tmp_path / "out", tmp_path / "names.txt")
-    assert load_continuous(tmp_path / "out").config == config
+    assert load_target(tmp_path / "out", "flow", "mar").config == config
     assert load_latents(tmp_path / "out").config.grid == grid
     assert notes_of(tmp_path / "out")["class_names"][-1] == f"class {classes - 1}"
 
@@ -370,7 +377,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, vae: Path, monke
         raise OSError(28, "No space left on device")
 
     made = saved(tmp_path / "b.pth", STATE)
-    monkeypatch.setattr("bozzetto.checkpoints.convert_mar.write_continuous", full)
+    monkeypatch.setattr("bozzetto.checkpoints.convert_mar.write_model", full)
     for out in (tmp_path / "new", tmp_path / "empty"):
         if out.name == "empty":
             out.mkdir()

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQConfig
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.checkpoints.continuous_store import load_continuous
 from bozzetto.checkpoints.convert import convert_llamagen
+from bozzetto.checkpoints.convert_drafter import convert_eagle
 from bozzetto.checkpoints.convert_mar import convert_mar
-from bozzetto.checkpoints.eagle_store import convert_eagle
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.checkpoints.folders import load_target, load_tokenizer, save_llamagen
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.targets import llamagen, mar
@@ -169,7 +168,7 @@ def test_a_full_disk_is_no_traceback_and_leaves_nothing(
 
     torch.save(dict(network().state_dict()), tmp_path / "gpt.pt")
     torch.save(vq_state(PIXELS), tmp_path / "vq.pt")
-    monkeypatch.setattr("bozzetto.checkpoints.store.save_file", full)
+    monkeypatch.setattr("bozzetto.checkpoints.weights.save_file", full)
     words = ["convert", "llamagen", "--gpt", tmp_path / "gpt.pt", "--vq", tmp_path / "vq.pt", "--out", tmp_path / "out"]
     assert main([str(word) for word in words]) == 2
     assert "No space left" in capsys.readouterr().err
@@ -228,7 +227,7 @@ def test_a_float32_checkpoint_gives_the_described_logits_to_1e_5(tmp_path: Path,
     torch.save({"model": state}, tmp_path / "gpt.pt")
     torch.save({"model": vq_state(pixels)}, tmp_path / "vq.pt")
     convert_llamagen(tmp_path / "gpt.pt", tmp_path / "vq.pt", tmp_path / "out")
-    net = load_llamagen(tmp_path / "out")
+    net = load_target(tmp_path / "out", "llamagen")
     assert net.config == config
     tokens = torch.randint(codes, (20,), generator=torch.Generator().manual_seed(1))  # more than a row of the grid
     wanted = described(state, config, 2, tokens)
@@ -241,6 +240,6 @@ def test_a_float32_mar_gives_the_described_conditions_to_1e_5(tmp_path: Path) ->
     torch.save(dict(MAR_NET.state_dict()), tmp_path / "mar.pt")
     torch.save(kl16_state(KL_PIXELS), tmp_path / "vae.pt")
     convert_mar(tmp_path / "mar.pt", tmp_path / "vae.pt", tmp_path / "out")
-    net, known = load_continuous(tmp_path / "out"), [4, 0, 7]
+    net, known = load_target(tmp_path / "out", "flow", "mar"), [4, 0, 7]
     found = net.features(torch.tensor([1]), TOKENS[:1], torch.tensor([known]))[0].double()
     assert float((found - SlowMAR(MAR_NET).features(1, TOKENS[0], known)).abs().max()) < 1e-5

@@ -12,7 +12,7 @@ import torch
 
 import bozzetto
 from bozzetto.checkpoints.load_settings import LoadSettings, best_device, check_gpus, gpus_of
-from bozzetto.checkpoints.store import usual_type
+from bozzetto.checkpoints.weights import usual_type
 from bozzetto.cli import doctor
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
@@ -75,7 +75,7 @@ def test_the_shipped_models_are_drawn_in_float32_on_a_processor(tiny_model: Path
 def test_a_device_that_is_not_there_is_refused_by_every_verb_before_weights_are_read(
     verb: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bozzetto.checkpoints.store.read_weights", lambda *given: pytest.fail("weights were read"))
+    monkeypatch.setattr("bozzetto.checkpoints.weights.read_weights", lambda *given: pytest.fail("weights were read"))
     monkeypatch.setattr("bozzetto.evaluate.features.make_extractor", lambda spec: pytest.fail("weights were read"))
     words = [word for flag in VERBS[verb] for word in (flag, str(tmp_path / "made"))]
     assert main([verb, "--model", "flowers", *words, "--device", device]) == 2

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from bozzetto import load
-from bozzetto.checkpoints.continuous_store import load_continuous, write_continuous
-from bozzetto.checkpoints.drift_store import load_drift, save_drift
-from bozzetto.checkpoints.sketch_store import save_sketch
-from bozzetto.checkpoints.store import CONFIG, WEIGHTS
+from bozzetto.checkpoints.folders import CONFIG, load_drift, load_target, save_drafter, save_drift, write_model
+from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.gaussian import gaussian_config
 from bozzetto.drafts import Layout, PathVerdict
@@ -184,7 +182,7 @@ def folder(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = load(tiny_flow)
     at = tmp_path_factory.mktemp("drift") / "model"
     at.mkdir()
-    model = DriftModel(load_continuous(base.folder), DriftConfig(width=16, depth=1))
+    model = DriftModel(load_target(base.folder, "flow", "mar"), DriftConfig(width=16, depth=1))
     torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.3)
     save_drift(at, model, str(tiny_flow), tiny_flow, {"name": "tiny-drift"})
     return at
@@ -226,7 +224,7 @@ def test_what_needs_a_density_is_refused(folder: Path, options: dict, match: str
 def test_a_folder_holds_what_is_the_variants_own(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    write_continuous(base, "flow", FLOW, random_flow().state_dict(), {})
+    write_model(base, "flow", FLOW, random_flow().state_dict(), {})
     at = drift_folder(base, tmp_path / "drift")
     read = load_drift(at, base)
     for name, value in MODEL.own_state().items():  # rounded to int8 rows
@@ -237,11 +235,11 @@ def test_a_folder_holds_what_is_the_variants_own(tmp_path: Path) -> None:
 def test_another_base_and_missing_weights_are_named(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    write_continuous(base, "flow", FLOW, random_flow().state_dict(), {})
+    write_model(base, "flow", FLOW, random_flow().state_dict(), {})
     at = drift_folder(base, tmp_path / "drift")
     other = tmp_path / "other"
     other.mkdir()
-    write_continuous(other, "flow", FLOW, random_flow(seed=9).state_dict(), {})
+    write_model(other, "flow", FLOW, random_flow(seed=9).state_dict(), {})
     with pytest.raises(UsageError, match="made from other weights of"):
         load_drift(at, other)
     content = json.loads((at / CONFIG).read_text())
@@ -264,10 +262,11 @@ def drafted(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A variant whose base model has a random drafter; its body is the base's own."""
     base = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("base") / "flow"))
     pipe = load(base)
-    save_sketch(base / "sketch", random_sketch(gaussian_config(pipe.target.whole)), base, {"target_name": "tiny"})
+    net = random_sketch(gaussian_config(pipe.target.whole))
+    save_drafter(base / "sketch", net, base, {"target_name": "tiny"}, compact=True)
     at = tmp_path_factory.mktemp("drafted") / "model"
     at.mkdir()
-    model = DriftModel(load_continuous(pipe.folder), DriftConfig(width=16, depth=1))
+    model = DriftModel(load_target(pipe.folder, "flow", "mar"), DriftConfig(width=16, depth=1))
     torch.nn.init.normal_(model.decoder.final_layer.linear.weight, std=0.02)
     torch.nn.init.normal_(model.centre.weight, std=0.02)  # noise says most, so that drafts are right now and then
     save_drift(at, model, str(base), base, {"name": "tiny-drift"})

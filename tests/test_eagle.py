@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.convert_drafter import convert_eagle
+from bozzetto.checkpoints.folders import load_drafter, load_target, save_drafter, target_digest
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.eagle import CachedEagle, EagleNet, eagle_config
@@ -220,7 +220,7 @@ def test_the_target_as_its_own_smaller_target_is_always_right() -> None:
 def with_drafter(tiny_model: Path, folder: Path) -> Path:
     """A copy of the tiny model with a random drafter."""
     shutil.copytree(tiny_model, folder)
-    target = load_llamagen(folder)
+    target = load_target(folder, "llamagen")
     torch.manual_seed(0)
     save_drafter(folder / "eagle", EagleNet(eagle_config(target.config)), folder, {"target_name": "tiny"})
     return folder
@@ -228,8 +228,8 @@ def with_drafter(tiny_model: Path, folder: Path) -> Path:
 
 def test_a_saved_drafter_is_read_again(tiny_model: Path, tmp_path: Path) -> None:
     folder = with_drafter(tiny_model, tmp_path / "m")
-    target = load_llamagen(folder)
-    net = load_eagle(folder / "eagle", target.config, target_digest(folder))
+    target = load_target(folder, "llamagen")
+    net = load_drafter(folder / "eagle", "eagle", target.config, target_digest(folder))
     torch.manual_seed(0)
     fresh = EagleNet(eagle_config(target.config))
     assert torch.allclose(net.fc.weight, fresh.fc.weight, atol=1e-3)
@@ -252,19 +252,19 @@ def test_a_drafter_that_does_not_fit_is_refused(
     path = folder / "eagle" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UsageError, match=message):
-        load_eagle(folder / "eagle", load_llamagen(folder).config, target_digest(folder))
+        load_drafter(folder / "eagle", "eagle", load_target(folder, "llamagen").config, target_digest(folder))
 
 
 @pytest.mark.parametrize("rows", ["head", "tokens"])
 def test_published_drafters_load_with_the_rows_they_were_trained_with(
     tiny_model: Path, tmp_path: Path, rows: str
 ) -> None:
-    target = load_llamagen(tiny_model)
+    target = load_target(tiny_model, "llamagen")
     net = EagleNet(eagle_config(target.config))
     own = target.output.weight if rows == "head" else target.tok_embeddings.weight
     torch.save({**net.state_dict(), "embed_tokens.weight": own.half()}, tmp_path / "drafter.bin")
     convert_eagle(tmp_path / "drafter.bin", tiny_model, tmp_path / "out")
-    made = load_eagle(tmp_path / "out", target.config, target_digest(tiny_model))
+    made = load_drafter(tmp_path / "out", "eagle", target.config, target_digest(tiny_model))
     assert made.config.embedding == rows
     assert torch.allclose(made.blocks[0].mlp.up_proj.weight, net.blocks[0].mlp.up_proj.weight, atol=1e-3)
 
@@ -280,7 +280,7 @@ def test_published_drafters_load_with_the_rows_they_were_trained_with(
     ],
 )
 def test_a_published_file_of_the_wrong_kind_is_refused(tiny_model: Path, tmp_path: Path, change, message: str) -> None:
-    net = EagleNet(eagle_config(load_llamagen(tiny_model).config))
+    net = EagleNet(eagle_config(load_target(tiny_model, "llamagen").config))
     torch.save(change(net.state_dict()), tmp_path / "drafter.bin")
     with pytest.raises(UsageError, match=message):
         convert_eagle(tmp_path / "drafter.bin", tiny_model, tmp_path / "out")

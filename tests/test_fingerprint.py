@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import bozzetto
 from bozzetto.adapters.load import checkpoint_digest
-from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
 from bozzetto.evaluate.shards import RUN, read_run
@@ -120,7 +120,7 @@ def test_a_decoder_from_another_folder_counts(tmp_path):
 
 
 def test_captions_count(tmp_path, tiny_model):
-    from bozzetto.checkpoints.store import load_tokenizer
+    from bozzetto.checkpoints.folders import load_tokenizer
     from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 
     network = LlamaGen(LlamaGenConfig(32, 2, 2, vocab=16, grid=4, classes=0, condition_tokens=3, caption_dim=8))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bozzetto.checkpoints.continuous_store import load_continuous, notes_of, write_continuous
+from bozzetto.checkpoints.folders import load_target, read_config, write_model
 from bozzetto.decoding.loop import BatchResult, Decoder
 from bozzetto.drafters.base import NoPaths
 from bozzetto.errors import UsageError
@@ -24,6 +25,11 @@ CONFIG = FlowConfig(16, 2, 2, token_dim=3, grid=4, classes=3, head_width=16, hea
 N, D, NONE = CONFIG.length, CONFIG.token_dim, CONFIG.classes
 SAMPLER = FlowSampler(steps=4, last_std=0.1, shift=1.5)
 LABELS, INDEX = torch.tensor([2, 0]), torch.tensor([5, 9])
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    """Everything in config.json besides family and config."""
+    return {k: v for k, v in read_config(folder).items() if k not in ("family", "config")}
 
 
 def random_flow(config: FlowConfig = CONFIG, seed: int = 0) -> FlowModel:
@@ -202,12 +208,12 @@ def test_seed_guidance_and_temperature_matter() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_continuous(tmp_path, "flow", CONFIG, MODEL.state_dict(), {"name": "toy"})
+    write_model(tmp_path, "flow", CONFIG, MODEL.state_dict(), {"name": "toy"})
     return tmp_path
 
 
 def test_a_written_flow_model_comes_back_rounded_to_float16(folder: Path) -> None:
-    found = load_continuous(folder)
+    found = load_target(folder, "flow", "mar")
     assert isinstance(found, FlowModel) and found.config == CONFIG and notes_of(folder) == {"name": "toy"}
     assert not found.training and not any(part.requires_grad for part in found.parameters())
     state = found.state_dict()
@@ -218,7 +224,7 @@ def test_a_written_flow_model_comes_back_rounded_to_float16(folder: Path) -> Non
 
 
 def test_a_model_that_was_read_decodes_like_the_one_that_was_written(folder: Path) -> None:
-    found = load_continuous(folder)
+    found = load_target(folder, "flow", "mar")
     assert isinstance(found, FlowModel)
     wanted = whole(True)
     torch.testing.assert_close(
@@ -248,18 +254,18 @@ def test_weights_that_do_not_fit_are_refused_by_key(folder: Path, key: str, kind
         state[key].view(-1)[1] = torch.nan
     save_file(state, path)
     with pytest.raises(UsageError, match=kind) as caught:
-        load_continuous(folder)
+        load_target(folder, "flow", "mar")
     assert f"'{key}'" in str(caught.value)
 
 
 def test_a_weight_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     state = MODEL.state_dict() | {"positions": torch.full((N, CONFIG.dim), 1e6)}
     with pytest.raises(UsageError, match="'positions'"):
-        write_continuous(tmp_path, "flow", CONFIG, state, {})
+        write_model(tmp_path, "flow", CONFIG, state, {})
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_family_is_refused_with_its_name(tmp_path: Path) -> None:
-    write_continuous(tmp_path, "unicorn", CONFIG, MODEL.state_dict(), {})
+    write_model(tmp_path, "unicorn", CONFIG, MODEL.state_dict(), {})
     with pytest.raises(UsageError, match=r"'unicorn' .*'flow', 'mar'"):
-        load_continuous(tmp_path)
+        load_target(tmp_path, "flow", "mar")

@@ -19,7 +19,7 @@ from bozzetto.adapters.load import FAMILIES as READERS
 from bozzetto.adapters.lumina import trained_side
 from bozzetto.adapters.refusals import READ, way_out
 from bozzetto.adapters.source import Source
-from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.checkpoints.folders import save_drafter
 from bozzetto.cli.main import main
 from bozzetto.cli.options import Serve
 from bozzetto.cli.serve import models_of

@@ -25,8 +25,8 @@ from bozzetto.autoencoders.kl16 import (
     to_published,
 )
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
-from bozzetto.checkpoints.continuous_store import load_latents, write_latents
-from bozzetto.checkpoints.store import fill, load_strict
+from bozzetto.checkpoints.folders import load_latents, write_tokenizer
+from bozzetto.checkpoints.weights import fill, load_strict
 from bozzetto.errors import UsageError
 from test_llamagen_vq import Slow
 
@@ -223,7 +223,7 @@ def test_the_published_checkpoint_is_consumed_exactly() -> None:
 
 def test_a_folder_gives_the_decoder_back_rounded_to_float16(tmp_path: Path) -> None:
     latents = small_latents(STATE, scale=4.0)
-    write_latents(tmp_path, KL16, SMALL, latents.state_dict(), {})
+    write_tokenizer(tmp_path, KL16, SMALL, latents.state_dict(), {})
     again = load_latents(tmp_path)
     assert again.kind == KL16
     assert again.config == SMALL
@@ -236,10 +236,10 @@ def test_a_folder_gives_the_decoder_back_rounded_to_float16(tmp_path: Path) -> N
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     state = small_latents(STATE).state_dict()
-    write_latents(tmp_path, KL16, SMALL, {k: v for k, v in state.items() if "attentions" not in k}, {})
+    write_tokenizer(tmp_path, KL16, SMALL, {k: v for k, v in state.items() if "attentions" not in k}, {})
     with pytest.raises(UsageError, match=r"missing key .*attentions.0"):
         load_latents(tmp_path)
-    write_latents(tmp_path, "latent-other", SMALL, state, {})
+    write_tokenizer(tmp_path, "latent-other", SMALL, state, {})
     with pytest.raises(UsageError, match=r"'latent-other' .allowed: 'latent-tiny', 'latent-kl16'"):
         load_latents(tmp_path)
     content = {"kind": KL16, "config": {**dataclasses.asdict(SMALL), "depth": 3}}

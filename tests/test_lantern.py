@@ -14,10 +14,9 @@ from torch import Tensor
 
 import bozzetto
 import hf_toys
-from bozzetto.adapters.lantern import convert_lantern
 from bozzetto.adapters.sketch import PromptedEagle
-from bozzetto.checkpoints.eagle_store import convert_eagle, load_eagle, save_drafter, target_digest
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.convert_drafter import convert_eagle, convert_lantern
+from bozzetto.checkpoints.folders import load_drafter, load_target, save_drafter, target_digest
 from bozzetto.cli.main import main
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.eagle import CachedEagle, EagleNet, eagle_config
@@ -142,8 +141,8 @@ def test_drafters_of_text_conditional_llamagen_begin_with_the_caption(guided: bo
     torch.save(drafter, tmp_path / "llamagen_drafter" / "pytorch_model.bin")
     (tmp_path / "llamagen_drafter" / "config.json").write_text(json.dumps({"input_type": "t2i"}))
     assert "head rows" in convert_eagle(tmp_path / "llamagen_drafter", folder, tmp_path / "eagle")
-    network = load_llamagen(folder)
-    net = load_eagle(tmp_path / "eagle", network.config, target_digest(folder))
+    network = load_target(folder, "llamagen")
+    net = load_drafter(tmp_path / "eagle", "eagle", network.config, target_digest(folder))
     assert net.config.before == "captions" and net.config.embedding == "head"
     made = torch.Generator().manual_seed(5)
     features = torch.randn(3, published.TOKENS, published.FEATURES, generator=made)
@@ -170,7 +169,7 @@ def test_drafters_of_text_conditional_llamagen_begin_with_the_caption(guided: bo
 
 
 def test_padding_is_nothing_under_a_caption(model: Path) -> None:
-    target = LlamaGenTarget(load_llamagen(model))
+    target = LlamaGenTarget(load_target(model, "llamagen"))
     features, mask = left_pad(torch.randn(1, 5, 6), torch.tensor([[1, 1, 0, 0, 0]]))
     found = target.with_captions(features, mask).condition_features(torch.tensor([0]), True)
     assert found.shape == (2, 4, 32) and not found[0, :3].any() and found[1, :3].all(-1).any()
@@ -179,7 +178,7 @@ def test_padding_is_nothing_under_a_caption(model: Path) -> None:
 def test_what_stands_before_is_written_only_where_something_does(model: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Drafters trained here keep their files to the byte."""
     for folder, before in ((tiny_model, None), (model, "captions")):
-        network = load_llamagen(folder)
+        network = load_target(folder, "llamagen")
         net = EagleNet(eagle_config(network.config))
         torch.save(dict(net.state_dict()), tmp_path / "drafter.bin")
         convert_eagle(tmp_path / "drafter.bin", folder, tmp_path / folder.name)
@@ -223,7 +222,7 @@ def test_drafters_of_chameleon_begin_with_the_prompt(family: str, groups: int, g
     told = convert_lantern(tmp_path / "published", tmp_path / "model", tmp_path / "eagle")
     assert "behind the words of its prompts" in told
     target = hf_toys.TARGETS[family]()
-    net = load_eagle(tmp_path / "eagle", target.config, "")
+    net = load_drafter(tmp_path / "eagle", "eagle", target.config, "")
     labels, length = torch.tensor([2, 0, 1]), min(9, target.length)
     tokens = torch.randint(hf_toys.CODES, (3, length), generator=torch.Generator().manual_seed(7))
     prompts = target.conditions_of(labels, guided)
@@ -287,12 +286,12 @@ def test_drafters_that_do_not_belong_are_refused(tmp_path: Path, tiny_model: Pat
     state = write_published(tmp_path / "published", network.model.embed_tokens.weight.detach())
     convert_lantern(tmp_path / "published", tmp_path / "model", tmp_path / "eagle")
     with pytest.raises(UsageError, match=r"before = 'words' \(allowed: nothing, captions\)"):
-        load_eagle(tmp_path / "eagle", load_llamagen(tiny_model).config, "")
-    drafter = EagleNet(eagle_config(load_llamagen(model).config))
+        load_drafter(tmp_path / "eagle", "eagle", load_target(tiny_model, "llamagen").config, "")
+    drafter = EagleNet(eagle_config(load_target(model, "llamagen").config))
     torch.save(dict(drafter.state_dict()), tmp_path / "t2i.bin")
     convert_eagle(tmp_path / "t2i.bin", model, tmp_path / "t2i")
     with pytest.raises(UsageError, match=r"before = 'captions' \(allowed: nothing, words\)"):
-        load_eagle(tmp_path / "t2i", hf_toys.chameleon().config, "")
+        load_drafter(tmp_path / "t2i", "eagle", hf_toys.chameleon().config, "")
     for change, message in (
         ({"embed_tokens.weight": torch.zeros_like(state["embed_tokens.weight"])}, "does not hold the rows of"),
         ({"fc.weight": state["fc.weight"][:, :32]}, "another target: fc.weight has shape"),
@@ -320,7 +319,7 @@ def test_drafters_that_do_not_belong_are_refused(tmp_path: Path, tiny_model: Pat
 
 
 def test_a_drafter_in_shards_is_read_whole(tmp_path: Path, model: Path) -> None:
-    state = dict(EagleNet(eagle_config(load_llamagen(model).config)).state_dict())
+    state = dict(EagleNet(eagle_config(load_target(model, "llamagen").config)).state_dict())
     torch.save(state, tmp_path / "whole.bin")
     folder = tmp_path / "shards"
     folder.mkdir()

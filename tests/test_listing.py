@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bozzetto.checkpoints.continuous_store import load_continuous
-from bozzetto.checkpoints.drift_store import save_drift
-from bozzetto.checkpoints.eagle_store import save_drafter
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.folders import load_target, save_drafter, save_drift
 from bozzetto.cli.listing import list_models
 from bozzetto.cli.main import main
 from bozzetto.drafters.eagle import EagleNet, eagle_config
@@ -27,10 +24,10 @@ def test_everything_shipped_is_readable(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_kinds_of_folders_are_told(tiny_model: Path, tiny_flow: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "codes")
-    network = load_llamagen(tiny_model)
+    network = load_target(tiny_model, "llamagen")
     save_drafter(tmp_path / "eagle", EagleNet(eagle_config(network.config)), tiny_model, {})
     (tmp_path / "drift").mkdir()
-    variant = DriftModel(load_continuous(tiny_flow), DriftConfig(width=16, depth=1))  # type: ignore[arg-type]
+    variant = DriftModel(load_target(tiny_flow, "flow", "mar"), DriftConfig(width=16, depth=1))  # type: ignore[arg-type]
     save_drift(tmp_path / "drift", variant, str(tiny_flow), tiny_flow, {"name": "one-step"})
     (tmp_path / "janus").mkdir()
     (tmp_path / "janus" / "config.json").write_text(json.dumps({"model_type": "janus"}))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, from_published, infer_config, ours
-from bozzetto.checkpoints.store import load_strict
+from bozzetto.checkpoints.weights import load_strict
 from bozzetto.errors import UsageError
 
 SMALL = LlamaGenVQConfig(codes=12, code_dim=8, channels=32, multipliers=(1, 1, 2), blocks=2, latent=16, image_size=16)

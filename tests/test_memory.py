@@ -14,7 +14,8 @@ from torch import Tensor
 
 import bozzetto
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
-from bozzetto.checkpoints.store import Streamed, finite, load_llamagen, load_tokenizer, read_weights, save_llamagen
+from bozzetto.checkpoints.folders import load_target, load_tokenizer, save_llamagen
+from bozzetto.checkpoints.weights import Streamed, finite, read_weights
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipelines import MaskedPipeline
 from bozzetto.runtime.dense import Dense
@@ -66,7 +67,7 @@ def test_a_loaded_model_is_its_weights_in_the_type_that_runs_and_little_more(fol
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_only_one_layer_lies_in_memory_before_it_is_laid_out(folder: Path, dtype: torch.dtype) -> None:
-    network = load_llamagen(folder, dtype)
+    network = load_target(folder, "llamagen", dtype=dtype)
     assert isinstance(network.layers, Streamed) and not [n for n, _ in network.named_parameters() if "layers" in n]
     gone: list[Any] = []
     for layer in network.each_block():
@@ -79,11 +80,14 @@ def test_only_one_layer_lies_in_memory_before_it_is_laid_out(folder: Path, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_target_as_from_the_whole_network(folder: Path, dtype: torch.dtype) -> None:
-    ours, whole = LlamaGenTarget(load_llamagen(folder, dtype), dtype), LlamaGenTarget(load_llamagen(folder), dtype)
+    ours, whole = (
+        LlamaGenTarget(load_target(folder, "llamagen", dtype=dtype), dtype),
+        LlamaGenTarget(load_target(folder, "llamagen"), dtype),
+    )
     labels, inputs = torch.tensor([0, 2]), torch.tensor([[1, 2, 3], [4, 5, 6]])
     found = [t.begin(labels, True, 3).score(inputs, torch.tensor([0, 0])).logits for t in (ours, whole)]
     assert found[0] is not None and torch.equal(*found)
-    assert torch.equal(ours.head, load_llamagen(folder).output.weight.to(dtype))
+    assert torch.equal(ours.head, load_target(folder, "llamagen").output.weight.to(dtype))
 
 
 def test_rows_of_a_map_come_back_from_the_processors_own_layout() -> None:

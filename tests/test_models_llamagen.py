@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.convert import read_state
-from bozzetto.checkpoints.store import load_strict
+from bozzetto.checkpoints.states import read_state
+from bozzetto.checkpoints.weights import load_strict
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, left_pad, published_config

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config, save_llamagen, save_tokenizer
+from bozzetto.checkpoints.folders import load_target, load_tokenizer, read_config, save_llamagen, save_tokenizer
 from bozzetto.errors import UsageError
 from toys import tiny_llamagen
 
@@ -37,7 +37,7 @@ def edit(path: Path, change: dict) -> None:
 
 
 def test_a_saved_network_comes_back_rounded_to_float16(folder: Path) -> None:
-    before, after = tiny_llamagen(), load_llamagen(folder)
+    before, after = tiny_llamagen(), load_target(folder, "llamagen")
     assert after.config == before.config
     assert not after.training
     assert not any(p.requires_grad for p in after.parameters())
@@ -85,13 +85,13 @@ def test_configs_of_before_there_were_captions_still_load(folder: Path) -> None:
     for name in ("condition_tokens", "caption_dim"):
         del content["config"][name]
     (folder / "config.json").write_text(json.dumps(content))
-    assert load_llamagen(folder).config == tiny_llamagen().config
+    assert load_target(folder, "llamagen").config == tiny_llamagen().config
 
 
 def test_a_captioned_network_comes_back(tmp_path: Path) -> None:
     before = tiny_llamagen(classes=0, condition_tokens=5, caption_dim=6)
     save_llamagen(tmp_path, before, tokenizer(), {})
-    after = load_llamagen(tmp_path)
+    after = load_target(tmp_path, "llamagen")
     assert after.config == before.config
     assert torch.equal(after.cls_embedding.uncond_embedding, before.cls_embedding.uncond_embedding.half().float())
 
@@ -106,7 +106,7 @@ def test_files_hold_float16_and_the_notes(folder: Path) -> None:
 def test_unknown_config_keys_are_refused_by_name(folder: Path) -> None:
     edit(folder / "config.json", {"wings": 2})
     with pytest.raises(UsageError, match=r"'wings'.*allowed.*dim"):
-        load_llamagen(folder)
+        load_target(folder, "llamagen")
     edit(folder / "tokenizer.json", {"feet": 2})
     with pytest.raises(UsageError, match=r"'feet'.*allowed.*codes"):
         load_tokenizer(folder)
@@ -115,7 +115,7 @@ def test_unknown_config_keys_are_refused_by_name(folder: Path) -> None:
 def test_missing_config_keys_are_refused_by_name(folder: Path) -> None:
     (folder / "config.json").write_text('{"family": "llamagen", "config": {"dim": 32, "layers": 2}}')
     with pytest.raises(UsageError, match="heads"):
-        load_llamagen(folder)
+        load_target(folder, "llamagen")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_missing_config_keys_are_refused_by_name(folder: Path) -> None:
 def test_broken_configs_are_refused(folder: Path, text: str, named: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(UsageError, match=named):
-        load_llamagen(folder)
+        load_target(folder, "llamagen")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": null}'])
@@ -144,7 +144,7 @@ def test_broken_tokenizer_configs_are_refused(folder: Path, text: str) -> None:
 def test_missing_files_are_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(UsageError, match=name):
-        load_llamagen(folder)
+        load_target(folder, "llamagen")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.safetensors"])
@@ -159,7 +159,7 @@ def test_truncated_weights_are_refused(folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UsageError, match=r"model\.safetensors"):
-        load_llamagen(folder)
+        load_target(folder, "llamagen")
 
 
 @pytest.mark.parametrize("kind", ["missing key", "unexpected key", "shape", "non-finite"])
@@ -177,7 +177,7 @@ def test_weights_that_do_not_fit_are_refused_by_key(folder: Path, kind: str) -> 
         state[key][3] = torch.nan
     save_file(state, path)
     with pytest.raises(UsageError, match=kind) as caught:
-        load_llamagen(folder)
+        load_target(folder, "llamagen")
     assert key in str(caught.value)
 
 
@@ -185,7 +185,7 @@ def test_a_compact_network_comes_back_close_and_small(tmp_path: Path) -> None:
     before = tiny_llamagen()
     for name, compact in (("plain", False), ("compact", True)):
         save_llamagen(tmp_path / name, before, tokenizer(), {}, compact)
-    after, labels = load_llamagen(tmp_path / "compact"), torch.tensor([0, 1])
+    after, labels = load_target(tmp_path / "compact", "llamagen"), torch.tensor([0, 1])
     tokens = torch.randint(before.config.vocab, (2, 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         gap = (before.eval()(labels, tokens) - after(labels, tokens)).abs().max()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import bozzetto
-from bozzetto.checkpoints.eagle_store import load_drafter, save_drafter
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.folders import load_drafter, load_target, save_drafter
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceNet
 from bozzetto.drafters.jacobi import FilledJacobi
@@ -271,9 +270,9 @@ def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, blooms: Path
 
 
 def test_compact_folders_hold_the_same_drafter(tmp_path: Path, tiny_model: Path) -> None:
-    target = load_llamagen(tiny_model).config
+    target = load_target(tiny_model, "llamagen").config
     net = BlockNet(BlockConfig(target.dim, target.heads, target.ffn, target.vocab, target.grid, PLACES, rank=8))
-    from bozzetto.checkpoints.store import target_digest
+    from bozzetto.checkpoints.folders import target_digest
 
     for compact in (False, True):
         save_drafter(tmp_path, net, tiny_model, {}, compact)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import bozzetto
 from bozzetto import UsageError
-from bozzetto.checkpoints.sketch_store import load_sketch, save_sketch
-from bozzetto.checkpoints.store import CONFIG, WEIGHTS
+from bozzetto.checkpoints.folders import CONFIG, load_drafter, save_drafter
+from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.cli.main import main
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation, Start
@@ -76,7 +76,13 @@ def flow(tiny_flow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(tiny_flow, tmp_path_factory.mktemp("with") / "sketch"))
     pipe = bozzetto.load(folder)
     assert isinstance(pipe, FlowPipeline)
-    save_sketch(folder / "sketch", random_sketch(gaussian_config(pipe.target.whole)), folder, {"target_name": "tiny"})
+    save_drafter(
+        folder / "sketch",
+        random_sketch(gaussian_config(pipe.target.whole)),
+        folder,
+        {"target_name": "tiny"},
+        compact=True,
+    )
     return folder
 
 
@@ -241,7 +247,7 @@ def test_a_stored_drafter_comes_back(flow: Path) -> None:
     assert isinstance(pipe, FlowPipeline)
     config = pipe.target.whole
     digest = json.loads((flow / "sketch" / CONFIG).read_text())["target_weights"]
-    net, stored = random_sketch(gaussian_config(config)), load_sketch(flow / "sketch", config, digest)
+    net, stored = random_sketch(gaussian_config(config)), load_drafter(flow / "sketch", "sketch", config, digest)
     for name, weight in net.state_dict().items():
         torch.testing.assert_close(stored.state_dict()[name], weight, atol=1e-2, rtol=1e-2)
     basis = CachedGaussian(stored, Dense(torch.randn(32, 32), None, torch.float32)).basis

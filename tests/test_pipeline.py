@@ -13,8 +13,8 @@ import torch
 import bozzetto
 from bozzetto import GenerateSettings, Pipeline, UsageError
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.checkpoints.folders import save_tokenizer
 from bozzetto.checkpoints.own_sampling import OwnSampling
-from bozzetto.checkpoints.store import save_tokenizer
 from bozzetto.evaluate.sampling import SampleRun
 from bozzetto.pipeline.results import GeneratedImage, plan_batches
 from bozzetto.settings import default_window

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bozzetto
 from bozzetto import UsageError
-from bozzetto.checkpoints.continuous_store import load_continuous
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.folders import load_target
 from bozzetto.cli.main import main
 from bozzetto.evaluate import passes, roofline
 from bozzetto.evaluate.advice import (
@@ -67,7 +66,7 @@ def run(*arguments: object) -> int:
 
 
 def network_of(folder: Path, kind: str) -> torch.nn.Module:
-    return load_llamagen(folder) if kind == "codes" else load_continuous(folder)
+    return load_target(folder, "llamagen") if kind == "codes" else load_target(folder, "flow", "mar")
 
 
 def bare(pipe: Pipeline, batch: int, guidance: float, width: int) -> BarePass:

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.checkpoints.eagle_store import save_drafter
-from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.checkpoints.folders import save_drafter, save_llamagen
 from bozzetto.cli import main as cli
 from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet

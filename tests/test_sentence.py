@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.folders import load_target
 from bozzetto.data import read_captions
 from bozzetto.errors import UsageError
 from bozzetto.targets.sentence import SentenceEncoder
@@ -121,7 +121,7 @@ def test_a_text_conditional_target_trains_resumes_and_can_be_loaded(
     again = CaptionFit(_recipe(tmp_path, tiny_model, drawings, 4))
     assert again.step == 2
     again.fit()
-    config = load_llamagen(tmp_path / "run" / "model").config
+    config = load_target(tmp_path / "run" / "model", "llamagen").config
     assert config.captioned and config.condition_tokens == 8 and config.caption_dim == 384
 
 

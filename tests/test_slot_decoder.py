@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.checkpoints.eagle_store import save_drafter
+from bozzetto.checkpoints.folders import save_drafter
 from bozzetto.decoding.scheduler import Admission
 from bozzetto.decoding.slot_decoder import SlotDecoder
 from bozzetto.decoding.widths import MeasuredWidth

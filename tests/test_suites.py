@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bozzetto.checkpoints.eagle_store import save_drafter
-from bozzetto.checkpoints.store import load_llamagen
+from bozzetto.checkpoints.folders import load_target, save_drafter
 from bozzetto.cli.main import main
 from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.evaluate.sampling import method_settings
@@ -25,7 +24,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a random drafter."""
     folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("with") / "drafter"))
     torch.manual_seed(0)
-    net = EagleNet(eagle_config(load_llamagen(folder).config))
+    net = EagleNet(eagle_config(load_target(folder, "llamagen").config))
     save_drafter(folder / "eagle", net, folder, {"target_name": "tiny"})
     return folder
 

@@ -21,7 +21,7 @@ from bozzetto.adapters.t5 import T5Encoder, encoder_digest
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.checkpoints.captions import write_captions
 from bozzetto.checkpoints.convert import convert_llamagen
-from bozzetto.checkpoints.store import save_llamagen
+from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.shards import read_run

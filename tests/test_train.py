@@ -15,7 +15,7 @@ from PIL import Image
 
 import bozzetto
 from bozzetto.autoencoders.vq import VQTokenizer
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.checkpoints.folders import load_target, load_tokenizer, save_llamagen
 from bozzetto.data import augment, evaluation_view, read_images
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import LlamaGen
@@ -184,7 +184,7 @@ def test_a_trained_drafter_names_its_target_reports_acceptance_by_depth_and_draf
 def test_a_drafter_learns_to_be_accepted(tmp_path: Path, pictures: Path, trained_target: Path) -> None:
     """A target with sharp laws; forty steps of training."""
     folder = Path(shutil.copytree(trained_target, tmp_path / "sharp"))
-    network = load_llamagen(folder)
+    network = load_target(folder, "llamagen")
     torch.manual_seed(1)
     network.output.weight.data.normal_(std=0.6)
     save_llamagen(folder, network, load_tokenizer(folder), {"name": "sharp", "class_names": ["blue", "red"]})

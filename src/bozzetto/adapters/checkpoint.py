@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bozzetto.checkpoints.layout import weight_files
-from bozzetto.checkpoints.store import CONFIG, FLOATS, WEIGHT, Held, header_of, open_tensors, read_config
+from bozzetto.checkpoints.folders import CONFIG, read_config
+from bozzetto.checkpoints.weights import FLOATS, WEIGHT, Held, header_of, open_tensors, weight_files
 from bozzetto.common.files import pointer_note
 from bozzetto.errors import UsageError
 

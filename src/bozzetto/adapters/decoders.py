@@ -16,8 +16,8 @@ from bozzetto.autoencoders.kl16 import KL16Decoder, decoder_config, decoder_part
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, infer_config
 from bozzetto.autoencoders.llamagen_vq import from_published as vq_published
 from bozzetto.autoencoders.movqgan import MoVQDecoder, from_published_movq, recognise_movq
-from bozzetto.checkpoints.convert import read_state
-from bozzetto.checkpoints.store import check_fit, fill, load_strict, on_meta
+from bozzetto.checkpoints.states import read_state
+from bozzetto.checkpoints.weights import check_fit, fill, load_strict, on_meta
 from bozzetto.errors import UsageError
 
 _CODES, _FIRST = "quantize.embedding.weight", "decoder.conv_in.weight"

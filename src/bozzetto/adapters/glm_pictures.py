@@ -18,8 +18,9 @@ from bozzetto.adapters.checkpoint import check_counts, check_types
 from bozzetto.adapters.pictures import PictureConfig
 from bozzetto.adapters.source import Source, check_weights
 from bozzetto.adapters.undecoded import TokenPictures
+from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.store import CONFIG, header_of, open_tensors, read_config
+from bozzetto.checkpoints.weights import header_of, open_tensors
 from bozzetto.common.images import Origin
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal

@@ -17,8 +17,8 @@ from transformers import JanusForConditionalGeneration
 from bozzetto.adapters.pictures import janus_pictures
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
 from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.store import CONFIG
 from bozzetto.common.images import size_of
 from bozzetto.errors import UsageError, brief
 

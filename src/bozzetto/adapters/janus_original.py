@@ -20,8 +20,8 @@ from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Ask, Hosted, Source, fixed_size
 from bozzetto.autoencoders.kl16 import numbered
 from bozzetto.autoencoders.llamagen_vq import MODULES
+from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.store import CONFIG
 from bozzetto.common.files import read_json
 from bozzetto.common.hub import model_name
 from bozzetto.common.images import size_of

@@ -25,8 +25,8 @@ from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.refusals import way_out
 from bozzetto.adapters.source import Hosted, Source, fitting, of_words
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
+from bozzetto.checkpoints.folders import CONFIG, FIRST_STAGE, PIPELINE, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
-from bozzetto.checkpoints.store import CONFIG, FIRST_STAGE, PIPELINE, read_config
 from bozzetto.common.checks import clipped
 from bozzetto.common.files import digest, read_json
 from bozzetto.common.hub import described, fetched, on_hub, split_name

@@ -21,11 +21,11 @@ from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStep
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context
 from bozzetto.autoencoders.kl16 import KL16Config, from_published, kl16_autoencoder
-from bozzetto.checkpoints.convert import read_state
-from bozzetto.checkpoints.layout import weight_files
+from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.published import family_of
-from bozzetto.checkpoints.store import CONFIG, Held, header_of, open_tensors, read_config
+from bozzetto.checkpoints.states import read_state
+from bozzetto.checkpoints.weights import Held, header_of, open_tensors, weight_files
 from bozzetto.common.checks import clipped, config_from
 from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError

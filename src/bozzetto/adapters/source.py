@@ -15,12 +15,11 @@ from torch import Tensor
 
 from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
-from bozzetto.checkpoints.convert import open_state
-from bozzetto.checkpoints.layout import weight_files
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.checkpoints.published import sampling_of
-from bozzetto.checkpoints.store import finite, usual_type
+from bozzetto.checkpoints.states import open_state
+from bozzetto.checkpoints.weights import finite, usual_type, weight_files
 from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError, brief
 

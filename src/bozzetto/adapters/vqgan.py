@@ -18,8 +18,8 @@ from bozzetto.adapters.lined import without_line_ends
 from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
 from bozzetto.adapters.source import Source
 from bozzetto.autoencoders.kl16 import decoder_config
-from bozzetto.checkpoints.convert import check_finite, read_state
 from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.states import check_finite, read_state
 from bozzetto.errors import UsageError
 
 NAMES = ("vqgan.safetensors", "vqgan.ckpt", "tokenizer/vqgan.ckpt")

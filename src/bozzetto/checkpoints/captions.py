@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.store import FLOATS, WHOLE, Held, header_of, open_tensors, save_tensors
+from bozzetto.checkpoints.weights import FLOATS, WHOLE, Held, header_of, open_tensors, save_tensors
 from bozzetto.common.files import parse_json
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import LlamaGenConfig, left_pad

@@ -10,32 +10,26 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bozzetto.autoencoders import kl16
 from bozzetto.autoencoders.kl16 import KL16Config
-from bozzetto.checkpoints import convert
-from bozzetto.checkpoints.continuous_store import KL16, MASKED, write_continuous, write_latents
-from bozzetto.checkpoints.convert import (
-    check_out,
-    check_storable,
-    family_state,
-    read_class_names,
-    types_in,
-    write_folder,
-)
+from bozzetto.checkpoints import states
+from bozzetto.checkpoints.convert import check_out, read_class_names
+from bozzetto.checkpoints.folders import KL16, MASKED, write_model, write_tokenizer
 from bozzetto.checkpoints.own_sampling import SAMPLING
 from bozzetto.checkpoints.published import MAR_SAMPLER, published
-from bozzetto.checkpoints.store import OWN, check_fit
+from bozzetto.checkpoints.states import check_storable, family_state, types_in
+from bozzetto.checkpoints.weights import OWN, check_fit, on_meta
 from bozzetto.common.classes import note_on_doubles
+from bozzetto.common.staging import staged_folder
 from bozzetto.errors import UsageError
 from bozzetto.targets import mar
 from bozzetto.targets.mar import SHAPES, MARConfig
 
 TOKEN_PER_LATENT = 0.2325  # one over the deviation of KL-16's latents of ImageNet
 # Averaged weights are those of the published results.
-_WRAPPERS = ("model_ema", *convert.WRAPPERS)
+_WRAPPERS = ("model_ema", *states.WRAPPERS)
 
 
 def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None = None, store: str = OWN) -> str:
@@ -43,13 +37,13 @@ def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None
 
     checkpoint, vae: torch pickles (opened with weights_only=True) or safetensors files; of a training checkpoint the
     averaged weights are taken where it has any. class_names: a text file with one name per line; None: "0", "1", ...;
-    store: see `store.save_state`. Returns a line about what was found. Raises UsageError for a file of another family,
+    store: see `save_state`. Returns a line about what was found. Raises UsageError for a file of another family,
     missing or misshapen or non-finite weights, parts that do not fit together, an `out` that is not empty, or a missing
     extra package; then nothing is written.
     """
     check_out(out)
-    pixels, _ = family_state(vae, convert.KL16)
-    network, wrapper = family_state(checkpoint, convert.MAR, _WRAPPERS)
+    pixels, _ = family_state(vae, states.KL16)
+    network, wrapper = family_state(checkpoint, states.MAR, _WRAPPERS)
     size, config = recognise_mar(network, checkpoint)
     latents = _latents_config(pixels, vae, config.grid)
     if config.token_dim != latents.token_dim:
@@ -70,11 +64,9 @@ def convert_mar(checkpoint: Path, vae: Path, out: Path, class_names: Path | None
         SAMPLING: published(f"mar-{size}").recorded(),
     }
 
-    def write(folder: Path) -> None:
-        write_latents(folder, KL16, latents, decoder, {}, store)
-        write_continuous(folder, MASKED, config, network, notes, store=store)
-
-    write_folder(out, write)
+    with staged_folder(out) as folder:
+        write_tokenizer(folder, KL16, latents, decoder, {}, store)
+        write_model(folder, MASKED, config, network, notes, store=store)
     averaged = {"model_ema": "averaged weights", "model": "weights without averaging"}.get(wrapper, "weights as given")
     return (
         f"MAR-{size} ({config.classes} classes, {averaged}) with KL-{latents.downsample}, "
@@ -117,9 +109,7 @@ def recognise_mar(state: Mapping[str, Tensor], source: Path) -> tuple[str, MARCo
         classes=classes,
         buffer=places - length,
     )
-    with torch.device("meta"):
-        wanted = mar.MAR(config).state_dict()
-    check_fit(wanted, state, source)
+    check_fit(on_meta(lambda: mar.MAR(config)).state_dict(), state, source)
     return size, config
 
 
@@ -131,7 +121,6 @@ def _latents_config(state: Mapping[str, Tensor], source: Path, grid: int) -> KL1
         raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
-    with torch.device("meta"):
-        wanted = kl16.kl16_autoencoder(config).state_dict()
+    wanted = on_meta(lambda: kl16.kl16_autoencoder(config)).state_dict()
     check_fit(kl16.to_published(wanted, len(config.widths)), state, source)
     return config

@@ -8,37 +8,28 @@ from typing import Any
 
 from bozzetto.adapters.refusals import READ
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
-from bozzetto.checkpoints.continuous_store import DECODERS
-from bozzetto.checkpoints.continuous_store import FAMILIES as CONTINUOUS
-from bozzetto.checkpoints.drift_store import DRIFT
-from bozzetto.checkpoints.own_sampling import brief_law, own_from
-from bozzetto.checkpoints.published import family_of, sampling_of
-from bozzetto.checkpoints.sketch_store import SKETCH
-from bozzetto.checkpoints.store import (
-    CODECS,
+from bozzetto.checkpoints.folders import (
+    CODES,
     CONFIG,
+    DRAFTERS,
+    DRIFT,
     FIRST_STAGE,
+    LATENTS,
     PIPELINE,
-    TINY,
+    TARGETS,
     TOKENIZER_CONFIG,
-    WEIGHTS,
-    choose,
-    header_of,
-    open_tensors,
+    VARIANTS,
+    VQ_TINY,
+    described,
     read_config,
 )
-from bozzetto.common.checks import clipped, config_from
-from bozzetto.drafters.gaussian import GaussianConfig
-from bozzetto.drafters.trained import TRAINED
+from bozzetto.checkpoints.own_sampling import brief_law, own_from
+from bozzetto.checkpoints.published import family_of, sampling_of
+from bozzetto.checkpoints.weights import SCALE, WEIGHTS, header_of, open_tensors
+from bozzetto.common.checks import clipped
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.output import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
-from bozzetto.targets.drift import DriftConfig
-from bozzetto.targets.llamagen import LlamaGenConfig
-
-_TARGETS: dict[str, Any] = {"llamagen": LlamaGenConfig, **{name: kinds[0] for name, kinds in CONTINUOUS.items()}}
-_DRAFTERS: dict[str, Any] = {SKETCH: GaussianConfig, **{name: kind.config for name, kind in TRAINED.items()}}
-_PIXELS: dict[str, Any] = {**CODECS, **{name: kinds[0] for name, kinds in DECODERS.items()}}
 
 
 def list_models(folder: str | Path | None) -> str:
@@ -77,7 +68,7 @@ def _row(folder: Path) -> tuple[str, ...]:
 
 def _sampling(folder: Path, content: dict[str, Any]) -> str:
     """How it is drawn where nothing is asked for."""
-    if content.get("family") in _DRAFTERS:
+    if content.get("family") in DRAFTERS:
         return "-"
     own = own_from(content, folder / CONFIG)
     if is_hosted(folder):
@@ -93,11 +84,10 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
         if kind not in READ and not (find_spec_file("", folder) or known_by(content)):
             raise UsageError(f"model type {clipped(kind)} draws no images by tokens here")
         return (f"{kind} (of transformers)", "-", "-", "-", "prompts")
-    kinds = {**_TARGETS, **_DRAFTERS, DRIFT: DriftConfig}
-    source = folder / CONFIG
-    config = config_from(choose(content, "family", kinds, source), content.get("config"), source)
+    source, place = folder / CONFIG, folder / TOKENIZER_CONFIG
+    _, config = described(content, {**TARGETS, **DRAFTERS, **VARIANTS}, source)
     family, own = content["family"], f"{_parameters(folder) / 1e6:.2f} M"
-    if family in _DRAFTERS:
+    if family in DRAFTERS:
         tokens = "-" if getattr(config, "before", "") == "words" else str(config.grid**2)  # of pictures of any size
         return (f"{family} (a drafter)", own, "-", tokens, "-")
     if family == DRIFT:  # it has its own head, and the rest from another model
@@ -107,9 +97,8 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
             raise UsageError(f"{source}: base = {content['base']!r} is a variant itself")
         _, parameters, *rest = _figures(base, inner)
         return (f"drift (of {content['base']})", f"{own} and {parameters}", *rest)
-    pixels = read_config(folder, TOKENIZER_CONFIG)
-    place = folder / TOKENIZER_CONFIG
-    size = config_from(choose({"kind": TINY, **pixels}, "kind", _PIXELS, place), pixels.get("config"), place).image_size
+    pixels = {"kind": VQ_TINY, **read_config(folder, TOKENIZER_CONFIG)}
+    size = described(pixels, {**CODES, **LATENTS}, place, "kind")[1].image_size
     labels = "captions" if getattr(config, "captioned", False) else str(config.classes)
     return (family, own, f"{size}x{size}", str(config.length), labels)
 
@@ -117,5 +106,5 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
 def _parameters(folder: Path) -> int:
     with open_tensors(folder / WEIGHTS) as content:
         held = header_of(content)
-    scales = {key for key in held if key.endswith(".scale") and key.removesuffix(".scale") in held}
+    scales = {key for key in held if key.endswith(SCALE) and key.removesuffix(SCALE) in held}
     return sum(math.prod(held[key].shape) for key in held.keys() - scales)

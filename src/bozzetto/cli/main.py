@@ -134,7 +134,7 @@ def _generate(options: Generate) -> None:
 
 def _check_request(options: Generate, settings: Any) -> None:
     """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
-    from bozzetto.checkpoints.store import read_config
+    from bozzetto.checkpoints.folders import read_config
     from bozzetto.common.classes import distinct, labels_of
     from bozzetto.pipeline.pipeline import is_hosted, model_folder, plan_batches
 
@@ -338,11 +338,11 @@ def _convert(options: Convert) -> None:
 
         print(convert_mar(first, second, options.out, options.class_names, options.store))
     elif is_hosted(str(second)):
-        from bozzetto.adapters.lantern import convert_lantern
+        from bozzetto.checkpoints.convert_drafter import convert_lantern
 
         print(convert_lantern(first, second, options.out, options.store))
     else:
-        from bozzetto.checkpoints.eagle_store import convert_eagle
+        from bozzetto.checkpoints.convert_drafter import convert_eagle
 
         print(convert_eagle(first, second, options.out, options.store))
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from bozzetto.errors import UsageError
 
-LAST = "manifest.json"  # says what the other files are: it goes first and comes last
+LAST = "manifest.json"
+_LAST = (LAST, "config.json")  # say what the other files are: they go first and come last
 _NAME, _DONE = re.compile(r"\.bozzetto-[0-9a-f]{8}(\.done)?"), ".done"
 
 
@@ -25,9 +26,9 @@ def staged_folder(out: str | Path, ours: Callable[[Path], bool] = Path.is_file) 
     """Give a hidden folder to write into; when the block ends well its files move to `out`, otherwise it vanishes.
 
     An existing `out` keeps its other files; files of the same names are replaced where they are `ours`. Where one is
-    not by then, the folder is kept beside `out` under a name of its own. At every moment `out`/manifest.json is missing
-    or says what is there. A missing `out` (and its missing parents) appears only on success. What killed processes have
-    left is finished, or swept. Raises UsageError where `out` cannot be a folder.
+    not by then, the folder is kept beside `out` under a name of its own. At every moment manifest.json (of a model:
+    config.json) in `out` is missing or says what is there. A missing `out` (and its missing parents) appears only on
+    success. What killed processes have left is finished, or swept. Raises UsageError where `out` cannot be a folder.
     """
     out = Path(out).absolute()
     missing = [p for p in (out, *out.parents) if not p.exists()]
@@ -90,10 +91,11 @@ def _publish(staging: Path, out: Path, ours: Callable[[Path], bool]) -> None:
 def _move_all(done: Path, out: Path) -> None:
     """Move every file into its place; may be begun again by anybody."""
     with locked(out, wait=True):
-        if (done / LAST).exists():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(out / LAST)
-        for path in sorted(done.iterdir(), key=lambda p: (p.name == LAST, p.name)):
+        for name in _LAST:
+            if (done / name).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(out / name)
+        for path in sorted(done.iterdir(), key=lambda p: (p.name in _LAST, p.name)):
             os.replace(path, out / path.name)
         done.rmdir()
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.checkpoints.store import load_strict
+from bozzetto.checkpoints.weights import load_strict
 from bozzetto.common.files import digest
 from bozzetto.errors import UsageError
 

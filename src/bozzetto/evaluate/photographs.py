@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bozzetto.checkpoints.store import load_tokenizer, read_config
+from bozzetto.checkpoints.folders import load_tokenizer, read_config
 from bozzetto.common.classes import class_named, distinct
 from bozzetto.data import evaluation_view, read_captions, read_images
 from bozzetto.errors import UsageError

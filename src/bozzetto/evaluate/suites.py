@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bozzetto.checkpoints.store import read_config
+from bozzetto.checkpoints.folders import read_config
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bozzetto.checkpoints.eagle_store import load_drafter, target_digest
-from bozzetto.checkpoints.store import TOKENIZER_WEIGHTS, WEIGHTS, load_llamagen
+from bozzetto.checkpoints.folders import LLAMAGEN, TOKENIZER_WEIGHTS, load_drafter, load_target, target_digest
+from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
 from bozzetto.drafters.base import DraftModel
@@ -71,7 +71,8 @@ class TargetWorkshop:
         return SmallTarget(self._smaller(str(fetched(folder)) if folder else folder))
 
     def _load_smaller(self, folder: str) -> LlamaGenTarget:
-        small, want = load_llamagen(folder, self.target.dtype, self.target.device), self.target.config
+        want, device = self.target.config, self.target.device
+        small = load_target(folder, LLAMAGEN, dtype=self.target.dtype, device=device)
         for name in ("vocab", "grid", "classes"):
             have = getattr(small.config, name)
             if have != getattr(want, name):

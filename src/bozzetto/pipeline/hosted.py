@@ -17,9 +17,9 @@ from bozzetto.adapters.nextstep_load import autoencoder_folder
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.adapters.source import Hosted
-from bozzetto.checkpoints.eagle_store import load_eagle
+from bozzetto.checkpoints.folders import EAGLE, load_drafter
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.store import name_of
+from bozzetto.checkpoints.weights import name_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import model_name
 from bozzetto.common.images import Origin
@@ -47,7 +47,7 @@ class HostedWorkshop(TargetWorkshop):
     def _load_trained(self, name: str, folder: str) -> Any:
         if name != "eagle":
             raise UsageError(f"drafter {name!r} is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
-        net = load_eagle(folder, self.target.config, "").to(self.target.device)
+        net = load_drafter(folder, EAGLE, self.target.config, "").to(self.target.device)
         return PromptedEagle(net, self.target)
 
     def smaller(self, folder: str) -> DraftModel:

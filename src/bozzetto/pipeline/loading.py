@@ -9,11 +9,22 @@ from typing import Any
 
 from bozzetto.adapters.refusals import way_out
 from bozzetto.checkpoints.captions import read_captions
-from bozzetto.checkpoints.continuous_store import FLOW, MASKED, load_continuous, load_latents
-from bozzetto.checkpoints.drift_store import DRIFT, load_drift
+from bozzetto.checkpoints.folders import (
+    CONFIG,
+    DRIFT,
+    FLOW,
+    LLAMAGEN,
+    MASKED,
+    PIPELINE,
+    load_drift,
+    load_latents,
+    load_target,
+    load_tokenizer,
+    read_config,
+)
 from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.checkpoints.own_sampling import SAMPLING, own_from
-from bozzetto.checkpoints.store import CONFIG, PIPELINE, WEIGHTS, load_llamagen, load_tokenizer, read_config, usual_type
+from bozzetto.checkpoints.weights import WEIGHTS, usual_type
 from bozzetto.common.checks import clipped, config_from, naming
 from bozzetto.common.classes import distinct
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
@@ -111,7 +122,7 @@ def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipel
 
 def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> CodePipeline:
     dtype, device, captions = wanted.dtype, wanted.device, wanted.captions
-    network = partial(load_llamagen, folder, wanted.torch_dtype, device)
+    network = partial(load_target, folder, LLAMAGEN, dtype=wanted.torch_dtype, device=device)
     tokenizer = load_tokenizer(folder, encoder=False).to(device)
     names = config.get("class_names")
     target = LlamaGenTarget(network(), wanted.torch_dtype)
@@ -191,7 +202,7 @@ def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) ->
     if config.get("family") == DRIFT:
         folder = _base(own, config)
         config, drift = read_config(folder), load_drift(own, folder).to(device)
-    again = partial(load_continuous, folder, wanted.torch_dtype, device)
+    again = partial(load_target, folder, FLOW, MASKED, dtype=wanted.torch_dtype, device=device)
     network = again() if drift is None else drift.flow
     tokenizer = load_latents(folder).to(device)
     classes = distinct([str(n) for n in _class_names(folder, config, network.config.classes)])

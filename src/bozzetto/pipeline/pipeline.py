@@ -18,18 +18,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
-from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
-from bozzetto.checkpoints.store import (
+from bozzetto.checkpoints.folders import (
     CONFIG,
     PIPELINE,
     TOKENIZER_CONFIG,
     TOKENIZER_WEIGHTS,
-    WEIGHTS,
     convert_note,
     read_config,
     tokenizer_weights,
 )
+from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
+from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
+from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.checks import clipped
 from bozzetto.common.classes import labels_of
 from bozzetto.common.files import digest

@@ -15,10 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.continuous_store import load_continuous
+from bozzetto.checkpoints.folders import FLOW, MASKED, SKETCH, Tokenizer, load_drafter, load_target, target_digest
 from bozzetto.checkpoints.own_sampling import HEAD
-from bozzetto.checkpoints.sketch_store import SKETCH, load_sketch
-from bozzetto.checkpoints.store import WEIGHTS, Tokenizer, target_digest
+from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
 from bozzetto.decoding.lanes import Lanes, in_slots
@@ -204,7 +203,7 @@ class FlowPipeline(_CausalPipeline):
 
     def _load_sketcher(self, folder: Path) -> CachedGaussian:
         weights = "" if self.folder is None else target_digest(self.folder)
-        net = load_sketch(folder, self.target.whole, weights).to(self.target.device)
+        net = load_drafter(folder, SKETCH, self.target.whole, weights).to(self.target.device)
         return CachedGaussian(net, self.target.embedding)
 
 
@@ -234,7 +233,7 @@ class DriftPipeline(FlowPipeline):
     def _load_sketcher(self, folder: Path) -> CachedGaussian:
         if self.drift.config.tuned:
             raise UsageError(f"drafter 'sketch' is not allowed here: {self.name} changed the body it was trained for")
-        net = load_sketch(folder, self.target.whole, target_digest(self.base)).to(self.target.device)
+        net = load_drafter(folder, SKETCH, self.target.whole, target_digest(self.base)).to(self.target.device)
         return CachedDrift(net, self.target.embedding)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -341,7 +340,7 @@ class MaskedPipeline(Pipeline):
     def _network(self, folder: str) -> MAR:
         """What a target is made from, read for it."""
         source = Path(folder) if folder else self.own_folder
-        smaller = load_continuous(source, self.target.dtype, self.target.device)
+        smaller = load_target(source, FLOW, MASKED, dtype=self.target.dtype, device=self.target.device)
         if not isinstance(smaller, MAR):
             raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
         return smaller

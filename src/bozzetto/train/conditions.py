@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.checkpoints.store import read_config
+from bozzetto.checkpoints.folders import read_config
 from bozzetto.data import ImageSet, read_captions
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, left_pad

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.latents import TINY, LatentDecoder, tiny_latents
 from bozzetto.autoencoders.tiny import load_tiny
-from bozzetto.checkpoints.continuous_store import FLOW, MASKED, load_latents, write_continuous, write_latents
+from bozzetto.checkpoints.folders import FLOW, MASKED, load_latents, write_model, write_tokenizer
 from bozzetto.data import augment, evaluation_view
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import noised_tables
@@ -177,12 +177,12 @@ class LatentFit(Fit):
             "recipe": asdict(self.recipe),
         }
         folder = self.run.path / "model"
-        write_continuous(folder, family, self.model.config, self.model.state_dict(), notes, self.recipe.compact)
+        write_model(folder, family, self.model.config, self.model.state_dict(), notes, self.recipe.compact)
         latents = tiny_latents(self.recipe.image_size)
         latents.decoder.load_state_dict(self.decoder.state_dict())
         latents.scale.copy_(self.std)
         latents.shift.copy_(self.mean)
-        write_latents(folder, TINY, latents.config, latents.state_dict(), {})
+        write_tokenizer(folder, TINY, latents.config, latents.state_dict(), {})
 
 
 class FlowFit(LatentFit):

@@ -14,8 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.checkpoints.eagle_store import FAMILY, load_drafter, save_drafter, target_digest
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, read_config
+from bozzetto.checkpoints.folders import (
+    EAGLE,
+    LLAMAGEN,
+    load_drafter,
+    load_target,
+    load_tokenizer,
+    read_config,
+    save_drafter,
+    target_digest,
+)
 from bozzetto.drafters.trained import new_net
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
@@ -32,14 +40,14 @@ _ROWS = 16
 class DrafterFit(TokenFit):
     """Fits an EAGLE-style drafter; other kinds say what their network, their loss and their acceptance are."""
 
-    family = FAMILY
+    family = EAGLE
     title = "drafter"
     recipe: DrafterRecipe
     model: Any
 
     def load_target(self) -> None:
         self.folder = model_folder(self.recipe.model)
-        self.target = load_llamagen(self.folder)
+        self.target = load_target(self.folder, LLAMAGEN)
         self.labelled = not self.target.config.captioned
         if self.labelled:
             self.known = class_names(self.folder, self.target.config.classes)

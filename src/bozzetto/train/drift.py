@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bozzetto.checkpoints.drift_store import load_base, save_drift
-from bozzetto.checkpoints.store import CONFIG, config_from, read_config
+from bozzetto.checkpoints.folders import CONFIG, load_base, read_config, save_drift
+from bozzetto.common.checks import config_from
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.drift import DriftConfig, DriftModel, guided_features

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bozzetto.checkpoints.store import TOKENIZER_WEIGHTS, WEIGHTS, save_tensors
+from bozzetto.checkpoints.folders import TOKENIZER_WEIGHTS
+from bozzetto.checkpoints.weights import WEIGHTS, save_tensors
 from bozzetto.common.files import digest, read_json, write_text, write_whole
 from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError

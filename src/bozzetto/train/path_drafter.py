@@ -16,9 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.checkpoints.continuous_store import load_continuous
-from bozzetto.checkpoints.sketch_store import SKETCH, load_sketch, save_sketch
-from bozzetto.checkpoints.store import CONFIG, config_from, read_config, target_digest
+from bozzetto.checkpoints.folders import (
+    CONFIG,
+    FLOW,
+    MASKED,
+    SKETCH,
+    load_drafter,
+    load_target,
+    read_config,
+    save_drafter,
+    target_digest,
+)
+from bozzetto.common.checks import config_from
 from bozzetto.drafters.gaussian import GaussianNet, gaussian_config
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
@@ -43,7 +52,7 @@ class SketchFit(LatentFit):
     def load_target(self) -> None:
         self.folder = model_folder(self.recipe.model)
         content = read_config(self.folder)
-        target = load_continuous(self.folder)
+        target = load_target(self.folder, FLOW, MASKED)
         if not isinstance(target, FlowModel):
             raise UsageError(f"{self.folder}: a drafter of continuous tokens is for a flow model")
         self.target = target
@@ -60,7 +69,8 @@ class SketchFit(LatentFit):
     def make_model(self) -> nn.Module:
         net = GaussianNet(gaussian_config(self.target.config))
         if self.recipe.init:
-            net = load_sketch(self.recipe.init, self.target.config, target_digest(self.folder)).requires_grad_(True)
+            net = load_drafter(self.recipe.init, SKETCH, self.target.config, target_digest(self.folder))
+            net.requires_grad_(True)
         self.turn = nn.utils.parametrizations.orthogonal(net, "basis")
         return net
 
@@ -144,7 +154,7 @@ class SketchFit(LatentFit):
             "steps": self.step,
             "recipe": asdict(self.recipe),
         }
-        save_sketch(self.run.path / SKETCH, plain, self.folder, notes)
+        save_drafter(self.run.path / SKETCH, plain, self.folder, notes, compact=True)
 
     def sheet(self) -> None:
         """There is nothing to look at."""

@@ -81,7 +81,7 @@ class TargetRecipe:
     largest relative change of brightness and contrast; flips: mirror every other picture; whole: share of a batch that
     is taken whole, as held-out pictures are, in place of a view; ema: decay of the averaged weights; patience:
     evaluations without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write
-    matrices as int8 (store.py); init: folder of a trained target of the same shape and tokenizer to begin from.
+    matrices as int8 (weights.py); init: folder of a trained target of the same shape and tokenizer to begin from.
     """
 
     out: Place
@@ -143,7 +143,7 @@ class DrafterRecipe:
     (smooth L1, EAGLE-1). rollout: steps of the drafter's own roll-out in training (EAGLE-3; 1 is EAGLE-1); step k
     weighs decay^(k-1). feature_noise: width of the uniform noise on features. test_images: held-out pictures used.
     layers: of the drafter; init: folder of a trained drafter of no more layers to begin from; compact: write matrices
-    as int8 (store.py).
+    as int8 (weights.py).
     """
 
     out: Place
@@ -206,7 +206,7 @@ class _ContinuousRecipe:
     """What the continuous families share.
 
     tiny: folder with the tiny autoencoder; views: augmented views held per image; draws: noise draws for the head per
-    token; compact: write matrices as int8 (store.py); jitter, ema, patience: as for a discrete target.
+    token; compact: write matrices as int8 (weights.py); jitter, ema, patience: as for a discrete target.
     """
 
     out: Place

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
-from bozzetto.checkpoints.store import load_llamagen, load_tokenizer, save_llamagen
+from bozzetto.checkpoints.folders import LLAMAGEN, load_target, load_tokenizer, save_llamagen
 from bozzetto.data import augment, evaluation_view, read_captions
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.prompts import ENCODER
@@ -102,7 +102,7 @@ class CodeFit(TokenFit):
         """Take over the weights of a trained target, if the recipe names one."""
         if not self.recipe.init:
             return
-        trained = load_llamagen(Path(self.recipe.init))
+        trained = load_target(Path(self.recipe.init), LLAMAGEN)
         pass_over(trained)
         if trained.config != self.model.config:
             raise UsageError(f"{self.recipe.init}: {trained.config} is not the recipe's {self.model.config}")

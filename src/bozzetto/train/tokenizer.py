@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, load_tiny
 from bozzetto.autoencoders.vq import CodebookEMA, VQConfig, VQTokenizer
-from bozzetto.checkpoints.store import save_tokenizer
+from bozzetto.checkpoints.folders import save_tokenizer
 from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.data import ImageSet, augment, evaluation_view

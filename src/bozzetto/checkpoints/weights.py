@@ -1,4 +1,4 @@
-"""Folders that hold a model: config.json, safetensors, MODEL_CARD.md. Strict about keys, shapes and finite numbers.
+"""Files of weights: safetensors, strict about keys, shapes and finite numbers.
 
 Weights are stored as float16, or in the types of the published file that they come from, and computed with as float32
 or bfloat16. A compact file holds matrices as int8 with one scale per row, under the name of the matrix and `.scale`:
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,25 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, from_published
-from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
-from bozzetto.common.checks import clipped, config_from
-from bozzetto.common.files import digest, pointer_note, read_json, write_text, write_whole
+from bozzetto.common.checks import clipped
+from bozzetto.common.files import pointer_note, read_json, write_whole
 from bozzetto.errors import UsageError
-from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PIPELINE, FIRST_STAGE = "model_index.json", "vision_language_encoder"  # of diffusers; its part that draws tokens
-TOKENIZER_CONFIG, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
-_SCALE = ".scale"
+WEIGHTS = "model.safetensors"
+_INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
+SCALE = ".scale"
 WEIGHT = ".weight"  # how names end of what a network multiplies by, in its published files too
 OWN = "own"  # how to store: every tensor in the type that it has
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAMED = {"F16": "float16", "BF16": "bfloat16", "I8": "bfloat16"}
 FLOATS, WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
-TINY, PUBLISHED = "vq-tiny", "vq-llamagen"  # kinds of tokenizer
-CODECS: dict[str, type] = {TINY: VQConfig, PUBLISHED: LlamaGenVQConfig}
-Tokenizer = VQTokenizer | LlamaGenVQ
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -51,72 +42,28 @@ class Held(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
-    """A JSON object of a model folder. Raises UsageError when the file is missing or holds something else."""
-    path = Path(folder) / name
-    if not path.is_file():
-        there = Path(folder).iterdir() if Path(folder).is_dir() else ()
-        raise UsageError(f"not a model folder: {path} does not exist{next(filter(None, map(convert_note, there)), '')}")
-    return read_json(path)
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read. Raises UsageError where there are none, for an index that is damaged or
+    that names files elsewhere, and for shards that are missing."""
+    for name in (WEIGHTS, _PICKLE):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}{_INDEX}").is_file():
+            return _shards(index)
+    raise UsageError(f"{folder}: no weights ({WEIGHTS} or its shards with {WEIGHTS}{_INDEX})")
 
 
-def convert_note(path: str | Path) -> str:
-    """What to do with a file that is called as authors call their checkpoints; "" for other names."""
-    if Path(path).suffix not in (".pt", ".pth", ".ckpt") or Path(path).name == "checkpoint.pt":  # of our own training
-        return ""
-    return " (checkpoints of LlamaGen and MAR are converted first: bozzetto convert)"
-
-
-def write_config(folder: Path, first: Mapping[str, str], config: Any, notes: Mapping, name: str = CONFIG) -> None:
-    """A JSON object of a model folder: `first` (family or kind), the config dataclass (quiet fields where they are not
-    as usual), the notes."""
-    quiet = {
-        f.name for f in dataclasses.fields(config) if f.metadata.get("quiet") and getattr(config, f.name) == f.default
-    }
-    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in quiet}
-    content = {**first, "config": kept, **notes}
-    write_text(folder / name, json.dumps(content, indent=2) + "\n")
-
-
-def choose(content: Mapping[str, Any], key: str, kinds: Mapping[str, Any], source: Path) -> Any:
-    """What the family or kind of a folder stands for among `kinds`. Raises UsageError for another one."""
-    found = content.get(key)
-    if not isinstance(found, str) or found not in kinds:
-        raise UsageError(f"{source}: {key} is {clipped(found)} (allowed: {', '.join(map(repr, kinds))})")
-    return kinds[found]
-
-
-def target_digest(folder: str | Path) -> str:
-    """What tells one target from another: a digest of its weights."""
-    if not (path := Path(folder) / WEIGHTS).is_file():
-        raise UsageError(f"weights not found: {path}")
-    return digest(path)
-
-
-def check_target(folder: Path, content: Mapping[str, Any], config: Any, target: Any, weights: str) -> None:
-    """Raise UsageError unless a drafter with this config.json was trained for the target: for its shape by the names
-    that both have, and for the weights of this digest (a converted drafter may say nothing of them)."""
-    for name in ("dim", "vocab", "token_dim", "grid"):
-        have, want = getattr(config, name, None), getattr(target, name, None)
-        if have is not None and have != want:
-            raise UsageError(f"{folder}: a drafter of another target: {name} = {have}, the target has {want}")
-    if content.get("target_weights") not in (None, weights):
-        name, found = content.get("target_name", "unknown"), content["target_weights"]
-        raise UsageError(
-            f"{folder}: a drafter of another target: it was trained for the weights of {clipped(name)} "
-            f"({clipped(found)}), the target's are {weights}"
-        )
-
-
-def tokenizer_weights(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Where the weights of a tokenizer.json lie: beside it, or in the neighbouring folder that `same_as` names.
-
-    Raises UsageError where that is no folder's name.
-    """
-    name = content.get("same_as", folder.name)
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name:  # "", "..", a path to somewhere else
-        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {clipped(name)} is not allowed: a folder's name")
-    return (folder.parent / name if "same_as" in content else folder) / TOKENIZER_WEIGHTS
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UsageError(f"{index}: weight_map is {clipped(shards)} (allowed: names of weights with their files)")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise UsageError(f"{index}: {clipped(name)} is not allowed: the name of a file in this folder")
+    files = [index.parent / name for name in sorted(set(shards.values()))]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise UsageError(f"{index.parent}: {', '.join(missing[:4])} missing ({len(missing)} of {len(files)} shards)")
+    return files
 
 
 @contextlib.contextmanager
@@ -161,13 +108,13 @@ def read_weights(
     """
     with open_tensors(path) as content:
         held = header_of(content)
-        compact = {key for key in held if key + _SCALE in held}
+        compact = {key for key in held if key + SCALE in held}
         for key, (kind, _) in held.items():
-            if key in compact and not _is_compact(held[key], held[key + _SCALE]):
-                raise UsageError(f"{path}: {key + _SCALE!r} does not hold one scale for each row of an int8 matrix")
+            if key in compact and not _is_compact(held[key], held[key + SCALE]):
+                raise UsageError(f"{path}: {key + SCALE!r} does not hold one scale for each row of an int8 matrix")
             if kind not in FLOATS and key not in compact and (wanted is not None or kind not in WHOLE):
                 raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(FLOATS)})")
-        names = held.keys() - {key + _SCALE for key in compact}
+        names = held.keys() - {key + SCALE for key in compact}
         if wanted is not None:
             check_fit(wanted, {key: held[key] for key in held if key in names}, path)
         return {key: _read(content, key, key in compact, path, dtype) for key in held if key in names and chosen(key)}
@@ -183,7 +130,7 @@ def _read(content: Any, key: str, compact: bool, path: str | Path, dtype: torch.
     """A tensor of its own: what safetensors gives is mapped, and a file may change."""
     value: Tensor = content.get_tensor(key)
     if compact:
-        value = value * content.get_tensor(key + _SCALE).float()
+        value = value * content.get_tensor(key + SCALE).float()
     value = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
     if not finite(value):
         raise UsageError(f"{path}: weight {key!r} has non-finite values in {name_of(dtype)}")
@@ -292,7 +239,7 @@ def save_state(path: str | Path, state: Mapping[str, Tensor], compact: bool = Fa
         if compact and value.ndim == 2 and bool(torch.isfinite(value).all()):
             scale = (value.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
             kept[key] = (value.float() / scale).round().to(torch.int8)
-            kept[key + _SCALE] = scale
+            kept[key + SCALE] = scale
             continue
         stored = value.to(stored_type(value.dtype, store))
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
@@ -327,66 +274,3 @@ def stored_type(dtype: torch.dtype, store: str) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> str:
     """float16 of torch.float16."""
     return str(dtype).removeprefix("torch.")
-
-
-def save_tokenizer(folder: str | Path, model: Tokenizer, notes: dict[str, Any]) -> None:
-    """Write tokenizer.safetensors and tokenizer.json (its kind, its config and `notes`)."""
-    if isinstance(model, LlamaGenVQ):
-        write_tokenizer(folder, PUBLISHED, model.config, model.published_state(), notes)
-    else:
-        write_tokenizer(folder, TINY, model.config, model.state_dict(), notes)
-
-
-def write_tokenizer(
-    folder: str | Path,
-    kind: str,
-    config: VQConfig | LlamaGenVQConfig,
-    state: Mapping[str, Tensor],
-    notes: dict[str, Any],
-    store: str = "float16",
-) -> None:
-    """What save_tokenizer writes, from its parts. state: under published names where the kind is `vq-llamagen`; store:
-    see `save_state`."""
-    folder = Path(folder)
-    save_state(folder / TOKENIZER_WEIGHTS, state, store=store)
-    write_config(folder, {"kind": kind}, config, notes, TOKENIZER_CONFIG)
-
-
-def load_tokenizer(folder: str | Path, encoder: bool = True) -> Any:
-    """Read what save_tokenizer wrote, a Tokenizer; float32, in evaluation mode. encoder: whether it has to encode
-    pictures; the published tokenizers else leave out the half of their weights that does.
-
-    Raises UsageError for missing, broken or unfitting files, an unknown kind, or a missing extra package.
-    """
-    source, weights = Path(folder) / TOKENIZER_CONFIG, Path(folder) / TOKENIZER_WEIGHTS
-    content = {"kind": TINY, **read_config(folder, TOKENIZER_CONFIG)}  # folders of before there were kinds
-    kind = choose(content, "kind", CODECS, source)
-    config = config_from(kind, content.get("config"), source)
-    if isinstance(config, VQConfig):
-        return load_module(lambda: VQTokenizer(config), weights)
-    model = on_meta(lambda: LlamaGenVQ(config))
-    wanted = model.published_state()
-    if not encoder:
-        model.forget_encoder()
-    return fill(model, from_published(read_weights(weights, wanted, model.published_state().__contains__)))
-
-
-def save_llamagen(
-    folder: str | Path, model: LlamaGen, tokenizer: Tokenizer, notes: dict[str, Any], compact: bool = False
-) -> None:
-    """Write a complete model folder: config.json, model.safetensors and its tokenizer. compact: see `save_state`."""
-    folder = Path(folder)
-    save_state(folder / WEIGHTS, model.state_dict(), compact)
-    save_tokenizer(folder, tokenizer, {})
-    write_config(folder, {"family": "llamagen"}, model.config, notes)
-
-
-def load_llamagen(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LlamaGen:
-    """Read the network of a model folder; float32, in evaluation mode. dtype: for a target in this type on the device,
-    with layers that are Streamed."""
-    folder = Path(folder)
-    content, source = read_config(folder), folder / CONFIG
-    config = config_from(choose(content, "family", {"llamagen": LlamaGenConfig}, source), content.get("config"), source)
-    if dtype is None:
-        return load_module(lambda: LlamaGen(config), folder / WEIGHTS)
-    return load_streamed(lambda: LlamaGen(config), folder / WEIGHTS, ("layers",), dtype, device)

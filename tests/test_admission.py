@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bozzetto.checkpoints.folders import save_drafter
 
 from bozzetto import load
+from bozzetto.checkpoints.folders import save_drafter
 from bozzetto.decoding.scheduler import CANCELLED, DONE, Admission, QueueFull, Ticket
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError

@@ -16,8 +16,8 @@ from bozzetto.errors import UsageError
 from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-from bozzetto.train.conditions import conditions_of
-from bozzetto.train.fields import DataSource
+from bozzetto.targets.sentence import SentenceEncoder
+from bozzetto.train.pictures import DataSource, conditions_of
 from toys import tiny_llamagen
 
 T, C = 5, 6
@@ -105,9 +105,8 @@ def test_convert_names_the_options_that_are_missing(tmp_path: Path, capsys: pyte
 
 
 def test_a_target_that_does_not_say_its_prompts_gets_no_drafter() -> None:
-    network = tiny_llamagen(classes=0, condition_tokens=T, caption_dim=C)
     with pytest.raises(UsageError, match=r"recipe\.prompts of its config\.json"):
-        conditions_of(network, DataSource("nowhere"), torch.zeros(1), ())
+        conditions_of(SentenceEncoder(T), DataSource("nowhere"), torch.zeros(1), ())
 
 
 def captioned_target(compiled: bool) -> LlamaGenTarget:

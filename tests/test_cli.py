@@ -345,7 +345,7 @@ def test_train_without_pyarrow_names_the_extra(tmp_path, capsys, empty, monkeypa
     def missing(recipe: object, restart: bool) -> None:
         raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow.parquet")
 
-    monkeypatch.setattr("bozzetto.train.target.train_target", missing)
+    monkeypatch.setattr("bozzetto.train.families.train", missing)
     assert run("train", "target", recipe) == 2
     refused(capsys, empty, "bozzetto[train]")
 
@@ -358,7 +358,7 @@ def test_interrupted_training_says_how_to_resume(tmp_path, capsys, monkeypatch):
     def interrupted(recipe: object, restart: bool) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bozzetto.train.target.train_target", interrupted)
+    monkeypatch.setattr("bozzetto.train.families.train", interrupted)
     assert run("train", "target", recipe) == 130
     assert f"the same command resumes from {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
     assert run("train", "target", recipe, "--restart") == 130

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bozzetto.data import read_captions, read_images
 from bozzetto.errors import UsageError
-from bozzetto.train.fields import DataSource, note_overlap
+from bozzetto.train.pictures import DataSource, note_overlap
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from bozzetto.runtime import linear, native
 from bozzetto.runtime.linear import OwnMap, TorchMap, fixed_map, laid_out, own_linear_pays
 from bozzetto.runtime.native import load_kernels
-from bozzetto.train import loop
-from bozzetto.train.loop import autocast, compute_dtype
+from bozzetto.train import fit
+from bozzetto.train.fit import autocast, compute_dtype
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -89,7 +89,7 @@ def test_the_faster_map_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_computes_in_the_faster_type(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.products_prefer_bfloat16() is native.products_prefer_bfloat16()  # measured once
     for prefers, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(loop, "products_prefer_bfloat16", lambda prefers=prefers: prefers)
+        monkeypatch.setattr(fit, "products_prefer_bfloat16", lambda prefers=prefers: prefers)
         assert compute_dtype() == dtype
         with autocast():
             assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype

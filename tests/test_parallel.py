@@ -29,7 +29,7 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.registry import make_rule, read_shape
-from bozzetto.train.drafter import train_drafter
+from bozzetto.train.families import train
 from bozzetto.train.recipes import DataSource, ParallelRecipe
 from test_eagle import GUIDED, LABELS, MODEL, TARGET, TOKENS, C, seen, true_features
 from test_eagle import sketcher as eagle_sketcher
@@ -235,7 +235,7 @@ def test_a_trained_drafter_is_written_read_and_drafts(
         family=kind, out=str(tmp_path / "run"), model=str(tiny_model), train=data, test=data, places=PLACES, anchors=5,
         test_images=4, views=1, steps=2, batch=2, warmup=1, evaluate_every=2, layers=2, rank=8, feature_weight=0.1,
     )  # fmt: skip
-    folder = train_drafter(recipe)
+    folder = train(recipe)
     config = json.loads((folder / "config.json").read_text())
     assert folder.name == kind == config["family"]
     for by_depth in config["acceptance_by_depth"].values():
@@ -264,7 +264,7 @@ def test_a_drafter_learns_to_be_accepted(kind: str, tmp_path: Path, blooms: Path
         family=kind, out=str(tmp_path / "run"), model=str(tiny_model), train=data, test=data, places=PLACES, anchors=16,
         test_images=4, views=1, steps=60, batch=4, warmup=2, lr=5e-3, ema=0.5, evaluate_every=20, layers=1, rank=8,
     )  # fmt: skip
-    lines = [json.loads(line) for line in (train_drafter(recipe).parent / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (train(recipe).parent / "metrics.jsonl").read_text().splitlines()]
     first, last = (sum(line["acceptance"]["guidance 2"]) for line in (lines[0], lines[-1]))
     assert last > first
 

@@ -31,9 +31,9 @@ from bozzetto.pipeline.pipelines import FlowPipeline
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
-from bozzetto.train.drafter import train_drafter
+from bozzetto.train.families import read_recipe, train
 from bozzetto.train.path_drafter import SketchFit
-from bozzetto.train.recipes import DataSource, DrafterRecipe, SketchRecipe, read_recipe
+from bozzetto.train.recipes import DataSource, SketchRecipe
 from path_toys import compare
 
 SCHEDULE = FlowSampler(steps=5).schedule
@@ -266,7 +266,7 @@ def recipe(out: Path, model: Path, blooms: Path, tiny_weights: Path, **changes: 
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = train_drafter(recipe(tmp_path / "straight", flow, blooms, tiny_weights))
+    straight = train(recipe(tmp_path / "straight", flow, blooms, tiny_weights))
     stopped = recipe(tmp_path / "stopped", flow, blooms, tiny_weights)
     original, calls = SketchFit.train_step, []
 
@@ -278,9 +278,9 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
     monkeypatch.setattr(SketchFit, "train_step", step)
     with pytest.raises(KeyboardInterrupt):
-        train_drafter(stopped)
+        train(stopped)
     monkeypatch.undo()
-    resumed = train_drafter(stopped)
+    resumed = train(stopped)
     assert (resumed / WEIGHTS).read_bytes() == (straight / WEIGHTS).read_bytes()
     drawn = bozzetto.load(flow).generate(count=1, drafter=f"sketch:folder={resumed}", rule="joint")
     assert drawn.images[0].tokens.shape == (16, 32)
@@ -289,7 +289,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 def test_training_brings_the_draft_closer_to_the_target(
     flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path
 ) -> None:
-    train_drafter(recipe(tmp_path / "run", flow, blooms, tiny_weights, steps=60, evaluate_every=20, lr=3e-3))
+    train(recipe(tmp_path / "run", flow, blooms, tiny_weights, steps=60, evaluate_every=20, lr=3e-3))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["best"] < 0.8 * lines[0]["held_out"]
 
@@ -298,9 +298,7 @@ def test_features_alone_can_be_learnt_from_a_drafter_that_is_there(
     flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path
 ) -> None:
     begun = {"init": str(flow / "sketch"), "divergence_weight": 0.0, "feature_weight": 10.0}
-    made = train_drafter(
-        recipe(tmp_path / "run", flow, blooms, tiny_weights, steps=40, evaluate_every=20, lr=3e-3, **begun)
-    )
+    made = train(recipe(tmp_path / "run", flow, blooms, tiny_weights, steps=40, evaluate_every=20, lr=3e-3, **begun))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["best"] < 0.8 * lines[0]["held_out"]
     one, other = (load_file(folder / WEIGHTS) for folder in (made, flow / "sketch"))
@@ -334,17 +332,17 @@ def test_the_recipe_names_its_family_and_refuses_unknown_keys(tmp_path: Path) ->
     text = yaml.safe_load(Path("recipes/flowers-flow-sketch.yaml").read_text())
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(text))
-    assert isinstance(read_recipe(path, DrafterRecipe), SketchRecipe)
+    assert isinstance(read_recipe(path, "drafter"), SketchRecipe)
     for change, named in (({"family": "owl"}, "family = 'owl'"), ({"speed": 1}, "unknown key 'speed'")):
         path.write_text(yaml.safe_dump({**text, **change}))
         with pytest.raises(UsageError, match=named):
-            read_recipe(path, DrafterRecipe)
+            read_recipe(path, "drafter")
 
 
 def test_a_drafter_of_codes_is_no_drafter_of_vectors(tiny_model: Path, tmp_path: Path, blooms: Path) -> None:
     wrong = replace(recipe(tmp_path / "run", tiny_model, blooms, tmp_path), model=str(tiny_model))
     with pytest.raises(UsageError, match="family is"):
-        train_drafter(wrong)
+        train(wrong)
 
 
 def test_the_sketcher_computes_in_the_dtype_of_the_targets_embedding() -> None:

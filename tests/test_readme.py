@@ -21,7 +21,7 @@ from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.pipeline.pipeline import shipped_models
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.train.recipes import RECIPES, read_recipe
+from bozzetto.train.families import FAMILIES, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,7 +106,8 @@ def test_commands_parse(command):
     parsed = cli._parse(shlex.split(command)[1:])
     assert type(parsed) in cli.HANDLERS
     if isinstance(parsed, cli.Train):
-        assert isinstance(read_recipe(ROOT / parsed.recipe, RECIPES[parsed.what]), RECIPES[parsed.what])
+        kinds = tuple(kind for kind, _ in FAMILIES[parsed.what].values())
+        assert isinstance(read_recipe(ROOT / parsed.recipe, parsed.what), kinds)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(ENDLESS)])
@@ -159,7 +160,7 @@ def test_recipes_are_valid(path):
         "drift": "drift",
         **dict.fromkeys(("sketch", "plane", "block", "glance"), "drafter"),
     }
-    recipe = read_recipe(path, RECIPES[kinds.get(path.stem.rpartition("-")[2], "target")])
+    recipe = read_recipe(path, kinds.get(path.stem.rpartition("-")[2], "target"))
     assert recipe.out == f"runs/{path.stem}"
 
 

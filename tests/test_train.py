@@ -22,11 +22,10 @@ from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.train import drafter as drafter_module
 from bozzetto.train import target as target_module
 from bozzetto.train import tokenizer as tokenizer_module
-from bozzetto.train.drafter import train_drafter
-from bozzetto.train.loop import WeightAverage, cosine, psnr
+from bozzetto.train.families import train
+from bozzetto.train.fit import WeightAverage, cosine, encoded
 from bozzetto.train.recipes import DataSource, DrafterRecipe, TargetRecipe, TokenizerRecipe, TokenizerStage
-from bozzetto.train.target import train_target
-from bozzetto.train.tokenizer import train_tokenizer
+from bozzetto.train.tokenizer import psnr
 
 
 def tokenizer_recipe(out: Path, pictures: Path, tiny_weights: Path) -> TokenizerRecipe:
@@ -45,14 +44,14 @@ def tokenizer_recipe(out: Path, pictures: Path, tiny_weights: Path) -> Tokenizer
 def target_recipe(out: Path, pictures: Path, tokenizer: Path) -> TargetRecipe:
     data = DataSource(str(pictures))
     return TargetRecipe(
-        str(out), str(tokenizer), data, data, name="toy", dim=32, layers=1, heads=2, views=2, refresh_every=2,
-        steps=6, batch=4, warmup=2, evaluate_every=2,
+        out=str(out), tokenizer=str(tokenizer), train=data, test=data, name="toy", dim=32, layers=1, heads=2, views=2,
+        refresh_every=2, steps=6, batch=4, warmup=2, evaluate_every=2,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory, pictures: Path, tiny_weights: Path) -> Path:
-    return train_tokenizer(tokenizer_recipe(tmp_path_factory.mktemp("run"), pictures, tiny_weights))
+    return train(tokenizer_recipe(tmp_path_factory.mktemp("run"), pictures, tiny_weights))
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, after: int) -> None:
@@ -78,16 +77,16 @@ def test_an_interrupted_tokenizer_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     recipe = tokenizer_recipe(tmp_path / "run", pictures, tiny_weights)
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, tokenizer_module._Trainer, "step", after)
+        interrupt(patch, tokenizer_module.TokenizerFit, "train_step", after)
         with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(recipe)
-    out = train_tokenizer(recipe)
+            train(recipe)
+    out = train(recipe)
     assert weights(out / "tokenizer.safetensors") == weights(trained_tokenizer / "tokenizer.safetensors")
 
 
 def test_a_finished_tokenizer_run_is_kept(trained_tokenizer: Path, pictures: Path, tiny_weights: Path) -> None:
     before = weights(trained_tokenizer / "tokenizer.safetensors")
-    train_tokenizer(tokenizer_recipe(trained_tokenizer.parent, pictures, tiny_weights))
+    train(tokenizer_recipe(trained_tokenizer.parent, pictures, tiny_weights))
     assert weights(trained_tokenizer / "tokenizer.safetensors") == before
 
 
@@ -101,7 +100,7 @@ def test_a_tokenizer_run_leaves_metrics_and_a_sheet(trained_tokenizer: Path) -> 
 def test_the_decoder_stage_changes_no_token(tmp_path: Path, pictures: Path, tiny_weights: Path) -> None:
     recipe = tokenizer_recipe(tmp_path / "all", pictures, tiny_weights)
     short = replace(recipe, out=str(tmp_path / "short"), stages=recipe.stages[:2])
-    full, cut = load_tokenizer(train_tokenizer(recipe)), load_tokenizer(train_tokenizer(short))
+    full, cut = load_tokenizer(train(recipe)), load_tokenizer(train(short))
     x = evaluation_view(read_images(pictures, None).images, 32)
     assert torch.equal(full.encode(x), cut.encode(x))
     assert not torch.equal(full.decode(full.encode(x)), cut.decode(cut.encode(x)))
@@ -110,13 +109,13 @@ def test_the_decoder_stage_changes_no_token(tmp_path: Path, pictures: Path, tiny
 def test_an_interrupted_target_run_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, pictures: Path, trained_tokenizer: Path
 ) -> None:
-    straight = train_target(target_recipe(tmp_path / "straight", pictures, trained_tokenizer))
+    straight = train(target_recipe(tmp_path / "straight", pictures, trained_tokenizer))
     recipe = target_recipe(tmp_path / "stopped", pictures, trained_tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, target_module.CodeFit, "train_step", 5)
         with pytest.raises(KeyboardInterrupt):
-            train_target(recipe)
-    resumed = train_target(recipe)
+            train(recipe)
+    resumed = train(recipe)
     assert weights(resumed / "model.safetensors") == weights(straight / "model.safetensors")
     assert bozzetto.load(resumed).generate(["red"], seed=1).images[0].class_name == "red"
     assert (tmp_path / "stopped" / "samples.png").is_file()
@@ -134,27 +133,27 @@ def test_what_a_run_begins_from_is_the_seeds(tmp_path: Path, pictures: Path, tra
 def drafter_recipe(out: Path, pictures: Path, model: Path, **changes: object) -> DrafterRecipe:
     data = DataSource(str(pictures))
     recipe = DrafterRecipe(
-        str(out), str(model), data, data, test_images=4, views=2, refresh_every=2, steps=4, batch=2, warmup=2,
-        evaluate_every=2, feature_noise=0.1,
+        out=str(out), model=str(model), train=data, test=data, test_images=4, views=2, refresh_every=2, steps=4,
+        batch=2, warmup=2, evaluate_every=2, feature_noise=0.1,
     )  # fmt: skip
     return replace(recipe, **changes)
 
 
 @pytest.fixture(scope="module")
 def trained_target(tmp_path_factory: pytest.TempPathFactory, pictures: Path, trained_tokenizer: Path) -> Path:
-    return train_target(target_recipe(tmp_path_factory.mktemp("target"), pictures, trained_tokenizer))
+    return train(target_recipe(tmp_path_factory.mktemp("target"), pictures, trained_tokenizer))
 
 
 def test_an_interrupted_drafter_run_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, pictures: Path, trained_target: Path
 ) -> None:
-    straight = train_drafter(drafter_recipe(tmp_path / "straight", pictures, trained_target))
+    straight = train(drafter_recipe(tmp_path / "straight", pictures, trained_target))
     recipe = drafter_recipe(tmp_path / "stopped", pictures, trained_target)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, drafter_module.DrafterFit, "train_step", 3)
         with pytest.raises(KeyboardInterrupt):
-            train_drafter(recipe)
-    resumed = train_drafter(recipe)
+            train(recipe)
+    resumed = train(recipe)
     assert weights(resumed / "model.safetensors") == weights(straight / "model.safetensors")
 
 
@@ -170,7 +169,7 @@ def test_an_interrupted_drafter_run_ends_where_an_uninterrupted_one_does(
 def test_a_trained_drafter_names_its_target_reports_acceptance_by_depth_and_drafts(
     tmp_path: Path, pictures: Path, trained_target: Path, changes: dict[str, object]
 ) -> None:
-    out = train_drafter(drafter_recipe(tmp_path / "run", pictures, trained_target, **changes))
+    out = train(drafter_recipe(tmp_path / "run", pictures, trained_target, **changes))
     config = json.loads((out / "config.json").read_text())
     assert config["family"] == "eagle" and config["target_name"] == "toy"
     for by_depth in config["acceptance_by_depth"].values():
@@ -190,7 +189,7 @@ def test_a_drafter_learns_to_be_accepted(tmp_path: Path, pictures: Path, trained
     save_llamagen(folder, network, load_tokenizer(folder), {"name": "sharp", "class_names": ["blue", "red"]})
     changes = {"steps": 60, "evaluate_every": 60, "lr": 5e-3, "batch": 8, "refresh_every": 0, "feature_noise": 0.0}
     before = drafter_module.DrafterFit(drafter_recipe(tmp_path / "none", pictures, folder)).held_out_acceptance(2.0)
-    out = train_drafter(drafter_recipe(tmp_path / "run", pictures, folder, ema=0.5, **changes))
+    out = train(drafter_recipe(tmp_path / "run", pictures, folder, ema=0.5, **changes))
     after = json.loads((out / "config.json").read_text())["acceptance_by_depth"]["guidance 2"]
     assert all(a > b + 0.05 for a, b in zip(after, before, strict=True))
 
@@ -252,7 +251,7 @@ def test_without_flips_nothing_is_mirrored() -> None:
 def test_a_share_of_every_batch_is_taken_whole(tmp_path: Path, pictures: Path, trained_tokenizer: Path) -> None:
     fit = target_module.CodeFit(replace(target_recipe(tmp_path / "run", pictures, trained_tokenizer), whole=1.0))
     images = read_images(pictures, None).images
-    whole = target_module.tokenise(fit.tokenizer, images, lambda x: evaluation_view(x, 32)).long()
+    whole = encoded(images, lambda x: evaluation_view(x, 32), fit.tokenizer.encode)
     _, tokens = fit.batch()
     assert all(any(torch.equal(row, one) for one in whole) for row in tokens)
 

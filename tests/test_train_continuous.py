@@ -15,10 +15,9 @@ from bozzetto import UsageError
 from bozzetto.laws.schedules import noised_tables
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.mar import MAR, MARConfig
-from bozzetto.train import continuous
-from bozzetto.train.continuous import flow_loss, mar_loss
-from bozzetto.train.recipes import DataSource, FlowRecipe, MARRecipe, TargetRecipe, read_recipe
-from bozzetto.train.target import train_target
+from bozzetto.train.continuous import LatentFit, flow_loss, mar_loss
+from bozzetto.train.families import read_recipe, train
+from bozzetto.train.recipes import DataSource, FlowRecipe, MARRecipe
 
 SHARED = {
     "image_size": 32, "views": 2, "heads": 2, "head_width": 16, "head_depth": 1, "batch": 4, "warmup": 2,
@@ -39,10 +38,9 @@ def recipe(kind: type, out: Path, pictures: Path, tiny_weights: Path, **changes:
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     kind: type, tmp_path: Path, pictures: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = train_target(recipe(kind, tmp_path / "straight", pictures, tiny_weights))
+    straight = train(recipe(kind, tmp_path / "straight", pictures, tiny_weights))
     stopped = recipe(kind, tmp_path / "stopped", pictures, tiny_weights)
-    fit = continuous.FlowFit if kind is FlowRecipe else continuous.MARFit
-    original, calls = fit.train_step, []
+    original, calls = LatentFit.train_step, []
 
     def step(self):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -50,11 +48,11 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(fit, "train_step", step)
+    monkeypatch.setattr(LatentFit, "train_step", step)
     with pytest.raises(KeyboardInterrupt):
-        train_target(stopped)
+        train(stopped)
     monkeypatch.undo()
-    resumed = train_target(stopped)
+    resumed = train(stopped)
     assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     image = bozzetto.load(resumed).generate(["red"], seed=1, steps=3).images[0]
     assert image.tokens.shape == (16, 32) and image.image.size == (32, 32)
@@ -64,7 +62,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
 @pytest.mark.parametrize("kind", [FlowRecipe, MARRecipe])
 def test_the_held_out_loss_falls(kind: type, tmp_path: Path, pictures: Path, tiny_weights: Path) -> None:
     changes = {"steps": 40, "evaluate_every": 20, "lr": 3e-3}
-    train_target(recipe(kind, tmp_path / "run", pictures, tiny_weights, **changes))
+    train(recipe(kind, tmp_path / "run", pictures, tiny_weights, **changes))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["best"] < lines[0]["held_out"] + 1e-9
     assert lines[-1]["best"] < (2.0 if kind is FlowRecipe else 1.4)
@@ -125,10 +123,10 @@ def test_a_recipes_family_decides_what_is_trained(tmp_path: Path, pictures: Path
     content |= {"train": {"path": str(pictures)}, "test": {"path": str(pictures)}}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(content))
-    assert read_recipe(path, TargetRecipe) == replace(made)
+    assert read_recipe(path, "target") == replace(made)
     path.write_text(yaml.safe_dump({**content, "family": "rnn"}))
     with pytest.raises(UsageError, match="family = 'rnn' is not allowed: caption, flow, mar"):
-        read_recipe(path, TargetRecipe)
+        read_recipe(path, "target")
     path.write_text(yaml.safe_dump({**content, "depth": 3}))
     with pytest.raises(UsageError, match="unknown key 'depth'"):
-        read_recipe(path, TargetRecipe)
+        read_recipe(path, "target")

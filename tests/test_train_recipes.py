@@ -14,8 +14,8 @@ from bozzetto.autoencoders.tiny import load_tiny
 from bozzetto.cli.main import main
 from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError
-from bozzetto.train.conditions import by_name
-from bozzetto.train.recipes import RECIPES, TargetRecipe, read_recipe
+from bozzetto.train.families import read_recipe
+from bozzetto.train.pictures import by_name
 
 RECIPE_FILES = Path(__file__).resolve().parent.parent / "recipes"
 TOKENIZER, TARGET, CAPTION = ("tokenizer", "flowers-tokenizer"), ("target", "flowers"), ("target", "emoji")
@@ -85,7 +85,7 @@ def test_values_that_cannot_be_are_refused_by_name(
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**content, **change}))
     with pytest.raises(UsageError, match=wanted) as error:
-        read_recipe(path, RECIPES[what])
+        read_recipe(path, what)
     assert str(error.value).startswith(f"{path}: ")
 
 
@@ -125,7 +125,7 @@ def test_files_that_are_no_recipes_are_refused(text: str, wanted: str, tmp_path:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=wanted) as error:
-        read_recipe(path, TargetRecipe)
+        read_recipe(path, "target")
     assert len(str(error.value)) < 10_000
 
 
@@ -134,7 +134,7 @@ def test_merged_keys_may_be_said_again(tmp_path: Path) -> None:
     content = content.replace("test: {path: ../shared/data/flowers160.parquet, split: test}", "test: &b {<<: *all}")
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
-    recipe = read_recipe(path, TargetRecipe)
+    recipe = read_recipe(path, "target")
     assert recipe.train == recipe.test and recipe.train.split == "train"
 
 

@@ -21,14 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
-from bozzetto.train.continuous import LATENTS, FlowFit, MARFit
-from bozzetto.train.drafter import DrafterFit, train_drafter
-from bozzetto.train.drift import DriftFit, train_drift
-from bozzetto.train.fields import DataSource
+from bozzetto.train.continuous import LATENTS, LatentFit
+from bozzetto.train.drafter import DrafterFit
+from bozzetto.train.drift import DriftFit
+from bozzetto.train.families import train
 from bozzetto.train.fit import Fit
 from bozzetto.train.folder import CHECKPOINT, RUN, RunFolder, data_digest
 from bozzetto.train.parallel import ParallelFit
 from bozzetto.train.path_drafter import SketchFit
+from bozzetto.train.pictures import DataSource, nothing
 from bozzetto.train.recipes import (
     DrafterRecipe,
     DriftRecipe,
@@ -40,8 +41,8 @@ from bozzetto.train.recipes import (
     TokenizerRecipe,
     TokenizerStage,
 )
-from bozzetto.train.target import CodeFit, train_target
-from bozzetto.train.tokenizer import _Trainer, train_tokenizer
+from bozzetto.train.target import CodeFit
+from bozzetto.train.tokenizer import TokenizerFit
 
 SHORT: dict[str, Any] = {"views": 1, "steps": 2, "batch": 2, "warmup": 1, "evaluate_every": 2}
 SMALL: dict[str, Any] = {**SHORT, "image_size": 32}
@@ -52,7 +53,7 @@ Make = Callable[[str, Path, Path], Any]
 @pytest.fixture(autouse=True)
 def without_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample sheets take most of the time, and are looked at elsewhere."""
-    monkeypatch.setattr(Fit, "sheet", lambda self: None)
+    monkeypatch.setattr(Fit, "shown", False)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,6 @@ def make(tiny_model: Path, tiny_flow: Path, tiny_weights: Path) -> Make:
 
 
 KINDS = ("tokenizer", "target", "flow", "mar", "drift", "sketch", "eagle", "plane")
-TRAIN = {"tokenizer": train_tokenizer, "target": train_target, "flow": train_target, "mar": train_target}
-TRAIN |= {"drift": train_drift, "sketch": train_drafter, "eagle": train_drafter, "plane": train_drafter}  # type: ignore[dict-item]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,8 +100,8 @@ def weights(folder: Path) -> list[bytes]:
 
 def killed(kind: str, recipe: Any, after: int, restart: bool = False) -> None:
     """Train, and be stopped in the step after so many."""
-    owner, method = (_Trainer, "step") if kind == "tokenizer" else (Fit, "train_step")
-    original, calls = getattr(owner, method), []
+    owner = TokenizerFit if kind == "tokenizer" else Fit
+    original, calls = owner.train_step, []
 
     def stopped(*arguments: object) -> object:
         calls.append(1)
@@ -111,9 +110,9 @@ def killed(kind: str, recipe: Any, after: int, restart: bool = False) -> None:
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, method, stopped)
+        patch.setattr(owner, "train_step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            TRAIN[kind](recipe, restart)
+            train(recipe, restart)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +131,11 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_and_only_as_what_it_wa
     kind: str, make: Make, tmp_path: Path, albums: Path
 ) -> None:
     pictures = Path(shutil.copytree(albums, tmp_path / "pictures"))
-    straight = TRAIN[kind](make(kind, tmp_path / "straight", pictures))
+    straight = train(make(kind, tmp_path / "straight", pictures))
     recipe = make(kind, tmp_path / "run", pictures)
     killed(kind, recipe, 1)
     assert not (tmp_path / "run" / CHECKPOINT).exists()
-    assert weights(TRAIN[kind](recipe)) == weights(straight)
+    assert weights(train(recipe)) == weights(straight)
 
     made = json.loads((tmp_path / "run" / RUN).read_text())
     assert made["recipe"]["out"] == recipe.out and set(made["made_from"]) >= {"train", "test"}
@@ -145,10 +144,10 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_and_only_as_what_it_wa
     with pytest.raises(
         UsageError, match=r"run: this run was begun with something else: seed was 0, is 1\. .*--restart"
     ):
-        TRAIN[kind](replace(recipe, seed=1))
+        train(replace(recipe, seed=1))
     shutil.copy(pictures / "rose" / "0.png", pictures / "daisy" / "another.png")
     with pytest.raises(UsageError, match="what train holds is not what it was; what test holds"):
-        TRAIN[kind](recipe)
+        train(recipe)
     assert contents(tmp_path / "run") == before
 
 
@@ -157,23 +156,23 @@ def test_a_picture_that_changed_is_noticed_and_one_that_moved_is_not(
 ) -> None:
     pictures = Path(shutil.copytree(albums, tmp_path / "pictures"))
     recipe = make("target", tmp_path / "run", pictures)
-    train_target(recipe)
+    train(recipe)
     assert f"{pictures}: 4 pictures; 4 smaller than 160 x 160, enlarged" in capsys.readouterr().err
     moved = make("target", tmp_path / "run", Path(pictures.rename(tmp_path / "elsewhere")))
-    train_target(replace(moved, steps=4, patience=1, evaluate_every=1))
+    train(replace(moved, steps=4, patience=1, evaluate_every=1))
     shutil.copy(tmp_path / "elsewhere" / "daisy" / "0.png", tmp_path / "elsewhere" / "daisy" / "1.png")
     with pytest.raises(UsageError, match="what train holds"):
-        train_target(moved)
+        train(moved)
 
 
 def test_other_weights_at_the_same_place_are_noticed(make: Make, tmp_path: Path, albums: Path, tiny_flow: Path) -> None:
     model = Path(shutil.copytree(tiny_flow, tmp_path / "model"))
     recipe = replace(make("sketch", tmp_path / "run", albums), model=str(model))
-    train_drafter(recipe)
+    train(recipe)
     state = load_file(model / "model.safetensors")
     save_file({key: value * 0.5 for key, value in state.items()}, model / "model.safetensors")
     with pytest.raises(UsageError, match="what model holds is not what it was"):
-        train_drafter(recipe)
+        train(recipe)
 
 
 def test_before_anything_is_trained_a_recipe_may_change(make: Make, tmp_path: Path, albums: Path) -> None:
@@ -181,13 +180,13 @@ def test_before_anything_is_trained_a_recipe_may_change(make: Make, tmp_path: Pa
     recipe = make("flow", tmp_path / "run", albums)
     killed("flow", recipe, 0)
     changed = replace(recipe, views=2, jitter=0.5, seed=3)
-    straight = train_target(replace(changed, out=str(tmp_path / "straight")))
-    assert weights(train_target(changed)) == weights(straight)
+    straight = train(replace(changed, out=str(tmp_path / "straight")))
+    assert weights(train(changed)) == weights(straight)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 def test_damaged_latents_are_made_again(damage: str, make: Make, tmp_path: Path, albums: Path) -> None:
-    straight = train_target(make("flow", tmp_path / "straight", albums))
+    straight = train(make("flow", tmp_path / "straight", albums))
     recipe = make("flow", tmp_path / "run", albums)
     killed("flow", recipe, 1)
     path = tmp_path / "run" / LATENTS
@@ -196,24 +195,24 @@ def test_damaged_latents_are_made_again(damage: str, make: Make, tmp_path: Path,
         path.unlink()
     else:
         path.write_bytes(content[:1000] if damage == "cut" else content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
-    assert weights(train_target(recipe)) == weights(straight)
+    assert weights(train(recipe)) == weights(straight)
 
 
 def test_restart_puts_the_old_run_aside(make: Make, tmp_path: Path, albums: Path, capsys: Any) -> None:
     recipe = make("target", tmp_path / "run", albums)
-    train_target(recipe)
+    train(recipe)
     before = contents(tmp_path / "run")
     changed = replace(recipe, seed=1)
-    straight = train_target(replace(changed, out=str(tmp_path / "straight")), restart=True)  # nothing to put aside
+    straight = train(replace(changed, out=str(tmp_path / "straight")), restart=True)  # nothing to put aside
     killed("target", changed, 1, restart=True)
     assert f"put aside: {tmp_path / 'run.1'}" in capsys.readouterr().out
     assert contents(tmp_path / "run.1") == before and not (tmp_path / "run" / "model").exists()
-    assert weights(train_target(changed)) == weights(straight)
+    assert weights(train(changed)) == weights(straight)
     again = replace(recipe, init=str(tmp_path / "run" / "model"))
     with pytest.raises(UsageError, match="cannot be put aside: the recipe reads"):
-        train_target(again, restart=True)
+        train(again, restart=True)
     with pytest.raises(UsageError, match="it holds a run of a TargetRecipe, not of a DrafterRecipe"):
-        train_drafter(make("eagle", tmp_path / "run", albums))
+        train(make("eagle", tmp_path / "run", albums))
 
 
 def test_the_command_restarts_and_says_why_it_does_not_go_on(
@@ -237,11 +236,11 @@ def test_a_run_that_stopped_for_want_of_progress_stays_as_it_is(make: Make, tmp_
     recipe = replace(
         make("target", tmp_path / "run", albums), lr=1e-12, steps=40, evaluate_every=1, patience=2, ema=0.0
     )
-    out = train_target(recipe)
+    out = train(recipe)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     before = weights(out)
     assert json.loads(metrics.splitlines()[-1])["step"] < 40
-    assert weights(train_target(recipe)) == before
+    assert weights(train(recipe)) == before
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
@@ -255,7 +254,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(
     else:
         recipe = replace(recipe, lr=1e38, steps=9)
     with pytest.raises(UsageError, match=r"loss.* is (nan|inf) at step \d"):
-        TRAIN[kind](recipe)
+        train(recipe)
 
 
 # torch 2.13: torch.load takes a zip archive whose entries no longer have their checksums for good.
@@ -266,7 +265,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_nothing_is_touched(
     damage: str, make: Make, tmp_path: Path, albums: Path
 ) -> None:
     recipe = make("target", tmp_path / "run", albums)
-    train_target(recipe)
+    train(recipe)
     path = tmp_path / "run" / CHECKPOINT
     content = path.read_bytes()
     if damage == "flipped":
@@ -275,7 +274,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_nothing_is_touched(
         path.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
     elif damage == "another run's":
         other = replace(recipe, out=str(tmp_path / "other"))
-        train_target(other)
+        train(other)
         shutil.copy(tmp_path / "other" / CHECKPOINT, path)
     elif damage == "run.json missing":
         (tmp_path / "run" / RUN).unlink()
@@ -286,7 +285,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_nothing_is_touched(
     before = contents(tmp_path / "run")
     wanted = "its run.json is missing or damaged" if RUN in damage else f"{CHECKPOINT}: this checkpoint cannot be used"
     with pytest.raises(UsageError, match=wanted) as error:
-        train_target(recipe)
+        train(recipe)
     assert str(tmp_path / "run") in str(error.value) and "--restart" in str(error.value)
     assert contents(tmp_path / "run") == before
 
@@ -335,7 +334,7 @@ def folders(albums: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return made
 
 
-FITS: dict[str, Any] = {"target": CodeFit, "flow": FlowFit, "mar": MARFit}
+FITS: dict[str, Any] = {"target": CodeFit, "flow": LatentFit, "mar": LatentFit}
 OF_TARGETS: dict[str, Any] = {"drift": DriftFit, "sketch": SketchFit, "eagle": DrafterFit, "plane": ParallelFit}
 
 
@@ -345,7 +344,8 @@ def test_held_out_classes_are_those_of_training_by_name(
 ) -> None:  # fmt: skip
     recipe = make(kind, tmp_path / "run", folders["drt"])
     fit = FITS[kind](replace(recipe, test=replace(recipe.test, path=str(folders["rt"]))))
-    assert fit.test_labels.tolist() == [1, 1, 2, 2]
+    labels = fit.test_given[0] if kind == "target" else fit.test_labels
+    assert labels.tolist() == [1, 1, 2, 2]
     more = replace(recipe, test=replace(recipe.test, path=str(folders["drtz"])), out=str(tmp_path / "more"))
     with pytest.raises(UsageError, match="'zinnia': not among the classes that are trained: 'daisy', 'rose', 'tulip'"):
         FITS[kind](more)
@@ -360,7 +360,7 @@ def test_classes_of_a_drafter_are_its_targets_by_name(
     assert fit.data.labels.tolist() == [1, 1, 2, 2] and fit.held.labels.tolist() == [1, 1, 2, 2]
     given = fit.test_given[0] if kind in ("eagle", "plane") else fit.test_labels
     assert set(given.tolist()) <= {1, 2}
-    nobody = fit.given.none(fit.test_given)[0] if kind in ("eagle", "plane") else torch.tensor([fit.classes])
+    nobody = nothing(fit.test_given, fit.target)[0] if kind in ("eagle", "plane") else torch.tensor([fit.classes])
     assert set(nobody.tolist()) == {3}
     with pytest.raises(UsageError, match="'zinnia': not among the classes that are trained: 'daisy', 'rose', 'tulip'"):
         OF_TARGETS[kind](make(kind, tmp_path / "more", folders["drtz"]))

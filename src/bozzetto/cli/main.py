@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -32,6 +31,7 @@ from bozzetto.cli.options import (
     Train,
 )
 from bozzetto.cli.options_shared import Law, listed, loading_of, settings_from
+from bozzetto.common.mappings import checked_as, read_mapping
 from bozzetto.errors import UsageError
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
@@ -67,11 +67,9 @@ def _parse(arguments: list[str]) -> Any:
     command = tyro.cli(COMMANDS, args=arguments, prog="bozzetto", description=_ABOUT)
     if not isinstance(command, Generate) or command.config is None:
         return command
-    from bozzetto.train.recipes import read_recipe
-
     if not command.config.is_file():
         raise UsageError(f"config = {str(command.config)!r} is not allowed: no such file")
-    base = read_recipe(command.config, Generate)
+    base = checked_as(Generate, read_mapping(command.config), command.config)
     if base.config is not None:
         raise UsageError(f"{command.config}: key 'config' is not allowed inside a config file")
     return tyro.cli(COMMANDS, args=arguments, prog="bozzetto", description=_ABOUT, default=base)
@@ -348,14 +346,12 @@ def _convert(options: Convert) -> None:
 
 
 def _train(options: Train) -> None:
-    from bozzetto.train import recipes
+    from bozzetto.train import families
 
-    kind: Any = recipes.RECIPES[options.what]
-    recipe = recipes.read_recipe(options.recipe, kind)
+    recipe = families.read_recipe(options.recipe, options.what)
     try:
         with _needs("train"):
-            train = getattr(importlib.import_module(f"bozzetto.train.{options.what}"), f"train_{options.what}")
-            print(f"written: {train(recipe, options.restart)}")
+            print(f"written: {families.train(recipe, options.restart)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
         same = "without --restart the same command" if options.restart else "the same command"

@@ -6,12 +6,11 @@ Latents of `views` augmented views per image are computed once and kept in the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,15 +18,14 @@ from tqdm import tqdm
 from bozzetto.autoencoders.latents import TINY, LatentDecoder, tiny_latents
 from bozzetto.autoencoders.tiny import load_tiny
 from bozzetto.checkpoints.folders import FLOW, MASKED, load_latents, write_model, write_tokenizer
-from bozzetto.data import augment, evaluation_view
+from bozzetto.data import evaluation_view
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import noised_tables
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler
 from bozzetto.targets.mar import MAR, MARConfig
 from bozzetto.targets.mar_target import MARSampler
-from bozzetto.train.fit import Fit
-from bozzetto.train.loop import autocast, channels_last
+from bozzetto.train.fit import Fit, autocast, channels_last, encoded, mean_over
 from bozzetto.train.recipes import FlowRecipe, MARRecipe
 
 LATENTS = "latents.safetensors"
@@ -35,18 +33,6 @@ _NOISIEST = 970  # the sampler starts a little below pure noise: see laws/schedu
 _CHUNK = 64
 _MASK_SPREAD = 0.25  # of the share of masked tokens
 _KEEP_STEP = 8  # known tokens come in multiples of this, so that there are few shapes
-
-
-@torch.no_grad()
-def encode(encoder: nn.Module, images: np.ndarray, view: Callable[[np.ndarray], Tensor]) -> Tensor:
-    """uint8 [n, S, S, 3] -> float16 latents in raster order, [n, h*w, D], of one view of each image."""
-    parts = []
-    for i in range(0, len(images), _CHUNK):
-        x = view(images[i : i + _CHUNK]).contiguous(memory_format=torch.channels_last)
-        with autocast():
-            latent = encoder(x)
-        parts.append(latent.float().flatten(2).transpose(1, 2).half())
-    return torch.cat(parts)
 
 
 def flow_loss(
@@ -100,10 +86,52 @@ def target_latents(folder: Path, image_size: int) -> LatentDecoder:
     return found
 
 
+def _flow(r: FlowRecipe, shape: dict[str, int]) -> FlowModel:
+    head = {"head_width": r.head_width, "head_depth": r.head_depth}
+    return FlowModel(FlowConfig(r.dim, r.layers, r.heads, **shape, **head), r.dropout)
+
+
+def _mar(r: MARRecipe, shape: dict[str, int]) -> MAR:
+    config = MARConfig(r.dim, r.depth, r.heads, r.head_width, r.head_depth, **shape, buffer=r.buffer)
+    return MAR(config, r.dropout)
+
+
+def _flow_draw(r: FlowRecipe, tokens: Tensor, generator: torch.Generator, training: bool) -> tuple[Tensor, ...]:
+    """Context, times [K, B, N] and noise [K, B, N, D]."""
+    context = tokens
+    if training and r.context_noise:
+        width = r.context_noise * torch.rand(len(tokens), 1, 1, generator=generator)
+        context = tokens + width * torch.randn(tokens.shape, generator=generator)
+    times = torch.rand(r.draws, *tokens.shape[:2], generator=generator)
+    return context, times, torch.randn(r.draws, *tokens.shape, generator=generator)
+
+
+def _mar_draw(r: MARRecipe, tokens: Tensor, generator: torch.Generator, training: bool) -> tuple[Any, ...]:
+    """Order of the places, how many of them are known, times [K, B, M] and noise [K, B, M, D] of the others."""
+    batch, length, dim = tokens.shape
+    order = torch.rand(batch, length, generator=generator).argsort(1)
+    share = 0.0
+    while share < r.least_masked:  # the left half of a normal law around 1, cut off
+        share = 1 - _MASK_SPREAD * abs(float(torch.randn((), generator=generator)))
+    kept = int(length * (1 - share)) // _KEEP_STEP * _KEEP_STEP
+    times = torch.randint(1000, (r.draws, batch, length - kept), generator=generator)
+    return order, kept, times, torch.randn(*times.shape, dim, generator=generator)
+
+
+# Of each family: the network of a recipe and the tokens' shape, what a loss draws, the loss, and how N tokens are
+# sampled afterwards.
+_FAMILIES: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Tensor], Callable[[int], Any]]] = {
+    FLOW: (_flow, _flow_draw, flow_loss, lambda length: FlowSampler()),
+    MASKED: (_mar, _mar_draw, mar_loss, lambda length: MARSampler(passes=length, noisiest=_NOISIEST)),
+}
+
+
 class LatentFit(Fit):
-    """What both families share."""
+    """Fits a target of continuous tokens, one of _FAMILIES; drafters and variants of one say what theirs are."""
 
     recipe: Any
+    model: Any
+    latents_of_target: LatentDecoder | None = None  # of the target that this one is made for
 
     def load_data(self) -> None:
         """Scaled latents: self.latents float16 [n, views, N, D] (not scaled yet), self.test float32 [n', N, D]."""
@@ -118,36 +146,44 @@ class LatentFit(Fit):
         self.mean, self.std = sample.mean(0), sample.std(0)
         self.latents = tables["train"]
         self.test = (tables["test"].float() - self.mean) / self.std
+        if self.latents_of_target is not None:
+            self._scale_as(self.latents_of_target)
 
     def _encoded(self, encoder: nn.Module) -> dict[str, Tensor]:
         """Latents of views of the training pictures and of the held-out ones, and the generator's state after that."""
         r = self.recipe
-        views = [encode(encoder, self.data.images, self._augment) for _ in tqdm(range(r.views), desc="encoding views")]
-        held = encode(encoder, self.held.images, lambda x: evaluation_view(x, r.image_size))
+
+        def tokens(x: Tensor) -> Tensor:  # float16 in raster order, [n, h*w, D]
+            return encoder(x).float().flatten(2).transpose(1, 2).half()
+
+        views = [encoded(self.data.images, self.augmented, tokens) for _ in tqdm(range(r.views), desc="encoding views")]
+        held = encoded(self.held.images, lambda x: evaluation_view(x, r.image_size), tokens)
         return {"train": torch.stack(views, 1), "test": held, "generator": self.generator.get_state()}
 
-    def scale_as(self, target: LatentDecoder) -> None:
+    def _scale_as(self, target: LatentDecoder) -> None:
         """Scale tokens as the target's are, whatever views this run has drawn, and keep some of the held-out ones."""
         self.test = self.test * self.std + self.mean
         self.std, self.mean = target.scale.float(), target.shift.float()
         self.test = ((self.test - self.mean) / self.std)[: self.recipe.test_images]
         self.test_labels = self.test_labels[: self.recipe.test_images]
 
-    def _augment(self, images: np.ndarray) -> Tensor:
-        return augment(images, self.recipe.image_size, self.generator, self.recipe.jitter)
-
     @property
     def classes(self) -> int:
         return len(self.data.classes)
 
-    @property
-    def shape(self) -> dict[str, int]:
-        """Of the tokens, as configs want it."""
-        return {"token_dim": self.test.shape[2], "grid": math.isqrt(self.test.shape[1]), "classes": self.classes}
+    def make_model(self) -> nn.Module:
+        """Of the shape that the tokens have."""
+        self._make, self._draw, self._loss, self._sampler = _FAMILIES[self.recipe.family]
+        length, dim = self.test.shape[1:]
+        return self._make(self.recipe, {"token_dim": dim, "grid": math.isqrt(length), "classes": self.classes})
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Any, ...]:
         """What the loss needs besides labels and tokens."""
-        raise NotImplementedError
+        return self._draw(self.recipe, tokens, generator, self.model.training)
+
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Any) -> Tensor:
+        with autocast():
+            return self._loss(self.model, labels, tokens, *drawn)
 
     def batch(self) -> tuple[Any, ...]:
         """Labels [B] (some replaced by the unconditional one), tokens [B, N, D] and the family's draws."""
@@ -155,89 +191,26 @@ class LatentFit(Fit):
         rows = torch.randint(len(self.latents), (r.batch,), generator=g)
         views = torch.randint(self.latents.shape[1], (r.batch,), generator=g)
         labels = torch.from_numpy(self.data.labels)[rows]
-        dropped = torch.rand(r.batch, generator=g) < r.class_dropout
-        labels = torch.where(dropped, torch.tensor(self.classes), labels)
+        left_out = torch.rand(r.batch, generator=g) < r.class_dropout
+        labels = torch.where(left_out, torch.tensor(self.classes), labels)
         tokens = (self.latents[rows, views].float() - self.mean) / self.std
         return labels, tokens, *self.draw(tokens, g)
 
     def held_out_loss(self) -> float:
         """True labels, the same noise every time."""
-        total, generator = 0.0, torch.Generator().manual_seed(0)
-        for labels, tokens in zip(self.test_labels.split(_CHUNK), self.test.split(_CHUNK), strict=True):
-            total += self.loss(labels, tokens, *self.draw(tokens, generator)).item() * len(labels)
-        return total / len(self.test_labels)
+        generator = torch.Generator().manual_seed(0)
 
-    def _write(self, family: str, sampler: dict[str, Any]) -> None:
-        notes = {
-            "name": self.recipe.name,
-            "class_names": self.data.classes,
-            "sampler": sampler,
-            "held_out_loss": self.best,
-            "steps": self.step,
-            "recipe": asdict(self.recipe),
-        }
-        folder = self.run.path / "model"
-        write_model(folder, family, self.model.config, self.model.state_dict(), notes, self.recipe.compact)
-        latents = tiny_latents(self.recipe.image_size)
+        def loss(labels: Tensor, tokens: Tensor) -> float:
+            return self.loss(labels, tokens, *self.draw(tokens, generator)).item()
+
+        return float(mean_over(_CHUNK, (self.test_labels, self.test), loss))
+
+    def export(self) -> None:
+        r, sampler = self.recipe, asdict(self._sampler(self.test.shape[1]))
+        notes = self.notes(name=r.name, class_names=self.data.classes, sampler=sampler, held_out_loss=self.best)
+        write_model(self.folder, r.family, self.model.config, self.model.state_dict(), notes, r.compact)
+        latents = tiny_latents(r.image_size)
         latents.decoder.load_state_dict(self.decoder.state_dict())
         latents.scale.copy_(self.std)
         latents.shift.copy_(self.mean)
-        write_tokenizer(folder, TINY, latents.config, latents.state_dict(), {})
-
-
-class FlowFit(LatentFit):
-    """Fits a causal flow model."""
-
-    recipe: FlowRecipe
-    model: FlowModel
-
-    def make_model(self) -> FlowModel:
-        r = self.recipe
-        head = {"head_width": r.head_width, "head_depth": r.head_depth}
-        return FlowModel(FlowConfig(r.dim, r.layers, r.heads, **self.shape, **head), r.dropout)
-
-    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Context, times [K, B, N] and noise [K, B, N, D]."""
-        r, context = self.recipe, tokens
-        if self.model.training and r.context_noise:
-            width = r.context_noise * torch.rand(len(tokens), 1, 1, generator=generator)
-            context = tokens + width * torch.randn(tokens.shape, generator=generator)
-        times = torch.rand(r.draws, *tokens.shape[:2], generator=generator)
-        return context, times, torch.randn(r.draws, *tokens.shape, generator=generator)
-
-    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
-        with autocast():
-            return flow_loss(self.model, labels, tokens, *drawn)
-
-    def export(self) -> None:
-        self._write(FLOW, asdict(FlowSampler()))
-
-
-class MARFit(LatentFit):
-    """Fits a masked model (MAR)."""
-
-    recipe: MARRecipe
-    model: MAR
-
-    def make_model(self) -> MAR:
-        r = self.recipe
-        config = MARConfig(r.dim, r.depth, r.heads, r.head_width, r.head_depth, **self.shape, buffer=r.buffer)
-        return MAR(config, r.dropout)
-
-    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, int, Tensor, Tensor]:
-        """Order of the places, how many of them are known, times [K, B, M] and noise [K, B, M, D] of the others."""
-        r, (batch, length, dim) = self.recipe, tokens.shape
-        order = torch.rand(batch, length, generator=generator).argsort(1)
-        share = 0.0
-        while share < r.least_masked:  # the left half of a normal law around 1, cut off
-            share = 1 - _MASK_SPREAD * abs(float(torch.randn((), generator=generator)))
-        kept = int(length * (1 - share)) // _KEEP_STEP * _KEEP_STEP
-        times = torch.randint(1000, (r.draws, batch, length - kept), generator=generator)
-        return order, kept, times, torch.randn(*times.shape, dim, generator=generator)
-
-    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Any) -> Tensor:  # type: ignore[override]
-        with autocast():
-            return mar_loss(self.model, labels, tokens, *drawn)
-
-    def export(self) -> None:
-        self._write(MASKED, asdict(MARSampler(passes=self.test.shape[1], noisiest=_NOISIEST)))
+        write_tokenizer(self.folder, TINY, latents.config, latents.state_dict(), {})

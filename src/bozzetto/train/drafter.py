@@ -7,7 +7,6 @@ Losses are taken on the guided law that drafting will use, over several steps of
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from bozzetto.checkpoints.folders import (
     LLAMAGEN,
     load_drafter,
     load_target,
-    load_tokenizer,
     read_config,
     save_drafter,
     target_digest,
@@ -27,11 +25,11 @@ from bozzetto.checkpoints.folders import (
 from bozzetto.drafters.trained import new_net
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
-from bozzetto.train.conditions import Condition, class_names, conditions_of, dropped, together
-from bozzetto.train.fit import Fit
-from bozzetto.train.loop import autocast, channels_last, compute_dtype, pass_over
-from bozzetto.train.recipes import DrafterRecipe, ParallelRecipe, SketchRecipe
-from bozzetto.train.target import TokenFit, check_image_size
+from bozzetto.targets.sentence import SentenceEncoder
+from bozzetto.train.fit import autocast, compute_dtype, pass_over
+from bozzetto.train.pictures import Condition, class_names, conditions_of, dropped, nothing, of_rows, together
+from bozzetto.train.recipes import DrafterRecipe
+from bozzetto.train.target import TokenFit
 
 _DEPTHS = 5  # of the roll-out in the held-out report
 _ROWS = 16
@@ -40,28 +38,27 @@ _ROWS = 16
 class DrafterFit(TokenFit):
     """Fits an EAGLE-style drafter; other kinds say what their network, their loss and their acceptance are."""
 
-    family = EAGLE
-    title = "drafter"
+    family, title, shown = EAGLE, "drafter", False
     recipe: DrafterRecipe
     model: Any
 
     def load_target(self) -> None:
-        self.folder = model_folder(self.recipe.model)
-        self.target = load_target(self.folder, LLAMAGEN)
+        self.target_folder = model_folder(self.recipe.model)
+        self.target = load_target(self.target_folder, LLAMAGEN)
         self.labelled = not self.target.config.captioned
         if self.labelled:
-            self.known = class_names(self.folder, self.target.config.classes)
-        self.tokenizer = channels_last(load_tokenizer(self.folder))
+            self.known = class_names(self.target_folder, self.target.config.classes)
+        self.read_tokenizer(self.target_folder)
         pass_over(self.target, self.tokenizer)
-        check_image_size(self.tokenizer.config.image_size, self.recipe)
 
     def load_data(self) -> None:
-        recipe, test = self.recipe, self.held
+        recipe, test, config = self.recipe, self.held, self.target.config
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: recipe.test_images]
-        prompts = read_config(self.folder).get("recipe", {}).get("prompts", ())
-        self.given = conditions_of(self.target, recipe.train, torch.from_numpy(self.data.labels), prompts)
-        held = conditions_of(self.target, recipe.test, torch.from_numpy(test.labels), prompts[:1])
-        self.test_given = held.of(chosen, self.generator)
+        prompts = read_config(self.target_folder).get("recipe", {}).get("prompts", ())
+        encoder = SentenceEncoder(config.condition_tokens) if config.captioned else None
+        self.given = conditions_of(encoder, recipe.train, torch.from_numpy(self.data.labels), prompts)
+        held = conditions_of(encoder, recipe.test, torch.from_numpy(test.labels), prompts[:1])
+        self.test_given = of_rows(held, chosen, self.generator)
         self.test_tokens = self.whole(test.images[chosen]).long()
         self.rows = self.target.tok_embeddings.weight.to(compute_dtype())
         self.head = self.target.output.weight.to(compute_dtype())
@@ -73,7 +70,7 @@ class DrafterFit(TokenFit):
         """Take over a trained drafter of no more layers; those that it has not begin as the identity."""
         if not self.recipe.init:
             return
-        trained = load_drafter(self.recipe.init, self.family, self.target.config, target_digest(self.folder))
+        trained = load_drafter(self.recipe.init, self.family, self.target.config, target_digest(self.target_folder))
         if trained.config.layers > self.recipe.layers:
             raise UsageError(
                 f"{self.recipe.init}: {trained.config.layers} layers, layers = {self.recipe.layers} is too few"
@@ -99,8 +96,8 @@ class DrafterFit(TokenFit):
         r, g = self.recipe, self.generator
         chosen = torch.randint(len(self.tokens), (r.batch,), generator=g)
         tokens = self.tokens[chosen, torch.randint(r.views, (r.batch,), generator=g)].long()
-        given = self.given.of(chosen, g)
-        none = self.given.none(given)
+        given = of_rows(self.given, chosen, g)
+        none = nothing(given, self.target)
         low, high = r.guidance
         if high > 1:
             scale = low + (high - low) * torch.rand(r.batch, generator=g)
@@ -124,9 +121,7 @@ class DrafterFit(TokenFit):
             logits = uncond + (cond - uncond) * scale[:, None, None]  # a scale per picture
         return logits.log_softmax(-1)
 
-    def loss(  # type: ignore[override]
-        self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor
-    ) -> Tensor:
+    def loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor) -> Tensor:
         """Mean over roll-out steps (step k weighs decay^(k-1)) of the recipe's losses. features: the target's [R, N,
         d]; fed: what the drafter sees of them."""
         r = self.recipe
@@ -166,7 +161,7 @@ class DrafterFit(TokenFit):
         for *given, tokens in zip(*(part.split(_ROWS) for part in (*self.test_given, self.test_tokens)), strict=True):
             condition, scale = tuple(given), torch.full((len(tokens),), guidance)
             if guidance > 1:
-                condition, tokens = together(condition, self.given.none(condition)), tokens.repeat(2, 1)
+                condition, tokens = together(condition, nothing(condition, self.target)), tokens.repeat(2, 1)
             total = total + self.overlaps(self.features(condition, tokens), tokens, scale)
             count += len(scale)
         return (total / count).tolist()
@@ -183,25 +178,8 @@ class DrafterFit(TokenFit):
         return {"acceptance": self.acceptance}
 
     def export(self) -> None:
-        notes = {
-            "target_name": read_config(self.folder).get("name", self.folder.name),
-            "acceptance_by_depth": {k: [round(x, 4) for x in v] for k, v in self.acceptance.items()},
-            "steps": self.step,
-            "recipe": asdict(self.recipe),
-        }
-        save_drafter(Path(self.recipe.out) / self.family, self.model, self.folder, notes, self.recipe.compact)
-
-    def sheet(self) -> None:
-        """There is nothing to look at."""
-
-
-def train_drafter(recipe: DrafterRecipe | SketchRecipe, restart: bool = False) -> Path:
-    """Train (or resume) to the recipe's last step. Returns the drafter folder. restart: put an earlier run aside."""
-    kind: type[Fit] = DrafterFit
-    if isinstance(recipe, SketchRecipe):
-        from bozzetto.train.path_drafter import SketchFit as kind
-    elif isinstance(recipe, ParallelRecipe):
-        from bozzetto.train.parallel import ParallelFit as kind
-    fit: Any = kind(recipe, restart)
-    fit.fit()
-    return Path(recipe.out) / fit.family
+        notes = self.notes(
+            target_name=read_config(self.target_folder).get("name", self.target_folder.name),
+            acceptance_by_depth={k: [round(x, 4) for x in v] for k, v in self.acceptance.items()},
+        )
+        save_drafter(self.folder, self.model, self.target_folder, notes, self.recipe.compact)

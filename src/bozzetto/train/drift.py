@@ -10,8 +10,6 @@ positives; a causal model needs the law of a token given its context, of which a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,9 @@ from bozzetto.targets.drift import DriftConfig, DriftModel, guided_features
 from bozzetto.targets.flow import TIME_SCALE
 from bozzetto.targets.flow_cache import FlowSampler
 from bozzetto.targets.heads import PackedDenoiser, flow_coefficients
-from bozzetto.train.conditions import class_names
 from bozzetto.train.continuous import LatentFit, target_latents
-from bozzetto.train.loop import autocast, compute_dtype
+from bozzetto.train.fit import autocast, compute_dtype, mean_over
+from bozzetto.train.pictures import class_names
 from bozzetto.train.recipes import DriftRecipe
 
 _ROWS = 16
@@ -93,22 +91,18 @@ class DriftFit(LatentFit):
     model: DriftModel
 
     def load_target(self) -> None:
-        self.folder = model_folder(self.recipe.model)
-        content = read_config(self.folder)
-        self.teacher = load_base(self.folder)
-        self.schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
+        self.target_folder = model_folder(self.recipe.model)
+        content = read_config(self.target_folder)
+        self.teacher = load_base(self.target_folder)
+        self.schedule = config_from(FlowSampler, content.get("sampler", {}), self.target_folder / CONFIG).schedule
         self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, compute_dtype())
-        self.known = class_names(self.folder, self.teacher.config.classes)
-        self.latents_of_target = target_latents(self.folder, self.recipe.image_size)
-
-    def load_data(self) -> None:
-        super().load_data()
-        self.scale_as(self.latents_of_target)
+        self.known = class_names(self.target_folder, self.teacher.config.classes)
+        self.latents_of_target = target_latents(self.target_folder, self.recipe.image_size)
 
     def make_model(self) -> nn.Module:
         r = self.recipe
         config = DriftConfig(r.decoder_width, r.decoder_depth, r.largest, r.heat, r.tuned)
-        model = DriftModel(load_base(self.folder), config)
+        model = DriftModel(load_base(self.target_folder), config)
         for part in model.own().values():
             part.requires_grad_(True)
         return model
@@ -132,7 +126,7 @@ class DriftFit(LatentFit):
         alpha = torch.tensor(r.alpha * (1 - self.share))
         return alpha, scale, places, context, real, torch.randn(rows, r.generated, dim, generator=generator)
 
-    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:
         alpha, scale, places, context, real, noise = drawn
         moving = self.model.config.tuned > 0 and self.share < self.recipe.frozen_from
         hidden, entropy = self.at_places(labels, tokens + context, scale, places, moving)
@@ -171,28 +165,18 @@ class DriftFit(LatentFit):
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Energy distance to the teacher, mean over places of held-out pictures."""
-        total, generator = 0.0, torch.Generator().manual_seed(0)
-        for labels, tokens in zip(self.test_labels.split(_ROWS), self.test.split(_ROWS), strict=True):
+        generator = torch.Generator().manual_seed(0)
+
+        def distance(labels: Tensor, tokens: Tensor) -> float:
             _, scale, places, _, real, noise = self.draw(tokens, generator)
             hidden, entropy = self.at_places(labels, tokens, scale, places, False)
             wanted = self.targets(labels, tokens, scale, places, real)
             with autocast():
                 made = self.model.decode(hidden, entropy, noise)
-            total += energy_distance(made, wanted).item() * len(labels)
-        return total / len(self.test_labels)
+            return energy_distance(made, wanted).item()
+
+        return float(mean_over(_ROWS, (self.test_labels, self.test), distance))
 
     def export(self) -> None:
-        notes = {
-            "name": self.recipe.name,
-            "energy_distance": self.best,
-            "steps": self.step,
-            "recipe": asdict(self.recipe),
-        }
-        save_drift(self.run.path / "model", self.model, self.recipe.model, self.folder, notes)
-
-
-def train_drift(recipe: DriftRecipe, restart: bool = False) -> Path:
-    """Train (or resume) to the recipe's last step. Returns the model folder. restart: put an earlier run aside."""
-    fit = DriftFit(recipe, restart)
-    fit.fit()
-    return fit.run.path / "model"
+        notes = self.notes(name=self.recipe.name, energy_distance=self.best)
+        save_drift(self.folder, self.model, self.recipe.model, self.target_folder, notes)

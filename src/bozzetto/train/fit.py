@@ -1,21 +1,128 @@
-"""What fitting a network has in common over all families: the step, the averaged weights, the best ones, resuming."""
+"""What fitting a network has in common over all families: its arithmetic, the step, the averaged weights, the best
+ones, resuming."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bozzetto.data import ImageSet, read_captions
+from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.common.files import write_whole
+from bozzetto.common.images import contact_sheet
+from bozzetto.data import ImageSet, augment, read_captions
 from bozzetto.errors import UsageError
-from bozzetto.train.conditions import by_name
-from bozzetto.train.fields import DataSource, note_overlap
+from bozzetto.pipeline.loading import load
+from bozzetto.runtime.native import products_prefer_bfloat16
+from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.train.folder import RunFolder, data_digest
-from bozzetto.train.loop import WeightAverage, adamw, cosine, set_lr
+from bozzetto.train.pictures import DataSource, by_name, note_overlap
+
+M = TypeVar("M", bound=nn.Module)
+_CHUNK = 64
+
+
+def compute_dtype() -> torch.dtype:
+    """What training computes in: the faster of bfloat16 and float32 on this processor."""
+    return torch.bfloat16 if products_prefer_bfloat16() else torch.float32
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in `compute_dtype`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16)
+
+
+def pass_over(*modules: nn.Module) -> None:
+    """Draw what new modules of these kinds begin from, and drop it: recipes were made when reading a model did so, and
+    what they train begins from the numbers after that."""
+    for module in modules:
+        kind: Any = type(module)
+        if kind in (VQTokenizer, LlamaGen):
+            kind(module.config)
+
+
+class WeightAverage:
+    """Exponential moving average of parameters, with the usual warm-up min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.live = list(parameters)
+        self.decay, self.updates = decay, 0
+        self.shadow = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averaged and live weights (call twice to restore)."""
+        for p, s in zip(self.live, self.shadow, strict=True):
+            kept = p.detach().clone()
+            p.copy_(s)
+            s.copy_(kept)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for s, saved in zip(self.shadow, state["shadow"], strict=True):
+            s.copy_(saved)
+
+
+def adamw(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.95); gains and biases do not decay."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05) -> float:
+    """Linear warm-up to `peak`, then a half cosine down to `floor * peak` at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def channels_last(module: M) -> M:
+    """Lay out convolution weights for the fast CPU kernels."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def encoded(images: np.ndarray, view: Callable[[np.ndarray], Tensor], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Codes or latents of one view of each of the images uint8 [N, S, S, 3]."""
+    parts = []
+    for i in range(0, len(images), _CHUNK):
+        x = view(images[i : i + _CHUNK]).contiguous(memory_format=torch.channels_last)
+        with autocast():
+            parts.append(encode(x))
+    return torch.cat(parts)
+
+
+def mean_over(rows: int, parts: Sequence[Tensor], figure: Callable[..., Any]) -> Any:
+    """Mean over pictures of a figure of `rows` of them at a time. parts: tensors with a row per picture."""
+    total: Any = 0.0
+    for some in zip(*(part.split(rows) for part in parts), strict=True):
+        total = total + figure(*some) * len(some[0])
+    return total / len(parts[0])
 
 
 class Fit:
@@ -31,8 +138,11 @@ class Fit:
     """
 
     title = "target"  # of the progress bar
+    family = "model"  # the folder inside the run's that is exported
     known: Sequence[str] | None = None  # classes of the target that this one is made for
+    flips = True  # mirror every other picture
     labelled = True  # whether labels mean anything; if not, captions do
+    shown = True  # whether samples can be looked at
 
     def __init__(self, recipe: Any, restart: bool = False):
         self.recipe = recipe
@@ -53,6 +163,11 @@ class Fit:
         self._resume()
 
     @property
+    def folder(self) -> Path:
+        """What is exported."""
+        return self.run.path / self.family
+
+    @property
     def image_size(self) -> int:
         """Pixels of the model's pictures."""
         return self.recipe.image_size
@@ -65,6 +180,10 @@ class Fit:
         self.known = self.known or pictures.classes
         pictures = by_name(pictures, self.known, source)
         return pictures, data_digest(pictures)
+
+    def augmented(self, images: np.ndarray) -> Tensor:
+        """A new view of each of the images."""
+        return augment(images, self.image_size, self.generator, self.recipe.jitter, self.flips)
 
     def load_target(self) -> None:
         """Read the trained model that this one is made for, if it is made for one."""
@@ -92,8 +211,12 @@ class Fit:
         raise NotImplementedError
 
     def export(self) -> None:
-        """Write the model folder from the model as it is."""
+        """Write the model's folder from the model as it is."""
         raise NotImplementedError
+
+    def notes(self, **more: Any) -> dict[str, Any]:
+        """What its config.json says beside the network."""
+        return {**more, "steps": self.step, "recipe": asdict(self.recipe)}
 
     def views(self, saved: dict[str, Any] | None) -> None:
         """Make or restore augmented views that live in the checkpoint. saved: the checkpoint, if there is one."""
@@ -170,13 +293,6 @@ class Fit:
         """What an evaluation logs."""
         return {"held_out": held_out, "best": self.best}
 
-    def sheet(self) -> None:
-        """A contact sheet of samples of the best weights so far."""
-        from bozzetto.train.samples import sample_sheet
-
-        with torch.random.fork_rng():  # building the sampler draws numbers that a resumed run would not draw
-            sample_sheet(self.run.path / "model", self.run.path / "samples.png")
-
     def over(self) -> bool:
         """Whether the last step is done, or nothing has improved for long enough."""
         r = self.recipe
@@ -195,7 +311,9 @@ class Fit:
             bar.update()
             if self.step % r.evaluate_every == 0 or self.step == r.steps:
                 held_out = self.checkpoint(running)
-                self.sheet()
+                if self.shown:
+                    with torch.random.fork_rng():  # a resumed run would not draw the numbers that this does
+                        sample_sheet(self.folder, self.run.path / "samples.png")
                 bar.set_postfix({"train": f"{running:.3f}", "held out": f"{held_out:.3f}"})
                 over = self.over()
         bar.close()
@@ -205,3 +323,13 @@ def check_finite(step: int, loss: float, what: str = "loss") -> None:
     """Raise UsageError for a loss that is no number: what follows would be of no use."""
     if not math.isfinite(loss):
         raise UsageError(f"the {what} is {loss} at step {step}: what was saved before is kept. Is lr too large?")
+
+
+def sample_sheet(model: Path, out: Path, per_class: int = 4, guidance: float = 2.0, batch: int = 20) -> None:
+    """Write a contact sheet of `per_class` samples of each class (one row a class) of a model folder, seed 0."""
+    pipe = load(model, dtype="bfloat16", device="cpu")
+    classes = [name for name in pipe.classes for _ in range(per_class)]
+    result = pipe.generate(classes, seed=0, batch=batch, guidance=guidance)
+    pixels = np.stack([np.asarray(i.image) for i in result.images])
+    sheet = contact_sheet(pixels, columns=per_class, captions=[i.class_name for i in result.images])
+    write_whole(out, sheet.save)

@@ -30,7 +30,7 @@ from bozzetto.common.files import digest, read_json, write_text, write_whole
 from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
-from bozzetto.train.fields import DataSource
+from bozzetto.train.pictures import DataSource
 
 RUN, CHECKPOINT, METRICS = "run.json", "checkpoint.pt", "metrics.jsonl"
 # What may change between two starts of a run: where it lies, and how long, how often and how fast it works.

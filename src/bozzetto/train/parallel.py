@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.train.drafter import DrafterFit
-from bozzetto.train.loop import autocast
+from bozzetto.train.fit import autocast
 from bozzetto.train.recipes import ParallelRecipe
 
 _EVERY = 11  # pairs between held-out anchors
@@ -32,9 +32,7 @@ class ParallelFit(DrafterFit):
         pairs, r = self.target.config.length - 1, self.recipe
         return (torch.rand(batch, pairs, generator=self.generator).argsort(1)[:, : min(r.anchors, pairs)],)
 
-    def loss(  # type: ignore[override]
-        self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor
-    ) -> Tensor:
+    def loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor) -> Tensor:
         r = self.recipe
         log_p, log_q, real, near = self.both(features, fed, tokens, scale, drawn[0])
         weight = real * r.decay ** torch.arange(r.places)

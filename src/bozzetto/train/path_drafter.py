@@ -10,8 +10,6 @@ a drift variant's decoder is given these (Drift-AR, arXiv 2603.28049, eq. 3).
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,9 +31,9 @@ from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.flow import FlowModel
 from bozzetto.targets.flow_cache import FlowSampler
-from bozzetto.train.conditions import class_names
 from bozzetto.train.continuous import LatentFit, target_latents
-from bozzetto.train.loop import autocast
+from bozzetto.train.fit import autocast, mean_over
+from bozzetto.train.pictures import class_names
 from bozzetto.train.recipes import SketchRecipe
 
 _ROWS = 16
@@ -45,32 +43,28 @@ _DEPTHS = 4  # of the roll-out in the held-out report
 class SketchFit(LatentFit):
     """Fits a GaussianNet."""
 
-    title, family = "drafter", SKETCH
+    family, title, shown = SKETCH, "drafter", False
     recipe: SketchRecipe
     model: GaussianNet
 
     def load_target(self) -> None:
-        self.folder = model_folder(self.recipe.model)
-        content = read_config(self.folder)
-        target = load_target(self.folder, FLOW, MASKED)
+        self.target_folder = model_folder(self.recipe.model)
+        content = read_config(self.target_folder)
+        target = load_target(self.target_folder, FLOW, MASKED)
         if not isinstance(target, FlowModel):
-            raise UsageError(f"{self.folder}: a drafter of continuous tokens is for a flow model")
+            raise UsageError(f"{self.target_folder}: a drafter of continuous tokens is for a flow model")
         self.target = target
-        schedule = config_from(FlowSampler, content.get("sampler", {}), self.folder / CONFIG).schedule
+        schedule = config_from(FlowSampler, content.get("sampler", {}), self.target_folder / CONFIG).schedule
         self.ancestry, self.times = schedule.ancestry(torch.device("cpu")), schedule.time.float()
         self.weights = (self.ancestry.of_token / schedule.std.float()).square()  # [T]
-        self.known = class_names(self.folder, target.config.classes)
-        self.latents_of_target = target_latents(self.folder, self.recipe.image_size)
-
-    def load_data(self) -> None:
-        super().load_data()
-        self.scale_as(self.latents_of_target)
+        self.known = class_names(self.target_folder, target.config.classes)
+        self.latents_of_target = target_latents(self.target_folder, self.recipe.image_size)
 
     def make_model(self) -> nn.Module:
         net = GaussianNet(gaussian_config(self.target.config))
         if self.recipe.init:
-            net = load_drafter(self.recipe.init, SKETCH, self.target.config, target_digest(self.folder))
-            net.requires_grad_(True)
+            digest = target_digest(self.target_folder)
+            net = load_drafter(self.recipe.init, SKETCH, self.target.config, digest).requires_grad_(True)
         self.turn = nn.utils.parametrizations.orthogonal(net, "basis")
         return net
 
@@ -81,7 +75,7 @@ class SketchFit(LatentFit):
         steps = torch.randint(len(self.times), tokens.shape[:2], generator=generator)
         return scale, steps, torch.randn(tokens.shape, generator=generator)
 
-    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:  # type: ignore[override]
+    def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:
         """Mean over roll-out steps (step k weighs decay^(k-1)) of the errors per token."""
         parts = self.errors(self.recipe.rollout, labels, tokens, *drawn)
         share = [self.recipe.decay**k for k in range(len(parts))]
@@ -137,24 +131,21 @@ class SketchFit(LatentFit):
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Errors of the first drafts, mean over held-out pictures; `by_depth` keeps those of deeper ones too."""
-        totals, generator = torch.zeros(_DEPTHS), torch.Generator().manual_seed(0)
-        for labels, tokens in zip(self.test_labels.split(_ROWS), self.test.split(_ROWS), strict=True):
+        generator = torch.Generator().manual_seed(0)
+
+        def errors(labels: Tensor, tokens: Tensor) -> Tensor:
             parts = self.errors(_DEPTHS, labels, tokens, *self.draw(tokens, generator))
-            totals += torch.stack([part.mean() for part in parts]) * len(labels)
-        self.by_depth = (totals / len(self.test_labels)).tolist()
+            return torch.stack([part.mean() for part in parts])
+
+        self.by_depth = mean_over(_ROWS, (self.test_labels, self.test), errors).tolist()
         return self.by_depth[0]
 
     def export(self) -> None:
         plain = GaussianNet(self.model.config)
         state = {name: value for name, value in self.model.state_dict().items() if "parametrizations" not in name}
         plain.load_state_dict({**state, "basis": self.model.basis.detach()})
-        notes = {
-            "target_name": read_config(self.folder).get("name", self.folder.name),
-            "divergence_by_depth": [round(v, 3) for v in self.by_depth],
-            "steps": self.step,
-            "recipe": asdict(self.recipe),
-        }
-        save_drafter(self.run.path / SKETCH, plain, self.folder, notes, compact=True)
-
-    def sheet(self) -> None:
-        """There is nothing to look at."""
+        notes = self.notes(
+            target_name=read_config(self.target_folder).get("name", self.target_folder.name),
+            divergence_by_depth=[round(v, 3) for v in self.by_depth],
+        )
+        save_drafter(self.folder, plain, self.target_folder, notes, compact=True)

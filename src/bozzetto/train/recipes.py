@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
-from bozzetto.common.mappings import checked_as, read_mapping
-from bozzetto.errors import UsageError
-from bozzetto.train.fields import (
-    STRICT,
-    Count,
-    DataSource,
-    Dropout,
-    Place,
-    Rate,
-    Scale,
-    Seed,
-    Share,
-    Side,
-    Times,
-    Weight,
-    Width,
-    check_guidance,
-    check_heads,
-    check_prompts,
-    check_sizes,
-    check_weighted,
-)
+from bozzetto.autoencoders.tiny import DOWNSAMPLE
+from bozzetto.train.pictures import STRICT, DataSource, Place
+
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Width = Annotated[int, Field(gt=0, le=2**16)]  # of a layer, or how many of them
+Times = Annotated[int, Field(ge=0, le=10**9)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Scale = Annotated[float, Field(ge=1)]
+Side = Annotated[int, Field(ge=2 * DOWNSAMPLE, le=4096, multiple_of=DOWNSAMPLE)]  # pixels; the tiny autoencoder's
 
 
 @checked(frozen=True, config=STRICT)
@@ -73,50 +63,59 @@ class TokenizerRecipe:
         check_sizes(self.image_size, *self.train, self.test)
 
 
-@checked(frozen=True, config=STRICT)
-class TargetRecipe:
-    """How to train a LlamaGen-architecture target on images tokenised on the fly.
+@checked(frozen=True, config=STRICT, kw_only=True)
+class Recipe:
+    """What all recipes but a tokenizer's share.
 
-    views: augmented token views held per image; one is drawn anew every `refresh_every` steps (0: never); jitter:
-    largest relative change of brightness and contrast; flips: mirror every other picture; whole: share of a batch that
-    is taken whole, as held-out pictures are, in place of a view; ema: decay of the averaged weights; patience:
-    evaluations without progress before stopping; compile: use torch.compile (needs a C++ compiler); compact: write
-    matrices as int8 (weights.py); init: folder of a trained target of the same shape and tokenizer to begin from.
+    views: augmented views held per image; jitter: largest relative change of brightness and contrast; ema: decay of the
+    averaged weights; compile: use torch.compile (needs a C++ compiler).
     """
 
     out: Place
-    tokenizer: Place
     train: DataSource
     test: DataSource
+    views: Width = 4
+    jitter: Share = 0.0
+    steps: Count = 8000
+    batch: Width = 32
+    lr: Rate = 6e-4
+    warmup: Count = 200
+    weight_decay: Weight = 0.05
+    ema: Share = 0.998
+    evaluate_every: Count = 250
+    compile: bool = False
+    seed: Seed = 0
+
+
+@checked(frozen=True, config=STRICT, kw_only=True)
+class TargetRecipe(Recipe):
+    """How to train a LlamaGen-architecture target on images tokenised on the fly.
+
+    One of the views is drawn anew every `refresh_every` steps (0: never); flips: mirror every other picture; whole:
+    share of a batch that is taken whole, as held-out pictures are, in place of a view; patience: evaluations without
+    progress before stopping; compact: write matrices as int8 (weights.py); init: folder of a trained target of the same
+    shape and tokenizer to begin from.
+    """
+
+    tokenizer: Place
     name: str
     compact: bool = False
     init: str = ""
     dim: Width = 512
     layers: Width = 6
     heads: Width = 8
-    views: Width = 4
     refresh_every: Times = 100
-    jitter: Share = 0.0
     flips: bool = True
     whole: Share = 0.0
-    steps: Count = 8000
-    batch: Width = 32
-    lr: Rate = 6e-4
-    warmup: Count = 200
-    weight_decay: Weight = 0.05
     dropout: Dropout = 0.1
     class_dropout: Share = 0.1
-    ema: Share = 0.998
-    evaluate_every: Count = 250
     patience: Count = 6
-    compile: bool = False
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads, 4)  # rotations turn pairs of numbers by row and by column
 
 
-@checked(frozen=True, config=STRICT)
+@checked(frozen=True, config=STRICT, kw_only=True)
 class CaptionRecipe(TargetRecipe):
     """How to train a text-conditional target (`family: caption`); columns `caption` and `style` make its prompts.
 
@@ -133,8 +132,8 @@ class CaptionRecipe(TargetRecipe):
         check_prompts(self.prompts)
 
 
-@checked(frozen=True, config=STRICT)
-class DrafterRecipe:
+@checked(frozen=True, config=STRICT, kw_only=True)
+class DrafterRecipe(Recipe):
     """How to train an EAGLE-style drafter for a trained target.
 
     model: the target, a shipped name or a model folder. guidance: scales are drawn from this range for the laws in the
@@ -146,10 +145,7 @@ class DrafterRecipe:
     as int8 (weights.py).
     """
 
-    out: Place
     model: Place
-    train: DataSource
-    test: DataSource
     layers: Width = 1
     init: str = ""
     compact: bool = False
@@ -162,18 +158,13 @@ class DrafterRecipe:
     decay: Rate = 0.8
     feature_noise: Weight = 0.0
     test_images: Count = 64
-    views: Width = 4
     refresh_every: Times = 0
-    jitter: Share = 0.0
     steps: Count = 2000
     batch: Width = 8
-    lr: Rate = 6e-4
     warmup: Count = 100
     weight_decay: Weight = 0.02
     ema: Share = 0.995
     evaluate_every: Count = 200
-    compile: bool = False
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
@@ -194,53 +185,46 @@ class ParallelRecipe(DrafterRecipe):
     numbers that a glance keeps of a token. Place k weighs decay^(k-1); rollout means nothing here.
     """
 
-    family: Literal["plane", "block", "glance"]
+    family: str
     places: Width = 12
     narrow: Width = 128
     anchors: Width = 48
     rank: Width = 128
 
 
-@checked(frozen=True, config=STRICT)
-class _ContinuousRecipe:
-    """What the continuous families share.
+@checked(frozen=True, config=STRICT, kw_only=True)
+class LatentRecipe(Recipe):
+    """What recipes on the tiny autoencoder's latents share.
 
-    tiny: folder with the tiny autoencoder; views: augmented views held per image; draws: noise draws for the head per
-    token; compact: write matrices as int8 (weights.py); jitter, ema, patience: as for a discrete target.
+    tiny: folder with the tiny autoencoder; patience: as for a target of codes.
     """
 
-    out: Place
     tiny: Place
-    train: DataSource
-    test: DataSource
-    name: str
     image_size: Side = 128
     views: Width = 6
-    jitter: Share = 0.0
-    draws: Width = 2
-    compact: bool = False
-    heads: Width = 6
-    head_width: Width = 384
-    head_depth: Width = 3
-    steps: Count = 8000
-    batch: Width = 32
-    lr: Rate = 6e-4
-    warmup: Count = 200
-    weight_decay: Weight = 0.05
-    dropout: Dropout = 0.1
     class_dropout: Share = 0.1
-    ema: Share = 0.998
-    evaluate_every: Count = 250
     patience: Count = 6
-    compile: bool = False
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_sizes(self.image_size, self.train, self.test)
 
 
 @checked(frozen=True, config=STRICT, kw_only=True)
-class FlowRecipe(_ContinuousRecipe):
+class _VectorRecipe(LatentRecipe):
+    """What targets of continuous tokens share. draws: noise draws for the head per token; compact: write matrices as
+    int8 (weights.py)."""
+
+    name: str
+    draws: Width = 2
+    compact: bool = False
+    heads: Width = 6
+    head_width: Width = 384
+    head_depth: Width = 3
+    dropout: Dropout = 0.1
+
+
+@checked(frozen=True, config=STRICT, kw_only=True)
+class FlowRecipe(_VectorRecipe):
     """How to train a causal flow model on the tiny autoencoder's latents.
 
     context_noise: largest deviation of the noise on the tokens that the transformer sees, drawn per image, so that
@@ -258,7 +242,7 @@ class FlowRecipe(_ContinuousRecipe):
 
 
 @checked(frozen=True, config=STRICT, kw_only=True)
-class MARRecipe(_ContinuousRecipe):
+class MARRecipe(_VectorRecipe):
     """How to train a masked model (MAR) on the tiny autoencoder's latents. depth: of the encoder and of the decoder;
     buffer: copies of the class; least_masked: smallest share of masked tokens."""
 
@@ -274,25 +258,17 @@ class MARRecipe(_ContinuousRecipe):
 
 
 @checked(frozen=True, config=STRICT, kw_only=True)
-class SketchRecipe:
+class SketchRecipe(LatentRecipe):
     """How to train a drafter of continuous tokens for a trained flow target.
 
-    model: the target, a shipped name or a model folder; tiny, train, test, views, jitter: as for the target; guidance:
-    scales are drawn from this range; rollout: steps of the drafter's own roll-out in training, step k weighs
-    decay^(k-1); divergence_weight, feature_weight: of the divergence of the paths and of the error of the predicted
-    features (a drift variant drafts with these alone); init: a drafter to go on from; test_images: held-out pictures
-    used.
+    model: the target, a shipped name or a model folder; guidance: scales are drawn from this range; rollout: steps of
+    the drafter's own roll-out in training, step k weighs decay^(k-1); divergence_weight, feature_weight: of the
+    divergence of the paths and of the error of the predicted features (a drift variant drafts with these alone); init:
+    a drafter to go on from; test_images: held-out pictures used.
     """
 
     family: Literal["sketch"]
-    out: Place
     model: Place
-    tiny: Place
-    train: DataSource
-    test: DataSource
-    image_size: Side = 128
-    views: Width = 6
-    jitter: Share = 0.0
     guidance: tuple[Scale, Scale] = (1.0, 3.0)
     rollout: Annotated[int, Field(gt=0, le=8)] = 2
     decay: Rate = 0.8
@@ -308,37 +284,26 @@ class SketchRecipe:
     class_dropout: Share = 0.0
     ema: Share = 0.99
     evaluate_every: Count = 100
-    patience: Count = 6
-    compile: bool = False
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self.image_size, self.train, self.test)
+        super().__post_init__()
         check_guidance(self.guidance)
         check_weighted(divergence_weight=self.divergence_weight, feature_weight=self.feature_weight)
 
 
 @checked(frozen=True, config=STRICT, kw_only=True)
-class DriftRecipe:
+class DriftRecipe(LatentRecipe):
     """How to train a drift variant of a trained flow model (train/drift.py).
 
-    model: the flow model, a shipped name or a model folder; tiny, train, test, views, jitter: as for the target;
-    decoder_width, decoder_depth, largest, heat, tuned: targets/drift.py; guidance: scales are drawn from this range;
-    context_noise: as for the target; places: per picture and step; positives, generated: samples of the teacher and of
-    the decoder at each; alpha: weight of the first phase at the beginning; entropy_weight: of the entropy in it;
-    frozen_from: share of the steps after which the body stands still; bandwidths: of the drifting; test_images:
-    held-out pictures used.
+    model: the flow model, a shipped name or a model folder; decoder_width, decoder_depth, largest, heat, tuned:
+    targets/drift.py; guidance: scales are drawn from this range; context_noise: as for the target; places: per picture
+    and step; positives, generated: samples of the teacher and of the decoder at each; alpha: weight of the first phase
+    at the beginning; entropy_weight: of the entropy in it; frozen_from: share of the steps after which the body stands
+    still; bandwidths: of the drifting; test_images: held-out pictures used.
     """
 
-    out: Place
     model: Place
-    tiny: Place
-    train: DataSource
-    test: DataSource
     name: str
-    image_size: Side = 128
-    views: Width = 6
-    jitter: Share = 0.0
     decoder_width: Width = 384
     decoder_depth: Width = 3
     largest: Rate = 0.5
@@ -363,34 +328,42 @@ class DriftRecipe:
     ema: Share = 0.995
     evaluate_every: Count = 100
     patience: Count = 20
-    compile: bool = False
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self.image_size, self.train, self.test)
+        super().__post_init__()
         check_guidance(self.guidance)
 
 
-RECIPES = {"tokenizer": TokenizerRecipe, "target": TargetRecipe, "drafter": DrafterRecipe, "drift": DriftRecipe}
-# Kinds that name their family, by what is trained; without a family it is for codes.
-FAMILIES: dict[type, dict[str, type]] = {
-    TargetRecipe: {"caption": CaptionRecipe, "flow": FlowRecipe, "mar": MARRecipe},
-    DrafterRecipe: {"sketch": SketchRecipe, "plane": ParallelRecipe, "block": ParallelRecipe, "glance": ParallelRecipe},
-}
-R = TypeVar("R")
+def check_heads(dim: int, heads: int, turns: int = 1) -> None:
+    """Raise ValueError where heads do not share dim evenly, or a head's share is no multiple of `turns`."""
+    if dim % heads or dim // heads % turns:
+        shares = f"multiples of {turns}" if turns > 1 else "equal"
+        raise ValueError(f"dim = {dim} with heads = {heads} is not allowed: dim / heads must be whole, shares {shares}")
 
 
-def read_recipe(path: str | Path, kind: type[R]) -> Any:
-    """Read a YAML recipe of this kind, or of the kind that its `family` names. Raises UsageError naming the file, the
-    key and what is allowed.
+def check_guidance(guidance: tuple[float, float]) -> None:
+    """Raise ValueError for a range that ends before it begins."""
+    if guidance[0] > guidance[1]:
+        raise ValueError(f"guidance = {list(guidance)} is not allowed: [lowest, highest]")
 
-    Relative paths inside a recipe are relative to the working directory.
-    """
-    path = Path(path)
-    content = read_mapping(path)
-    if kind in FAMILIES and "family" in content:
-        family, known = content["family"], FAMILIES[kind]
-        if not isinstance(family, str) or family not in known:
-            raise UsageError(f"{path}: family = {family!r} is not allowed: {', '.join(known)}, or no family for codes")
-        kind = known[family]
-    return checked_as(kind, content, path)
+
+def check_weighted(**weights: float) -> None:
+    """Raise ValueError where a loss weighs nothing."""
+    if not any(weights.values()):
+        raise ValueError(f"{' = '.join(weights)} = 0 is not allowed: one of them must be > 0, or nothing is learnt")
+
+
+def check_prompts(prompts: tuple[str, ...]) -> None:
+    """Raise ValueError for a prompt that names anything but {caption} and {style}."""
+    for prompt in prompts:
+        try:
+            prompt.format(caption="", style="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ValueError(f"prompts: {prompt!r} is not allowed: only {{caption}} and {{style}} in braces") from error
+
+
+def check_sizes(image_size: int, *sources: DataSource) -> None:
+    """Raise ValueError where pictures of `image_size` pixels would be enlarged ones."""
+    for source in sources:
+        if source.size is not None and source.size < image_size:
+            raise ValueError(f"{source}: size = {source.size} is not allowed: at least image_size = {image_size}")

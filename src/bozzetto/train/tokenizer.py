@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,9 @@ from bozzetto.checkpoints.folders import save_tokenizer
 from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.data import ImageSet, augment, evaluation_view
-from bozzetto.train.fields import note_overlap
-from bozzetto.train.fit import check_finite
+from bozzetto.train.fit import autocast, channels_last, check_finite, cosine, set_lr
 from bozzetto.train.folder import RunFolder, data_digest
-from bozzetto.train.loop import autocast, channels_last, cosine, psnr, set_lr
+from bozzetto.train.pictures import note_overlap
 from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 
 _CHUNK = 64
@@ -45,31 +43,6 @@ class Critic(nn.Module):
         return self.net(x * 2 - 1)
 
 
-class _Data:
-    """Views of the training images as uint8 pictures [M, 3, S, S] and their float16 latents [M, 32, h, w]."""
-
-    def __init__(
-        self,
-        recipe: TokenizerRecipe,
-        sets: list[ImageSet],
-        test: ImageSet,
-        encoder: nn.Module,
-        generator: torch.Generator,
-    ):
-        pictures, latents = [], []
-        chunks = [(s, i) for s in sets for _ in range(recipe.views) for i in range(0, len(s), _CHUNK)]
-        for s, i in tqdm(chunks, desc="encoding views", unit="chunk"):
-            x = augment(s.images[i : i + _CHUNK], recipe.image_size, generator)
-            pictures.append((x * 255).round().byte())
-            latents.append(encode_latents(encoder, x).half())
-        self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
-        self.held_out = evaluation_view(test.images, recipe.image_size)
-
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        pick = torch.randint(len(self.latents), (size,), generator=generator)
-        return self.pictures[pick].float() / 255.0, self.latents[pick].float()
-
-
 @torch.no_grad()
 def encode_latents(encoder: nn.Module, x: Tensor) -> Tensor:
     """Images [B, 3, S, S] -> float32 latents [B, 32, S/8, S/8], computed in bfloat16."""
@@ -86,13 +59,22 @@ def _window(latent: Tensor, pictures: Tensor, generator: torch.Generator) -> tup
     return latent[:, :, top : top + side, left : left + side], x.contiguous(memory_format=torch.channels_last)
 
 
-class _Trainer:
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [0, 1], one per image: [B, C, H, W] x 2 -> [B]."""
+    return -10 * torch.log10((a - b).square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
+
+
+class TokenizerFit:
+    """A training run in stages. Views of the training images are held as uint8 pictures [M, 3, S, S] and their float16
+    latents [M, 32, h, w]. recipe, restart: as for other runs (fit.py)."""
+
     def __init__(self, recipe: TokenizerRecipe, restart: bool = False):
         self.recipe = recipe
         note_overlap(recipe.train, recipe.test)
         size = recipe.image_size
         sets, test = [s.read(size) for s in recipe.train], recipe.test.read(size)
         self.run = RunFolder(recipe, {"train": data_digest(*sets), "test": data_digest(test)}, restart)
+        self.folder = self.run.path / "tokenizer"
         self.generator = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         config = VQConfig(
@@ -105,7 +87,17 @@ class _Trainer:
         self.model.encoder.requires_grad_(False)
         self.codebook = CodebookEMA(self.model.codebook)
         self.critic = channels_last(Critic())
-        self.data = _Data(recipe, sets, test, self.model.encoder, self.generator)
+        self.held_out = evaluation_view(test.images, size)
+        self._encode(sets)
+
+    def _encode(self, sets: list[ImageSet]) -> None:
+        pictures, latents = [], []
+        chunks = [(s, i) for s in sets for _ in range(self.recipe.views) for i in range(0, len(s), _CHUNK)]
+        for s, i in tqdm(chunks, desc="encoding views", unit="chunk"):
+            x = augment(s.images[i : i + _CHUNK], self.recipe.image_size, self.generator)
+            pictures.append((x * 255).round().byte())
+            latents.append(encode_latents(self.model.encoder, x).half())
+        self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
 
     def optimizer(self, stage: TokenizerStage) -> torch.optim.AdamW:
         m = self.model
@@ -116,7 +108,8 @@ class _Trainer:
     def losses(self, stage: TokenizerStage) -> tuple[Tensor, dict[str, float], Tensor | None, Tensor | None]:
         """Total loss, its parts, and for pixel stages the decoded and true windows."""
         m, r = self.model, self.recipe
-        pictures, latent = self.data.batch(stage.batch, self.generator)
+        pick = torch.randint(len(self.latents), (stage.batch,), generator=self.generator)
+        pictures, latent = self.pictures[pick].float() / 255.0, self.latents[pick].float()
         with autocast():
             with torch.set_grad_enabled(stage.kind != "decoder"):
                 unit = m.features(latent.contiguous(memory_format=torch.channels_last))
@@ -128,7 +121,7 @@ class _Trainer:
             loss = fit + r.commitment * commit
             parts = {"latent": fit.item(), "commit": commit.item()}
             if stage.kind == "latent":
-                self.revived = self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
+                self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
                 return loss, parts, None, None
             window, x = _window(predicted, pictures, self.generator)
             y = m.decoder(window).float()
@@ -143,7 +136,7 @@ class _Trainer:
                 loss = loss + stage.feature_weight * feature
                 parts["feature"] = feature.item()
             if stage.kind == "pixel":
-                self.revived = self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
+                self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
         return loss, parts, y, x
 
     def critic_step(self, y: Tensor, x: Tensor) -> float:
@@ -156,7 +149,7 @@ class _Trainer:
         self.critic_optimizer.step()
         return loss.item()
 
-    def step(self, stage: TokenizerStage, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
+    def train_step(self, stage: TokenizerStage, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
         loss, parts, y, x = self.losses(stage)
         check_finite(number, loss.item(), f"loss of stage {stage.kind}")
         if stage.adversarial_weight and y is not None and x is not None:
@@ -175,7 +168,7 @@ class _Trainer:
     @torch.no_grad()
     def evaluate(self, count: int | None = None) -> tuple[dict[str, float], Tensor]:
         """Held-out PSNR in dB (mean over images) and code use; and reconstructions [n, 3, S, S]."""
-        x = self.data.held_out[:count]
+        x = self.held_out[:count]
         used, out = [], []
         for part in x.split(_CHUNK):
             with autocast():
@@ -189,7 +182,7 @@ class _Trainer:
         return {"psnr": float(psnr(x, y).mean()), "codes_used": int((share > 0).sum()), "perplexity": perplexity}, y
 
     def sheet(self, y: Tensor) -> None:
-        rows = torch.stack([self.data.held_out[: len(y)], y], 1).flatten(0, 1)
+        rows = torch.stack([self.held_out[: len(y)], y], 1).flatten(0, 1)
         image = contact_sheet((rows * 255).round().byte().permute(0, 2, 3, 1).numpy(), columns=8, scale=2)
         write_whole(self.run.path / "reconstructions.png", image.save)
 
@@ -205,8 +198,8 @@ class _Trainer:
             "generator": self.generator.get_state(),
         }
 
-    def fit(self) -> VQTokenizer:
-        """Run the stages that are not done yet."""
+    def fit(self) -> None:
+        """Run the stages that are not done yet, and write the tokenizer's folder."""
         saved = self.run.load()
         first, start = (saved["stage"], saved["step"]) if saved else (0, 0)
         if saved:
@@ -222,13 +215,15 @@ class _Trainer:
                 optimizer.load_state_dict(saved["optimizer"])
                 self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
             self._stage(number, stage, optimizer, start if number == first else 0)
-        return self.model
+        figures, _ = self.evaluate()
+        self.run.log(stage="final", **figures)
+        save_tokenizer(self.folder, self.model, {"recipe": asdict(self.recipe), "held_out": figures})
 
     def _stage(self, number: int, stage: TokenizerStage, optimizer: torch.optim.Optimizer, begin: int) -> None:
         bar = tqdm(range(begin, stage.steps), initial=begin, total=stage.steps, desc=f"{number + 1}:{stage.kind}")
         for step in bar:
             set_lr(optimizer, cosine(step, stage.steps, stage.lr, stage.warmup))
-            parts = self.step(stage, optimizer, step + 1)
+            parts = self.train_step(stage, optimizer, step + 1)
             done = step + 1
             if done % self.recipe.save_every == 0 or done == stage.steps:
                 figures, y = self.evaluate(128)
@@ -237,17 +232,3 @@ class _Trainer:
                 self.sheet(y[:32])
                 ended = done == stage.steps
                 self.run.save(self.state(number + ended, 0 if ended else done, optimizer))
-
-
-def train_tokenizer(recipe: TokenizerRecipe, restart: bool = False) -> Path:
-    """Train (or resume) and write the tokenizer's folder `recipe.out`/tokenizer. Returns that folder.
-
-    restart: put an earlier run in the recipe's `out` aside and begin anew.
-    """
-    trainer = _Trainer(recipe, restart)
-    model = trainer.fit()
-    figures, _ = trainer.evaluate()
-    trainer.run.log(stage="final", **figures)
-    out = Path(recipe.out) / "tokenizer"
-    save_tokenizer(out, model, {"recipe": asdict(recipe), "held_out": figures})
-    return out

@@ -1,30 +1,63 @@
-"""What pictures are drawn from in training: classes or prompts, and what stands for neither.
+"""What a run is trained on: sets of pictures, their classes by name, and the classes or prompts that stand for them.
 
-A condition is a tuple of tensors with one row per picture: the arguments of `LlamaGen.features` beside the tokens.
+A condition is a tuple of tensors with one row per picture, the arguments of `LlamaGen.features` beside the tokens:
+labels, or features of a prompt and their mask. Conditions of a set hold all its pictures, with several prompts each.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.checkpoints.folders import read_config
-from bozzetto.data import ImageSet, read_captions
+from bozzetto.data import ImageSet, read_captions, read_images
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, left_pad
 from bozzetto.targets.sentence import SentenceEncoder
-from bozzetto.train.fields import DataSource
 
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # a path, or a model's name
+Condition = tuple[Tensor, ...]
 _CHUNK = 64
 _SHOWN = 20  # class names in a message
-Condition = tuple[Tensor, ...]
+
+
+@checked(frozen=True, config=STRICT)
+class DataSource:
+    """path: of parquet files or pictures (docs/data.md); split: which of them (None: all); size: pixels that squares
+    are held at, from which random crops are taken (None: a quarter more than the model's, at least 160)."""
+
+    path: Place
+    split: str | None = None
+    size: Annotated[int, Field(gt=0, le=4096)] | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.split is None else f"{self.path} (split {self.split})"
+
+    def read(self, image_size: int = 128) -> ImageSet:
+        """The images, for a model of pictures of `image_size` pixels."""
+        return read_images(self.path, self.split, self.size or max(160, image_size * 5 // 4))
+
+    def overlaps(self, other: DataSource) -> bool:
+        """Whether both name the same pictures, or one all and the other some of them."""
+        return self.path == other.path and (None in (self.split, other.split) or self.split == other.split)
+
+
+def note_overlap(train: Sequence[DataSource], test: DataSource) -> None:
+    """Say it on stderr where pictures that are held out are trained on as well."""
+    if any(source.overlaps(test) for source in train):
+        line = f"note: {test}: trained on as well; held-out figures say nothing about new pictures"
+        print(line, file=sys.stderr, flush=True)
 
 
 def by_name(data: ImageSet, classes: Sequence[str], source: object) -> ImageSet:
@@ -61,44 +94,21 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-class Conditions(Protocol):
-    """Of all pictures of a set."""
-
-    def of(self, rows: Tensor, generator: torch.Generator) -> Condition:
-        """Of the pictures int64 [B]; where a picture has several, one is drawn."""
-        ...
-
-    def none(self, condition: Condition) -> Condition:
-        """What stands for no condition, as many rows as given."""
-        ...
+def of_rows(conditions: Condition, rows: Tensor, generator: torch.Generator) -> Condition:
+    """The condition of the pictures int64 [B]; where a picture has several prompts, one is drawn."""
+    if len(conditions) == 1:
+        return (conditions[0][rows],)
+    features, mask = conditions
+    which = torch.randint(features.shape[1], rows.shape, generator=generator)
+    return features[rows, which].float(), mask[rows, which]
 
 
-class Classes:
-    """labels: int64 [N]; nobody: the unconditional label."""
-
-    def __init__(self, labels: Tensor, nobody: int):
-        self.labels, self.nobody = labels, nobody
-
-    def of(self, rows: Tensor, generator: torch.Generator) -> Condition:
-        return (self.labels[rows],)
-
-    def none(self, condition: Condition) -> Condition:
-        return (torch.full_like(condition[0], self.nobody),)
-
-
-class Prompts:
-    """features: float16 [N, K, T, C] and mask: bool [N, K, T] of K prompts per picture; nothing: [T, C], the features
-    of no prompt (under the mask of the one that they stand for)."""
-
-    def __init__(self, features: Tensor, mask: Tensor, nothing: Tensor):
-        self.features, self.mask, self.nothing = features, mask, nothing
-
-    def of(self, rows: Tensor, generator: torch.Generator) -> Condition:
-        which = torch.randint(self.features.shape[1], rows.shape, generator=generator)
-        return self.features[rows, which].float(), self.mask[rows, which]
-
-    def none(self, condition: Condition) -> Condition:
-        return self.nothing.expand_as(condition[0]), condition[1]
+def nothing(condition: Condition, target: LlamaGen) -> Condition:
+    """What stands for no condition, as many rows as given; no prompt goes under the mask of the one that it is for."""
+    embedding = target.cls_embedding
+    if isinstance(embedding, CaptionEmbedding):
+        return embedding.uncond_embedding.expand_as(condition[0]), condition[1]
+    return (torch.full_like(condition[0], target.config.classes),)
 
 
 def together(one: Condition, other: Condition) -> Condition:
@@ -125,13 +135,13 @@ def prompt_features(encoder: SentenceEncoder, source: DataSource, prompts: Seque
     return torch.stack(features, 1), torch.stack(masks, 1)
 
 
-def conditions_of(target: LlamaGen, source: DataSource, labels: Tensor, prompts: Sequence[str]) -> Conditions:
-    """Of a trained target's pictures. prompts: what a text-conditional one calls them. Raises UsageError where it does
-    not say so."""
-    embedding = target.cls_embedding
-    if not isinstance(embedding, CaptionEmbedding):
-        return Classes(labels, target.config.classes)
+def conditions_of(
+    encoder: SentenceEncoder | None, source: DataSource, labels: Tensor, prompts: Sequence[str]
+) -> Condition:
+    """Of the pictures of a set: their labels, or, with an encoder, the features of what a text-conditional target calls
+    them. Raises UsageError where it does not say so."""
+    if encoder is None:
+        return (labels,)
     if not prompts:
         raise UsageError("this target does not say what it calls pictures (recipe.prompts of its config.json)")
-    encoder = SentenceEncoder(target.config.condition_tokens)
-    return Prompts(*prompt_features(encoder, source, prompts), embedding.uncond_embedding.detach())
+    return prompt_features(encoder, source, prompts)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.evaluate.provenance import provenance
-from bozzetto.laws.chain import sample_path
+from bozzetto.laws.chain import sample_trajectory
 from bozzetto.laws.schedules import diffusion_schedule
 from bozzetto.rules.reflection import Coupled
 from bozzetto.targets.denoiser import Denoiser
@@ -66,7 +66,7 @@ def measure(config: MARConfig, steps: int, dtype: torch.dtype, rounds: int) -> l
 
         def token(sampler: Coupled | None = sampler) -> Tensor:
             if sampler is None:
-                return sample_path(law, place, noise).token
+                return sample_trajectory(law, place, noise).token
             return sampler.sample(law, noise, keys)
 
         before = law.calls

@@ -24,7 +24,7 @@ from bozzetto.common.files import write_text
 from bozzetto.evaluate.output import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.sampling import method_settings
-from bozzetto.laws.chain import sample_path
+from bozzetto.laws.chain import sample_trajectory
 from bozzetto.pipeline.pipelines import FlowPipeline
 
 
@@ -49,7 +49,7 @@ def bare_pass(pipe: FlowPipeline, width: int, guidance: float, rounds: int) -> f
 
     def work() -> None:
         features = session.score(tokens, start, int(start)).features
-        sample_path(target.law(features, guidance, 1.0), None, noise)
+        sample_trajectory(target.law(features, guidance, 1.0), None, noise)
 
     return seconds(work, rounds)
 

@@ -29,7 +29,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.methods.registry import make_rule
 from bozzetto.rules import exact, traversal, walk
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
 
@@ -137,7 +137,7 @@ class _Node:
         log_p = self.log_p.repeat(cases, 1)[:, None].expand(-1, self.children + 1, -1)
         slack = None if self.slack is None else torch.full((len(tokens),), self.slack)
         with monotone_redraws():
-            return self.rule.verify(draft, log_p, RuleNoise(torch.zeros_like(log_p), uniforms, slack))
+            return self.rule.verify(draft, log_p, Noise(torch.zeros_like(log_p), uniforms, slack))
 
     def bisected(self) -> tuple[Tensor, Tensor]:
         """Probability of keeping each child once the earlier ones were refused, float64 [T, C], and the law of the

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
-from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Path, sample_path
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Trajectory, sample_trajectory
 from bozzetto.laws.noise import STREAM_DRAFT, STREAM_VERIFY, NormalField, fold, fresh_noise, image_keys
-from bozzetto.rules.paths import PathNoise, PathRule
+from bozzetto.rules.base import Noise, Rule
 
 STEPS, DIM = 6, 4
 _STD = torch.tensor([0.9, 0.7, 0.55, 0.4, 0.3, 0.2])
@@ -99,7 +99,7 @@ class Decoded:
     offered: int
     passes: Tensor
     moved: float
-    first: PathVerdict
+    first: Verdict
 
 
 def fixed_noise(index: Tensor, length: int, seed: int = 0) -> Tensor:
@@ -114,22 +114,22 @@ def _noise_of(keys: Tensor) -> Tensor:
     return fresh_noise(keys.flatten(), STEPS, DIM).view(*keys.shape, STEPS + 1, DIM)
 
 
-def draft_chain(model: ToyModel, before: Tensor, start: Tensor, noise: Tensor) -> PathDraft:
+def draft_chain(model: ToyModel, before: Tensor, start: Tensor, noise: Tensor) -> Draft:
     """Tokens of M positions from `start` int64 [B] on, one after the other, with their paths and laws. before: the
     token in front [B, D]; noise: float32 [B, M, T + 1, D]."""
     batch, length = noise.shape[:2]
     place, contexts, paths = torch.arange(batch), [before], []
     for j in range(length):
         law = model.law(contexts[-1][:, None], (start + j)[:, None])
-        paths.append(sample_path(law, place, noise[:, j]))
+        paths.append(sample_trajectory(law, place, noise[:, j]))
         contexts.append(paths[-1].token)
-    path = Path(*(torch.stack(part, 1) for part in zip(*paths, strict=True)))
+    path = Trajectory(*(torch.stack(part, 1) for part in zip(*paths, strict=True)))
     position = start[:, None] + torch.arange(length)
-    return PathDraft(path.token, path, model.law(torch.stack(contexts[:-1], 1), position))
+    return Draft(path.token, trajectory=path, law=model.law(torch.stack(contexts[:-1], 1), position))
 
 
 def decode(
-    rule: PathRule,
+    rule: Rule,
     target: ToyModel,
     draft: ToyModel,
     index: Tensor | range = range(60_000),
@@ -144,7 +144,7 @@ def decode(
     count, passes = torch.zeros_like(index), torch.zeros_like(index)
     # Rules that say nothing of fixed noise must not look at it.
     fixed = torch.full((len(index), length + drafts + 1, STEPS + 1, DIM), torch.nan)
-    if rule.fixed_noise or not rule.needs_path:
+    if rule.fixed_noise or not rule.needs_law:
         fixed = fixed_noise(index, fixed.shape[1], seed)
     roots = {stream: image_keys(seed, stream, index) for stream in (STREAM_DRAFT, STREAM_VERIFY)}
     accepted, offered, moved, carried, first = 0, 0, 0.0, None, None
@@ -159,13 +159,13 @@ def decode(
         made = keys[STREAM_DRAFT][:, :drafts]
         fresh = known[:, :drafts] if rule.fixed_noise else _noise_of(made)
         if drafts == 0:
-            draft_ = PathDraft(table[images, :0])
+            draft_ = Draft(table[images, :0])
         elif carried is None:
             draft_ = draft_chain(draft, table[images, start], start, fresh)
         else:
             draft_ = _carry(carried, draft, table[images, start], start, fresh)
         contexts = torch.cat([table[images, start][:, None], draft_.tokens], 1)
-        verdict = rule.verify(draft_, target.law(contexts, position), PathNoise(known, keys[STREAM_VERIFY]))
+        verdict = rule.verify(draft_, target.law(contexts, position), Noise(known, keys=keys[STREAM_VERIFY]))
         first = verdict if first is None else first
         new = torch.minimum(verdict.accepted + 1, length - start)
         for j in range(drafts + 1):
@@ -178,29 +178,27 @@ def decode(
         count[images] += new
         passes[images] += 1
         going = count[images] < length
-        carried = (verdict.keep(going), new[going]) if rule.window and verdict.path is not None else None
+        carried = (verdict.keep(going), new[going]) if rule.window and verdict.trajectory is not None else None
         images = images[going]
     assert first is not None
     return Decoded(table[:, 1 : 1 + length], accepted, offered, passes, moved, first)
 
 
-def _carry(
-    carried: tuple[PathVerdict, Tensor], draft: ToyModel, before: Tensor, start: Tensor, fresh: Tensor
-) -> PathDraft:
+def _carry(carried: tuple[Verdict, Tensor], draft: ToyModel, before: Tensor, start: Tensor, fresh: Tensor) -> Draft:
     """The target's paths of the last window, moved on; places that enter get drafts of the draft model."""
     verdict, moved = carried
     rows, length = torch.arange(len(start)), fresh.shape[1]
-    paths: list[Path] = []
+    paths: list[Trajectory] = []
     for j in range(length):
-        entering = sample_path(draft.law(before[:, None], (start + j)[:, None]), rows, fresh[:, j])
+        entering = sample_trajectory(draft.law(before[:, None], (start + j)[:, None]), rows, fresh[:, j])
         column = moved + j
         inside = column <= length
-        old = Path(*(part[rows, column.clamp_max(length)] for part in verdict.path))
+        old = Trajectory(*(part[rows, column.clamp_max(length)] for part in verdict.trajectory))
         both = zip(old, entering, strict=True)
-        paths.append(Path(*(torch.where(inside[:, None, None], kept, added) for kept, added in both)))
+        paths.append(Trajectory(*(torch.where(inside[:, None, None], kept, added) for kept, added in both)))
         before = paths[-1].token
-    path = Path(*(torch.stack(part, 1) for part in zip(*paths, strict=True)))
-    return PathDraft(path.token, path)
+    path = Trajectory(*(torch.stack(part, 1) for part in zip(*paths, strict=True)))
+    return Draft(path.token, trajectory=path)
 
 
 def sequential(target: ToyModel, index: Tensor | range = range(60_000), length: int = 2, seed: int = 0) -> Tensor:
@@ -209,7 +207,7 @@ def sequential(target: ToyModel, index: Tensor | range = range(60_000), length: 
     noise, tokens = fixed_noise(index, length, seed), [torch.zeros(len(index), DIM)]
     for n in range(length):
         law = target.law(tokens[-1][:, None], torch.full((len(index), 1), n))
-        tokens.append(sample_path(law, torch.arange(len(index)), noise[:, n]).token)
+        tokens.append(sample_trajectory(law, torch.arange(len(index)), noise[:, n]).token)
     return torch.stack(tokens[1:], 1)
 
 

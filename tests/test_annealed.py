@@ -9,7 +9,7 @@ import torch
 
 from bozzetto import load
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import sample_path
+from bozzetto.laws.chain import sample_trajectory
 from bozzetto.targets.annealed import annealed_steps
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from test_flow_model import CONFIG, N, random_flow
@@ -28,7 +28,7 @@ def test_a_stage_is_the_sampler_of_that_many_steps() -> None:
     features, noise = torch.randn(2, 3, CONFIG.dim), torch.randn(6, 7, 3)
     for done, steps in ((0, 6), (N - 1, 2), (N // 2, annealed_steps(6, 2, N // 2, N))):
         plain = FlowTarget(model, FlowSampler(steps=steps, last_std=0.1))
-        one, two = (sample_path(t.law(features, 1.0, 1.0, done), None, noise).token for t in (annealed, plain))
+        one, two = (sample_trajectory(t.law(features, 1.0, 1.0, done), None, noise).token for t in (annealed, plain))
         torch.testing.assert_close(one, two)
 
 

@@ -16,7 +16,7 @@ from bozzetto.checkpoints.folders import CONFIG, load_drift, load_target, save_d
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.gaussian import gaussian_config
-from bozzetto.drafts import Layout, PathVerdict
+from bozzetto.drafts import Layout, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
 from bozzetto.targets.compiled_cache import compile_target
@@ -154,7 +154,7 @@ def test_forces_pull_generated_samples_to_the_real_ones() -> None:
 
 def test_the_teacher_draws_from_its_own_sampler() -> None:
     """Against the law that decoding uses, at the same noise, place by place."""
-    from bozzetto.laws.chain import sample_path
+    from bozzetto.laws.chain import sample_trajectory
     from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 
     flow, sampler = random_flow(), FlowSampler(steps=4)
@@ -164,7 +164,7 @@ def test_the_teacher_draws_from_its_own_sampler() -> None:
     found = teacher_tokens(target.head, sampler.schedule, features.flatten(0, 1), torch.tensor([2.0, 2.0]), noise)
     for sample in range(6):
         law = target.law(features, 2.0, 1.0)
-        wanted = sample_path(law, None, noise[:, :, sample].transpose(0, 1)).token
+        wanted = sample_trajectory(law, None, noise[:, :, sample].transpose(0, 1)).token
         torch.testing.assert_close(found[:, sample], wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -313,7 +313,7 @@ def test_the_draft_model_measures_its_own_attention_and_takes_over_the_targets_e
     features = torch.randn(4, 3, pipe.target.whole.dim + 1)
     count = torch.tensor([3, 2])
     tokens = torch.randn(2, 3, pipe.target.token_dim)
-    sketcher.take_in(Observation(None, PathVerdict(tokens, count - 1), count, 3, count * 0, features))
+    sketcher.take_in(Observation(None, Verdict(tokens, count - 1), count, 3, count * 0, features))
     torch.testing.assert_close(sketcher.measured[:, 0], features[[0, 1, 2, 3], [2, 1, 2, 1], -1])
     assert sketcher.own.shape == (4, 1) and bool(((sketcher.own >= 0) & (sketcher.own <= 1)).all())
     at = torch.zeros(1, 1, dtype=torch.int64)

@@ -13,7 +13,7 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, weighted_draw
-from bozzetto.rules.base import RuleNoise, leading
+from bozzetto.rules.base import Noise, leading
 from bozzetto.rules.exact import Exact, residual
 from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, p_value
@@ -96,14 +96,14 @@ def test_the_law_holds_when_every_draft_is_rejected(rule: str, window: int) -> N
 
 @dataclass(frozen=True)
 class AcceptEverything(Exact):
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        after = gumbel_argmax(log_p[:, -1:], noise.gumbel[:, -1:])
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
+        after = gumbel_argmax(log_p[:, -1:], noise.fixed[:, -1:])
         return Verdict(torch.cat([draft.tokens, after], 1), torch.full_like(after[:, 0], draft.length))
 
 
 @dataclass(frozen=True)
 class CommitPastTheFirstReject(Exact):
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         right = super().verify(draft, log_p, noise)
         return Verdict(right.tokens, torch.full_like(right.accepted, draft.length))
 
@@ -112,7 +112,7 @@ class CommitPastTheFirstReject(Exact):
 class RedrawFromTheTarget(Exact):
     """On a reject draws from p instead of norm([p - q]+)."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         right = super().verify(draft, log_p, noise)
         if draft.length == 0:
             return right
@@ -126,11 +126,11 @@ class RedrawFromTheTarget(Exact):
 class RedrawWithTheNoiseOfTheDraft(Exact):
     """On a reject the fixed noise decides that drew the draft as it entered the window."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         right = super().verify(draft, log_p, noise)
         if draft.length == 0:
             return right
-        redrawn = gumbel_argmax(residual(log_p[:, :-1], draft.log_q).log(), noise.gumbel[:, :-1])
+        redrawn = gumbel_argmax(residual(log_p[:, :-1], draft.log_q).log(), noise.fixed[:, :-1])
         tokens = right.tokens.clone()
         kept = (
             noise.uniforms[:, :-1, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.registry import RULES
-from bozzetto.rules.base import RuleNoise
+from bozzetto.rules.base import Noise
 from bozzetto.rules.traversal import Traversal
 from bozzetto.rules.tree import TreeRejection
 from bozzetto.targets.tabular import TabularTarget
@@ -138,7 +138,7 @@ def test_block_keeps_more_than_token_by_token_and_traversal_equals_it_on_chains(
 class SiblingsWithReplacement(TreeRejection):
     """Verifies siblings as if each had been drawn from the whole law."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         from bozzetto.rules import tree
 
         kept = tree.without
@@ -153,16 +153,16 @@ class SiblingsWithReplacement(TreeRejection):
 class OneUniform(TreeRejection):
     """For all nodes."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         shared = noise.uniforms[:, :1].expand_as(noise.uniforms)
-        return super().verify(draft, log_p, RuleNoise(noise.gumbel, shared))
+        return super().verify(draft, log_p, Noise(noise.fixed, shared))
 
 
 @dataclass(frozen=True)
 class ParentsFirst(Traversal):
     """Accepts the shallowest node instead of the first in post-order."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         tree = draft.shape()
         upside_down = replace(tree, order=torch.where(tree.depth > 0, tree.depth, 10**6))
         return super().verify(Draft(draft.tokens, draft.log_q, upside_down), log_p, noise)

@@ -21,10 +21,10 @@ from bozzetto.decoding.loop import Decoder
 from bozzetto.decoding.state import BatchResult
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
+from bozzetto.rules.base import Rule
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.joint import Joint
 from bozzetto.rules.path_block import PathBlock
-from bozzetto.rules.paths import PathRule
 from bozzetto.targets.flow_cache import EulerSampler, FlowSdeSampler
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
 from path_toys import compare, sequential
@@ -227,7 +227,7 @@ MODELS = {
     "flow-sde": HeadModel(FlowSdeSampler(path_toys.STEPS), 1.0),
     "still": HeadModel(EulerSampler(path_toys.STEPS, last=0.1), 1.0),
 }
-RULES: dict[str, PathRule] = {rule.name: rule for rule in (Joint(tries=1), PathBlock(), Chains())}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (Joint(tries=1), PathBlock(), Chains())}
 
 
 @functools.cache

@@ -10,17 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, Path, log_ratio, sample_path, score_path
+from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, log_ratio, sample_trajectory, score_trajectory
 from bozzetto.laws.noise import STREAM_VERIFY, fold, image_keys, normal, uniform
 from bozzetto.rules import chains, coupling, joint, path_block
-from bozzetto.rules.base import leading
+from bozzetto.rules.base import Noise, Rule, leading
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.cspd import Cspd
 from bozzetto.rules.joint import Joint
 from bozzetto.rules.path_block import PathBlock, finish, weights
-from bozzetto.rules.paths import PathNoise, PathRule
 from bozzetto.rules.pathwise import Pathwise
 from bozzetto.rules.reflection import Coupled, Plain, Reflection
 from path_toys import (
@@ -39,10 +38,10 @@ from path_toys import (
 )
 
 IMAGES, FEWER, ACCEPTABLE, DAMNING, WRONG = 60_000, 20_000, 1e-3, 1e-9, 0.15
-EXACT: dict[str, PathRule] = {rule.name: rule for rule in (Joint(tries=1), PathBlock(), Chains())}
+EXACT: dict[str, Rule] = {rule.name: rule for rule in (Joint(tries=1), PathBlock(), Chains())}
 NEAR = Chains(reach=1.0)
-ALONE: dict[str, PathRule] = {rule.name: rule for rule in (Plain(), Coupled(depth=3), Reflection(depth=3))}
-ALL: dict[str, PathRule] = {**EXACT, "pathwise": Pathwise(0.3), "cspd": Cspd(), "cspd-released": Cspd("released")}
+ALONE: dict[str, Rule] = {rule.name: rule for rule in (Plain(), Coupled(depth=3), Reflection(depth=3))}
+ALL: dict[str, Rule] = {**EXACT, "pathwise": Pathwise(0.3), "cspd": Cspd(), "cspd-released": Cspd("released")}
 
 by_rule = pytest.mark.parametrize("rule", EXACT)
 
@@ -194,20 +193,20 @@ def continued_from_the_target(log_w: Tensor, draft: Tensor, target: Gaussian, ke
 
 @dataclass(frozen=True)
 class AcceptEverything(Chains):
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         right = super().verify(draft, law, noise)
-        return PathVerdict(
+        return Verdict(
             torch.cat([draft.tokens, right.tokens[:, -1:]], 1), torch.full_like(right.accepted, draft.length)
         )
 
 
 @dataclass(frozen=True)
 class PlainAfterAReject(Joint):
-    def _against(self, draft: PathDraft, place: Tensor, states: Tensor, target: Gaussian) -> Tensor:
+    def _against(self, draft: Draft, place: Tensor, states: Tensor, target: Gaussian) -> Tensor:
         return torch.full(place.shape, -torch.inf, dtype=torch.float64)
 
 
-def one_token(rule: PathRule, target: str, hot: float = 1.0) -> Tensor:
+def one_token(rule: Rule, target: str, hot: float = 1.0) -> Tensor:
     model = TARGETS[target]
     return decode(rule, model, model.draft(WRONG, hot=hot), range(FEWER), 1, drafts=1).tokens
 
@@ -229,7 +228,7 @@ def test_the_battery_rejects_a_wrong_part(module, name, wrong, rule, target, mon
 
 
 @pytest.mark.parametrize("rule", [AcceptEverything(), PlainAfterAReject(), Cspd("released"), Pathwise(0.3)])
-def test_the_battery_rejects_a_wrong_rule(rule: PathRule) -> None:
+def test_the_battery_rejects_a_wrong_rule(rule: Rule) -> None:
     assert_other_law(one_token(rule, "equal"), "equal")
 
 
@@ -243,7 +242,7 @@ def test_the_battery_rejects_the_published_rule_where_deviations_differ() -> Non
 # One pass, looked at closely.
 
 
-def scene(target: str, wrong: float, drafts: int = 3, images: int = 2000) -> tuple[PathDraft, ToyLaw, PathNoise]:
+def scene(target: str, wrong: float, drafts: int = 3, images: int = 2000) -> tuple[Draft, ToyLaw, Noise]:
     """Drafts of the draft model with the sequential sampler's noise, the target's laws after them, and noise."""
     model, index = TARGETS[target], torch.arange(images)
     start, before = torch.zeros_like(index), torch.zeros(images, DIM)
@@ -252,23 +251,23 @@ def scene(target: str, wrong: float, drafts: int = 3, images: int = 2000) -> tup
     contexts = torch.cat([before[:, None], draft.tokens], 1)
     law = model.law(contexts, torch.arange(drafts + 1).expand(images, -1))
     keys = fold(image_keys(0, STREAM_VERIFY, index)[:, None], torch.arange(drafts + 1))
-    return draft, law, PathNoise(fixed, keys)
+    return draft, law, Noise(fixed, keys=keys)
 
 
-def ratios(draft: PathDraft, law: ToyLaw) -> Tensor:
+def ratios(draft: Draft, law: ToyLaw) -> Tensor:
     """log p / q of every step, [B, M, T], place by place."""
     out = []
     for j in range(draft.length):
         place = torch.arange(len(draft.tokens)) * (draft.length + 1) + j
-        path = Path(*(part[:, j] for part in draft.path))
-        out.append(log_ratio(path.states[:, 1:], score_path(law, place, path.states), path.kernels()))
+        path = Trajectory(*(part[:, j] for part in draft.trajectory))
+        out.append(log_ratio(path.states[:, 1:], score_trajectory(law, place, path.states), path.kernels()))
     return torch.stack(out, 1)
 
 
-def own_tokens(law: ToyLaw, noise: PathNoise) -> Tensor:
+def own_tokens(law: ToyLaw, noise: Noise) -> Tensor:
     """What the target draws from the shared noise, [B, M + 1, D]."""
     place = torch.arange(len(noise.keys) * noise.keys.shape[1])
-    return sample_path(law, place, noise.fixed.flatten(0, 1)).token.view(*noise.keys.shape, DIM)
+    return sample_trajectory(law, place, noise.fixed.flatten(0, 1)).token.view(*noise.keys.shape, DIM)
 
 
 def test_weights_are_the_running_product_clipped_at_one() -> None:
@@ -309,11 +308,11 @@ def test_accepted_tokens_are_the_drafts(rule: str) -> None:
 def test_chains_leave_paths_of_the_targets_law() -> None:
     draft, law, noise = scene("unequal", 0.1)
     verdict = Chains().verify(draft, law, noise)
-    flat = verdict.path.states.flatten(0, 1)
-    scored = score_path(law, torch.arange(len(flat)), flat)
-    assert torch.equal(verdict.path.mean.flatten(0, 1), scored.mean)
-    assert torch.equal(verdict.path.std.flatten(0, 1), scored.std)
-    noises = (verdict.path.states[:, :, 1:] - verdict.path.mean) / verdict.path.std
+    flat = verdict.trajectory.states.flatten(0, 1)
+    scored = score_trajectory(law, torch.arange(len(flat)), flat)
+    assert torch.equal(verdict.trajectory.mean.flatten(0, 1), scored.mean)
+    assert torch.equal(verdict.trajectory.std.flatten(0, 1), scored.std)
+    noises = (verdict.trajectory.states[:, :, 1:] - verdict.trajectory.mean) / verdict.trajectory.std
     assert float(noises.std()) == pytest.approx(1, abs=0.01) and abs(float(noises.mean())) < 0.01
 
 
@@ -354,7 +353,7 @@ def test_a_residual_that_never_survives_is_an_error(monkeypatch: pytest.MonkeyPa
 def test_drafts_without_paths_are_refused(rule: str) -> None:
     draft, law, noise = scene("equal", 0.1, images=5)
     with pytest.raises(ValueError, match="path"):
-        ALL[rule].verify(PathDraft(draft.tokens), law, noise)
+        ALL[rule].verify(Draft(draft.tokens), law, noise)
 
 
 def test_parameters_out_of_range_are_refused() -> None:
@@ -441,9 +440,9 @@ def test_cspd_accepts_as_published(variant: str, target: str) -> None:
     for b in range(images):
         kept = []
         for j in range(3):
-            path = sample_path(law, torch.tensor([b * 4 + j]), noise.fixed[b, j][None])
+            path = sample_trajectory(law, torch.tensor([b * 4 + j]), noise.fixed[b, j][None])
             p_mean, p_std = path.mean[0], path.std[0].clone()
-            q_mean, q_std = draft.path.mean[b, j], draft.path.std[b, j].clone()
+            q_mean, q_std = draft.trajectory.mean[b, j], draft.trajectory.std[b, j].clone()
             for std in (p_std, q_std):
                 std[-1] = torch.where(std[-1] == 0, 0.3, std[-1])
             sigma = sum(
@@ -464,11 +463,13 @@ def test_cspd_accepts_as_published(variant: str, target: str) -> None:
 
 def test_the_released_sigma_is_the_papers_inverted() -> None:
     draft, law, noise = scene("unequal", 0.2)
-    path = sample_path(law, torch.arange(8000), noise.fixed.flatten(0, 1))
-    path = Path(*(part.unflatten(0, (2000, 4))[:, :3] for part in path))
-    paper, released = (Cspd(variant).log_sigma(draft.path, path) for variant in ("paper", "released"))
+    path = sample_trajectory(law, torch.arange(8000), noise.fixed.flatten(0, 1))
+    path = Trajectory(*(part.unflatten(0, (2000, 4))[:, :3] for part in path))
+    paper, released = (Cspd(variant).log_sigma(draft.trajectory, path) for variant in ("paper", "released"))
     assert torch.equal(paper, -released) and float(paper.std()) > 0.1
-    assert torch.allclose(paper, (draft.path.std.log() - path.std.log())[:, :, :-1].double().sum((-1, -2)), atol=1e-5)
+    assert torch.allclose(
+        paper, (draft.trajectory.std.log() - path.std.log())[:, :, :-1].double().sum((-1, -2)), atol=1e-5
+    )
 
 
 def test_cspd_falls_back_to_the_targets_own_sample() -> None:

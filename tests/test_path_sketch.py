@@ -20,10 +20,9 @@ from bozzetto.cli.main import main
 from bozzetto.decoding.loop import Decoder
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianDrafter, GaussianNet, gaussian_config
-from bozzetto.drafts import PathVerdict
+from bozzetto.drafts import Verdict
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.laws.chain import Path as DenoisingPath
-from bozzetto.laws.chain import sample_path
+from bozzetto.laws.chain import Trajectory, sample_trajectory
 from bozzetto.laws.gaussian import AffineChain, GaussianChain
 from bozzetto.laws.noise import NormalField, image_keys
 from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
@@ -95,7 +94,7 @@ def affine_chain(rows: int = 4, dim: int = 3) -> AffineChain:
 
 def test_sampling_an_affine_chain_at_once_is_running_it_step_by_step() -> None:
     law, noise = affine_chain(), torch.randn(4, 6, 3)
-    for one, other in zip(law.sample(noise), sample_path(law, None, noise), strict=True):
+    for one, other in zip(law.sample(noise), sample_trajectory(law, None, noise), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -136,7 +135,7 @@ def test_the_cached_drafter_predicts_what_the_roll_out_of_training_does(guidance
     noise = NormalField(0, torch.arange(2), 9, 5, 3)
     drafter.begin(Start(labels, 9, LawSettings(guidance=guidance), noise, keys, with_laws=True))
     everything = torch.full((2,), n)
-    seen = Observation(None, PathVerdict(tokens, everything - 1), everything, n, torch.zeros_like(everything), features)
+    seen = Observation(None, Verdict(tokens, everything - 1), everything, n, torch.zeros_like(everything), features)
     hidden = drafter.sketcher.take_in(seen)
     torch.testing.assert_close(hidden[:, 0], rolled[:, -1], atol=1e-4, rtol=1e-4)
     for one, other in zip(sketcher.gaussian(hidden[:, 0]), net.gaussian(rolled[:, -1]), strict=True):
@@ -160,7 +159,7 @@ def test_drafted_paths_carry_the_laws_they_were_drawn_from(guidance: float) -> N
     drafts = [d for d in drafts if d.length]
     assert drafts and max(d.length for d in drafts) == 3
     for draft in drafts:
-        path = DenoisingPath(*(part.flatten(0, 1) for part in draft.path))
+        path = Trajectory(*(part.flatten(0, 1) for part in draft.trajectory))
         for step in range(3):
             law = draft.law.all_places(path.states[:, step], step)
             torch.testing.assert_close(law.mean, path.mean[:, step], atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.registry import make_rule, read_shape
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.exact import Exact
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
@@ -158,7 +158,7 @@ def after_refusals(rule: Rule, p: Tensor, tokens: list[int], log_q: Tensor | Non
     law = None if log_q is None else log_q.expand(count, 1, -1)
     draft = Draft(torch.tensor([tokens]).expand(count, -1), law, tree, certain=law is None)
     with toy_bias.monotone_redraws():
-        found = rule.verify(draft, p.log().expand(count, children + 1, -1), RuleNoise(None, uniforms))
+        found = rule.verify(draft, p.log().expand(count, children + 1, -1), Noise(None, uniforms))
     assert int(found.accepted.sum()) == 0
     return torch.bincount(found.tokens[:, 0], minlength=len(p)) / count
 
@@ -210,7 +210,7 @@ def greedy_verdict(spec: str, shape: str, slack: float | None = None) -> Verdict
     if rule.exact:
         log_p = torch.full_like(log_p, -torch.inf).scatter(-1, log_p.argmax(-1, keepdim=True), 0.0)
     left = None if slack is None else torch.full((IMAGES,), slack)
-    return rule.verify(draft, log_p, RuleNoise(None, uniforms, left, greedy=not rule.exact))
+    return rule.verify(draft, log_p, Noise(None, uniforms, left, greedy=not rule.exact))
 
 
 @pytest.mark.parametrize("shape", ["1x1x1", "2x2", "3x1x2"])
@@ -331,7 +331,7 @@ def test_what_stands_behind_a_refused_token_has_the_law_that_goes_with_it(rule: 
     drafted = log_q[:2].exp().multinomial(rows, replacement=True, generator=generator).T
     uniforms = torch.rand(rows, 3, 2, dtype=torch.float64, generator=generator)
     draft = Draft(drafted, log_q[:2].expand(rows, -1, -1), window=True)
-    verdict = with_codes(rule).verify(draft, log_p.expand(rows, -1, -1), RuleNoise(None, uniforms))
+    verdict = with_codes(rule).verify(draft, log_p.expand(rows, -1, -1), Noise(None, uniforms))
     for place in (1, 2):
         there = verdict.tokens[verdict.accepted < place, place]
         assert fit_p_value(torch.bincount(there, minlength=V), log_p[place].exp()) > 1e-4

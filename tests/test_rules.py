@@ -10,7 +10,7 @@ from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import gumbel_argmax, weighted_draw
 from bozzetto.laws.noise import fold, gumbel, image_keys, uniform
 from bozzetto.methods.registry import RULES
-from bozzetto.rules.base import Rule, RuleNoise, leading
+from bozzetto.rules.base import Noise, Rule, leading
 from bozzetto.rules.exact import Exact, residual
 from bozzetto.rules.seed_exact import SeedExact
 from toys import WINDOW_RULES, fit_p_value
@@ -30,12 +30,12 @@ def one_position(rule: Rule, q: Tensor, coupled: bool) -> tuple[Draft, Tensor, T
     """Verify TRIALS drafts x ~ q of one position. Returns draft, tokens [TRIALS, 2], accepted [TRIALS]."""
     keys = image_keys(5, 0, torch.arange(TRIALS))
     positions = fold(keys[:, None], torch.arange(2))
-    noise = RuleNoise(
+    noise = Noise(
         gumbel(fold(positions[..., None], torch.arange(V))),
         uniform(fold(positions[..., None], torch.arange(100, 102))),
     )
     free, _ = weighted_draw(q.expand(TRIALS, V), uniform(fold(keys, 99)))
-    tokens = gumbel_argmax(q.log(), noise.gumbel[:, 0]) if coupled else free
+    tokens = gumbel_argmax(q.log(), noise.fixed[:, 0]) if coupled else free
     draft = Draft(tokens[:, None], q.log().expand(TRIALS, 1, V))
     verdict = rule.verify(draft, torch.stack([P, AFTER]).log().expand(TRIALS, 2, V), noise)
     return draft, verdict.tokens, verdict.accepted
@@ -76,7 +76,7 @@ def test_exact_redraws_behind_a_reject_but_counts_up_to_it() -> None:
     """Drafts 0 0 0 under laws that allow, forbid, allow token 0: one accepted, three coupled tokens."""
     sure, other = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
     draft = Draft(torch.zeros(1, 3, dtype=torch.int64), sure.expand(1, 3, 2))
-    noise = RuleNoise(torch.zeros(1, 4, 2), torch.full((1, 4, 2), 0.5, dtype=torch.float64))
+    noise = Noise(torch.zeros(1, 4, 2), torch.full((1, 4, 2), 0.5, dtype=torch.float64))
     verdict = Exact().verify(draft, torch.stack([sure, other, sure, other])[None], noise)
     assert verdict.tokens.tolist() == [[0, 1, 0, 1]]
     assert verdict.accepted.tolist() == [1]
@@ -90,7 +90,7 @@ def test_exact_refuses_drafts_without_law_or_uniforms(missing: str) -> None:
         Exact().verify(
             Draft(torch.zeros(1, 1, dtype=torch.int64), log_q),
             torch.zeros(1, 2, 2),
-            RuleNoise(torch.zeros(1, 2, 2), uniforms),
+            Noise(torch.zeros(1, 2, 2), uniforms),
         )
 
 
@@ -98,7 +98,7 @@ def test_seed_exact_accepts_the_leading_run_of_argmax_tokens() -> None:
     best = torch.tensor([[2, 0, 1, 1]])  # argmax at the three drafted positions and the one after
     log_p = torch.nn.functional.one_hot(best, 3).float().expand(5, -1, -1)
     drafts = torch.tensor([[2, 0, 1], [2, 0, 0], [2, 1, 1], [0, 0, 1], [1, 1, 0]])
-    verdict = SeedExact().verify(Draft(drafts), log_p, RuleNoise(torch.zeros(5, 4, 3)))
+    verdict = SeedExact().verify(Draft(drafts), log_p, Noise(torch.zeros(5, 4, 3)))
     assert verdict.accepted.tolist() == [3, 2, 1, 0, 0]
     assert torch.equal(verdict.tokens, best.expand(5, -1))
 
@@ -114,7 +114,7 @@ def test_an_empty_draft_gets_the_gumbel_token_and_names_match_the_registry(name:
     rule = RULES[name]()
     log_p, noise = torch.randn(6, 1, V).log_softmax(-1), torch.randn(6, 1, V)
     empty = Draft(torch.empty(6, 0, dtype=torch.int64))
-    verdict = rule.verify(empty, log_p, RuleNoise(noise, torch.full((6, 1, 2), 0.5, dtype=torch.float64)))
+    verdict = rule.verify(empty, log_p, Noise(noise, torch.full((6, 1, 2), 0.5, dtype=torch.float64)))
     assert torch.equal(verdict.tokens, gumbel_argmax(log_p, noise))
     assert verdict.accepted.tolist() == [0] * 6
     assert rule.name == name

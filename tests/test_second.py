@@ -19,7 +19,7 @@ from bozzetto.drafts.tree import comb_tree, make_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, weighted_draw
 from bozzetto.methods.registry import check_method, make_drafter
-from bozzetto.rules.base import RuleNoise, leading
+from bozzetto.rules.base import Noise, leading
 from bozzetto.rules.exact import Exact
 from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value, p_value
@@ -174,7 +174,7 @@ def judged(second: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> type[E
 
     @dataclass(frozen=True)
     class Wrong(Exact):
-        def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+        def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
             if not draft.beside:
                 return super().verify(draft, log_p, noise)
             chain, count = draft.chain, draft.beside
@@ -196,7 +196,7 @@ def judged(second: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> type[E
 class BehindTheWindow(Exact):
     """Draws the token behind a second guess from the law behind the window's token."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         if draft.beside:
             chain = draft.chain
             log_p = torch.cat([log_p[:, : chain + 1], log_p[:, 1 : draft.beside + 1]], 1)
@@ -207,7 +207,7 @@ class BehindTheWindow(Exact):
 class RedrawWithoutTheSecondGuess(Exact):
     """Where both are refused, draws from norm([p - q]+) and forgets that y was tried."""
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         right = super().verify(draft, log_p, noise)
         if not draft.beside:
             return right

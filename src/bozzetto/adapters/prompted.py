@@ -178,6 +178,7 @@ class PromptedCodes(PromptedTarget):
     """A prompted target that draws codes. embedding: rows [V, d] that stand for them; numbers: their words in the
     model's vocabulary, where they have some."""
 
+    tokens = "codes"
     numbers: list[int]
     head: Any  # a module, or rows of the vocabulary
 

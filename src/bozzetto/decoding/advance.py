@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import gumbel_argmax, gumbel_margin, row_laws
 from bozzetto.laws.noise import fold, uniform
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Advance(nn.Module):
             fresh = fold(fold(s.keys, s.passes)[:, None], s.count[:, None] + torch.arange(width, device=s.count.device))
             uniforms = uniform(fold(fresh[..., None], torch.arange(2, device=s.count.device)))
         draft = Draft(s.inputs[:, 1:width], s.laws[:, : width - 1] if rule.needs_law else None)
-        verdict = rule.verify(draft, log_p, RuleNoise(gumbel, uniforms))
+        verdict = rule.verify(draft, log_p, Noise(gumbel, uniforms))
         margins = torch.full_like(log_p[..., 0], float("inf")) if verdict.margin is None else verdict.margin
         if width == 1:
             return verdict.tokens, verdict.accepted, margins

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Observation
-from bozzetto.drafts import Draft, PathDraft, PathVerdict, Verdict
+from bozzetto.drafts import Draft
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
 from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
-from bozzetto.rules.base import Rule, RuleNoise
-from bozzetto.rules.paths import PathNoise, PathRule
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.targets.base import Scores, Target
 from bozzetto.targets.flow_cache import FlowTarget
 
 
 class TokenKind(Protocol):
-    """rule: what verifies; asks: what it wants of drafts (fields of drafters.base.Start)."""
+    """rule: what verifies."""
 
-    rule: Any
-    asks: dict[str, bool]
+    rule: Rule
 
     def begin(self, seed: int, index: Tensor) -> NoiseField:
         """Fixed noise of the images int64 [B]."""
@@ -86,8 +84,6 @@ class Codes:
         self.greedy = self.settings.temperature == 0 and bool(self.rule.bias)
         self.scored = LawSettings(guidance=self.settings.guidance) if self.greedy else self.settings
         self.lead: Tensor | None = None  # in greedy decoding: margins of the choices at the scored places
-        rule = self.rule
-        self.asks = {"with_laws": rule.needs_law, "fixed_noise": rule.seed_exact, "with_hidden": rule.needs_hidden}
 
     def begin(self, seed: int, index: Tensor) -> GumbelField:
         return GumbelField(seed, index, self.target.length, self.target.vocab)
@@ -96,7 +92,7 @@ class Codes:
         return torch.zeros(batch, self.target.length, dtype=torch.int64, device=device)
 
     def fill(self, noise: NoiseField, upto: int) -> None:
-        if self.rule.needs_gumbel or self.rule.window:  # places that enter a window are drawn with it
+        if self.rule.needs_fixed or self.rule.window:  # places that enter a window are drawn with it
             noise.fill(upto)
 
     def law(self, scores: Scores, done: int) -> Tensor:
@@ -106,11 +102,11 @@ class Codes:
             self.lead = greedy_margin(scores.logits, self.settings)
         return law_of(scores.logits, self.scored)
 
-    def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> RuleNoise:
-        gumbel = uniforms = slack = None
-        if self.rule.needs_gumbel:
+    def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> Noise:
+        fixed = uniforms = slack = None
+        if self.rule.needs_fixed:
             place = torch.arange(draft.length + 1, device=state.count.device)
-            gumbel = noise.rows(state.count[:, None] + (place if draft.tree is None else draft.tree.depth))
+            fixed = noise.rows(state.count[:, None] + (place if draft.tree is None else draft.tree.depth))
         if self.rule.needs_uniforms:
             keys = _place_keys(state, draft.length + 1)
             uniforms = uniform(
@@ -118,20 +114,20 @@ class Codes:
             )
         if self.budget is not None:
             slack = (self.budget - state.spent).clamp_min(0)
-        return RuleNoise(gumbel, uniforms, slack, self.greedy)
+        return Noise(fixed, uniforms, slack, self.greedy)
 
     def record(
-        self, state: DecodeState, draft: Draft, seen: Observation, given: RuleNoise, fresh: Tensor
+        self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor
     ) -> dict[str, Tensor]:
         out, verdict = {}, seen.verdict
         inf = float("inf")
         if self.lead is not None:
-            gaps = along(verdict.along, self.lead[..., None], seen.longest)[..., 0]
+            gaps = along(verdict.path, self.lead[..., None], seen.longest)[..., 0]
             out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
-        elif self.rule.seed_exact and given.gumbel is not None and seen.log_p is not None:
-            gaps = gumbel_margin(*(along(verdict.along, part, seen.longest) for part in (seen.log_p, given.gumbel)))
+        elif self.rule.seed_exact and given.fixed is not None and seen.log_p is not None:
+            gaps = gumbel_margin(*(along(verdict.path, part, seen.longest) for part in (seen.log_p, given.fixed)))
             out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
-        elif isinstance(verdict, Verdict) and verdict.margin is not None:
+        elif verdict.margin is not None:
             place = torch.arange(verdict.margin.shape[1], device=state.count.device)
             outside = state.count[:, None] + place >= self.target.length
             margin = torch.minimum(state.margin, verdict.margin.masked_fill(outside, inf).amin(1))
@@ -149,7 +145,7 @@ class Vectors:
     """Continuous tokens of a causal model."""
 
     target: FlowTarget
-    rule: PathRule
+    rule: Rule
     settings: LawSettings
 
     def __post_init__(self) -> None:
@@ -158,7 +154,6 @@ class Vectors:
                 "continuous tokens have no top-k, no top-p and no greedy choice: top_k = 0, top_p = 1, temperature > 0 "
                 f"are allowed (given: {self.settings.top_k}, {self.settings.top_p:g}, {self.settings.temperature:g})"
             )
-        self.asks = {"with_laws": self.rule.needs_path, "fixed_noise": self.rule.fixed_noise}
 
     def begin(self, seed: int, index: Tensor) -> NormalField:
         return NormalField(seed, index, self.target.length, self.target.schedule.steps, self.target.token_dim)
@@ -173,29 +168,29 @@ class Vectors:
         assert scores.features is not None
         return self.target.law(scores.features, self.settings.guidance, self.settings.temperature, done)
 
-    def given(self, noise: NoiseField, state: DecodeState, draft: PathDraft) -> PathNoise:
+    def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> Noise:
         place = torch.arange(draft.length + 1, device=state.count.device)
-        fixed = noise.rows(state.count[:, None] + place) if self.rule.uses_fixed else noise.table[:, :0]
-        return PathNoise(fixed, _place_keys(state, draft.length + 1))
+        fixed = noise.rows(state.count[:, None] + place) if self.rule.needs_fixed else None
+        return Noise(fixed, keys=_place_keys(state, draft.length + 1))
 
     def record(
-        self, state: DecodeState, draft: PathDraft, seen: Observation, given: PathNoise, fresh: Tensor
+        self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor
     ) -> dict[str, Tensor]:
         verdict = seen.verdict
-        if not isinstance(verdict, PathVerdict) or verdict.distance is None:
+        if verdict.distance is None:
             return {}
         moved = verdict.distance[:, : seen.longest].masked_fill(~fresh, 0.0)
         return {"moved": state.moved + moved.sum(1), "farthest": torch.maximum(state.farthest, moved.amax(1))}
 
-    def head_work(self, law: Any, draft: PathDraft) -> tuple[int, int]:
+    def head_work(self, law: Any, draft: Draft) -> tuple[int, int]:
         mine = [law] if draft.law is None else [law, draft.law]
         return sum(part.calls for part in mine), sum(part.rows for part in mine)
 
 
 def kind_of(target: Any, rule: Any, settings: LawSettings, budget: float | None) -> TokenKind:
     """The kind of a target's tokens. Raises UsageError for a rule of the other kind."""
-    continuous = isinstance(rule, PathRule)
-    if hasattr(target, "token_dim") != continuous:
-        drawn = "continuous tokens" if hasattr(target, "token_dim") else "codes"
+    vectors = target.tokens == "vectors"
+    if target.tokens != rule.tokens:
+        drawn = "continuous tokens" if vectors else "codes"
         raise UsageError(f"rule {rule.name!r} is not allowed here: the model draws {drawn}")
-    return Vectors(target, rule, settings) if continuous else Codes(target, rule, settings, budget)
+    return Vectors(target, rule, settings) if vectors else Codes(target, rule, settings, budget)

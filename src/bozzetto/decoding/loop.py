@@ -16,11 +16,10 @@ from torch import Tensor
 from bozzetto.decoding.kinds import along, kind_of
 from bozzetto.decoding.state import BatchResult, DecodeState
 from bozzetto.drafters.base import Drafter, Observation, Start
-from bozzetto.drafts import Draft, PathDraft
+from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_DRAFT, NoiseField, image_keys
 from bozzetto.rules.base import Rule
-from bozzetto.rules.paths import PathRule
 from bozzetto.targets.base import Scores, Session, Target
 from bozzetto.targets.flow_cache import FlowTarget
 
@@ -73,7 +72,7 @@ class Clock:
 class Decoder:
     """Decodes batches of images with one target, drafter, rule and law.
 
-    target, rule: a Target with a Rule, or a target of continuous tokens with a PathRule. budget: most bias (total
+    target, rule: of the same kind of tokens. budget: most bias (total
     variation, summed over the tokens of an image) that a relaxed rule may spend; it decides exactly from then on. None:
     no limit.
     """
@@ -82,7 +81,7 @@ class Decoder:
         self,
         target: Target | FlowTarget,
         drafter: Drafter,
-        rule: Rule | PathRule,
+        rule: Rule,
         settings: LawSettings,
         budget: float | None = None,
     ):
@@ -97,7 +96,9 @@ class Decoder:
 
     def _begin(self, labels: Tensor, seed: int, index: Tensor, noise: NoiseField) -> Session:
         keys = image_keys(seed, STREAM_DRAFT, index)
-        self.drafter.begin(Start(labels, self.target.length, self.settings, noise, keys, **self.kind.asks))
+        rule = self.rule
+        asked = {"with_laws": rule.needs_law, "fixed_noise": rule.fixed_noise, "with_hidden": rule.needs_hidden}
+        self.drafter.begin(Start(labels, self.target.length, self.settings, noise, keys, **asked))
         return self.target.begin(labels, self.settings.guided, self.drafter.max_nodes + 1)
 
     @torch.no_grad()
@@ -126,9 +127,9 @@ class Decoder:
             committed = torch.minimum(verdict.accepted + 1, target.length - state.count)
             before, counts = counts, (state.count + committed).tolist()  # the one synchronisation
             longest = max(now - then for now, then in zip(counts, before, strict=True))
-            if verdict.along is not None:
-                session.compact(verdict.along[:, :longest], state.count)
-            features = _features(verdict.along, scores, longest) if drafter.wants_features else None
+            if verdict.path is not None:
+                session.compact(verdict.path[:, :longest], state.count)
+            features = _features(verdict.path, scores, longest) if drafter.wants_features else None
             log_p = law if isinstance(law, Tensor) else None
             seen = Observation(log_p, verdict, committed, longest, state.count, features)
             state = self._commit(state, draft, seen, given)
@@ -148,7 +149,7 @@ class Decoder:
         figures = {name: getattr(final, name) for name in names}
         self.result = BatchResult(**figures, head_calls=head_calls, head_rows=head_rows, seconds=clock.seconds())
 
-    def _commit(self, state: DecodeState, draft: Draft | PathDraft, seen: Observation, given: Any) -> DecodeState:
+    def _commit(self, state: DecodeState, draft: Draft, seen: Observation, given: Any) -> DecodeState:
         """Append the accepted drafts and the rule's own token, never past the end of the image."""
         left = self.target.length - state.count
         fresh = torch.arange(seen.longest, device=left.device) < seen.committed[:, None]

@@ -25,13 +25,13 @@ from torch import Tensor
 from bozzetto.decoding.loop import Clock, PassEvent
 from bozzetto.decoding.state import BatchResult, DecodeState
 from bozzetto.drafters.masked_window import DraftWindow
-from bozzetto.drafts import PathDraft
+from bozzetto.drafts import Draft
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.laws.chain import ChainLaw, Path, sample_path
+from bozzetto.laws.chain import ChainLaw, Trajectory, sample_trajectory
 from bozzetto.laws.noise import STREAM_ORDER, STREAM_TOKEN, fold, image_keys, normal_rows
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.cspd import Cspd
-from bozzetto.rules.paths import PathNoise, PathRule
 from bozzetto.rules.pathwise import Pathwise
 from bozzetto.rules.reflection import Coupled, Plain
 from bozzetto.targets.mar_target import MARTarget
@@ -100,7 +100,7 @@ class MaskedDecoder:
     def __init__(
         self,
         target: MARTarget,
-        rule: PathRule,
+        rule: Rule,
         settings: LawSettings,
         drafter: MARTarget | None = None,
         window: DraftWindow | None = None,
@@ -164,11 +164,14 @@ class MaskedDecoder:
         shape = (batch, features.shape[1])
         return model.law(features.flatten(0, 1), shape, scale, self.settings.temperature, done)
 
-    def _noise(self, images: _Images, places: Tensor) -> PathNoise:
-        """Of a place, whenever it is drawn. (A test of a place that was dropped has decided nothing, so the key may be
-        used again.)"""
-        fixed = normal_rows(images.noise, places, self.target.schedule.steps, self.target.token_dim)
-        return PathNoise(fixed, fold(images.keys[:, None], places))
+    def _fixed(self, images: _Images, places: Tensor) -> Tensor:
+        """The fixed noise of places, [B, W, T + 1, D]."""
+        return normal_rows(images.noise, places, self.target.schedule.steps, self.target.token_dim)
+
+    def _fresh(self, images: _Images, places: Tensor) -> Tensor:
+        """Keys [B, W] of places, whenever they are drawn. (A test of a place that was dropped has decided nothing, so
+        the key may be used again.)"""
+        return fold(images.keys[:, None], places)
 
     def _alone(self, images: _Images, step: int, meter: _Meter) -> _Outcome:
         """One step by the target."""
@@ -176,13 +179,12 @@ class MaskedDecoder:
         features = self._features(self.target, images, step, step + 1)
         meter.lap("target")
         law = self._law(self.target, features, len(places), self.guidances[step], self.starts[step])
-        noise = self._noise(images, places)
         sampler = self.rule if isinstance(self.rule, Plain | Coupled) else Plain()
-        tokens = sampler.sample(law, noise.fixed.flatten(0, 1), noise.keys.flatten())
+        tokens = sampler.sample(law, self._fixed(images, places).flatten(0, 1), self._fresh(images, places).flatten())
         meter.count(law)
         return _Outcome(places, tokens.unflatten(0, places.shape), torch.ones_like(places[:, 0]), 1)
 
-    def _draft(self, images: _Images, first: int, last: int, meter: _Meter) -> tuple[PathDraft, _Images]:
+    def _draft(self, images: _Images, first: int, last: int, meter: _Meter) -> tuple[Draft, _Images]:
         """Steps first..last - 1 by the drafter, one after another, with the noise of the target's own sampler; and the
         images with these tokens."""
         assert self.drafter is not None
@@ -191,12 +193,12 @@ class MaskedDecoder:
             places = self._places(images, step, step + 1)
             features = self._features(self.drafter, images, step, step + 1)
             law = self._law(self.drafter, features, len(places), self.guidances[step])
-            path = sample_path(law, None, self._noise(images, places).fixed.flatten(0, 1))
+            path = sample_trajectory(law, None, self._fixed(images, places).flatten(0, 1))
             meter.count(law)
-            paths.append(Path(*(part.unflatten(0, places.shape) for part in path)))
+            paths.append(Trajectory(*(part.unflatten(0, places.shape) for part in path)))
             images = images.with_tokens(places, paths[-1].token)
-        path = Path(*(torch.cat(parts, 1) for parts in zip(*paths, strict=True)))
-        return PathDraft(path.token, path), images
+        path = Trajectory(*(torch.cat(parts, 1) for parts in zip(*paths, strict=True)))
+        return Draft(path.token, trajectory=path), images
 
     def _drafted(self, images: _Images, first: int, meter: _Meter) -> _Outcome:
         """A window of steps from `first` on: drafted, then verified."""
@@ -212,7 +214,9 @@ class MaskedDecoder:
         # A rule verifies the place after the drafts too; a window ends without one, so its last place stands in.
         spare = torch.arange(draft.length + 1, device=places.device).clamp_max(draft.length - 1)
         law = self._law(self.target, torch.cat(parts, 1)[:, spare], len(places), scales[spare].repeat(len(places)))
-        verdict = self.rule.verify(draft, law, self._noise(images, places[:, spare]))
+        at = places[:, spare]
+        noise = Noise(self._fixed(images, at), keys=self._fresh(images, at))
+        verdict = self.rule.verify(draft, law, noise)
         meter.count(law)
         tokens = verdict.tokens[:, :-1]
         # The step of the first rejected place is the last one that is committed.
@@ -247,7 +251,7 @@ def _commit(state: DecodeState, rows: Tensor, outcome: _Outcome, count: Tensor) 
     return DecodeState(**new)
 
 
-def _check(target: MARTarget, rule: PathRule, settings: LawSettings, drafter: MARTarget | None) -> None:
+def _check(target: MARTarget, rule: Rule, settings: LawSettings, drafter: MARTarget | None) -> None:
     """Raises UsageError for what does not go together."""
     if settings.temperature <= 0 or settings.top_k or settings.top_p != 1:
         raise UsageError(

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Layout, PathDraft, PathVerdict, Verdict
+from bozzetto.drafts import Draft, Layout, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NoiseField
 
@@ -34,14 +34,14 @@ class Start:
 
 @dataclass
 class Observation:
-    """What one pass taught. log_p: float32 [B, W, V], the target's laws at the scored places (None for continuous
-    tokens, whose rules leave the target's paths in the verdict); verdict: the rule's tokens and path; committed: int64
+    """What one pass taught. log_p: float32 [B, W, V], the target's laws at the scored places (None for vectors,
+    whose rules leave the target's trajectories in the verdict); verdict: the rule's tokens and path; committed: int64
     [B], tokens appended to each image; longest: the largest of them, known to the host; start: int64 [B]; features: [R,
     P, d], P >= longest, the target's hidden states along the path (R rows as in Scores), or None.
     """
 
     log_p: Tensor | None
-    verdict: Verdict | PathVerdict
+    verdict: Verdict
     committed: Tensor
     longest: int
     start: Tensor
@@ -86,7 +86,7 @@ class Drafter(Protocol):
 
     def begin(self, start: Start) -> None: ...
 
-    def propose(self, batch: int, limit: int) -> Draft | PathDraft:
+    def propose(self, batch: int, limit: int) -> Draft:
         """Drafts for at most `limit` positions per image where they are a chain; a tree may reach further."""
         ...
 
@@ -166,5 +166,5 @@ class NoPaths(NoDrafter):
     def __init__(self, dim: int):
         self.dim = dim
 
-    def propose(self, batch: int, limit: int) -> PathDraft:  # type: ignore[override]
-        return PathDraft(torch.empty(batch, 0, self.dim, device=self.device))
+    def propose(self, batch: int, limit: int) -> Draft:  # type: ignore[override]
+        return Draft(torch.empty(batch, 0, self.dim, device=self.device))

@@ -19,7 +19,7 @@ from torch import Tensor
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.gaussian import CachedGaussian, GaussianDrafter
 from bozzetto.drafts import Layout
-from bozzetto.laws.chain import Path, sample_path
+from bozzetto.laws.chain import Trajectory, sample_trajectory
 from bozzetto.targets.drift import DriftTarget
 from bozzetto.targets.entropy import attention_entropy
 
@@ -66,8 +66,8 @@ class DriftDrafter(GaussianDrafter):
         features = torch.cat([hidden, self.sketcher.measured[..., None].to(hidden.dtype)], -1)
         return self.target.law(features, settings.guidance, settings.temperature)
 
-    def _draw(self, law: Any, noise: Tensor) -> Path:
-        return sample_path(law, None, noise)
+    def _draw(self, law: Any, noise: Tensor) -> Trajectory:
+        return sample_trajectory(law, None, noise)
 
     def _flatness(self, hidden: Tensor) -> Tensor:
         return self.sketcher.own[: len(self.keys)]

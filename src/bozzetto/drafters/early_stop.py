@@ -62,7 +62,7 @@ class EarlyStop:
         """Learn from a verdict: what was drafted below the nodes of the accepted path was kept, except the last."""
         accepted = seen.verdict.accepted[:, None]
         depth = torch.arange(self.bin.shape[1], device=accepted.device)
-        node = depth.expand(len(self.tried), -1) if seen.verdict.along is None else seen.verdict.along
+        node = depth.expand(len(self.tried), -1) if seen.verdict.path is None else seen.verdict.path
         depth = depth[: node.shape[1]]
         tried = self.mother.gather(1, node) & (depth <= accepted)
         flat = self.bin.gather(1, node)

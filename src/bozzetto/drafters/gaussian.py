@@ -19,8 +19,8 @@ from bozzetto.common.checks import Grid, Size
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet
 from bozzetto.drafters.early_stop import EarlyStop
-from bozzetto.drafts import Layout, PathDraft
-from bozzetto.laws.chain import Ancestry, Path
+from bozzetto.drafts import Draft, Layout
+from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import AffineChain, gaussian_tables
 from bozzetto.laws.noise import fold, fresh_noise
 from bozzetto.runtime.dense import Dense
@@ -149,17 +149,17 @@ class GaussianDrafter:
         if self.seen is not None:
             self.seen = self.seen.keep(rows)
 
-    def propose(self, batch: int, limit: int) -> PathDraft:
+    def propose(self, batch: int, limit: int) -> Draft:
         self.passes += 1
         length = min(limit, self.length)
         if self.outlook is not None:
             self.outlook.begin(0 if self.seen is None else length)
         if self.seen is None or length < 1:  # nothing is known before the first pass
-            return PathDraft(torch.zeros(batch, 0, self.dim, device=self.keys.device))
+            return Draft(torch.zeros(batch, 0, self.dim, device=self.keys.device))
         hidden = self.sketcher.take_in(self.seen)
         noise = self._noise(self.seen.start + self.seen.committed, length)
         laws: list[Any] = []
-        paths: list[Path] = []
+        paths: list[Trajectory] = []
         for place in range(length):
             laws.append(self._law(hidden, (batch, 1)))
             paths.append(self._draw(laws[-1], noise[:, place]))
@@ -169,13 +169,13 @@ class GaussianDrafter:
                 at = torch.full((1, 1), place, device=self.keys.device)
                 sees = torch.ones(1, 1, place + 1, dtype=torch.bool, device=self.keys.device)
                 hidden = self.sketcher.put_out(paths[-1].token[:, None], at, Layout(at, at, sees))
-        path = Path(*(torch.stack(parts, 1) for parts in zip(*paths, strict=True)))
+        path = Trajectory(*(torch.stack(parts, 1) for parts in zip(*paths, strict=True)))
         if self.start.with_laws:
-            return PathDraft(path.token, path, self._together(laws, batch))
+            return Draft(path.token, trajectory=path, law=self._together(laws, batch))
         if self.outlook is None:
-            return PathDraft(path.token)
+            return Draft(path.token)
         present = self.outlook.present[:, 1 : len(paths) + 1, None]
-        return PathDraft(path.token.masked_fill(~present, _NOBODYS))
+        return Draft(path.token.masked_fill(~present, _NOBODYS))
 
     def _goes_on(self, place: int, hidden: Tensor) -> bool:
         """Whether any image drafts on after a place, whose law hidden [R, 1, d] gave."""
@@ -209,7 +209,7 @@ class GaussianDrafter:
         std = self.std * settings.temperature
         return AffineChain(gain, offset, self.ancestry, std, shape, self.sketcher.basis)
 
-    def _draw(self, law: Any, noise: Tensor) -> Path:
+    def _draw(self, law: Any, noise: Tensor) -> Trajectory:
         """One path per image: noise float32 [B, T + 1, D]."""
         return law.sample(noise)
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafters.base import DraftModel, Observation, Start
-from bozzetto.drafts import Draft, Layout, PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Layout
 from bozzetto.drafts.tree import comb_tree
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
-from bozzetto.laws.chain import Ancestry, Path
+from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import GaussianChain
 from bozzetto.laws.noise import fold, gumbel
 
@@ -289,11 +289,11 @@ class JacobiVectors:
         # Committed and drafted tokens after one row of zeros, so that every place has one above it.
         self.tokens = torch.zeros(batch, start.length + 2 * self.window + self.grid, self.dim, device=device)
 
-    def propose(self, batch: int, limit: int) -> PathDraft:
+    def propose(self, batch: int, limit: int) -> Draft:
         # Up to the image's last place, so that what happens there does not depend on batch mates that are behind.
         length = min(limit, self.window - 1)
         if length < 1:
-            return PathDraft(self.tokens[:, :0])
+            return Draft(self.tokens[:, :0])
         device = self.tokens.device
         offset = torch.arange(length, device=device)
         if self.seen is None:
@@ -309,15 +309,15 @@ class JacobiVectors:
             rows = torch.arange(batch, device=device)[:, None]
             column = seen.committed[:, None] + offset
             both = zip(old, entering, strict=True)
-            path = Path(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
+            path = Trajectory(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
         self._write(count, path.token)
-        return PathDraft(path.token, path) if self.with_laws else PathDraft(path.token)
+        return Draft(path.token, trajectory=path) if self.with_laws else Draft(path.token)
 
     def _write(self, start: Tensor, tokens: Tensor) -> None:
         place = self.grid + start[:, None] + torch.arange(tokens.shape[1], device=start.device)
         self.tokens[torch.arange(len(start), device=start.device)[:, None], place] = tokens
 
-    def _first(self, position: Tensor) -> Path:
+    def _first(self, position: Tensor) -> Trajectory:
         """First drafts at positions int64 [B, L]: paths [B, L, ...], with the positions' own noise."""
         rows = torch.arange(len(position), device=position.device)[:, None]
         centre = _ABOVE * self.tokens[rows, position].flatten(0, 1)  # the token above
@@ -329,7 +329,7 @@ class JacobiVectors:
             (len(position), position.shape[1]),
         )
         path = law.sample(self.noise.rows(position).flatten(0, 1))
-        path = Path(*(part.unflatten(0, position.shape) for part in path))
+        path = Trajectory(*(part.unflatten(0, position.shape) for part in path))
         return path if self.with_laws else _only_tokens(path.token)
 
     def observe(self, seen: Observation) -> None:
@@ -342,14 +342,14 @@ class JacobiVectors:
             self.seen = self.seen.keep(rows)
 
 
-def _path(seen: Observation) -> Path:
+def _path(seen: Observation) -> Trajectory:
     """The target's paths of the last window, as far as the rule left any."""
     verdict = seen.verdict
-    if isinstance(verdict, PathVerdict) and verdict.path is not None:
-        return verdict.path
+    if verdict.trajectory is not None:
+        return verdict.trajectory
     return _only_tokens(verdict.tokens)
 
 
-def _only_tokens(tokens: Tensor) -> Path:
+def _only_tokens(tokens: Tensor) -> Trajectory:
     """Tokens [B, L, D] as paths of one state."""
-    return Path(tokens[:, :, None], tokens[:, :, None, :0], tokens[:, :, None, :0])
+    return Trajectory(tokens[:, :, None], tokens[:, :, None, :0], tokens[:, :, None, :0])

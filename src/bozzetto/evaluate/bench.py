@@ -238,7 +238,7 @@ def _ceiling(
 ) -> tuple[float, float] | None:
     """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
     window = 1 if entry is None else pipe.decoder_for(entry, cell.batch)[1]
-    if entry is None or entry.drafter != "jacobi" or window == 1 or not hasattr(pipe.target, "vocab"):
+    if entry is None or entry.drafter != "jacobi" or window == 1 or pipe.target.tokens != "codes":
         return None
     probe = CeilingProbe(window, pipe.target.length)
     labels, index = _images(pipe, cell.batch, 0)

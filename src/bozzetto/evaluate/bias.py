@@ -47,7 +47,7 @@ def bias_figures(
     `impossible`, the share of tokens outside the support of the law."""
     means: dict[str, Tensor] = {}
     found: dict[str, dict[str, Any]] = {}
-    if not hasattr(pipe.target, "vocab"):
+    if pipe.target.tokens != "codes":
         return distance_figures(samples, counts)
     for method, drawn in samples.items():
         nats = surprisal(pipe, drawn, law, batch=8, progress=progress)

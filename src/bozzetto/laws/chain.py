@@ -100,7 +100,7 @@ def log_ratio(x: Tensor, top: Gaussian, bottom: Gaussian) -> Tensor:
     return ratio.masked_fill(top_still | bottom_still, -torch.inf).masked_fill(same, 0.0)
 
 
-class Path(NamedTuple):
+class Trajectory(NamedTuple):
     """A sampled chain and the laws of its steps. states [..., T + 1, D]; mean [..., T, D]; std [..., T, D or 1]:
     states[k + 1] was drawn from N(mean[k], std[k]^2) given states[k]."""
 
@@ -118,7 +118,7 @@ class Path(NamedTuple):
         return Gaussian(self.mean, self.std)
 
 
-def sample_path(law: ChainLaw, place: Tensor | None, noise: Tensor) -> Path:
+def sample_trajectory(law: ChainLaw, place: Tensor | None, noise: Tensor) -> Trajectory:
     """Run the chains of the given places with the given noise: T serial calls of the head.
 
     place int64 [R], None: every place in turn; noise float32 [R, T + 1, D]: of state 0 and of each step. Returns paths
@@ -132,10 +132,10 @@ def sample_path(law: ChainLaw, place: Tensor | None, noise: Tensor) -> Path:
         states.append(kernel.at(by_step[k + 1]))
         means.append(kernel.mean)
         stds.append(kernel.std)
-    return Path(torch.stack(states, 1), torch.stack(means, 1), torch.stack(stds, 1))
+    return Trajectory(torch.stack(states, 1), torch.stack(means, 1), torch.stack(stds, 1))
 
 
-def score_path(law: ChainLaw, place: Tensor, states: Tensor) -> Gaussian:
+def score_trajectory(law: ChainLaw, place: Tensor, states: Tensor) -> Gaussian:
     """The law's steps at given states: ONE call of the head with R T rows. place int64 [R]; states [R, T + 1, D] ->
     mean [R, T, D], std [R, T, D or 1]."""
     rows, steps = len(place), law.steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Path
+from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Trajectory
 
 
 def gaussian_tables(centre: Tensor, variance: Tensor, ancestry: Ancestry) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,8 @@ class AffineChain(ChainLaw):
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
         return self.std[later][..., None]
 
-    def sample(self, noise: Tensor) -> Path:
-        """What `sample_path` gives for all places, with fewer operations: noise float32 [R, T + 1, D]."""
+    def sample(self, noise: Tensor) -> Trajectory:
+        """What `sample_trajectory` gives for all places, with fewer operations: noise float32 [R, T + 1, D]."""
         turned = self._turned(noise).transpose(0, 1)
         moved = turned[1:] * self.std[:, None, None]
         x, states, means = turned[0], [turned[0]], []
@@ -72,7 +72,7 @@ class AffineChain(ChainLaw):
             x = means[-1] + more
             states.append(x)
         std = self.std[:, None].expand(len(noise), -1, 1)
-        return Path(self._back(torch.stack(states, 1)), self._back(torch.stack(means, 1)), std)
+        return Trajectory(self._back(torch.stack(states, 1)), self._back(torch.stack(means, 1)), std)
 
 
 class GaussianChain(AffineChain):

@@ -15,11 +15,11 @@ from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.errors import UsageError
 from bozzetto.methods.registry import DRAFTERS, RULES, filled, split_spec
 from bozzetto.methods.registry import Plain as NoOptions
+from bozzetto.rules.base import Rule
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.cspd import Cspd
 from bozzetto.rules.joint import Joint
 from bozzetto.rules.path_block import PathBlock
-from bozzetto.rules.paths import PathRule
 from bozzetto.rules.pathwise import Pathwise
 from bozzetto.rules.reflection import WIDEST, Coupled, Plain, Reflection
 from bozzetto.targets.drift import DriftTarget
@@ -70,14 +70,14 @@ class Sketch:
 PATH_DRAFTERS: Mapping[str, type] = MappingProxyType(
     {"none": NoOptions, "model": SmallerMasked, "jacobi": Window, "sketch": Sketch}
 )
-PATH_RULES: Mapping[str, type[PathRule]] = MappingProxyType(
+PATH_RULES: Mapping[str, type[Rule]] = MappingProxyType(
     {rule.name: rule for rule in (Plain, Reflection, Coupled, Chains, Joint, PathBlock, Pathwise, Cspd)}
 )
 SAMPLERS: Mapping[str, type] = MappingProxyType({"euler": EulerSampler, "flow-sde": FlowSdeSampler})
-ALONE = tuple(rule.name for rule in (Plain, Reflection, Coupled))  # rules that need no drafter
+ALONE = tuple(name for name, rule in PATH_RULES.items() if rule.alone)  # rules that need no drafter
 
 
-def make_path_rule(spec: str) -> PathRule:
+def make_path_rule(spec: str) -> Rule:
     """A rule as written. Raises UsageError for an unknown name or option, or a value out of range."""
     name, options = split_spec(spec)
     if name not in PATH_RULES:
@@ -138,8 +138,8 @@ def check_path_method(drafter: str, rule: str) -> None:
         raise UsageError(f"rule {rule!r} verifies drafts, drafter 'none' makes none (allowed: {', '.join(ALONE)})")
     if name != "none" and made.name in ALONE:
         raise UsageError(f"rule {rule!r} needs no drafter: drafter {drafter!r} is not allowed, 'none' is")
-    if name == "sketch" and options.stop and not (made.fixed_noise and not made.needs_path):
-        fit = ", ".join(r for r, kind in PATH_RULES.items() if kind.fixed_noise and not kind.needs_path)
+    if name == "sketch" and options.stop and not (made.fixed_noise and not made.needs_law):
+        fit = ", ".join(r for r, kind in PATH_RULES.items() if kind.fixed_noise and not kind.needs_law)
         raise UsageError(
             f"rule {rule!r} verifies drafts of one length: stop = {options.stop:g} is not allowed (0 is; or {fit})"
         )

@@ -183,6 +183,6 @@ def load_prompted(model: str | Path, wanted: LoadSettings, folder: Path) -> Pipe
     `adapters.load.load_hosted` does, and for options that are not for it."""
     name, hosted = model_name(model), load_hosted(model, wanted, folder)
     dtype = name_of(hosted.target.dtype)
-    if hasattr(hosted.target, "token_dim"):
+    if hosted.target.tokens == "vectors":
         return HostedFlowPipeline(name, hosted, dtype, folder, wanted.sampler, wanted.vae)
     return HostedPipeline(name, hosted, dtype, folder)

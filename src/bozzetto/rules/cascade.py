@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule, given
 from bozzetto.rules.tree import after_reject
 from bozzetto.rules.walk import Family, Judgement, greedy_choice, no_coin, nobody, step_bias, toss, walk
 
@@ -46,13 +46,11 @@ class Cascade(Rule):
         if not 0 <= self.raise_by <= 1:
             raise UsageError(f"raise_by = {self.raise_by} is not allowed: a number from 0 to 1")
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        if draft.length and draft.hidden is None:
-            raise ValueError("rule 'cascade' needs the drafter's hidden states")
-        states = None if draft.hidden is None else F.normalize(draft.hidden.float(), dim=-1)
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
+        hidden = given(draft.hidden, self, "the drafter's hidden states") if draft.length else log_p[..., :1]
+        states = F.normalize(hidden.float(), dim=-1)  # without drafts nobody asks for them
 
         def judge(family: Family) -> Judgement:
-            assert states is not None
             rows = torch.arange(len(log_p), device=log_p.device)[:, None]
             own = states[rows, family.kids]  # [B, C, d]
             pool = own @ own.transpose(1, 2) > self.alike

@@ -23,24 +23,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, Path, sample_path
+from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, sample_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
-from bozzetto.rules.base import leading
+from bozzetto.rules.base import Noise, Rule, given, leading
 from bozzetto.rules.coupling import overlap, reflect, separation
-from bozzetto.rules.paths import PathNoise, PathRule
 
 
 @dataclass(frozen=True)
-class Chains(PathRule):
+class Chains(Rule):
     """reach: laws of a step farther apart than this many deviations (`separation`) are not coupled to meet: they get
     the same noise, which keeps parted chains as close as they are. The choice depends on the two laws only, so that
     any reach is exact; inf: all are coupled."""
 
     name: ClassVar[str] = "chains"
+    tokens: ClassVar[str] = "vectors"
     exact: ClassVar[bool] = True
-    uses_fixed: ClassVar[bool] = False
     window: ClassVar[bool] = True
     widest: ClassVar[int] = 20
 
@@ -50,16 +49,15 @@ class Chains(PathRule):
         if not self.reach >= 0:
             raise UsageError(f"reach = {self.reach} is not allowed: a number >= 0")
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
-        batch, length = draft.tokens.shape[:2]
-        fresh = fresh_noise(noise.keys[:, -1], law.steps, law.dim)[:, None]  # [B, 1, T + 1, D]
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
+        (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")
+        fresh = fresh_noise(keys[:, -1], law.steps, law.dim)[:, None]  # [B, 1, T + 1, D]
         if not length:
-            path = sample_path(law, None, fresh[:, 0])
-            path = Path(*(part[:, None] for part in path))
-            return PathVerdict(path.token, torch.zeros_like(noise.keys[:, 0]), path)
-        if draft.path is None:
-            raise ValueError("rule 'chains' needs the drafts' paths")
-        pairs = _Pairs(_with_plain(draft.path, fresh), law, noise.keys, self.reach)
+            path = sample_trajectory(law, None, fresh[:, 0])
+            path = Trajectory(*(part[:, None] for part in path))
+            return Verdict(path.token, torch.zeros_like(keys[:, 0]), trajectory=path)
+        drafted = given(draft.trajectory, self, "the drafts' trajectories")
+        pairs = _Pairs(_with_plain(drafted, fresh), law, keys, self.reach)
         x, states, laws = pairs.first, [pairs.first], []
         for k in range(law.steps):
             kernel = law.all_places(x, k)
@@ -67,24 +65,24 @@ class Chains(PathRule):
             states.append(x)
             laws.append(kernel)
         mean, std = (torch.stack(part, 1) for part in zip(*laws, strict=True))
-        path = Path(*(part.unflatten(0, (batch, length + 1)) for part in (torch.stack(states, 1), mean, std)))
+        path = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in (torch.stack(states, 1), mean, std)))
         same = (path.token[:, :length] == draft.tokens).all(-1)
-        return PathVerdict(path.token, leading(same), path)
+        return Verdict(path.token, leading(same), trajectory=path)
 
 
-def _with_plain(path: Path, fresh: Tensor) -> Path:
+def _with_plain(path: Trajectory, fresh: Tensor) -> Trajectory:
     """Draft paths [B, M, ...] with one more place, which has no draft: a stand-in of fresh noise [B, 1, T + 1, D], of
     mean 0 and deviation 1. (Nothing is kept of it, and the mirror image of fresh noise is fresh noise.)"""
     mean = torch.zeros_like(fresh[:, :, 1:])
     extra = (fresh, mean, torch.ones_like(path.std[:, :1]))
-    return Path(*(torch.cat(pair, 1) for pair in zip(path, extra, strict=True)))
+    return Trajectory(*(torch.cat(pair, 1) for pair in zip(path, extra, strict=True)))
 
 
 class _Pairs:
     """Recorded draft chains [B, M + 1, ...] that a target's are coupled with, step by step, and the randomness. Places
     are numbered as the law's; the last of each image has no draft."""
 
-    def __init__(self, path: Path, law: ChainLaw, keys: Tensor, reach: float):
+    def __init__(self, path: Trajectory, law: ChainLaw, keys: Tensor, reach: float):
         batch, places = keys.shape
         self.reach, self.first = reach, path.states[:, :, 0].flatten(0, 1)
         self.plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)

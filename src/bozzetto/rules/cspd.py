@@ -24,25 +24,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, Path, log_density, sample_path
+from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, log_density, sample_trajectory
 from bozzetto.laws.noise import fold, normal, uniform
-from bozzetto.rules.base import leading
-from bozzetto.rules.paths import PathNoise, PathRule
+from bozzetto.rules.base import Noise, Rule, given, leading
 
 _INNER = {"paper": 1.0, "released": 42.0}  # inner temperatures
 
 
 @dataclass(frozen=True)
-class Cspd(PathRule):
+class Cspd(Rule):
     """variant: `paper` ends a window at the first rejection; `released` replaces rejected tokens in place and counts
     the whole window as accepted. inner_temperature: 0 is the variant's own, 1 or 42; tries: candidates of a redraw,
     after which the target's own sample from the shared noise is taken; last_std: deviation of the last step where the
     sampler itself adds no noise there (the default is that of a 100-step cosine sampler)."""
 
     name: ClassVar[str] = "cspd"
+    tokens: ClassVar[str] = "vectors"
     fixed_noise: ClassVar[bool] = True
+    needs_fixed: ClassVar[bool] = True
     bias: ClassVar[str] = (
         "no bound: the test weighs the target by a ratio of deviations that the redraw does not undo, and `released` "
         "keeps tokens drafted after a rejected one; the distance to the target's own sample is recorded"
@@ -63,18 +64,18 @@ class Cspd(PathRule):
             if not fine:
                 raise UsageError(f"{name} = {value} is not allowed: {allowed}")
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         batch, length = draft.tokens.shape[:2]
-        aligned = sample_path(law, None, noise.fixed.flatten(0, 1))
-        aligned = Path(*(part.unflatten(0, (batch, length + 1)) for part in aligned))
-        tokens, accepted = aligned.token.clone(), torch.zeros_like(noise.keys[:, 0])
+        fixed, keys = given(noise.fixed, self, "fixed noise"), given(noise.keys, self, "fresh keys")
+        aligned = sample_trajectory(law, None, fixed.flatten(0, 1))
+        aligned = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in aligned))
+        tokens, accepted = aligned.token.clone(), torch.zeros_like(keys[:, 0])
         if length:
-            if draft.path is None:
-                raise ValueError("rule 'cspd' needs the drafts' paths")
-            target = Path(*(part[:, :length] for part in aligned))
-            sigma = self.log_sigma(draft.path, target)
-            p, q = self._last(target), self._last(draft.path)
-            keep = uniform(fold(noise.keys[:, :length], 0)).log() < self.log_ratio(draft.tokens, p, q, sigma)
+            drafted = given(draft.trajectory, self, "the drafts' trajectories")
+            target = Trajectory(*(part[:, :length] for part in aligned))
+            sigma = self.log_sigma(drafted, target)
+            p, q = self._last(target), self._last(drafted)
+            keep = uniform(fold(keys[:, :length], 0)).log() < self.log_ratio(draft.tokens, p, q, sigma)
             accepted = leading(keep)
             if self.variant == "released":
                 kept, redrawn = keep, ~keep
@@ -84,15 +85,15 @@ class Cspd(PathRule):
                 kept, redrawn = column < accepted[:, None], column == accepted[:, None]
             at = redrawn.nonzero(as_tuple=True)
             mine = tokens[:, :length]
-            mine[at] = self._redraw(p.rows(at), q.rows(at), sigma[at], noise.keys[at], mine[at])
+            mine[at] = self._redraw(p.rows(at), q.rows(at), sigma[at], keys[at], mine[at])
             mine[kept] = draft.tokens[kept]
-        return PathVerdict(tokens, accepted, distance=(tokens - aligned.token).abs().amax(-1))
+        return Verdict(tokens, accepted, distance=(tokens - aligned.token).abs().amax(-1))
 
-    def log_sigma(self, draft: Path, target: Path) -> Tensor:
+    def log_sigma(self, draft: Trajectory, target: Trajectory) -> Tensor:
         """log of the product of deviations, float64 [...]: draft over target in the paper, target over draft in the
         code; steps without noise count as 1."""
 
-        def total(path: Path) -> Tensor:
+        def total(path: Trajectory) -> Tensor:
             std = path.std[..., :-1, :].double().expand_as(path.mean[..., :-1, :])
             return torch.where(std > 0, std, 1.0).log().sum((-1, -2))
 
@@ -105,7 +106,7 @@ class Cspd(PathRule):
         p, q = Gaussian(p.mean, p.std * heat), Gaussian(q.mean, q.std * heat)
         return log_sigma + log_density(x, p) - log_density(x, q)
 
-    def _last(self, path: Path) -> Gaussian:
+    def _last(self, path: Trajectory) -> Gaussian:
         """The last step's law, with noise."""
         std = path.std[..., -1, :]
         return Gaussian(path.mean[..., -1, :], torch.where(std > 0, std, self.last_std))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import coin_margin, gumbel_argmax, gumbel_margin, weighted_draw
-from bozzetto.rules.base import Rule, RuleNoise, leading
+from bozzetto.rules.base import Noise, Rule, leading
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Exact(Rule):
 
     name: ClassVar[str] = "exact"
     exact: ClassVar[bool] = True
-    needs_gumbel: ClassVar[bool] = True
+    needs_fixed: ClassVar[bool] = True
     window: ClassVar[bool] = True
     beside: ClassVar[bool] = True
     trees: ClassVar[bool] = False
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        if noise.gumbel is None or (draft.tree is not None and not draft.beside):
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
+        if noise.fixed is None or (draft.tree is not None and not draft.beside):
             raise ValueError("rule 'exact' needs a chain and the positions' Gumbel noise")
         chain = draft.chain
         # Behind the last draft: a plain draw of p.
-        last = log_p[:, chain : chain + 1], noise.gumbel[:, chain : chain + 1]
+        last = log_p[:, chain : chain + 1], noise.fixed[:, chain : chain + 1]
         after, margin = gumbel_argmax(*last), gumbel_margin(*last)
         if chain == 0:
             return Verdict(after, torch.zeros_like(after[:, 0]), margin=margin)

@@ -21,25 +21,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_path, score_path
+from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_trajectory, score_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
-from bozzetto.rules.base import leading
-from bozzetto.rules.paths import PathNoise, PathRule
+from bozzetto.rules.base import Noise, Rule, given, leading
 
 _LARGEST_GROUP = 1024  # trials of one image that are run at once
 _MOST_TRIALS = 2**17  # rejections that need more have a probability below 3e-6, whatever the laws
 
 
 @dataclass(frozen=True)
-class Joint(PathRule):
+class Joint(Rule):
     """tries: target paths that are run at once for an image whose draft was rejected; the first to survive is taken, so
     that the result does not depend on it. Serial head calls cost more than rows: a few more than are needed pay."""
 
     name: ClassVar[str] = "joint"
+    tokens: ClassVar[str] = "vectors"
     exact: ClassVar[bool] = True
-    uses_fixed: ClassVar[bool] = False
 
     tries: int = 8
 
@@ -47,31 +46,30 @@ class Joint(PathRule):
         if not 1 <= self.tries <= _LARGEST_GROUP:
             raise UsageError(f"tries = {self.tries} is not allowed: a whole number from 1 to {_LARGEST_GROUP}")
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
-        batch, length = draft.tokens.shape[:2]
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
+        (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")
         if length:
-            log_u = uniform(fold(noise.keys[:, :length], 0)).log()
+            log_u = uniform(fold(keys[:, :length], 0)).log()
             accepted = leading(log_u < self.score(draft, law))
         else:
-            accepted = torch.zeros(batch, dtype=torch.int64, device=noise.keys.device)
-        own = self._own(draft, law, noise.keys, accepted)
+            accepted = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+        own = self._own(draft, law, keys, accepted)
         tokens = torch.cat([draft.tokens, own[:, None]], 1)
         tokens[torch.arange(batch, device=own.device), accepted] = own
-        return PathVerdict(tokens, accepted)
+        return Verdict(tokens, accepted)
 
-    def score(self, draft: PathDraft, law: ChainLaw) -> Tensor:
+    def score(self, draft: Draft, law: ChainLaw) -> Tensor:
         """log p(Y) / q(Y) of every drafted path, float64 [B, M]: ONE call of the target's head."""
-        if draft.path is None:
-            raise ValueError(f"rule {self.name!r} needs the drafts' paths")
+        path = given(draft.trajectory, self, "the drafts' trajectories")
         batch, length = draft.tokens.shape[:2]
         rows = torch.arange(batch, device=draft.tokens.device)[:, None] * (length + 1)
         place = (rows + torch.arange(length, device=rows.device)).flatten()
-        states = draft.path.states.flatten(0, 1)
-        drafted = Gaussian(draft.path.mean.flatten(0, 1), draft.path.std.flatten(0, 1))
-        steps = log_ratio(states[:, 1:], score_path(law, place, states), drafted)
+        states = path.states.flatten(0, 1)
+        drafted = Gaussian(path.mean.flatten(0, 1), path.std.flatten(0, 1))
+        steps = log_ratio(states[:, 1:], score_trajectory(law, place, states), drafted)
         return steps.sum(-1).unflatten(0, (batch, length))
 
-    def _own(self, draft: PathDraft, law: ChainLaw, keys: Tensor, accepted: Tensor) -> Tensor:
+    def _own(self, draft: Draft, law: ChainLaw, keys: Tensor, accepted: Tensor) -> Tensor:
         """The rule's own tokens [B, D]: of the residual at the first rejected place, of the target after the last."""
         batch, length = draft.tokens.shape[:2]
         rejected = accepted < length
@@ -88,7 +86,7 @@ class Joint(PathRule):
             slot, image = wanted[:, 0], left[wanted[:, 0]]
             row_key = fold(key[image], before + wanted[:, 1])
             noise = fresh_noise(fold(row_key, 1), law.steps, law.dim)
-            path = sample_path(law, image * (length + 1) + accepted[image], noise)
+            path = sample_trajectory(law, image * (length + 1) + accepted[image], noise)
             survives = ~rejected[image]
             judged = rejected[image].nonzero()[:, 0]
             if len(judged):
@@ -106,8 +104,7 @@ class Joint(PathRule):
             size, before = min(2 * size, _LARGEST_GROUP), before + size
         return out
 
-    def _against(self, draft: PathDraft, place: Tensor, states: Tensor, target: Gaussian) -> Tensor:
+    def _against(self, draft: Draft, place: Tensor, states: Tensor, target: Gaussian) -> Tensor:
         """log q(Y) / p(Y) of target paths, float64 [R]: ONE call of the draft's head. place: int64 [R], the draft's."""
-        if draft.law is None:
-            raise ValueError(f"rule {self.name!r} needs the drafts' law")
-        return log_ratio(states[:, 1:], score_path(draft.law, place, states), target).sum(-1)
+        law = given(draft.law, self, "the drafts' law")
+        return log_ratio(states[:, 1:], score_trajectory(law, place, states), target).sum(-1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule, given
 from bozzetto.rules.tree import after_reject
 from bozzetto.rules.walk import Family, Judgement, no_coin, nobody, normalised, step_bias, toss, walk, without
 
@@ -92,10 +92,8 @@ class Lantern(Rule):
         """Most mass that a candidate of probability px may borrow."""
         return torch.full_like(px, self.delta)
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        if self.neighbours is None:
-            raise ValueError(f"rule {self.name!r} needs the table of neighbours")
-        table = self.neighbours
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
+        table = given(self.neighbours, self, "the table of neighbours")
 
         def judge(family: Family) -> Judgement:
             return self._greedy(family, table) if noise.greedy else self._judge(family, table)

@@ -19,13 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, score_path
+from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, score_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
-from bozzetto.rules.base import leading
+from bozzetto.rules.base import Noise, Rule, given, leading
 from bozzetto.rules.coupling import MOST_TRIES, excess, excess_draw, race_round
-from bozzetto.rules.paths import PathNoise, PathRule
 
 
 @dataclass
@@ -40,41 +39,39 @@ class _Broken:
 
 
 @dataclass(frozen=True)
-class PathBlock(PathRule):
+class PathBlock(Rule):
     """Block verification of denoising paths; no parameters."""
 
     name: ClassVar[str] = "block"
+    tokens: ClassVar[str] = "vectors"
     exact: ClassVar[bool] = True
-    uses_fixed: ClassVar[bool] = False
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
-        batch, length = draft.tokens.shape[:2]
-        device = noise.keys.device
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
+        (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")
+        device = keys.device
         images = torch.arange(batch, device=device)
         accepted = torch.zeros_like(images)
         rejected = images[:0]
         if length:
-            if draft.path is None:
-                raise ValueError("rule 'block' needs the drafts' paths")
+            drafted = given(draft.trajectory, self, "the drafts' trajectories")
             place = images[:, None] * (length + 1) + torch.arange(length, device=device)
-            target = _unflat(score_path(law, place.flatten(), draft.path.states.flatten(0, 1)), batch)
-            log_w = weights(log_ratio(draft.path.states[:, :, 1:], target, draft.path.kernels()))
-            accepted = leading(uniform(fold(noise.keys[:, :length], 0)).log() < log_w[..., -1])
+            target = _unflat(score_trajectory(law, place.flatten(), drafted.states.flatten(0, 1)), batch)
+            log_w = weights(log_ratio(drafted.states[:, :, 1:], target, drafted.kernels()))
+            accepted = leading(uniform(fold(keys[:, :length], 0)).log() < log_w[..., -1])
             rejected = (accepted < length).nonzero()[:, 0]
-        key = noise.keys.gather(1, accepted[:, None])[:, 0]
+        key = keys.gather(1, accepted[:, None])[:, 0]
         fresh = fresh_noise(fold(key, 1), law.steps, law.dim)
         x, step = fresh[:, 0].clone(), torch.zeros_like(images)
         if len(rejected):
-            assert draft.path is not None
             at = (rejected, accepted[rejected])
-            broken = _Broken(draft.path.kernels().rows(at), target.rows(at), log_w[at], key[rejected])
+            broken = _Broken(drafted.kernels().rows(at), target.rows(at), log_w[at], key[rejected])
             equal = law.isotropic and bool((broken.draft.std == broken.target.std).all())
             kept, x[rejected] = self._closed(broken) if equal else self._raced(broken)
             step[rejected] = kept + 1
         own = finish(law, images * (length + 1) + accepted, x, step, fresh)
         tokens = torch.cat([draft.tokens, own[:, None]], 1)
         tokens[images, accepted] = own
-        return PathVerdict(tokens, accepted)
+        return Verdict(tokens, accepted)
 
     def _closed(self, broken: _Broken) -> tuple[Tensor, Tensor]:
         """Equal deviations: kept states' last index int64 [R] and the next state [R, D], without trial and error."""

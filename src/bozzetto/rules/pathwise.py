@@ -17,21 +17,22 @@ from typing import ClassVar
 
 import torch
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, sample_path
-from bozzetto.rules.base import leading
-from bozzetto.rules.paths import PathNoise, PathRule
+from bozzetto.laws.chain import ChainLaw, sample_trajectory
+from bozzetto.rules.base import Noise, Rule, given, leading
 
 
 @dataclass(frozen=True)
-class Pathwise(PathRule):
+class Pathwise(Rule):
     """epsilon: largest distance, in units of the tokens' deviation. over: `token`, in any of the D numbers of a token;
     `run`, of all numbers of all tokens kept in a pass together, the sum of their distances."""
 
     name: ClassVar[str] = "pathwise"
-    needs_path: ClassVar[bool] = False
+    tokens: ClassVar[str] = "vectors"
+    needs_law: ClassVar[bool] = False
     fixed_noise: ClassVar[bool] = True
+    needs_fixed: ClassVar[bool] = True
     window: ClassVar[bool] = True
     widest: ClassVar[int] = 32
     bias: ClassVar[str] = "every number of a token is within epsilon of the target's own sample from the same noise"
@@ -45,9 +46,10 @@ class Pathwise(PathRule):
         if not 0 <= self.epsilon < float("inf"):
             raise UsageError(f"epsilon = {self.epsilon} is not allowed: a number >= 0")
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         batch, length = draft.tokens.shape[:2]
-        own = sample_path(law, None, noise.fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
+        fixed = given(noise.fixed, self, "fixed noise")
+        own = sample_trajectory(law, None, fixed.flatten(0, 1)).token.unflatten(0, (batch, length + 1))
         gap = own[:, :length] - draft.tokens
         apart = gap.abs().amax(-1)  # [B, M]
         tested = apart if self.over == "token" else gap.abs().sum(-1).cumsum(1)
@@ -55,4 +57,4 @@ class Pathwise(PathRule):
         kept = torch.arange(length, device=own.device) < accepted[:, None]
         tokens = torch.cat([torch.where(kept[..., None], draft.tokens, own[:, :length]), own[:, length:]], 1)
         distance = torch.nn.functional.pad(apart.masked_fill(~kept, 0.0), (0, 1))
-        return PathVerdict(tokens, accepted, distance=distance)
+        return Verdict(tokens, accepted, distance=distance)

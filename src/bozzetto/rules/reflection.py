@@ -15,13 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts.path import PathDraft, PathVerdict
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_path
+from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_trajectory
 from bozzetto.laws.noise import fold, uniform
-from bozzetto.rules.base import leading
+from bozzetto.rules.base import Noise, Rule, given, leading
 from bozzetto.rules.coupling import redraw, reflect
-from bozzetto.rules.paths import PathNoise, PathRule
 
 WIDEST = 100  # deviation of a token, in token units: far beyond what any model draws, and squares of it are numbers
 
@@ -135,13 +134,16 @@ def _repair(target: Gaussian, draft: Gaussian, keys: Tensor, failed: Tensor, x: 
 
 
 @dataclass(frozen=True)
-class Coupled(PathRule):
+class Coupled(Rule):
     """Head-level speculation for any diagonal Gaussian steps (learned variances, MAR). depth: drafted steps per head
     call; spread: deviation of a token given its context, in token units, that the drafts assume."""
 
     name: ClassVar[str] = "coupled"
+    tokens: ClassVar[str] = "vectors"
     exact: ClassVar[bool] = True
-    needs_path: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
+    needs_law: ClassVar[bool] = False
+    needs_fixed: ClassVar[bool] = True
 
     depth: int = 6
     spread: float = 0.5
@@ -157,11 +159,10 @@ class Coupled(PathRule):
         place = torch.arange(len(keys), device=keys.device)
         return Speculation(law, min(self.depth, law.steps), self.spread).run(place, noise, keys)
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         if draft.length:
             raise UsageError(f"rule {self.name!r} needs no drafter: drafter 'none' is allowed")
-        token = self.sample(law, noise.fixed[:, 0], noise.keys[:, 0])
-        return PathVerdict(token[:, None], torch.zeros_like(noise.keys[:, 0]))
+        return _one_each(self, law, noise)
 
 
 @dataclass(frozen=True)
@@ -178,20 +179,28 @@ class Reflection(Coupled):
 
 
 @dataclass(frozen=True)
-class Plain(PathRule):
+class Plain(Rule):
     """The sequential sampler: T serial head calls with the position's own noise."""
 
     name: ClassVar[str] = "plain"
+    tokens: ClassVar[str] = "vectors"
     exact: ClassVar[bool] = True
     seed_exact: ClassVar[bool] = True
-    needs_path: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
+    needs_law: ClassVar[bool] = False
+    needs_fixed: ClassVar[bool] = True
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
         """Tokens float32 [R, D] of all R places of a law; noise as in `Speculation.run`."""
-        return sample_path(law, None, noise).token
+        return sample_trajectory(law, None, noise).token
 
-    def verify(self, draft: PathDraft, law: ChainLaw, noise: PathNoise) -> PathVerdict:
+    def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         if draft.length:
             raise UsageError("rule 'plain' is the sequential sampler: drafter 'none' is allowed")
-        token = self.sample(law, noise.fixed[:, 0], noise.keys[:, 0])
-        return PathVerdict(token[:, None], torch.zeros_like(noise.keys[:, 0]))
+        return _one_each(self, law, noise)
+
+
+def _one_each(rule: Coupled | Plain, law: ChainLaw, noise: Noise) -> Verdict:
+    """A token of every image, sampled."""
+    fixed, keys = given(noise.fixed, rule, "fixed noise"), given(noise.keys, rule, "fresh keys")[:, 0]
+    return Verdict(rule.sample(law, fixed[:, 0], keys)[:, None], torch.zeros_like(keys))

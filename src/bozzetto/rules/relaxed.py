@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.walk import Family, Judgement, greedy_choice, no_coin, nobody, normalised, toss, walk, without
 
 _MOST = 1 << 20  # codes in a group: no model has more
@@ -38,7 +38,7 @@ class KeepingRule(Rule):
         """Unnormalised law [B, V] after a reject."""
         raise NotImplementedError
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         return walk(draft, log_p, noise, self._greedy if noise.greedy else self._judge)
 
     def decide(self, p: Tensor, q: Tensor, depth: int, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Tree, Verdict
 from bozzetto.laws.categorical import gumbel_argmax
-from bozzetto.rules.base import Rule, RuleNoise, leading
+from bozzetto.rules.base import Noise, Rule, given, leading
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,15 @@ class SeedExact(Rule):
     name: ClassVar[str] = "seed-exact"
     exact: ClassVar[bool] = True
     seed_exact: ClassVar[bool] = True
+    fixed_noise: ClassVar[bool] = True
     needs_law: ClassVar[bool] = False
-    needs_gumbel: ClassVar[bool] = True
+    needs_fixed: ClassVar[bool] = True
     needs_uniforms: ClassVar[bool] = False
     window: ClassVar[bool] = True
     beside: ClassVar[bool] = True
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
-        if noise.gumbel is None:
-            raise ValueError("rule 'seed-exact' needs the positions' Gumbel noise")
-        tokens = gumbel_argmax(log_p, noise.gumbel)
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
+        tokens = gumbel_argmax(log_p, given(noise.fixed, self, "the positions' Gumbel noise"))
         if draft.tree is not None:
             found = _follow(draft.tree, draft.tokens, tokens)
             return _carried(draft, tokens, found) if draft.beside else found

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import coin_margin, weighted_draw
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.walk import normalised
 
 
@@ -34,7 +34,7 @@ class Traversal(Rule):
     name: ClassVar[str] = "traversal"
     exact: ClassVar[bool] = True
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         if noise.uniforms is None or (draft.length and draft.log_q is None and not draft.certain):
             raise ValueError(f"rule {self.name!r} needs fresh uniforms and the draft's law")
         batch, device = len(log_p), log_p.device
@@ -67,7 +67,7 @@ class Block(Traversal):
     name: ClassVar[str] = "block"
     trees: ClassVar[bool] = False
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         if draft.tree is not None and max(draft.tree.widths) > 1:
             raise ValueError("rule 'block' needs a chain")
         return super().verify(draft, log_p, noise)

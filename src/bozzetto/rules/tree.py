@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.rules.base import Rule, RuleNoise
+from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.walk import Family, Judgement, no_coin, nobody, normalised, toss, walk, without
 
 
@@ -26,7 +26,7 @@ class TreeRejection(Rule):
     name: ClassVar[str] = "tree"
     exact: ClassVar[bool] = True
 
-    def verify(self, draft: Draft, log_p: Tensor, noise: RuleNoise) -> Verdict:
+    def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         return walk(draft, log_p, noise, judge)
 
 

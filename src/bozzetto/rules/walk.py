@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import coin_margin, weighted_draw
-from bozzetto.rules.base import RuleNoise
+from bozzetto.rules.base import Noise
 from bozzetto.rules.exact import couple
 
 
@@ -53,7 +53,7 @@ class Judge(Protocol):
     def __call__(self, family: Family) -> Judgement: ...
 
 
-def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict:
+def walk(draft: Draft, log_p: Tensor, noise: Noise, judge: Judge) -> Verdict:
     """Follow kept children from the root; draw the rule's own token where the walk ends.
 
     In a window the places behind that are drawn as the exact rule draws them, from the target's law given the old
@@ -111,7 +111,7 @@ def walk(draft: Draft, log_p: Tensor, noise: RuleNoise, judge: Judge) -> Verdict
     return Verdict(out, accepted, None if draft.tree is None else way, spent, margin)
 
 
-def _behind(draft: Draft, log_p: Tensor, noise: RuleNoise) -> tuple[Tensor, Tensor]:
+def _behind(draft: Draft, log_p: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """A token of every place of a chain given what was drafted before it, int64 [B, M + 1], and the margins."""
     if noise.greedy:
         return log_p.argmax(-1), torch.full_like(log_p[..., 0], torch.inf)

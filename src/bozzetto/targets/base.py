@@ -49,8 +49,9 @@ class Session(Protocol):
 
 
 class Target(Protocol):
-    """A model with a codebook of `vocab` tokens and `length` tokens per image."""
+    """A model of `length` tokens per image. tokens: their kind, `codes` (of a codebook of `vocab`) or `vectors`."""
 
+    tokens: str
     vocab: int
     length: int
     device: torch.device

@@ -91,6 +91,7 @@ class Sampled:
     """What causal targets with a flow head share: the head, sampled in some way, and the laws of its tokens. narrow:
     compiled layers of the head, where there are; time_scale: the denoiser's times at the end of the path."""
 
+    tokens = "vectors"
     narrow: Any = None
     stages: Annealed[FlowSchedule] | None = None
     time_scale = TIME_SCALE

@@ -74,6 +74,8 @@ class CausalTarget:
 class LlamaGenTarget(CausalTarget):
     """A LlamaGen network ready to decode."""
 
+    tokens = "codes"
+
     @torch.no_grad()
     def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):
         self.config = model.config

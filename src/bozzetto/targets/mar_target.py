@@ -104,6 +104,8 @@ class MARTarget:
     Raises UsageError if the sampler makes more passes than there are tokens.
     """
 
+    tokens = "vectors"
+
     @torch.no_grad()
     def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):
         c = self.config = model.config

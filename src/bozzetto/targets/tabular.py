@@ -19,6 +19,8 @@ class TabularTarget:
     """tables: float32 [labels + 1, prefixes, V]; the last label is the unconditional one. A prefix of length n with
     tokens x is row offset(n) + sum_i x_i V^(n - 1 - i)."""
 
+    tokens = "codes"
+
     def __init__(self, vocab: int, length: int, labels: int = 2, spread: float = 1.5, seed: int = 0):
         self.vocab, self.length, self.labels = vocab, length, labels
         self.device = torch.device("cpu")

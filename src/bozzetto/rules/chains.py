@@ -56,7 +56,7 @@ class Chains(Rule):
             path = sample_trajectory(law, None, fresh[:, 0])
             path = Trajectory(*(part[:, None] for part in path))
             return Verdict(path.token, torch.zeros_like(keys[:, 0]), trajectory=path)
-        drafted = given(draft.trajectory, self, "the drafts' trajectories")
+        drafted = given(draft.trajectory, self, "the drafts' paths")
         pairs = _Pairs(_with_plain(drafted, fresh), law, keys, self.reach)
         x, states, laws = pairs.first, [pairs.first], []
         for k in range(law.steps):

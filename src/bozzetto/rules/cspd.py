@@ -71,7 +71,7 @@ class Cspd(Rule):
         aligned = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in aligned))
         tokens, accepted = aligned.token.clone(), torch.zeros_like(keys[:, 0])
         if length:
-            drafted = given(draft.trajectory, self, "the drafts' trajectories")
+            drafted = given(draft.trajectory, self, "the drafts' paths")
             target = Trajectory(*(part[:, :length] for part in aligned))
             sigma = self.log_sigma(drafted, target)
             p, q = self._last(target), self._last(drafted)

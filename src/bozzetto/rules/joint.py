@@ -60,7 +60,7 @@ class Joint(Rule):
 
     def score(self, draft: Draft, law: ChainLaw) -> Tensor:
         """log p(Y) / q(Y) of every drafted path, float64 [B, M]: ONE call of the target's head."""
-        path = given(draft.trajectory, self, "the drafts' trajectories")
+        path = given(draft.trajectory, self, "the drafts' paths")
         batch, length = draft.tokens.shape[:2]
         rows = torch.arange(batch, device=draft.tokens.device)[:, None] * (length + 1)
         place = (rows + torch.arange(length, device=rows.device)).flatten()

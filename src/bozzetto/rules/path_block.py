@@ -53,7 +53,7 @@ class PathBlock(Rule):
         accepted = torch.zeros_like(images)
         rejected = images[:0]
         if length:
-            drafted = given(draft.trajectory, self, "the drafts' trajectories")
+            drafted = given(draft.trajectory, self, "the drafts' paths")
             place = images[:, None] * (length + 1) + torch.arange(length, device=device)
             target = _unflat(score_trajectory(law, place.flatten(), drafted.states.flatten(0, 1)), batch)
             log_w = weights(log_ratio(drafted.states[:, :, 1:], target, drafted.kernels()))

@@ -103,6 +103,14 @@ def test_every_room_has_a_floor():
     assert {room_of(p) for p in SOURCES} <= set(FLOORS)
 
 
+def test_the_drawing_of_the_rooms_is_that_of_the_imports():
+    command = [sys.executable, ROOT / "docs" / "draw_rooms.py"]
+    drawn = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- rooms -->\n")[2].partition("<!-- /rooms -->\n")[0]
+    assert shown == drawn, "python docs/draw_rooms.py --write"
+
+
 @by_file
 def test_rooms_import_only_from_lower_floors(path):
     here = room_of(path)

@@ -19,6 +19,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.train.continuous import LATENTS, LatentFit
@@ -43,7 +45,9 @@ from bozzetto.train.recipes import (
 )
 from bozzetto.train.target import CodeFit
 from bozzetto.train.tokenizer import TokenizerFit
+from toys import tiny_llamagen
 
+OLD_RUNS = Path(__file__).parent / "old_runs"
 SHORT: dict[str, Any] = {"views": 1, "steps": 2, "batch": 2, "warmup": 1, "evaluate_every": 2}
 SMALL: dict[str, Any] = {**SHORT, "image_size": 32}
 HEAD: dict[str, Any] = {**SMALL, "heads": 2, "head_width": 8, "head_depth": 1, "dim": 16, "name": "toy"}
@@ -311,6 +315,34 @@ def test_no_mutation_of_a_checkpoint_passes_unnoticed(make: Make, tmp_path: Path
         else:
             assert found is not None and found["step"] == 3 and torch.equal(found["weights"], torch.arange(3000.0))
     assert noticed > 100
+
+
+def test_a_run_of_the_version_before_goes_on_and_ends_as_it_did_there(tmp_path: Path) -> None:
+    """old_runs/eagle: two of four steps, written before recipes shared their fields, for this target and pictures."""
+    network = tiny_llamagen(dim=8, classes=2)
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(VQConfig(codes=network.config.vocab, width=8, pre_blocks=1, post_blocks=1, image_size=32))
+    save_llamagen(tmp_path / "model", network, tokenizer, {"name": "toy", "class_names": ["daisy", "rose"]})
+    for number, name in enumerate(("daisy", "rose")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        picture = np.full((32, 32, 3), 90 * number + 60, np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / name / "0.png")
+    data = DataSource(str(tmp_path / "pictures"))
+    of_run = {"views": 1, "steps": 4, "batch": 2, "warmup": 1, "evaluate_every": 2, "test_images": 2}
+    recipe = DrafterRecipe(out=str(tmp_path / "run"), model=str(tmp_path / "model"), train=data, test=data, **of_run)
+    DrafterFit(replace(recipe, out=str(tmp_path / "new")))
+
+    shutil.copytree(OLD_RUNS / "eagle", tmp_path / "run")
+    begun = json.loads((tmp_path / "run" / RUN).read_text())
+    made_here = json.loads((tmp_path / "new" / RUN).read_text())
+    assert begun["recipe"].keys() == made_here["recipe"].keys() and begun["kind"] == made_here["kind"]
+    begun["made_from"] = made_here["made_from"]  # weights of another torch may have other digests
+    (tmp_path / "run" / RUN).write_text(json.dumps(begun))
+    train(recipe)
+    (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["step"] == 4
+    assert line["acceptance"]["guidance 1"][:2] == pytest.approx([0.74598, 0.74689], abs=2e-3)
+    assert line["acceptance"]["guidance 2"][:2] == pytest.approx([0.58249, 0.57673], abs=2e-3)
 
 
 def test_digests_of_pictures_see_pixels_labels_names_and_captions(albums: Path) -> None:

@@ -4,7 +4,7 @@ ones, resuming."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -231,27 +231,14 @@ class Fit:
         if saved is None:
             return
         with self.run.reading():
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.average.load_state_dict(saved["average"])
-            self.generator.set_state(saved["generator"])
+            set_states(self, saved, "model", "optimizer", "average", "generator")
             torch.set_rng_state(saved["torch_rng"])
             self.step, self.best, self.best_step = saved["step"], saved["best"], saved["best_step"]
 
     def _save(self) -> None:
-        self.run.save(
-            {
-                **self.kept(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "average": self.average.state_dict(),
-                "generator": self.generator.get_state(),
-                "torch_rng": torch.get_rng_state(),
-                "step": self.step,
-                "best": self.best,
-                "best_step": self.best_step,
-            }
-        )
+        progress = {"step": self.step, "best": self.best, "best_step": self.best_step}
+        states = states_of(self, "model", "optimizer", "average", "generator")
+        self.run.save({**self.kept(), **states, "torch_rng": torch.get_rng_state(), **progress})
 
     def train_step(self) -> float:
         r = self.recipe
@@ -317,6 +304,20 @@ class Fit:
                 bar.set_postfix({"train": f"{running:.3f}", "held out": f"{held_out:.3f}"})
                 over = self.over()
         bar.close()
+
+
+def states_of(owner: object, *names: str) -> dict[str, Any]:
+    """States of what an object holds by these names, as a checkpoint has them."""
+    parts = {name: getattr(owner, name) for name in names}
+    return {n: p.get_state() if isinstance(p, torch.Generator) else p.state_dict() for n, p in parts.items()}
+
+
+def set_states(owner: object, saved: Mapping[str, Any], *names: str) -> None:
+    """Bring what an object holds by these names to the states of a checkpoint."""
+    for name in names:
+        part = getattr(owner, name)
+        put = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+        put(saved[name])
 
 
 def check_finite(step: int, loss: float, what: str = "loss") -> None:

@@ -20,7 +20,7 @@ from bozzetto.checkpoints.folders import save_tokenizer
 from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.data import ImageSet, augment, evaluation_view
-from bozzetto.train.fit import autocast, channels_last, check_finite, cosine, set_lr
+from bozzetto.train.fit import autocast, channels_last, check_finite, cosine, set_lr, set_states, states_of
 from bozzetto.train.folder import RunFolder, data_digest
 from bozzetto.train.pictures import note_overlap
 from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
@@ -99,11 +99,13 @@ class TokenizerFit:
             latents.append(encode_latents(self.model.encoder, x).half())
         self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
 
-    def optimizer(self, stage: TokenizerStage) -> torch.optim.AdamW:
+    def begin(self, stage: TokenizerStage) -> None:
+        """New optimizers of what a stage trains."""
         m = self.model
         parts = {"latent": [m.pre, m.post], "pixel": [m.pre, m.post, m.decoder], "decoder": [m.post, m.decoder]}
         self.trained = [p for part in parts[stage.kind] for p in part.parameters()]
-        return torch.optim.AdamW(self.trained, lr=stage.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=stage.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.9))
 
     def losses(self, stage: TokenizerStage) -> tuple[Tensor, dict[str, float], Tensor | None, Tensor | None]:
         """Total loss, its parts, and for pixel stages the decoded and true windows."""
@@ -149,7 +151,7 @@ class TokenizerFit:
         self.critic_optimizer.step()
         return loss.item()
 
-    def train_step(self, stage: TokenizerStage, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
+    def train_step(self, stage: TokenizerStage, number: int) -> dict[str, float]:
         loss, parts, y, x = self.losses(stage)
         check_finite(number, loss.item(), f"loss of stage {stage.kind}")
         if stage.adversarial_weight and y is not None and x is not None:
@@ -157,10 +159,10 @@ class TokenizerFit:
             with autocast():
                 loss = loss - stage.adversarial_weight * self.critic(y).float().mean()
             self.critic.requires_grad_(True)
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
-        optimizer.step()
+        self.optimizer.step()
         if stage.adversarial_weight and y is not None and x is not None:
             parts["critic"] = self.critic_step(y, x)
         return parts
@@ -186,44 +188,28 @@ class TokenizerFit:
         image = contact_sheet((rows * 255).round().byte().permute(0, 2, 3, 1).numpy(), columns=8, scale=2)
         write_whole(self.run.path / "reconstructions.png", image.save)
 
-    def state(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> dict:
-        return {
-            "stage": stage,
-            "step": step,
-            "model": self.model.state_dict(),
-            "codebook": self.codebook.state_dict(),
-            "critic": self.critic.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
     def fit(self) -> None:
         """Run the stages that are not done yet, and write the tokenizer's folder."""
         saved = self.run.load()
         first, start = (saved["stage"], saved["step"]) if saved else (0, 0)
         if saved:
             with self.run.reading():
-                self.model.load_state_dict(saved["model"])
-                self.codebook.load_state_dict(saved["codebook"])
-                self.critic.load_state_dict(saved["critic"])
-                self.generator.set_state(saved["generator"])
+                set_states(self, saved, "model", "codebook", "critic", "generator")
         for number, stage in enumerate(self.recipe.stages[first:], first):
-            optimizer = self.optimizer(stage)
-            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.9))
-            if saved and start and number == first:
-                optimizer.load_state_dict(saved["optimizer"])
-                self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-            self._stage(number, stage, optimizer, start if number == first else 0)
+            self.begin(stage)
+            if saved and start:
+                set_states(self, saved, "optimizer", "critic_optimizer")
+            self._stage(number, stage, start)
+            start = 0
         figures, _ = self.evaluate()
         self.run.log(stage="final", **figures)
         save_tokenizer(self.folder, self.model, {"recipe": asdict(self.recipe), "held_out": figures})
 
-    def _stage(self, number: int, stage: TokenizerStage, optimizer: torch.optim.Optimizer, begin: int) -> None:
-        bar = tqdm(range(begin, stage.steps), initial=begin, total=stage.steps, desc=f"{number + 1}:{stage.kind}")
+    def _stage(self, number: int, stage: TokenizerStage, begun: int) -> None:
+        bar = tqdm(range(begun, stage.steps), initial=begun, total=stage.steps, desc=f"{number + 1}:{stage.kind}")
         for step in bar:
-            set_lr(optimizer, cosine(step, stage.steps, stage.lr, stage.warmup))
-            parts = self.train_step(stage, optimizer, step + 1)
+            set_lr(self.optimizer, cosine(step, stage.steps, stage.lr, stage.warmup))
+            parts = self.train_step(stage, step + 1)
             done = step + 1
             if done % self.recipe.save_every == 0 or done == stage.steps:
                 figures, y = self.evaluate(128)
@@ -231,4 +217,6 @@ class TokenizerFit:
                 bar.set_postfix({"psnr": f"{figures['psnr']:.2f}", "codes": figures["codes_used"]})
                 self.sheet(y[:32])
                 ended = done == stage.steps
-                self.run.save(self.state(number + ended, 0 if ended else done, optimizer))
+                names = ("model", "codebook", "critic", "critic_optimizer", "optimizer", "generator")
+                progress = {"stage": number + ended, "step": 0 if ended else done}
+                self.run.save({**progress, **states_of(self, *names)})

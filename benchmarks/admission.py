@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from bozzetto import load
 from bozzetto.common.files import write_text
-from bozzetto.decoding.scheduler import DONE, Admission, Ticket
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.scheduler import DONE, Scheduler
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
 from bozzetto.settings import GenerateSettings
@@ -51,10 +52,10 @@ def png(picture: Image.Image) -> bytes:
 
 
 def draw_together(
-    engine: Admission, count: int, choose: random.Random, compile: str
-) -> tuple[list[Ticket], dict[int, int]]:
+    engine: Scheduler, count: int, choose: random.Random, compile: str
+) -> tuple[list[ImageRequest], dict[int, int]]:
     """Ask for images until `count` are done; the memory after every 25 of them."""
-    asked, done, memory = list[Ticket](), 0, dict[int, int]()
+    asked, done, memory = list[ImageRequest](), 0, dict[int, int]()
     with tqdm(total=count, unit="image", desc="together", disable=not sys.stderr.isatty()) as bar:
         while done < count:
             for _ in range(min(choose.randrange(3), engine.queue - len(engine.waiting))):
@@ -72,12 +73,11 @@ def draw_together(
     return asked, memory
 
 
-def drawn_alone(pipe: Pipeline, tickets: list[Ticket]) -> tuple[list[Any], float]:
+def drawn_alone(pipe: Pipeline, tickets: list[ImageRequest]) -> tuple[list[Any], float]:
     """Each image by itself, and the seconds of their passes."""
     images, seconds = [], 0.0
     for ticket in tqdm(tickets, unit="image", desc="alone", disable=not sys.stderr.isatty()):
-        r = ticket.request
-        result = pipe.generate([r.label], seed=r.seed, indices=[r.index], settings=ticket.settings)
+        result = pipe.generate([ticket.label], seed=ticket.seed, indices=[ticket.index], settings=ticket.settings)
         images += result.images
         seconds += result.seconds["target"] + result.seconds["draft"]
     return images, seconds
@@ -93,10 +93,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     pipe = load(options.model, dtype=options.dtype)
-    engine = Admission(pipe, slots=options.slots, queue=32)
+    engine = Scheduler(pipe, slots=options.slots, queue=32)
     if options.compile != "off":  # graphs are made and loaded before the clock runs, those of rare shapes too
         for seed in (1, 0):
-            warm = Admission(pipe, slots=options.slots, queue=32)
+            warm = Scheduler(pipe, slots=options.slots, queue=32)
             draw_together(warm, options.count, random.Random(seed), options.compile)
     began = time.perf_counter()
     asked, memory = draw_together(engine, options.count, random.Random(0), options.compile)
@@ -105,7 +105,7 @@ def main() -> None:
     drawn_alone(pipe, finished[:8])
     alone, seconds = drawn_alone(pipe, finished)
     pairs = list(zip(finished, alone, strict=True))
-    wrong = [(t, i) for t, i in pairs if png(pipe.decode(t.tokens)) != png(i.image)]
+    wrong = [(t, i) for t, i in pairs if png(pipe.decode(t.result)) != png(i.image)]
     close = sum(i.margin is not None and i.margin < ROUNDING[options.dtype] for _, i in wrong)
     report = {
         "settings": {**vars(options), "json": None, **provenance()},

@@ -24,7 +24,7 @@ from memory import janus_config, resident
 from pass_loops import causal_config, causal_network, fill, now
 
 from bozzetto.common.files import write_text
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.evaluate.output import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.laws.categorical import LawSettings
@@ -82,7 +82,7 @@ def measured(target: Any, method: str, guidance: float, batch: int, window: int,
         torch.cuda.reset_peak_memory_stats(device)
 
     def draw(seed: int) -> Any:
-        made = Decoder(target, make_drafter(drafter, window), make_rule(rule), LawSettings(guidance=guidance))
+        made = EagerBatch(target, make_drafter(drafter, window), make_rule(rule), LawSettings(guidance=guidance))
         return made.run(labels, seed, index)
 
     draw(0)

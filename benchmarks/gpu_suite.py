@@ -14,7 +14,7 @@ the texts, so that several runs can share the work.
 LlamaGen and MAR have random weights: what is measured is the cost of a pass, and no acceptance is claimed. Rows:
 
     eager    a static-cache loop, one token per image and pass; of MAR one pass of the backbone, one call of the head
-    slots    our loop (decoding/slots.py) with a window of `width` places, compiled as asked, with its bookkeeping
+    slots    our loop (decoding/fused.py) with a window of `width` places, compiled as asked, with its bookkeeping
     replay   the same pass with all of the cache, and what follows it, replayed from a CUDA graph: the device's own time
     compiled MAR's backbone or head under torch.compile
 

@@ -8,7 +8,7 @@ batch, interleaved in rounds whose order rotates; ratios are taken within a roun
 shown:
 
     eager       a static-cache loop over the same model: logits, guidance, a Gumbel sample with torch's generator
-    slots 1     our sequential loop (decoding/slots.py, seed-exact), compiled as asked; `over eager` is its speed-up
+    slots 1     our sequential loop (decoding/fused.py, seed-exact), compiled as asked; `over eager` is its speed-up
     slots 4 ... our loop with a window of so many places: ms per pass, and T(W) / T(1)
 
 T(W) / T(1) is also the break-even: speculation with this window is faster than our sequential loop where it keeps more

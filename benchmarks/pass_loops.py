@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from bozzetto.decoding.advance import Advance
-from bozzetto.decoding.slots import ImageRequest, SlotLane
+from bozzetto.decoding.fused import FusedBatch
+from bozzetto.decoding.images import ImageRequest
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.rules.seed_exact import SeedExact
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
@@ -113,7 +114,7 @@ class SlotLoop:
     def __init__(self, target: LlamaGenTarget, batch: int, width: int, guidance: float):
         self.target, self.width = target, width
         law = LawSettings(guidance=guidance)
-        self.lane = SlotLane(target, SeedExact(), batch, lambda images: width, width, law.guided, False)
+        self.lane = FusedBatch(target, SeedExact(), batch, lambda images: width, width, law.guided, False)
         self.lane.admit([ImageRequest(i % target.config.classes, 0, i, law) for i in range(batch)])
         fill_cache(self.lane.session)
 

@@ -59,12 +59,12 @@ def measure(
 ) -> list[dict[str, float | str]]:
     base = bozzetto.GenerateSettings(guidance=guidance, batch=1)
     timed: dict[str, list[tuple[float, float]]] = {method: [] for method in ["none", *methods]}
-    decoders = {method: pipe.decoder_for(method_settings(method, base), 1) for method in timed}
+    batches = {method: pipe.make_batch(method_settings(method, base)) for method in timed}
     for number in range(-1, images):  # the first image warms up
-        for method, (decoder, _) in decoders.items():
+        for method, batch in batches.items():
             label = torch.tensor([number % len(pipe.classes)])
             began = time.perf_counter()
-            result = decoder.run(label, 0, torch.tensor([max(number, 0)]))
+            result = batch.run(label, 0, torch.tensor([max(number, 0)]))
             if number >= 0:
                 timed[method].append((time.perf_counter() - began, float(result.passes[0])))
     rows: list[dict[str, float | str]] = []
@@ -72,11 +72,11 @@ def measure(
     sequential = median(plain) / pipe.target.length
     for method, runs in timed.items():
         per_pass = pipe.target.length / median(passes for _, passes in runs)
-        bare = bare_pass(pipe, decoders[method][1], guidance, rounds)
+        bare = bare_pass(pipe, batches[method].window, guidance, rounds)
         rows.append(
             {
                 "method": method,
-                "window": decoders[method][1],
+                "window": batches[method].window,
                 "tokens_per_pass": per_pass,
                 "speedup": median(a / b for a, (b, _) in zip(plain, runs, strict=True)),
                 "bare_ms": 1000 * bare,

@@ -15,7 +15,7 @@ import hf_toys
 from bozzetto.adapters.lined import without_line_ends
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.adapters.sketch import PromptedEagle, prompted_eagle
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.eagle import EagleNet
 from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts.tree import static_tree
@@ -243,7 +243,7 @@ def table_of(target: PromptedCodes) -> Callable[[int], Tensor]:
     return table
 
 
-def decoder_of(family: str, drafter: str, rule: str, law: LawSettings) -> Decoder:
+def decoder_of(family: str, drafter: str, rule: str, law: LawSettings) -> EagerBatch:
     target = target_of(family)
     if drafter == "eagle":
         with torch.random.fork_rng():
@@ -252,7 +252,7 @@ def decoder_of(family: str, drafter: str, rule: str, law: LawSettings) -> Decode
         made: Any = TreeDrafter("eagle", PromptedEagle(net, target), read_shape("chain-3"))
     else:
         made = make_drafter(drafter, 4)
-    return Decoder(target, made, with_neighbours(make_rule(rule), table_of(target)), law)
+    return EagerBatch(target, made, with_neighbours(make_rule(rule), table_of(target)), law)
 
 
 METHODS = [

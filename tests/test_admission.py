@@ -1,4 +1,4 @@
-"""Admission: who comes when, with whom, and who leaves early changes no image; memory does not grow."""
+"""Scheduler: who comes when, with whom, and who leaves early changes no image; memory does not grow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from bozzetto import load
 from bozzetto.checkpoints.folders import save_drafter
-from bozzetto.decoding.scheduler import CANCELLED, DONE, Admission, QueueFull, Ticket
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.scheduler import CANCELLED, DONE, QueueFull, Scheduler
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
@@ -27,9 +28,8 @@ def pipe(tiny_model: Path) -> Pipeline:
     return load(tiny_model)
 
 
-def drawn_alone(pipe: Pipeline, ticket: Ticket) -> torch.Tensor:
-    r = ticket.request
-    result = pipe.generate([r.label], seed=r.seed, indices=[r.index], settings=ticket.settings)
+def drawn_alone(pipe: Pipeline, ticket: ImageRequest) -> torch.Tensor:
+    result = pipe.generate([ticket.label], seed=ticket.seed, indices=[ticket.index], settings=ticket.settings)
     return result.images[0].tokens
 
 
@@ -40,9 +40,9 @@ def mixed(choose: random.Random) -> GenerateSettings:
     return GenerateSettings(*method, **law, **cut)
 
 
-def crowd(pipe: Pipeline, count: int, choose: random.Random, after: Callable[[int], object]) -> list[Ticket]:
+def crowd(pipe: Pipeline, count: int, choose: random.Random, after: Callable[[int], object]) -> list[ImageRequest]:
     """Images of all kinds that come in at random, some of which are given up; `after` is told how many are done."""
-    engine, asked, done = Admission(pipe, slots=6, queue=20), list[Ticket](), 0
+    engine, asked, done = Scheduler(pipe, slots=6, queue=20), list[ImageRequest](), 0
     while len(asked) < count or engine.waiting or engine.active:
         for _ in range(min(choose.randrange(4), count - len(asked), engine.queue - len(engine.waiting))):
             asked.append(
@@ -67,30 +67,30 @@ def test_two_hundred_mixed_images_are_those_drawn_one_by_one_and_memory_stays_fl
     finished = [ticket for ticket in asked if ticket.status == DONE]
     assert {ticket.status for ticket in asked} == {DONE, CANCELLED} and len(finished) >= 200
     for ticket in finished:
-        assert torch.equal(ticket.tokens, drawn_alone(pipe, ticket)), ticket
+        assert torch.equal(ticket.result, drawn_alone(pipe, ticket)), ticket
     assert memory[max(memory)] <= 1.05 * memory[50]
 
 
 def test_methods_without_slots_are_decoded_in_batches_of_one_seed(pipe: Pipeline, tiny_model: Path) -> None:
     settings = GenerateSettings(f"model:folder={tiny_model}:tree=chain-2", "block")
-    engine = Admission(pipe, slots=3)
+    engine = Scheduler(pipe, slots=3)
     asked = [engine.submit(i % 3, seed=i % 2, index=i, settings=settings) for i in range(7)]
     asked += [engine.submit(0, index=9, settings=WINDOW)]
     engine.step()
     engine.cancel(asked[2])
-    assert {t.request.index for t in engine.drain()} == {0, 1, 3, 4, 5, 6, 9}
+    assert {t.index for t in engine.drain()} == {0, 1, 3, 4, 5, 6, 9}
     for ticket in (t for t in asked if t.status == DONE):
-        assert torch.equal(ticket.tokens, drawn_alone(pipe, ticket))
+        assert torch.equal(ticket.result, drawn_alone(pipe, ticket))
 
 
 def test_continuous_tokens_are_admitted_too(tiny_flow: Path) -> None:
     pipe = load(tiny_flow)
-    engine = Admission(pipe, slots=2)
+    engine = Scheduler(pipe, slots=2)
     settings = [GenerateSettings(*method, window=3) for method in (("none", "plain"), ("jacobi", "pathwise"))]
     asked = [engine.submit(i % 3, index=i, settings=settings[i % 2]) for i in range(5)]
     assert len(list(engine.drain())) == 5
     for ticket in asked:
-        assert torch.allclose(ticket.tokens, drawn_alone(pipe, ticket), atol=1e-3)
+        assert torch.allclose(ticket.result, drawn_alone(pipe, ticket), atol=1e-3)
 
 
 @pytest.mark.parametrize("drafter", ["jacobi", "jacobi:fill=glance:fresh=1", "jacobi:second=glance"])
@@ -103,47 +103,46 @@ def test_an_image_does_not_depend_on_how_many_slots_there_are(tiny_model: Path, 
     folder = f":folder={tmp_path / 'glance'}" if ":" in drafter else ""
     settings, drawn = GenerateSettings(drafter + folder, "exact", guidance=2.0), []
     for slots in (1, 3, 8):
-        engine = Admission(pipe, slots=slots)
+        engine = Scheduler(pipe, slots=slots)
         asked = [engine.submit(i % 3, seed=3, index=i, settings=settings) for i in range(6)]
         list(engine.drain())
-        drawn.append(torch.stack([ticket.tokens for ticket in asked]))
+        drawn.append(torch.stack([ticket.result for ticket in asked]))
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 def test_methods_take_turns(pipe: Pipeline) -> None:
-    engine = Admission(pipe, slots=4)
+    engine = Scheduler(pipe, slots=4)
     sequential = engine.submit(0, settings=GenerateSettings("none"))
     exact = engine.submit(0, settings=EXACT)
     for _ in range(6):
         engine.step()
-    assert sequential.image is not None and exact.image is not None
-    assert sequential.image.passes == exact.image.passes == 3
+    assert sequential.passes == exact.passes == 3
 
 
 def test_a_full_queue_says_so_and_has_room_again_when_somebody_leaves(pipe: Pipeline) -> None:
-    engine = Admission(pipe, slots=1, queue=2)
+    engine = Scheduler(pipe, slots=1, queue=2)
     asked = [engine.submit(0, index=i, settings=WINDOW) for i in range(2)]
     with pytest.raises(QueueFull, match="2 images are waiting already"):
         engine.submit(0, index=2, settings=WINDOW)
     assert engine.cancel(asked[0]) and not engine.cancel(asked[0])
     engine.submit(0, index=3, settings=WINDOW)
-    assert [t.request.index for t in engine.drain()] == [1, 3]
+    assert [t.index for t in engine.drain()] == [1, 3]
     assert not engine.cancel(asked[1])
 
 
 def test_an_image_given_up_while_it_is_drawn_frees_its_slot_and_has_no_tokens(pipe: Pipeline) -> None:
-    engine = Admission(pipe, slots=1)
+    engine = Scheduler(pipe, slots=1)
     first, second = (engine.submit(0, index=i, settings=WINDOW) for i in range(2))
     engine.step()
     engine.cancel(first)
     assert list(engine.drain()) == [second]
     with pytest.raises(ValueError, match="an image that is cancelled has no tokens"):
-        _ = first.tokens
+        _ = first.result
     assert torch.equal(second.tokens, drawn_alone(pipe, second))
 
 
 def test_nothing_to_do_is_no_pass(pipe: Pipeline) -> None:
-    assert Admission(pipe).step() == []
+    assert Scheduler(pipe).step() == []
 
 
 @pytest.mark.parametrize(
@@ -160,17 +159,17 @@ def test_nothing_to_do_is_no_pass(pipe: Pipeline) -> None:
 )
 def test_what_cannot_be_drawn_is_refused_at_once(pipe: Pipeline, asked: dict[str, int], error: str) -> None:
     with pytest.raises(UsageError, match=error):
-        Admission(pipe).submit(**asked)  # type: ignore[arg-type]
+        Scheduler(pipe).submit(**asked)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"queue": 0}])
 def test_an_engine_without_room_is_refused(pipe: Pipeline, options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="a whole number >= 1"):
-        Admission(pipe, **options)
+        Scheduler(pipe, **options)
 
 
 def test_images_may_be_asked_for_and_given_up_from_other_threads(pipe: Pipeline) -> None:
-    engine, asked, stop = Admission(pipe, slots=4, queue=1000), list[Ticket](), threading.Event()
+    engine, asked, stop = Scheduler(pipe, slots=4, queue=1000), list[ImageRequest](), threading.Event()
 
     def customer(number: int) -> None:
         for i in range(12):
@@ -192,4 +191,4 @@ def test_images_may_be_asked_for_and_given_up_from_other_threads(pipe: Pipeline)
     artist.join()
     assert len(asked) == 36 and {t.status for t in asked} <= {DONE, CANCELLED}
     for ticket in (t for t in asked if t.status == DONE):
-        assert torch.equal(ticket.tokens, drawn_alone(pipe, ticket))
+        assert torch.equal(ticket.result, drawn_alone(pipe, ticket))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.decoding.lanes import spelled
-from bozzetto.decoding.scheduler import DONE, DRAWING, FAILED, Admission, Ticket
+from bozzetto.decoding.fused_kind import spelled
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.scheduler import DONE, DRAWING, FAILED, Scheduler
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
@@ -26,17 +27,17 @@ def pipe(tiny_model: Path) -> Pipeline:
 
 def poisoned(pipe: Pipeline, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes fail in `method` (admit or step) where image POISON is among theirs."""
-    make = pipe.make_lane
+    make = pipe.make_batch
 
-    def made(settings: GenerateSettings) -> Any:
-        lane, held = make(settings), []
+    def made(settings: GenerateSettings, closed: bool) -> Any:
+        lane, held = make(settings, closed), []
         admit, step = lane.admit, lane.step
 
-        def admitted(requests: list[Any]) -> Any:
-            held.extend(request.index for request in requests)
+        def admitted(images: list[Any]) -> Any:
+            held.extend(image.index for image in images)
             if method == "admit" and POISON in held:
                 raise RuntimeError("no room")
-            return admit(requests)
+            return admit(images)
 
         def stepped() -> Any:
             if method == "step" and POISON in held:
@@ -46,12 +47,12 @@ def poisoned(pipe: Pipeline, method: str, monkeypatch: pytest.MonkeyPatch) -> No
         lane.admit, lane.step = admitted, stepped
         return lane
 
-    monkeypatch.setattr(pipe, "make_lane", made)
+    monkeypatch.setattr(pipe, "make_batch", made)
 
 
-def alone(pipe: Pipeline, ticket: Ticket) -> torch.Tensor:
-    r = ticket.request
-    return pipe.generate([r.label], seed=r.seed, indices=[r.index], settings=ticket.settings).images[0].tokens
+def alone(pipe: Pipeline, ticket: ImageRequest) -> torch.Tensor:
+    drawn = pipe.generate([ticket.label], seed=ticket.seed, indices=[ticket.index], settings=ticket.settings)
+    return drawn.images[0].tokens
 
 
 @pytest.mark.parametrize("method", ["admit", "step"])
@@ -60,29 +61,27 @@ def test_a_lane_that_fails_takes_nobody_along_who_is_not_at_fault(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, method: str, settings: GenerateSettings
 ) -> None:
     poisoned(pipe, method, monkeypatch)
-    engine = Admission(pipe, slots=4)
+    engine = Scheduler(pipe, slots=4)
     asked = [engine.submit(i % 3, seed=1, index=i, settings=settings) for i in (0, 1)]
     engine.step()
     asked += [engine.submit(2, seed=1, index=i, settings=settings) for i in (POISON, 2, 3)]
     asked += [engine.submit(0, index=5, settings=GenerateSettings("none"))]  # another lane
     over = list(engine.drain())
-    assert {t.request.index: t.status for t in over} == {
-        i: FAILED if i == POISON else DONE for i in (0, 1, 2, 3, 5, 13)
-    }
+    assert {t.index: t.status for t in over} == {i: FAILED if i == POISON else DONE for i in (0, 1, 2, 3, 5, 13)}
     with pytest.raises(RuntimeError, match="no "):
-        _ = asked[2].tokens
+        _ = asked[2].result
     monkeypatch.undo()
     for ticket in (t for t in asked if t.status == DONE):
-        assert torch.equal(ticket.tokens, alone(pipe, ticket))
+        assert torch.equal(ticket.result, alone(pipe, ticket))
 
 
 def test_one_that_is_given_up_while_its_lane_fails_is_not_drawn_again(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned(pipe, "step", monkeypatch)
-    engine = Admission(pipe, slots=2)
+    engine = Scheduler(pipe, slots=2)
     bad, good = (engine.submit(0, index=i, settings=WINDOW) for i in (POISON, 0))
-    assert engine.step() == [] and good.status == bad.status == "waiting" and good.image is None
+    assert engine.step() == [] and good.status == bad.status == "waiting" and good.passes == 0
     assert engine.cancel(bad) and list(engine.drain()) == [good] and bad.error is None
 
 
@@ -100,7 +99,7 @@ def test_one_that_is_given_up_while_its_lane_fails_is_not_drawn_again(
 def test_what_a_method_needs_is_known_to_be_there_before_it_joins_the_others(
     pipe: Pipeline, drafter: str, rule: str, named: str, window: int
 ) -> None:
-    engine = Admission(pipe, slots=4)
+    engine = Scheduler(pipe, slots=4)
     good = engine.submit(0, settings=WINDOW)
     engine.step()
     with pytest.raises(UsageError, match=named):
@@ -111,12 +110,12 @@ def test_what_a_method_needs_is_known_to_be_there_before_it_joins_the_others(
 def test_a_lane_that_cannot_be_made_again_fails_its_own_images_only(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Admission(pipe, slots=1)
+    engine = Scheduler(pipe, slots=1)
     first, second = engine.submit(0, index=0, settings=WINDOW), engine.submit(0, index=1, settings=EXACT)
     engine.step()
-    engine.lanes = {key: lane for key, lane in engine.lanes.items() if key == first.key}  # as after many others
-    monkeypatch.setattr(pipe, "make_lane", lambda settings: 1 / 0)
-    assert {t.request.index: t.status for t in engine.drain()} == {0: DONE, 1: FAILED}
+    engine.batches = {key: batch for key, batch in engine.batches.items() if key == first.key}  # as after many others
+    monkeypatch.setattr(pipe, "make_batch", lambda settings, closed: 1 / 0)
+    assert {t.index: t.status for t in engine.drain()} == {0: DONE, 1: FAILED}
     assert isinstance(second.error, ZeroDivisionError)
 
 

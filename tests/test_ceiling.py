@@ -2,7 +2,7 @@
 
 import torch
 
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.laws.categorical import LawSettings
@@ -14,14 +14,14 @@ _LABELS, _INDEX = torch.zeros(50, dtype=torch.int64), torch.arange(50)
 
 def _probed(target: TabularTarget, window: int) -> tuple[CeilingProbe, torch.Tensor]:
     probe = CeilingProbe(window, target.length)
-    result = Decoder(target, probe, SeedExact(), LawSettings()).run(_LABELS, 3, _INDEX)
+    result = EagerBatch(target, probe, SeedExact(), LawSettings()).run(_LABELS, 3, _INDEX)
     return probe, result.tokens
 
 
 def test_the_probe_changes_no_token() -> None:
     target = TabularTarget(4, 5)
     _, tokens = _probed(target, 3)
-    plain = Decoder(target, Jacobi(3), SeedExact(), LawSettings()).run(_LABELS, 3, _INDEX)
+    plain = EagerBatch(target, Jacobi(3), SeedExact(), LawSettings()).run(_LABELS, 3, _INDEX)
     assert torch.equal(tokens, plain.tokens)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
@@ -135,7 +135,7 @@ def test_a_session_has_two_widths_and_each_graph_is_made_once(uncompiled: list[s
 def test_images_are_those_of_the_eager_target(uncompiled: list[str], drafter: str, rule: str) -> None:
     drawn = []
     for target in _pair(_network()):
-        decoder = Decoder(target, make_drafter(drafter, 4), make_rule(rule), LawSettings(guidance=2.0))
+        decoder = EagerBatch(target, make_drafter(drafter, 4), make_rule(rule), LawSettings(guidance=2.0))
         drawn.append(decoder.run(torch.arange(5) % 3, 7, torch.arange(5)).tokens)
     assert torch.equal(*drawn)
 
@@ -144,7 +144,7 @@ def test_the_compiled_graph_itself_agrees() -> None:
     eager, compiled = _pair(_network())
     tokens: list[Tensor] = []
     for target in (eager, compiled):
-        decoder = Decoder(target, make_drafter("jacobi", 4), make_rule("seed-exact"), LawSettings(guidance=2.0))
+        decoder = EagerBatch(target, make_drafter("jacobi", 4), make_rule("seed-exact"), LawSettings(guidance=2.0))
         tokens.append(decoder.run(torch.tensor([0]), 7, torch.tensor([0])).tokens)
     assert torch.equal(*tokens)
 
@@ -204,7 +204,7 @@ def test_vectors_are_those_of_the_eager_target(
     drawn = []
     for target in _pair(flow_network, "max"):
         made = make_path_drafter(drafter, 4, target, lambda folder: None)  # type: ignore[arg-type, return-value]
-        decoder = Decoder(target, made, make_path_rule(rule), LawSettings(guidance=2.0))
+        decoder = EagerBatch(target, made, make_path_rule(rule), LawSettings(guidance=2.0))
         drawn.append(decoder.run(torch.arange(3), 7, torch.arange(3)).tokens)
     assert torch.allclose(*drawn, atol=1e-3)
 

@@ -21,7 +21,7 @@ from transformers.generation import (
 import bozzetto
 import hf_toys
 from bozzetto.adapters.prompted import cache_argument
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.registry import make_drafter, make_rule
@@ -54,7 +54,7 @@ def draw(
 
 def wanted(family: str, label: int, law: LawSettings, index: int = 0) -> list[int]:
     """The words of a picture by our decoder."""
-    decoder = Decoder(target_of(family), make_drafter("none"), make_rule("seed-exact"), law)
+    decoder = EagerBatch(target_of(family), make_drafter("none"), make_rule("seed-exact"), law)
     tokens = decoder.run(torch.tensor([label]), 0, torch.tensor([index])).tokens[0]
     return torch.tensor(target_of(family).numbers)[tokens].tolist()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bozzetto.checkpoints.convert_drafter import convert_eagle
 from bozzetto.checkpoints.folders import load_drafter, load_target, save_drafter, target_digest
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.base import Observation
 from bozzetto.drafters.eagle import CachedEagle, EagleNet, eagle_config
 from bozzetto.drafters.small_target import SmallTarget
@@ -196,8 +196,8 @@ def test_every_rule_decodes_with_the_drafter(rule: str, tree: str, temperature: 
     options = ":k=4" if "lantern" in rule else ""
     made = with_neighbours(make_rule(rule + options), lambda columns: nearest_codes(codebook, columns))
     settings = LawSettings(guidance=2.0, temperature=temperature, top_k=6)
-    whole = Decoder(TARGET, drafter(tree), made, settings).run(LABELS, 0, torch.arange(3))
-    alone = Decoder(TARGET, drafter(tree), made, settings).run(LABELS[1:2], 0, torch.tensor([1]))
+    whole = EagerBatch(TARGET, drafter(tree), made, settings).run(LABELS, 0, torch.arange(3))
+    alone = EagerBatch(TARGET, drafter(tree), made, settings).run(LABELS[1:2], 0, torch.tensor([1]))
     assert bool(((whole.tokens >= 0) & (whole.tokens < C.vocab)).all())
     assert torch.equal(whole.tokens[1:2], alone.tokens)
     assert bool((whole.passes <= C.length).all())

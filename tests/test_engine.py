@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bozzetto.decoding.loop import Decoder, PassEvent
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Start
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
@@ -19,10 +20,13 @@ N = TARGET.length
 every_rule = pytest.mark.parametrize("rule", WINDOW_RULES)
 
 
-def events(rule: str, window: int, batch: int) -> tuple[list[PassEvent], Decoder]:
-    decoder = Decoder(TARGET, make_drafter("jacobi", window), make_rule(rule), PLAIN)
-    labels = torch.arange(batch) % 2
-    return list(decoder.stream(labels, 0, torch.arange(batch))), decoder
+def states(rule: str, window: int, images: int) -> tuple[list[tuple[DecodeState, int]], DecodeState]:
+    """The batch after every pass, with the places of the pass; and what `run` ends with."""
+    batch = EagerBatch(TARGET, make_drafter("jacobi", window), make_rule(rule), PLAIN)
+    index = torch.arange(images)
+    seen = [(state, batch.places) for state in batch.passes(index % 2, 0, index)]
+    assert batch.meter.passes == len(seen)
+    return seen, batch.run(index % 2, 0, index)
 
 
 @every_rule
@@ -46,26 +50,25 @@ def test_accepted_tokens_and_passes_add_up_to_the_image(rule: str, window: int) 
 @every_rule
 @pytest.mark.parametrize("window", [1, 3, 5])
 def test_events_are_monotone_and_the_last_one_is_the_result(rule: str, window: int) -> None:
-    seen, decoder = events(rule, window, 40)
+    seen, result = states(rule, window, 40)
     tokens, count = torch.zeros(40, N, dtype=torch.int64), torch.zeros(40, dtype=torch.int64)
-    for number, event in enumerate(seen, 1):
+    for event, width in seen:
         committed = torch.arange(N) < count[:, None]
-        assert event.number == number
-        assert 1 <= event.width <= window
+        assert 1 <= width <= window
         assert bool((event.count > count)[count < N].all())  # at least one token per pass
         assert bool((event.count == count)[count == N].all())
         assert torch.equal(event.tokens[committed], tokens[committed])
         assert int(event.tokens[torch.arange(N) >= event.count[:, None]].abs().sum()) == 0
         tokens, count = event.tokens.clone(), event.count.clone()
     assert count.tolist() == [N] * 40
-    assert torch.equal(tokens, decoder.result.tokens)
-    assert len(seen) == int(decoder.result.passes.max())  # nothing after the end
+    assert torch.equal(tokens, result.tokens)
+    assert len(seen) == int(result.passes.max())  # nothing after the end
 
 
 @every_rule
 def test_earlier_events_are_not_overwritten_by_later_passes(rule: str) -> None:
-    decoder = Decoder(TARGET, make_drafter("jacobi", 3), make_rule(rule), PLAIN)
-    copies = [(e, e.tokens.clone(), e.count.clone()) for e in decoder.stream(torch.zeros(9).long(), 0, torch.arange(9))]
+    decoder = EagerBatch(TARGET, make_drafter("jacobi", 3), make_rule(rule), PLAIN)
+    copies = [(e, e.tokens.clone(), e.count.clone()) for e in decoder.passes(torch.zeros(9).long(), 0, torch.arange(9))]
     assert all(torch.equal(e.tokens, t) and torch.equal(e.count, c) for e, t, c in copies)
 
 
@@ -146,9 +149,9 @@ def test_a_rule_that_claims_too_much_never_writes_past_the_end() -> None:
 
 
 def test_an_empty_batch_has_no_events() -> None:
-    seen, decoder = events("exact", 3, 0)
+    seen, result = states("exact", 3, 0)
     assert seen == []
-    assert decoder.result.tokens.shape == (0, N)
+    assert result.tokens.shape == (0, N)
 
 
 def test_the_registry_is_immutable_and_names_what_it_allows() -> None:
@@ -161,6 +164,7 @@ def test_the_registry_is_immutable_and_names_what_it_allows() -> None:
 
 
 def test_seconds_are_reported_by_part() -> None:
-    seconds = decode(TARGET, "exact").seconds
-    assert set(seconds) == {"total", "target", "draft"}
-    assert 0 < seconds["target"] <= seconds["total"]
+    batch = EagerBatch(TARGET, make_drafter("jacobi", 4), make_rule("exact"), PLAIN)
+    batch.run(torch.arange(4) % 2, 0, torch.arange(4))
+    assert set(batch.meter.parts) == {"target", "draft"}
+    assert 0 < batch.meter.parts["target"] <= batch.meter.total

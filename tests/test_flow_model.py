@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bozzetto.checkpoints.folders import load_target, read_config, write_model
-from bozzetto.decoding.loop import BatchResult, Decoder
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import NoPaths
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
@@ -182,19 +183,23 @@ def slow_loop(guidance: float, temperature: float, seed: int) -> Tensor:
     return torch.stack(images)
 
 
-def decoded(guidance: float = 1.0, temperature: float = 1.0, seed: int = 7) -> BatchResult:
-    settings = LawSettings(guidance=guidance, temperature=temperature)
-    return Decoder(TARGET, NoPaths(D), Plain(), settings).run(LABELS, seed, INDEX)
+def batch_of(guidance: float = 1.0, temperature: float = 1.0) -> EagerBatch:
+    return EagerBatch(TARGET, NoPaths(D), Plain(), LawSettings(guidance=guidance, temperature=temperature))
+
+
+def decoded(guidance: float = 1.0, temperature: float = 1.0, seed: int = 7) -> DecodeState:
+    return batch_of(guidance, temperature).run(LABELS, seed, INDEX)
 
 
 @pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (2.0, 1.0), (1.5, 0.8)])
 def test_sequential_decoding_equals_the_slow_loop(guidance: float, temperature: float) -> None:
-    result, wanted = decoded(guidance, temperature), slow_loop(guidance, temperature, 7)
+    batch = batch_of(guidance, temperature)
+    result, wanted = batch.run(LABELS, 7, INDEX), slow_loop(guidance, temperature, 7)
     assert 0.3 < float(wanted.std()) < 30
     torch.testing.assert_close(result.tokens, wanted, atol=5e-4 * float(wanted.abs().max()), rtol=0)
     assert result.passes.tolist() == [N, N] and not bool(result.drafted.any())
     copies = 1 if guidance == 1 else 2
-    assert (result.head_calls, result.head_rows) == (4 * N, 4 * N * 2 * copies)
+    assert (batch.meter.head_calls, batch.meter.head_rows) == (4 * N, 4 * N * 2 * copies)
 
 
 def test_seed_guidance_and_temperature_matter() -> None:

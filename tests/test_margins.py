@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bozzetto.decoding.batch_lane import BatchLane
-from bozzetto.decoding.loop import Decoder
-from bozzetto.decoding.slots import ImageRequest
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
 from bozzetto.drafters.small_target import SmallTarget
@@ -84,11 +83,10 @@ def test_a_coin_is_as_far_from_its_edge_as_the_logarithms_are() -> None:
 
 def test_images_that_leave_a_batch_early_have_their_margin() -> None:
     wanted = decode(TARGET, "tree", DRAFTERS["tree"](SKETCH), index=range(6))
-    decoder = Decoder(TARGET, DRAFTERS["tree"](SKETCH), make_rule("tree"), PLAIN)
-    lane = BatchLane(decoder, N, 6, TARGET.device)
+    lane = EagerBatch(TARGET, DRAFTERS["tree"](SKETCH), make_rule("tree"), PLAIN)
     lane.admit([ImageRequest(1, 0, index, PLAIN) for index in range(6)])
     found = {}
     while lane.active:
         for image in lane.step():
-            found[image.request.index] = image.margin
+            found[image.index] = image.margin
     assert [found[index] for index in range(6)] == wanted.margin.tolist()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bozzetto import load
-from bozzetto.decoding.masked import MaskedDecoder, place_order
+from bozzetto.decoding.masked import MaskedBatch, place_order
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
@@ -149,7 +150,7 @@ def test_bfloat16_is_near():
     assert features.dtype == torch.bfloat16
     slow = TARGET.features(LABELS, tokens, order[:, :5], order[:, 5:7], True)
     assert (features.float() - slow).abs().max() < 0.2
-    assert MaskedDecoder(low, Plain(), GUIDED).run(LABELS, 0, INDEX).tokens.isfinite().all()
+    assert MaskedBatch(low, Plain(), GUIDED).run(LABELS, 0, INDEX).tokens.isfinite().all()
 
 
 # Noise and order.
@@ -215,12 +216,13 @@ def slow_image(model: MAR, label: int, seed: int, index: int, passes: int, guida
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("passes", [16, 5])
 def test_plain_equals_the_slow_loop(guidance, passes):
-    fast = MaskedDecoder(with_passes(passes), Plain(), LawSettings(guidance=guidance)).run(LABELS[:1], 3, INDEX[:1])
+    batch = MaskedBatch(with_passes(passes), Plain(), LawSettings(guidance=guidance))
+    fast = batch.run(LABELS[:1], 3, INDEX[:1])
     slow = slow_image(MODEL, int(LABELS[0]), 3, int(INDEX[0]), passes, guidance)
     assert slow.std() > 0.1 and slow.abs().max() < 100
     torch.testing.assert_close(fast.tokens[0], slow, atol=1e-4, rtol=1e-4)
-    assert fast.passes.tolist() == [passes] and fast.head_calls == 6 * passes
-    assert fast.head_rows == 6 * N * (1 + (guidance != 1))
+    assert fast.passes.tolist() == [passes] and batch.meter.head_calls == 6 * passes
+    assert batch.meter.head_rows == 6 * N * (1 + (guidance != 1))
 
 
 @dataclass(frozen=True)
@@ -231,9 +233,14 @@ class Way:
     settings: LawSettings = GUIDED
     drafted: bool = False
 
-    def decoder(self, target: MARTarget = TARGET, **window: float) -> MaskedDecoder:
+    def decoder(self, target: MARTarget = TARGET, **window: float) -> MaskedBatch:
         made = DraftWindow(**{"draft_length": 3, "prefill": 0.25, **window})  # type: ignore[arg-type]
-        return MaskedDecoder(target, self.rule, self.settings, DRAFTER if self.drafted else None, made)
+        return MaskedBatch(target, self.rule, self.settings, DRAFTER if self.drafted else None, made)
+
+
+def known_in(batch: MaskedBatch, state: DecodeState) -> Tensor:
+    """Which places are committed, bool [B, N]."""
+    return batch.rank < state.count[:, None]
 
 
 WAYS = [
@@ -260,22 +267,22 @@ def test_an_image_does_not_depend_on_its_batch(way):
 
 def test_events_tell_what_is_known():
     decoder = Way(Plain()).decoder()
-    events = list(decoder.stream(LABELS, 0, INDEX))
-    assert [e.number for e in events] == list(range(1, 9))
-    assert [e.width for e in events] == TARGET.counts(8)
-    for event in events:
-        assert event.known is not None and torch.equal(event.known.sum(1), event.count)
-        assert torch.equal((event.tokens != 0).any(-1), event.known)
-    assert torch.equal(events[-1].tokens, decoder.result.tokens) and events[-1].count.tolist() == [N] * 3
-    for earlier, later in pairwise(events):
-        assert torch.equal(earlier.tokens[earlier.known], later.tokens[earlier.known])
-    seconds = decoder.result.seconds
-    assert seconds["total"] == pytest.approx(seconds["target"] + seconds["draft"])
+    events = [(state, decoder.meter.passes, decoder.places) for state in decoder.passes(LABELS, 0, INDEX)]
+    assert [number for _, number, _ in events] == list(range(1, 9))
+    assert [places for *_, places in events] == TARGET.counts(8)
+    states = [state for state, *_ in events]
+    for state in states:
+        assert torch.equal((state.tokens != 0).any(-1), known_in(decoder, state))
+    assert states[-1].count.tolist() == [N] * 3
+    for earlier, later in pairwise(states):
+        known = known_in(decoder, earlier)
+        assert torch.equal(earlier.tokens[known], later.tokens[known])
+    assert decoder.meter.total == pytest.approx(sum(decoder.meter.parts.values())) and decoder.meter.parts["target"] > 0
 
 
 def test_guidance_and_its_schedule_matter():
     def run(target: MARTarget, settings: LawSettings) -> Tensor:
-        return MaskedDecoder(target, Plain(), settings).run(LABELS, 0, INDEX).tokens
+        return MaskedBatch(target, Plain(), settings).run(LABELS, 0, INDEX).tokens
 
     constant = MARTarget(MODEL, replace(SAMPLER, guidance_schedule="constant"))
     linear, flat, off = run(TARGET, GUIDED), run(constant, GUIDED), run(TARGET, UNGUIDED)
@@ -290,9 +297,9 @@ FEW = random_mar(replace(CONFIG, grid=2, depth=1, buffer=1))
 
 def first_tokens(rule: Plain | Coupled, index: Tensor, settings: LawSettings) -> Tensor:
     """What the first of 4 passes draws, [B, D]."""
-    event = next(MaskedDecoder(with_passes(4, FEW), rule, settings).stream(torch.full_like(index, 1), 0, index))
-    assert event.known is not None
-    return event.tokens[event.known]
+    batch = MaskedBatch(with_passes(4, FEW), rule, settings)
+    state = next(batch.passes(torch.full_like(index, 1), 0, index))
+    return state.tokens[known_in(batch, state)]
 
 
 @pytest.mark.parametrize("settings", [GUIDED, LawSettings(temperature=0.9)], ids=["guided", "cooler"])
@@ -307,10 +314,12 @@ def test_coupled_has_the_law_of_plain(settings):
 
 def test_coupled_calls_the_head_less_often():
     target = MARTarget(MODEL, replace(SAMPLER, steps=60))
-    plain, coupled = (MaskedDecoder(target, rule, GUIDED).run(LABELS, 0, INDEX) for rule in (Plain(), Coupled()))
+    batches = [MaskedBatch(target, rule, GUIDED) for rule in (Plain(), Coupled())]
+    passes = [batch.run(LABELS, 0, INDEX).passes for batch in batches]
+    plain, coupled = (batch.meter for batch in batches)
     assert plain.head_calls == 8 * 60 and coupled.head_calls < 0.9 * plain.head_calls
     assert coupled.head_rows > plain.head_rows
-    assert torch.equal(coupled.passes, plain.passes)
+    assert torch.equal(*passes)
 
 
 # Windows of a draft model.
@@ -319,7 +328,7 @@ def test_coupled_calls_the_head_less_often():
 def test_windows_with_the_target_as_its_own_drafter_are_the_plain_image():
     plain = Way(Plain()).decoder().run(LABELS, 0, INDEX)
     for rule in (Cspd("paper"), Pathwise(1e-3)):
-        decoder = MaskedDecoder(TARGET, rule, GUIDED, TARGET, DraftWindow(3, 0.25))
+        decoder = MaskedBatch(TARGET, rule, GUIDED, TARGET, DraftWindow(3, 0.25))
         result = decoder.run(LABELS, 0, INDEX)
         torch.testing.assert_close(result.tokens, plain.tokens, atol=1e-3, rtol=1e-3)
         assert torch.equal(result.accepted, result.drafted)
@@ -339,23 +348,23 @@ def test_released_windows_are_always_committed_in_one_pass():
     """Prefill 2 of 8 steps, windows of 4, the last one shorter: passes 1 + 1 + 1 + 1."""
     spy = Spy()
     decoder = Way(Cspd("released"), drafted=True).decoder(spy, draft_length=4, prefill=0.2)
-    events = list(decoder.stream(LABELS, 0, INDEX))
+    events = list(decoder.passes(LABELS, 0, INDEX))
     starts = [sum(TARGET.counts(8)[:s]) for s in (0, 1, 2, 6, 8)]
     assert [e.count.tolist() for e in events] == [[n] * 3 for n in starts[1:]]
-    assert decoder.result.passes.tolist() == [4] * 3 and len(spy.seen) == 4
+    assert events[-1].passes.tolist() == [4] * 3 and len(spy.seen) == 4
     assert [known.shape[1] for _, known, _ in spy.seen] == starts[:-1]
     assert [places.shape[1] for *_, places in spy.seen] == [b - a for a, b in pairwise(starts)]
     order = place_order(0, INDEX, N)
     for (tokens, known, places), event in zip(spy.seen[1:], events, strict=False):
-        assert event.known is not None and (tokens[~event.known] == 0).all()  # none of the drafts
+        assert (tokens[~known_in(decoder, event)] == 0).all()  # none of the drafts
         assert torch.equal(torch.cat([known, places], 1), order[:, : known.shape[1] + places.shape[1]])
-    assert (decoder.result.drafted == N - starts[2]).all() and (decoder.result.accepted <= decoder.result.drafted).all()
+    assert (events[-1].drafted == N - starts[2]).all() and (events[-1].accepted <= events[-1].drafted).all()
 
 
 def test_paper_windows_see_the_drafts_and_end_at_the_first_rejection():
     spy = Spy()
     decoder = Way(Cspd("paper"), drafted=True).decoder(spy, draft_length=3, prefill=0.25)
-    events = list(decoder.stream(LABELS[:1], 0, INDEX[:1]))
+    events = list(decoder.passes(LABELS[:1], 0, INDEX[:1]))
     counts = TARGET.counts(8)
     starts = [sum(counts[:s]) for s in range(9)]
     seen, step = list(spy.seen), 0
@@ -369,17 +378,17 @@ def test_paper_windows_see_the_drafts_and_end_at_the_first_rejection():
         assert 1 <= done <= window
         step += done
     assert not seen and step == 8
-    assert decoder.result.passes.tolist() == [len(spy.seen)]
+    assert events[-1].passes.tolist() == [len(spy.seen)]
     assert len(spy.seen) > 8 > len(events) - 1  # these models are far apart: dropped drafts cost passes
 
 
 def test_context_of_a_window_matters():
     """The second step of a window is the target's own given the drafts before it (paper), or given none (released)."""
     target, label, index = with_passes(2), LABELS[:1], INDEX[:1]
-    plain = MaskedDecoder(target, Plain(), GUIDED).run(label, 0, index).tokens
+    plain = MaskedBatch(target, Plain(), GUIDED).run(label, 0, index).tokens
     results = {}
     for variant in ("paper", "released"):
-        decoder = MaskedDecoder(target, Cspd(variant, tries=0), GUIDED, target, DraftWindow(2, 0.0))
+        decoder = MaskedBatch(target, Cspd(variant, tries=0), GUIDED, target, DraftWindow(2, 0.0))
         results[variant] = decoder.run(label, 0, index)
     torch.testing.assert_close(results["paper"].tokens, plain, atol=1e-3, rtol=1e-3)
     assert results["paper"].passes.item() == 2 and results["released"].passes.item() == 1
@@ -400,7 +409,7 @@ def test_what_does_not_go_together_is_refused():
     ]
     for rule, settings, drafter, named in cases:
         with pytest.raises(UsageError, match=named):
-            MaskedDecoder(TARGET, rule, settings, drafter)
+            MaskedBatch(TARGET, rule, settings, drafter)
 
 
 def test_a_compiled_head_draws_the_images_of_the_eager_one(tiny_mar: Path, uncompiled: list[str]) -> None:

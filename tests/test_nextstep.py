@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import path_toys
 from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStepTarget, grid_positions
 from bozzetto.adapters.prompted import Prompt
-from bozzetto.decoding.loop import Decoder
-from bozzetto.decoding.state import BatchResult
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.state import DecodeState
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
 from bozzetto.rules.base import Rule
@@ -92,8 +92,10 @@ def decode(
     target: Any = TARGET,
     seed: int = 5,
     first: int = 0,
-) -> BatchResult:
-    decoder = Decoder(target, make_path_drafter(drafter, 4, target, None), make_path_rule(rule), LawSettings(guidance))
+) -> DecodeState:
+    decoder = EagerBatch(
+        target, make_path_drafter(drafter, 4, target, None), make_path_rule(rule), LawSettings(guidance)
+    )
     index = torch.arange(first, first + images)
     return decoder.run(index % 3, seed, index)
 

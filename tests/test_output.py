@@ -14,7 +14,7 @@ from PIL import Image
 import bozzetto
 from bozzetto.cli.main import main
 from bozzetto.common.images import MOST_PIXELS, ContactSheet, contact_sheet
-from bozzetto.decoding.trace import PassTrace
+from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.output import RunWriter, check_free, check_writable, file_name, table
 from bozzetto.evaluate.report.runs import read_any

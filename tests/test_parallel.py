@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bozzetto
 from bozzetto.checkpoints.folders import load_drafter, load_target, save_drafter
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceNet
 from bozzetto.drafters.jacobi import FilledJacobi
 from bozzetto.drafters.parallel import (
@@ -161,8 +161,8 @@ def test_seed_exact_drafts_give_the_sequential_tokens(kind: str, tree: str, guid
 )
 def test_images_do_not_depend_on_their_batch(kind: str, rule: str, tree: str) -> None:
     settings = LawSettings(guidance=2.0, top_k=6)
-    whole = Decoder(TARGET, drafter(kind, tree), make_rule(rule), settings).run(LABELS, 0, torch.arange(3))
-    alone = Decoder(TARGET, drafter(kind, tree), make_rule(rule), settings).run(LABELS[1:2], 0, torch.tensor([1]))
+    whole = EagerBatch(TARGET, drafter(kind, tree), make_rule(rule), settings).run(LABELS, 0, torch.arange(3))
+    alone = EagerBatch(TARGET, drafter(kind, tree), make_rule(rule), settings).run(LABELS[1:2], 0, torch.tensor([1]))
     assert torch.equal(whole.tokens[1:2], alone.tokens)
 
 
@@ -173,10 +173,10 @@ def test_exact_rules_keep_the_law_of_the_first_tokens(kind: str, rule: str) -> N
     count, settings = 4000, LawSettings(guidance=2.0)
     made: Any = filled(kind, 4) if rule == "filled" else drafter(kind, "chain-3")
     rule = "exact" if rule == "filled" else rule
-    result = Decoder(TARGET, made, make_rule(rule), settings).run(
+    result = EagerBatch(TARGET, made, make_rule(rule), settings).run(
         torch.zeros(count, dtype=torch.int64), 5, torch.arange(count)
     )
-    plain = Decoder(TARGET, drafter(kind, "chain-3"), make_rule("seed-exact"), settings).run(
+    plain = EagerBatch(TARGET, drafter(kind, "chain-3"), make_rule("seed-exact"), settings).run(
         torch.zeros(count, dtype=torch.int64), 6, torch.arange(count)
     )
     for at in (1, 3):
@@ -211,7 +211,7 @@ def test_slots_that_enter_a_window_follow_the_drafters_law() -> None:
     asked: list[Any] = []
     inner = drafter_._window
     drafter_._window = lambda seen, column: asked.append((seen, column, inner(seen, column))) or asked[-1][2]  # type: ignore[func-returns-value, method-assign]
-    Decoder(TARGET, drafter_, make_rule("exact"), settings).run(LABELS, 3, torch.arange(3))
+    EagerBatch(TARGET, drafter_, make_rule("exact"), settings).run(LABELS, 3, torch.arange(3))
     found = 0
     for seen_, column, (tokens, laws, _) in asked:
         width = seen_.laws.shape[1]

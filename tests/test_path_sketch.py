@@ -17,7 +17,7 @@ from bozzetto import UsageError
 from bozzetto.checkpoints.folders import CONFIG, load_drafter, save_drafter
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.cli.main import main
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianDrafter, GaussianNet, gaussian_config
 from bozzetto.drafts import Verdict
@@ -153,7 +153,7 @@ def test_drafted_paths_carry_the_laws_they_were_drawn_from(guidance: float) -> N
         return drafts[-1]
 
     drafter.propose = spy  # type: ignore[method-assign]
-    Decoder(target, drafter, make_path_rule("joint"), LawSettings(guidance=guidance)).run(
+    EagerBatch(target, drafter, make_path_rule("joint"), LawSettings(guidance=guidance)).run(
         torch.tensor([0, 1, 1]), 4, torch.arange(3)
     )
     drafts = [d for d in drafts if d.length]
@@ -176,7 +176,7 @@ def test_images_of_exact_rules_have_the_law_of_the_sequential_sampler(rule: str,
 
     def tokens(drafter: str, rule: str, seed: int) -> torch.Tensor:
         made = make_path_drafter(drafter, 1, target, lambda _: sketcher_for(target))
-        result = Decoder(target, made, make_path_rule(rule), settings).run(labels, seed, images)
+        result = EagerBatch(target, made, make_path_rule(rule), settings).run(labels, seed, images)
         if drafter != "none":
             assert 0 < result.accepted.sum() < result.drafted.sum()
         return result.tokens

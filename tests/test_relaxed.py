@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.loop import BatchResult, Decoder
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
@@ -257,9 +258,9 @@ def run(
     budget: float | None = None,
     settings: LawSettings = PLAIN,
     index: Tensor | range = range(2000),
-) -> BatchResult:
+) -> DecodeState:
     index = torch.as_tensor(index if isinstance(index, Tensor) else list(index))
-    return Decoder(TARGET, sketched(NEAR, tree), with_codes(spec), settings, budget).run(index % 12, 0, index)
+    return EagerBatch(TARGET, sketched(NEAR, tree), with_codes(spec), settings, budget).run(index % 12, 0, index)
 
 
 @pytest.mark.parametrize(("rule", "tree"), FITTING)
@@ -300,17 +301,17 @@ WINDOWED = [rule for rule in RELAXED if make_rule(rule).window]
 
 def run_window(
     spec: str | Rule, budget: float | None = None, settings: LawSettings = PLAIN, count: int = 2000
-) -> BatchResult:
+) -> DecodeState:
     rule = with_codes(spec) if isinstance(spec, str) else spec
     index = torch.arange(count)
-    return Decoder(TARGET, Jacobi(4), rule, settings, budget).run(index % 12, 0, index)
+    return EagerBatch(TARGET, Jacobi(4), rule, settings, budget).run(index % 12, 0, index)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in HARMLESS if make_rule(rule).window])
 @pytest.mark.parametrize("settings", [PLAIN, LawSettings(guidance=2.0, top_k=4)], ids=["plain", "guided"])
 def test_a_window_without_leave_follows_the_enumerated_law(rule: str, settings: LawSettings) -> None:
     index, wanted = torch.full((12_000,), 3), TARGET.joint(3, settings)
-    tokens = Decoder(TARGET, Jacobi(3), with_codes(rule), settings).run(index, 0, torch.arange(12_000)).tokens
+    tokens = EagerBatch(TARGET, Jacobi(3), with_codes(rule), settings).run(index, 0, torch.arange(12_000)).tokens
     assert fit_p_value(torch.bincount(cells(tokens, V), minlength=V**5), wanted) > 1e-4
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import bozzetto
 from bozzetto.cli import main as cli
-from bozzetto.decoding.trace import PassTrace
+from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
 from bozzetto.evaluate.shards import RUN, read_run

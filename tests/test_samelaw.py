@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bozzetto
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafts import Draft
 from bozzetto.evaluate.compare import surprisal
@@ -77,7 +77,7 @@ def drawn(pipe, drafter, rule, seed: int, law: LawSettings = LAW) -> Tensor:
     """Tokens of N images, all classes in turn."""
     rule = make_rule(rule) if isinstance(rule, str) else rule
     index = torch.arange(N)
-    return Decoder(pipe.target, drafter, rule, law).run(index % 3, seed, index).tokens
+    return EagerBatch(pipe.target, drafter, rule, law).run(index % 3, seed, index).tokens
 
 
 def surprisals(pipe, tokens: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.decoding.batch_lane import BatchLane
-from bozzetto.decoding.slots import SlotLane
+from bozzetto.decoding.batch import RowBatch
+from bozzetto.decoding.fused import FusedBatch
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.pipeline.prompts import PromptBook
@@ -62,7 +62,7 @@ def test_every_image_of_an_order_is_the_one_drawn_alone(worker: Worker, pipe: Pi
     alone = pipe.generate(["rose"], seed=9, count=4, batch=1, window=2)
     for index, image in enumerate(alone.images):
         assert np.array_equal(np.asarray(found[index].picture), np.asarray(image.image))
-        assert found[index].trace == image.trace.committed and sum(found[index].trace) == 16
+        assert found[index].image.trace == image.trace and sum(image.trace.committed) == 16
     until(lambda: worker.held == 0)
 
 
@@ -71,7 +71,7 @@ def test_who_watches_is_told_tokens_that_only_grow_and_the_end(worker: Worker) -
     events = collected(worker, order(settings=GenerateSettings("none", "seed-exact"), watched=True))
     progress = [event for event in events if isinstance(event, Progress)]
     assert len(progress) > 3 and [p.done for p in progress] == sorted({p.done for p in progress})
-    assert isinstance(events[-1], Finished) and events[-1].passes == 16
+    assert isinstance(events[-1], Finished) and events[-1].image.passes == 16
 
 
 def test_two_who_watch_lanes_of_their_own_both_see_their_pictures(worker: Worker) -> None:
@@ -139,7 +139,7 @@ def test_a_warm_up_that_fails_is_logged_with_its_cause(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "/secret/folder")
 
-    monkeypatch.setattr("bozzetto.decoding.scheduler.Admission.step", full)
+    monkeypatch.setattr("bozzetto.decoding.scheduler.Scheduler.step", full)
     worker = Worker(lambda: {"tiny": pipe})
     worker.start()
     worker.join(20)
@@ -154,7 +154,7 @@ def test_only_graphs_are_worth_whole_pictures_before_the_first_request(
     mode: str, passes: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: list[str]
 ) -> None:
     pipe, stepped = load(tiny_model, device="cpu"), list[int]()
-    for kind in (SlotLane, BatchLane):
+    for kind in (FusedBatch, RowBatch):
         step = kind.step
         monkeypatch.setattr(kind, "step", lambda self, step=step: (stepped.append(self.active), step(self))[1])
     base = GenerateSettings(drafter="none", compile=mode)
@@ -186,7 +186,7 @@ def test_a_model_that_draws_nothing_any_more_is_told_from_one_request_that_faile
     until(lambda: not worker.doubted)  # a pass of ours went well
     assert worker.complaint() is None and "ZeroDivisionError" in caplog.text
     with monkeypatch.context() as broken:
-        broken.setattr("bozzetto.decoding.scheduler.Admission.step", lambda self: 1 / 0)
+        broken.setattr("bozzetto.decoding.scheduler.Scheduler.step", lambda self: 1 / 0)
         assert isinstance(collected(worker, order())[-1], Failed)
         until(lambda: worker.complaint() == "passes of tiny fail: ZeroDivisionError, see the server's log")
     until(lambda: worker.complaint() is None)  # found out without a request
@@ -282,10 +282,12 @@ def test_a_prompt_that_is_drawn_keeps_its_place_whoever_else_asks() -> None:
 
 
 def test_an_order_whose_pass_fails_fails_alone(worker: Worker, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = pipe.make_lane
+    make = pipe.make_batch
 
-    def broken(settings: GenerateSettings) -> Any:
-        lane = make(settings)
+    alone = pipe.generate(["rose"], seed=9, count=2, batch=1, drafter="none").images
+
+    def broken(settings: GenerateSettings, closed: bool) -> Any:
+        lane = make(settings, closed)
         monkeypatch.setattr(lane, "step", lambda: 1 / 0)
         return lane
 
@@ -293,11 +295,10 @@ def test_an_order_whose_pass_fails_fails_alone(worker: Worker, pipe: Pipeline, m
     told: queue.Queue[Any] = queue.Queue()
     worker.submit(order(seed=9, count=2, settings=GenerateSettings("none")), told.put)
     until(lambda: worker.loops["tiny"].active == 2)
-    monkeypatch.setattr(pipe, "make_lane", broken)
+    monkeypatch.setattr(pipe, "make_batch", broken)
     (event,) = collected(worker, order(seed=1, count=3, settings=GenerateSettings("jacobi", "exact", window=4)))
     assert isinstance(event, Failed) and isinstance(event.error, ZeroDivisionError)
     found = sorted((told.get(timeout=20) for _ in range(2)), key=lambda event: event.index)
-    alone = pipe.generate(["rose"], seed=9, count=2, batch=1, drafter="none").images
     for event, image in zip(found, alone, strict=True):
         assert np.array_equal(np.asarray(event.picture), np.asarray(image.image))
     until(lambda: worker.held == 0 and not worker.drawn and not worker.jobs)
@@ -306,10 +307,12 @@ def test_an_order_whose_pass_fails_fails_alone(worker: Worker, pipe: Pipeline, m
 def test_images_whose_lane_fails_once_are_drawn_again(
     worker: Worker, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, passes = pipe.make_lane, [0]
+    make, passes = pipe.make_batch, [0]
 
-    def once(settings: GenerateSettings) -> Any:
-        lane = make(settings)
+    wanted = pipe.generate(["rose"], seed=2, count=3, batch=1, drafter="none").images
+
+    def once(settings: GenerateSettings, closed: bool) -> Any:
+        lane = make(settings, closed)
         step = lane.step
 
         def stepped() -> Any:
@@ -319,11 +322,11 @@ def test_images_whose_lane_fails_once_are_drawn_again(
         monkeypatch.setattr(lane, "step", stepped)
         return lane
 
-    monkeypatch.setattr(pipe, "make_lane", once)
+    monkeypatch.setattr(pipe, "make_batch", once)
     asked = order(seed=2, count=3, partials=2, settings=GenerateSettings("none"))
     events = collected(worker, asked)
     finished = {event.index: event for event in events if isinstance(event, Finished)}
-    for index, image in enumerate(pipe.generate(["rose"], seed=2, count=3, batch=1, drafter="none").images):
+    for index, image in enumerate(wanted):
         assert np.array_equal(np.asarray(finished[index].picture), np.asarray(image.image))
     assert len(events) == 3 * 3 and passes[0] >= 4 + 3 * 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from bozzetto import load
 from bozzetto.checkpoints.folders import save_drafter
-from bozzetto.decoding.scheduler import Admission
-from bozzetto.decoding.slot_decoder import SlotDecoder
+from bozzetto.decoding.fused import FusedBatch
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.decoding.widths import MeasuredWidth
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
+from bozzetto.laws.categorical import LawSettings
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
@@ -49,11 +52,10 @@ def test_windows_that_a_glance_fills_are_those_of_the_eager_engine(
     eager, slots = (pipe.generate(count=5, seed=3, compile=mode, **law) for mode in ("off", "max"))
     assert [a.sha256 for a in eager.images] == [b.sha256 for b in slots.images]
     assert [a.trace for a in eager.images] == [b.trace for b in slots.images]
-    admission = Admission(pipe, slots=2)
+    admission = Scheduler(pipe, slots=2)
     asked = [admission.submit(i % 3, seed=3, index=i, settings=GenerateSettings(drafter, rule, 4)) for i in range(5)]
-    while admission.active or admission.waiting:
-        admission.step()
-    assert [pipe.decode(t.tokens).tobytes() for t in asked] == [a.image.tobytes() for a in eager.images]
+    list(admission.drain())
+    assert [pipe.decode(t.result).tobytes() for t in asked] == [a.image.tobytes() for a in eager.images]
 
 
 def test_more_images_than_the_batch_holds_enter_as_others_finish(pipe: Pipeline) -> None:
@@ -66,32 +68,36 @@ def test_more_images_than_the_batch_holds_enter_as_others_finish(pipe: Pipeline)
 
 def test_the_window_follows_what_passes_cost_and_the_seconds_are_kept(pipe: Pipeline, tmp_path: Path) -> None:
     settings = GenerateSettings("jacobi", "seed-exact", batch=2, compile="max")
-    decoder = pipe.decoder_for(settings, 2)[0]
-    assert isinstance(decoder, SlotDecoder) and isinstance(decoder.lane.width, MeasuredWidth)
-    decoder.run(torch.tensor([0, 1]), 0, torch.tensor([0, 1]))
+    _, batch = pipe.decoded([0, 1], 0, [0, 1], settings)
+    assert isinstance(batch, FusedBatch) and isinstance(batch.width, MeasuredWidth)
     (kept,) = (tmp_path / "cache").glob("times-*.json")
     assert '"2x1"' in kept.read_text()
-    assert set(decoder.lane.width.times.known) == set(decoder.lane.width.times._read())
+    assert set(batch.width.times.known) == set(batch.width.times._read())
+    assert pipe.decoded([2], 1, [7], replace(settings, batch=2))[1] is not batch  # for one image
+    assert pipe.decoded([2, 0], 1, [7, 8], settings)[1] is batch
 
 
 def test_a_stream_of_slots_ends_with_the_images_and_never_takes_tokens_back(pipe: Pipeline) -> None:
     settings = GenerateSettings("jacobi", "seed-exact", window=4, batch=3, compile="max")
-    decoder, label = pipe.decoder_for(settings, 3)[0], torch.tensor([0, 1, 2])
     before = torch.zeros(3, dtype=torch.int64)
-    for event in decoder.stream(label, 1, label):
+    for event in pipe.stream((), seed=1, count=3, settings=settings):
         assert (event.count >= before).all() and event.width == 4
         assert (event.tokens[torch.arange(16) >= event.count[:, None]] == 0).all()
         before = event.count
-    assert torch.equal(event.tokens, decoder.result.tokens)
-    assert torch.equal(decoder.run(label, 1, label).tokens, event.tokens)
+    images, _ = pipe.decoded([0, 1, 2], 1, [0, 1, 2], settings)
+    assert torch.equal(event.tokens, torch.stack([image.result for image in images]))
 
 
 def test_a_stream_that_is_left_early_leaves_nothing_behind(pipe: Pipeline) -> None:
     settings = GenerateSettings("jacobi", "seed-exact", window=4, batch=3, compile="max")
-    wanted = pipe.decoder_for(settings, 3)[0].run(torch.tensor([1]), 0, torch.tensor([7])).tokens
-    label = torch.tensor([0, 1, 2])
-    next(iter(pipe.decoder_for(settings, 3)[0].stream(label, 1, label)))
-    assert torch.equal(pipe.decoder_for(settings, 3)[0].run(torch.tensor([1]), 0, torch.tensor([7])).tokens, wanted)
+    wanted = [image.result for image in pipe.decoded([1] * 3, 0, [7, 8, 9], settings)[0]]
+    left = pipe.passes([0, 1, 2], 1, [0, 1, 2], settings)
+    images, _ = next(left)
+    there = [image.result for image in pipe.decoded([1] * 3, 0, [7, 8, 9], settings)[0]]  # while it waits
+    assert all(torch.equal(*pair) for pair in zip(there, wanted, strict=True))
+    left.close()
+    again = [image.result for image in pipe.decoded([1] * 3, 0, [7, 8, 9], settings)[0]]
+    assert all(torch.equal(*pair) for pair in zip(again, wanted, strict=True)) and images[0].tokens is None
 
 
 @pytest.mark.parametrize("law", [{"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.0}, {"temperature": 0.6}])
@@ -103,7 +109,7 @@ def test_laws_that_cut_off_are_those_of_the_eager_engine(pipe: Pipeline, law: di
 def test_what_slots_cannot_do_is_left_to_the_other_decoder(pipe: Pipeline, tiny_model: Path) -> None:
     drafter = f"model:folder={tiny_model}:tree=chain-2"
     assert pipe.generate(count=1, compile="max", drafter=drafter, rule="block").tokens_per_pass > 1
-    assert not pipe.refills(GenerateSettings("jacobi", "seed-exact"))
+    assert not pipe.fuses(pipe.resolve(GenerateSettings("jacobi", "seed-exact")))
 
 
 def test_deterministic_is_for_compiled_passes() -> None:
@@ -120,11 +126,12 @@ def test_waves_of_a_round_are_decoded_without_waiting_for_the_last_of_a_batch(pi
 
 def test_lanes_whose_tensors_differ_have_graphs_of_their_own(pipe: Pipeline, uncompiled: list[str]) -> None:
     """A graph does not check the shapes it is given."""
-    label = torch.tensor([0, 1])
     for window, guidance, batch in ((2, 2.0, 2), (2, 1.0, 4), (3, 1.0, 4)):
         settings = GenerateSettings("jacobi", "seed-exact", window=window, guidance=guidance, compile="max")
-        decoder = pipe.decoder_for(settings, batch)[0]
-        decoder.lane.width = lambda images: 2
-        labels = label.repeat(batch // 2)
-        decoder.run(labels, 0, torch.arange(batch))
+        lane = pipe.make_batch(pipe.resolve(replace(settings, batch=batch)))
+        assert isinstance(lane, FusedBatch)
+        lane.width = lambda images: 2
+        lane.admit([ImageRequest(i % 2, 0, i, LawSettings(guidance)) for i in range(batch)])
+        while lane.active:
+            lane.step()
     assert uncompiled.count("a step of 4 sequences with 2 places") >= 3

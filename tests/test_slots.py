@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.loop import BatchResult, Decoder
-from bozzetto.decoding.slots import ImageRequest, SlotImage, SlotLane
+from bozzetto.decoding.fused import FusedBatch
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceFill, GlanceNet
 from bozzetto.drafters.jacobi import FilledJacobi
 from bozzetto.laws.categorical import LawSettings
@@ -37,9 +39,9 @@ def lane_of(
     guided: bool = True,
     filtered: bool = True,
     filler: GlanceFill | None = None,
-) -> SlotLane:
+) -> FusedBatch:
     width = width or (lambda images: window)
-    return SlotLane(target, make_rule(rule), slots, width, window, guided, filtered, filler)
+    return FusedBatch(target, make_rule(rule), slots, width, window, guided, filtered, filler)
 
 
 def glance_of(target: LlamaGenTarget, places: int = 3) -> GlanceNet:
@@ -73,7 +75,9 @@ def plain(count: int) -> list[ImageRequest]:
     return [ImageRequest(index % 3, 0, index, PLAIN) for index in range(count)]
 
 
-def decode_all(lane: SlotLane, requests: list[ImageRequest], seed: int = 0, shrink: bool = True) -> list[SlotImage]:
+def decode_all(
+    lane: FusedBatch, requests: list[ImageRequest], seed: int = 0, shrink: bool = True
+) -> list[ImageRequest]:
     """All images through the lane, which come in at random moments; in the order of the requests."""
     draw, waiting, done = random.Random(seed), list(requests), []
     while waiting or lane.active:
@@ -84,32 +88,32 @@ def decode_all(lane: SlotLane, requests: list[ImageRequest], seed: int = 0, shri
         if shrink:
             lane.shrink()
     assert lane.free == lane.slots and lane.step() == []
-    return sorted(done, key=lambda image: requests.index(image.request))
+    return sorted(done, key=requests.index)
 
 
 def alone(
     target: LlamaGenTarget, r: ImageRequest, rule: str = "seed-exact", window: int = 4, fresh: int | None = None
-) -> BatchResult:
+) -> DecodeState:
     """The image by the readable twin. fresh: with windows that a glance fills."""
     drafter = make_drafter("jacobi", window) if window > 1 else make_drafter("none")
     if fresh is not None:
         drafter = FilledJacobi(window, CachedGlance(glance_of(target), target.embedding, target.head), fresh)
-    decoder = Decoder(target, drafter, make_rule(rule), r.law)
+    decoder = EagerBatch(target, drafter, make_rule(rule), r.law)
     return decoder.run(torch.tensor([r.label]), r.seed, torch.tensor([r.index]))
 
 
-def tokens_of(image: SlotImage) -> Tensor:
+def tokens_of(image: ImageRequest) -> Tensor:
     assert image.tokens is not None
     return image.tokens
 
 
 def agree(
-    target: LlamaGenTarget, image: SlotImage, rule: str = "seed-exact", window: int = 4, fresh: int | None = None
+    target: LlamaGenTarget, image: ImageRequest, rule: str = "seed-exact", window: int = 4, fresh: int | None = None
 ) -> None:
-    wanted = alone(target, image.request, rule, window, fresh)
-    assert torch.equal(tokens_of(image), wanted.tokens[0]), image.request
+    wanted = alone(target, image, rule, window, fresh)
+    assert torch.equal(tokens_of(image), wanted.tokens[0]), image
     for name in ("passes", "accepted", "drafted"):
-        assert getattr(image, name) == int(getattr(wanted, name)[0]), (name, image.request)
+        assert getattr(image, name) == int(getattr(wanted, name)[0]), (name, image)
     assert image.count == sum(image.trace.committed) == LENGTH and len(image.trace.committed) == image.passes
     assert image.margin == pytest.approx(float(wanted.margin[0]), abs=1e-4)
 
@@ -183,7 +187,7 @@ def test_tokens_do_not_depend_on_widths_that_change_with_the_images(target: Llam
     compile_target(own, network, "default" if compiled else "off")
     lane = lane_of(own, window=6, width=lambda images: {1: 6, 2: 4, 3: 2}.get(images, 1))
     for image in decode_all(lane, mixed(12, 4)):
-        assert torch.equal(tokens_of(image), alone(target, image.request).tokens[0])
+        assert torch.equal(tokens_of(image), alone(target, image).tokens[0])
         assert image.accepted <= image.drafted
 
 
@@ -205,12 +209,13 @@ def test_a_slot_that_nobody_takes_may_wait_for_longer_than_an_image(
 
 def test_a_cancelled_image_frees_its_slot_and_changes_no_other(target: LlamaGenTarget) -> None:
     lane, requests = lane_of(target), mixed(5, 5)
-    images = lane.admit(requests[:4])
+    images = requests[:4]
+    lane.admit(images)
     lane.step()
     lane.cancel(images[1])
     assert (lane.active, lane.free) == (3, 1)
     done = lane.step()
-    images += lane.admit(requests[4:])
+    lane.admit(requests[4:])
     assert lane.free == 0
     while lane.active:
         done += lane.step()
@@ -222,14 +227,15 @@ def test_a_cancelled_image_frees_its_slot_and_changes_no_other(target: LlamaGenT
 
 def test_cancelling_what_is_finished_or_cancelled_changes_nothing(target: LlamaGenTarget) -> None:
     lane = lane_of(target)
-    first, second = lane.admit(plain(2))
+    first, second, third = plain(3)
+    lane.admit([first, second])
     lane.cancel(first)
     lane.cancel(first)
     assert lane.active == 1
-    done: list[SlotImage] = []
+    done: list[ImageRequest] = []
     while lane.active:
         done += lane.step()
-    (third,) = lane.admit(plain(1))
+    lane.admit([third])
     lane.cancel(second)  # its slot is somebody else's now
     while lane.active:
         done += lane.step()
@@ -244,7 +250,7 @@ def test_more_images_than_free_slots_are_refused(target: LlamaGenTarget) -> None
     with pytest.raises(ValueError, match="3 images for 2 free slots"):
         lane.admit(plain(3))
     assert (lane.active, lane.free) == (1, 2)
-    assert lane.admit([]) == []
+    lane.admit([])
 
 
 @pytest.mark.parametrize(
@@ -272,7 +278,8 @@ def test_a_batch_shrinks_when_images_leave(target: LlamaGenTarget, monkeypatch: 
 
     monkeypatch.setattr(CausalSession, "score", counted)
     lane = lane_of(target, slots=8)
-    images, done = lane.admit(mixed(8, 6)), []
+    images, done = mixed(8, 6), []
+    lane.admit(images)
     for left in (7, 5, 4, 2, 1):
         for image in images[left:]:
             lane.cancel(image)

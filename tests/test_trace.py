@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto.decoding.loop import Decoder
-from bozzetto.decoding.trace import PassTrace, TraceRecorder, acceptance_by_offset, mean_progress
+from bozzetto.decoding.images import ImageRequest, PassTrace
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.evaluate.report.traces import acceptance_by_offset, mean_progress
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.registry import make_drafter, make_rule
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
@@ -18,11 +19,15 @@ from toys import tiny_llamagen
 @pytest.fixture(scope="module", params=["seed-exact", "exact"])
 def decoded(request):
     target = LlamaGenTarget(tiny_llamagen(), torch.float32)
-    decoder = Decoder(target, make_drafter("jacobi", 4), make_rule(request.param), LawSettings(temperature=0.3))
-    recorder = TraceRecorder()
-    for event in decoder.stream(torch.arange(6) % 3, 0, torch.arange(6)):
-        recorder.add(event)
-    return decoder.result, recorder.traces()
+    law = LawSettings(temperature=0.3)
+    batch = EagerBatch(target, make_drafter("jacobi", 4), make_rule(request.param), law)
+    images = [ImageRequest(i % 3, 0, i, law) for i in range(6)]
+    batch.admit(images)
+    while batch.active:
+        batch.step()
+    result = batch.run(torch.arange(6) % 3, 0, torch.arange(6))
+    assert all(torch.equal(image.result, tokens) for image, tokens in zip(images, result.tokens, strict=True))
+    return result, [image.trace for image in images]
 
 
 def test_traces_add_up_to_the_result(decoded):

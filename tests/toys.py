@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.loop import BatchResult, Decoder
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Drafter, Start
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.drafters.tree import TreeDrafter
@@ -44,13 +45,13 @@ def decode(
     index: Tensor | list[int] | range = range(8),
     labels: Tensor | list[int] | int = 1,
     seed: int = 0,
-) -> BatchResult:
+) -> DecodeState:
     """Decode images `index` to the end; names are looked up in the registry."""
     index = torch.as_tensor(index if isinstance(index, Tensor) else list(index))
     labels = torch.as_tensor(labels).expand(len(index))
     rule = make_rule(rule) if isinstance(rule, str) else rule
     drafter = make_drafter(drafter, window) if isinstance(drafter, str) else drafter
-    return Decoder(target, drafter, rule, settings).run(labels, seed, index)
+    return EagerBatch(target, drafter, rule, settings).run(labels, seed, index)
 
 
 def alternating_target(vocab: int = 4, length: int = 5) -> TabularTarget:

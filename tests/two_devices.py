@@ -210,15 +210,15 @@ class Cases:
                 pipe.preview(tokens, count)
 
     def slots(self) -> None:
-        from bozzetto.decoding.scheduler import Admission
+        from bozzetto.decoding.scheduler import Scheduler
         from bozzetto.settings import GenerateSettings
 
         found = []
         for device in ("second", "cpu"):
-            loop = Admission(self.pipe("codes", device), slots=2)
+            loop = Scheduler(self.pipe("codes", device), slots=2)
             for index, guidance in enumerate((1.0, 2.0, 3.0)):
                 loop.submit(index, seed=1, index=index, settings=GenerateSettings(guidance=guidance, window=3))
-            found.append([ticket.tokens.tolist() for ticket in loop.drain()])
+            found.append([ticket.result.tolist() for ticket in loop.drain()])
         assert found[0] == found[1]
 
     def served(self) -> None:
@@ -251,7 +251,7 @@ class Cases:
 
     def hosted(self) -> None:
         import hf_toys
-        from bozzetto.decoding.loop import Decoder
+        from bozzetto.decoding.loop import EagerBatch
         from bozzetto.laws.categorical import LawSettings
         from bozzetto.methods.registry import make_drafter, make_rule
 
@@ -261,7 +261,7 @@ class Cases:
             for name in ("janus", "emu3", "chameleon", "lumina"):
                 target = hf_toys.TARGETS[name]()
                 labels = torch.tensor([0, 1, 2], device=target.device)
-                made = Decoder(target, make_drafter("jacobi", 3), make_rule("exact"), LawSettings(guidance=2.0))
+                made = EagerBatch(target, make_drafter("jacobi", 3), make_rule("exact"), LawSettings(guidance=2.0))
                 found.setdefault(name, []).append(made.run(labels, 0, labels).tokens.tolist())
         hf_toys._ready = ready
         assert all(here == there for here, there in found.values())
@@ -281,7 +281,7 @@ class Cases:
         """As accelerate does: layers on two devices, hooks that bring what a layer is called with."""
         import hf_toys
         from bozzetto.adapters.janus import JanusTarget, janus_prompt
-        from bozzetto.decoding.loop import Decoder
+        from bozzetto.decoding.loop import EagerBatch
         from bozzetto.laws.categorical import LawSettings
         from bozzetto.methods.registry import make_drafter, make_rule
 
@@ -299,7 +299,7 @@ class Cases:
             labels = torch.tensor([0, 1, 2], device=target.device)
             for drafter, rule in (("none", "seed-exact"), ("jacobi", "exact")):
                 made = make_drafter(drafter, 3), make_rule(rule)
-                result = Decoder(target, *made, LawSettings(guidance=2.0)).run(labels, 0, labels)
+                result = EagerBatch(target, *made, LawSettings(guidance=2.0)).run(labels, 0, labels)
                 found.append(result.tokens.tolist())
         assert found[:2] == found[2:]
 

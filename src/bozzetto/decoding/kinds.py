@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Observation
 from bozzetto.drafts import Draft
@@ -51,8 +52,8 @@ class TokenKind(Protocol):
         """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
         ...
 
-    def head_work(self, law: Any, draft: Any) -> tuple[int, int]:
-        """(serial calls, rows) of the head in this pass."""
+    def count_work(self, meter: Meter, law: Any, draft: Any) -> None:
+        """Count what the head did in this pass."""
         ...
 
 
@@ -72,7 +73,7 @@ def _place_keys(state: DecodeState, places: int) -> Tensor:
 
 @dataclass
 class Codes:
-    """Tokens of a codebook. budget: see `Decoder`."""
+    """Tokens of a codebook. budget: see `EagerBatch`."""
 
     target: Target
     rule: Rule
@@ -136,8 +137,8 @@ class Codes:
             out["spent"] = state.spent + verdict.spent
         return out
 
-    def head_work(self, law: Any, draft: Any) -> tuple[int, int]:
-        return 0, 0
+    def count_work(self, meter: Meter, law: Any, draft: Any) -> None:
+        pass
 
 
 @dataclass
@@ -149,11 +150,7 @@ class Vectors:
     settings: LawSettings
 
     def __post_init__(self) -> None:
-        if self.settings.temperature <= 0 or self.settings.top_k or self.settings.top_p != 1:
-            raise UsageError(
-                "continuous tokens have no top-k, no top-p and no greedy choice: top_k = 0, top_p = 1, temperature > 0 "
-                f"are allowed (given: {self.settings.top_k}, {self.settings.top_p:g}, {self.settings.temperature:g})"
-            )
+        check_continuous(self.settings)
 
     def begin(self, seed: int, index: Tensor) -> NormalField:
         return NormalField(seed, index, self.target.length, self.target.schedule.steps, self.target.token_dim)
@@ -182,9 +179,17 @@ class Vectors:
         moved = verdict.distance[:, : seen.longest].masked_fill(~fresh, 0.0)
         return {"moved": state.moved + moved.sum(1), "farthest": torch.maximum(state.farthest, moved.amax(1))}
 
-    def head_work(self, law: Any, draft: Draft) -> tuple[int, int]:
-        mine = [law] if draft.law is None else [law, draft.law]
-        return sum(part.calls for part in mine), sum(part.rows for part in mine)
+    def count_work(self, meter: Meter, law: Any, draft: Draft) -> None:
+        meter.count(*([law] if draft.law is None else [law, draft.law]))
+
+
+def check_continuous(law: LawSettings) -> None:
+    """Raise UsageError for what a law of continuous tokens cannot have."""
+    if law.temperature <= 0 or law.top_k or law.top_p != 1:
+        raise UsageError(
+            "continuous tokens have no top-k, no top-p and no greedy choice: top_k = 0, top_p = 1, temperature > 0 "
+            f"are allowed (given: {law.top_k}, {law.top_p:g}, {law.temperature:g})"
+        )
 
 
 def kind_of(target: Any, rule: Any, settings: LawSettings, budget: float | None) -> TokenKind:

@@ -14,16 +14,16 @@ later steps of the window are dropped. Images of equal progress go together, tho
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.loop import Clock, PassEvent
-from bozzetto.decoding.state import BatchResult, DecodeState
+from bozzetto.decoding.batch import RowBatch
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.kinds import check_continuous
+from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.drafts import Draft
 from bozzetto.errors import UsageError
@@ -64,7 +64,7 @@ class _Images:
     def with_tokens(self, places: Tensor, tokens: Tensor) -> _Images:
         """With tokens [B, W, D] at places [B, W]."""
         table = self.tokens.scatter(1, places[..., None].expand_as(tokens), tokens)
-        return _Images(self.labels, self.order, self.noise, self.keys, table)
+        return replace(self, tokens=table)
 
 
 @dataclass
@@ -81,19 +81,10 @@ class _Outcome:
     distance: Tensor | None = None
 
 
-class _Meter(Clock):
-    """Wall time by part, and the work of the heads."""
+class MaskedBatch(RowBatch):
+    """Images decoded with one masked target, rule and law.
 
-    calls = rows = 0
-
-    def count(self, law: ChainLaw) -> None:
-        self.calls, self.rows = self.calls + law.calls, self.rows + law.rows
-
-
-class MaskedDecoder:
-    """Decodes batches of images with one target, rule and law.
-
-    rule: `plain`, `coupled`, or with a drafter `cspd`, `pathwise`; drafter: a smaller MAR of the same tokens; window:
+    rule: `plain`, `coupled`, or with a drafter `cspd`, `pathwise`; drafter: a smaller MAR of the same tokens; drafts:
     how it is used. The target's sampler says how many autoregressive steps there are.
     """
 
@@ -103,51 +94,57 @@ class MaskedDecoder:
         rule: Rule,
         settings: LawSettings,
         drafter: MARTarget | None = None,
-        window: DraftWindow | None = None,
+        drafts: DraftWindow | None = None,
+        slots: int = 1 << 30,
     ):
         _check(target, rule, settings, drafter)
-        self.target, self.rule, self.settings, self.drafter = target, rule, settings, drafter
-        self.window = window or DraftWindow()
-        self.passes = target.sampler.passes
-        self.starts = [0, *accumulate(target.counts(self.passes))]  # [passes + 1]: step s draws from starts[s] on
-        self.guidances = target.guidances(settings.guidance, self.passes)
-        self.alone = self.passes if drafter is None else round(self.window.prefill * self.passes)
+        self.drafts, self.last = drafts or DraftWindow(), target.sampler.passes
+        super().__init__(target, slots, 1 if drafter is None else self.drafts.draft_length)
+        self.rule, self.settings, self.drafter = rule, settings, drafter
+        self.starts = [0, *accumulate(target.counts(self.last))]  # [steps + 1]: step s draws from starts[s] on
+        self.guidances = target.guidances(settings.guidance, self.last)
+        self.alone = self.last if drafter is None else round(self.drafts.prefill * self.last)
         self.blind = isinstance(rule, Cspd) and rule.variant == "released"
 
-    def run(self, labels: Tensor, seed: int, index: Tensor) -> BatchResult:
-        """Decode to the end. labels, index: int64 [B] (index: the images' numbers, which with the seed fix them)."""
-        for _ in self.stream(labels, seed, index):
-            pass
-        return self.result
+    @torch.no_grad()
+    def begin(self, labels: Tensor, seed: int, index: Tensor) -> None:
+        target, device = self.target, index.device
+        blank = torch.zeros(len(index), target.length, target.token_dim, device=device)
+        self.state = self.final = DecodeState.new(seed, index, blank)
+        self.rows, self.steps = list(range(len(index))), [0] * len(index)
+        order = place_order(seed, index, target.length)
+        self.rank, self.begins = order.argsort(1), torch.tensor(self.starts, device=device)
+        self.begun = _Images(labels, order, image_keys(seed, STREAM_TOKEN, index), self.state.keys, blank)
+
+    @property
+    def going(self) -> bool:
+        return min(self.steps, default=self.last) < self.last
 
     @torch.no_grad()
-    def stream(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[PassEvent]:
-        """Decode and yield an event whenever tokens are committed: after each pass of the target, or after the passes
-        of a window; afterwards `self.result` holds the batch's result."""
-        target, device = self.target, index.device
-        state = DecodeState.new(seed, index, torch.zeros(len(index), target.length, target.token_dim, device=device))
-        order = place_order(seed, index, target.length)
-        rank, starts = order.argsort(1), torch.tensor(self.starts, device=device)
-        noise = image_keys(seed, STREAM_TOKEN, index)
-        steps, number, meter = [0] * len(index), 0, _Meter(target.device)
-        while min(steps, default=self.passes) < self.passes:
-            began, first = time.perf_counter(), min(steps)
-            behind = [i for i, step in enumerate(steps) if step == first]
-            rows = torch.tensor(behind, device=device)
-            images = _Images(labels, order, noise, state.keys, state.tokens).rows(rows)
-            outcome = self._alone(images, first, meter) if first < self.alone else self._drafted(images, first, meter)
-            state = _commit(state, rows, outcome, starts[first + outcome.steps])
-            for i, more in zip(behind, outcome.steps.tolist(), strict=True):
-                steps[i] += more
-            meter.lap("draft")
-            number += outcome.passes
-            whole = (state.tokens, state.count, state.accepted, state.drafted, state.spent)
-            known, width = rank < state.count[:, None], outcome.places.shape[1]
-            yield PassEvent(*whole, number, width, time.perf_counter() - began, known)
-            meter.resume()
-        names = ("tokens", "passes", "drafted", "accepted", "margin", "spent", "moved", "farthest")
-        figures = {name: getattr(state, name) for name in names}
-        self.result = BatchResult(**figures, head_calls=meter.calls, head_rows=meter.rows, seconds=meter.seconds())
+    def advance(self) -> None:
+        """A pass, or those of a window of drafts, of the images that are furthest behind."""
+        self.meter.resume()
+        first = min(self.steps)
+        behind = [i for i, step in enumerate(self.steps) if step == first]
+        rows = torch.tensor(behind, device=self.begins.device)
+        images = replace(self.begun, tokens=self.state.tokens).rows(rows)
+        outcome = self._alone(images, first) if first < self.alone else self._drafted(images, first)
+        self.state = self.final = _commit(self.state, rows, outcome, self.begins[first + outcome.steps])
+        for i, more in zip(behind, outcome.steps.tolist(), strict=True):
+            self.steps[i] += more
+        self.counts = [self.starts[step] for step in self.steps]
+        self.over = [i for i in behind if self.steps[i] == self.last]
+        self.places = outcome.places.shape[1]
+        self.meter.passes += outcome.passes
+        self.meter.lap("draft")
+
+    def leave(self) -> None:
+        """Rows stay: images that are furthest behind are found among all."""
+
+    def known_of(self, image: ImageRequest) -> Tensor:
+        if image.tokens is not None:
+            return torch.ones(self.target.length, dtype=torch.bool, device=self.target.device)
+        return self.rank[self.images.index(image)] < image.count
 
     def _places(self, images: _Images, first: int, last: int) -> Tensor:
         """Places that steps first..last - 1 draw, int64 [B, W]."""
@@ -173,18 +170,18 @@ class MaskedDecoder:
         the key may be used again.)"""
         return fold(images.keys[:, None], places)
 
-    def _alone(self, images: _Images, step: int, meter: _Meter) -> _Outcome:
+    def _alone(self, images: _Images, step: int) -> _Outcome:
         """One step by the target."""
         places = self._places(images, step, step + 1)
         features = self._features(self.target, images, step, step + 1)
-        meter.lap("target")
+        self.meter.lap("target")
         law = self._law(self.target, features, len(places), self.guidances[step], self.starts[step])
         sampler = self.rule if isinstance(self.rule, Plain | Coupled) else Plain()
         tokens = sampler.sample(law, self._fixed(images, places).flatten(0, 1), self._fresh(images, places).flatten())
-        meter.count(law)
+        self.meter.count(law)
         return _Outcome(places, tokens.unflatten(0, places.shape), torch.ones_like(places[:, 0]), 1)
 
-    def _draft(self, images: _Images, first: int, last: int, meter: _Meter) -> tuple[Draft, _Images]:
+    def _draft(self, images: _Images, first: int, last: int) -> tuple[Draft, _Images]:
         """Steps first..last - 1 by the drafter, one after another, with the noise of the target's own sampler; and the
         images with these tokens."""
         assert self.drafter is not None
@@ -194,22 +191,22 @@ class MaskedDecoder:
             features = self._features(self.drafter, images, step, step + 1)
             law = self._law(self.drafter, features, len(places), self.guidances[step])
             path = sample_trajectory(law, None, self._fixed(images, places).flatten(0, 1))
-            meter.count(law)
+            self.meter.count(law)
             paths.append(Trajectory(*(part.unflatten(0, places.shape) for part in path)))
             images = images.with_tokens(places, paths[-1].token)
         path = Trajectory(*(torch.cat(parts, 1) for parts in zip(*paths, strict=True)))
         return Draft(path.token, trajectory=path), images
 
-    def _drafted(self, images: _Images, first: int, meter: _Meter) -> _Outcome:
+    def _drafted(self, images: _Images, first: int) -> _Outcome:
         """A window of steps from `first` on: drafted, then verified."""
-        last = min(self.passes, first + self.window.draft_length)
-        draft, filled = self._draft(images, first, last, meter)
-        meter.lap("draft")
+        last = min(self.last, first + self.drafts.draft_length)
+        draft, filled = self._draft(images, first, last)
+        self.meter.lap("draft")
         if self.blind:
             parts = [self._features(self.target, images, first, last)]
         else:
             parts = [self._features(self.target, filled, step, step + 1) for step in range(first, last)]
-        meter.lap("target")
+        self.meter.lap("target")
         places, scales = self._places(images, first, last), self._scales(first, last, images.order.device)
         # A rule verifies the place after the drafts too; a window ends without one, so its last place stands in.
         spare = torch.arange(draft.length + 1, device=places.device).clamp_max(draft.length - 1)
@@ -217,7 +214,7 @@ class MaskedDecoder:
         at = places[:, spare]
         noise = Noise(self._fixed(images, at), keys=self._fresh(images, at))
         verdict = self.rule.verify(draft, law, noise)
-        meter.count(law)
+        self.meter.count(law)
         tokens = verdict.tokens[:, :-1]
         # The step of the first rejected place is the last one that is committed.
         ahead = torch.tensor(self.starts[first:last], device=places.device) - self.starts[first]
@@ -253,11 +250,7 @@ def _commit(state: DecodeState, rows: Tensor, outcome: _Outcome, count: Tensor) 
 
 def _check(target: MARTarget, rule: Rule, settings: LawSettings, drafter: MARTarget | None) -> None:
     """Raises UsageError for what does not go together."""
-    if settings.temperature <= 0 or settings.top_k or settings.top_p != 1:
-        raise UsageError(
-            "continuous tokens have no top-k, no top-p and no greedy choice: top_k = 0, top_p = 1, temperature > 0 "
-            f"are allowed (given: {settings.top_k}, {settings.top_p:g}, {settings.temperature:g})"
-        )
+    check_continuous(settings)
     drafted = isinstance(rule, Cspd | Pathwise)
     if rule.isotropic or not (drafted or isinstance(rule, Plain | Coupled)):
         raise UsageError(f"rule {rule.name!r} is not allowed for a masked model: plain, coupled, cspd, pathwise")

@@ -1,8 +1,8 @@
-"""What changes while a batch is decoded, and what is known in the end."""
+"""What changes while a batch is decoded: tensors with a row per image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class DecodeState:
     """Everything that changes while a batch is decoded; rows are the images still in progress.
 
     tokens: int64 [B, N] or float32 [B, N, D], committed raster tokens, zeros beyond; count: int64 [B], how many are
-    committed; slot: int64 [B], where the image stands in the caller's batch; keys: int64 [B], noise keys of the
+    committed; row: int64 [B], where the image stands in the whole batch; keys: int64 [B], noise keys of the
     verifier; passes, drafted, accepted: int64 [B].
 
     Statistics, float32 [B]: margin, how near any draw or coin came to falling otherwise; spent, bias bound summed over
@@ -25,7 +25,7 @@ class DecodeState:
 
     tokens: Tensor
     count: Tensor
-    slot: Tensor
+    row: Tensor
     keys: Tensor
     passes: Tensor
     drafted: Tensor
@@ -44,7 +44,7 @@ class DecodeState:
         return DecodeState(
             tokens=tokens,
             count=zeros,
-            slot=torch.arange(batch, device=device),
+            row=torch.arange(batch, device=device),
             keys=image_keys(seed, STREAM_VERIFY, index),
             passes=zeros,
             drafted=zeros,
@@ -81,30 +81,9 @@ class DecodeState:
         return replace(self, tokens=padded[:, : self.length], **others)
 
     def merge(self, part: DecodeState) -> DecodeState:
-        """The caller's whole batch with the rows still in progress brought up to date."""
+        """The whole batch with the rows still in progress brought up to date."""
         merged = {}
         for name, value in vars(self).items():
             merged[name] = value.clone()
-            merged[name][part.slot] = getattr(part, name)
+            merged[name][part.row] = getattr(part, name)
         return DecodeState(**merged)
-
-
-@dataclass
-class BatchResult:
-    """tokens int64 [B, N] or float32 [B, N, D]; passes, drafted, accepted int64 [B]; margin, spent, moved, farthest
-    float32 [B] (see DecodeState); head_calls, head_rows: serial calls of a denoising head, and rows in them, of the
-    whole batch (0 for codes); batch_passes: passes of the batch, where images entered later (0: the most of any image);
-    seconds: `target` (passes), `draft` (drafting and verifying, the head included) and their sum `total`."""
-
-    tokens: Tensor
-    passes: Tensor
-    drafted: Tensor
-    accepted: Tensor
-    margin: Tensor
-    spent: Tensor
-    moved: Tensor
-    farthest: Tensor
-    head_calls: int = 0
-    head_rows: int = 0
-    batch_passes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)

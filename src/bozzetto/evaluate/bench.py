@@ -10,7 +10,6 @@ and reported as median, lowest and highest. Pixels are not decoded: the tokenize
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -23,8 +22,8 @@ from tqdm import tqdm
 
 from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.common.files import write_text
-from bozzetto.decoding.loop import Decoder
-from bozzetto.decoding.state import BatchResult
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.meter import Meter, now
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.evaluate.output import table
@@ -209,10 +208,10 @@ def _rounds(settings: BenchSettings, cell: GenerateSettings) -> int:
     return max(settings.rounds, -(-settings.count // (cell.batch * settings.waves)))
 
 
-def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels and indices of the images of a round, int64 [B] each: all classes in turn."""
-    index = torch.arange(number * batch, (number + 1) * batch, device=pipe.target.device)
-    return index % len(pipe.classes), index
+def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, range]:
+    """Labels int64 [B] and indices of the images of a round: all classes in turn."""
+    index = range(number * batch, (number + 1) * batch)
+    return torch.tensor(index, device=pipe.target.device) % len(pipe.classes), index
 
 
 def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, settings: BenchSettings) -> None:
@@ -224,7 +223,7 @@ def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSetti
     if entry is None:
         passes: Iterator[object] = pipe.bare_passes(labels, cell)
     else:
-        passes = pipe.decoder_for(entry, cell.batch)[0].stream(labels, 0, index)
+        passes = pipe.passes(labels.tolist(), 0, index, entry)
     for _ in islice(passes, _WARM_UP_PASSES):
         pass
 
@@ -237,12 +236,12 @@ def _ceiling(
     pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int
 ) -> tuple[float, float] | None:
     """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
-    window = 1 if entry is None else pipe.decoder_for(entry, cell.batch)[1]
+    window = 1 if entry is None else pipe.window(entry)
     if entry is None or entry.drafter != "jacobi" or window == 1 or pipe.target.tokens != "codes":
         return None
     probe = CeilingProbe(window, pipe.target.length)
     labels, index = _images(pipe, cell.batch, 0)
-    Decoder(pipe.target, probe, make_rule(entry.rule), entry.law).run(labels, seed, index)
+    EagerBatch(pipe.target, probe, make_rule(entry.rule), entry.law).run(labels, seed, torch.tensor(index))
     by_offset = probe.by_offset()
     return float(by_offset.mean()), float(by_offset[0])
 
@@ -252,30 +251,21 @@ def _timed(
 ) -> Timing:
     """A round: `waves` batches of images, together where the engine refills its batch."""
     labels, index = _images(pipe, cell.batch * settings.waves, number)
-    chunks = list(zip(labels.split(cell.batch), index.split(cell.batch), strict=True))
-    tokens, began = len(index) * pipe.target.length, _now(pipe)
+    tokens, began, device = len(index) * pipe.target.length, now(pipe.target.device), pipe.target.device
     if entry is None:
-        passes = sum(1 for part, _ in chunks for _ in pipe.bare_passes(part, cell))
-        return Timing(_now(pipe) - began, passes, tokens, tokens, 0.0)
-    decoder = pipe.decoder_for(entry, cell.batch)[0]
-    together = [(labels, index)] if getattr(decoder, "refills", False) else chunks
-    results = [decoder.run(part, settings.seed, numbers) for part, numbers in together]
-    seconds = _now(pipe) - began
-    parts = {name: sum(r.seconds[name] for r in results) for name in ("draft", "target")}
-    share = parts["draft"] / max(1e-12, parts["draft"] + parts["target"])
-    work = (sum(r.head_calls for r in results), sum(r.head_rows for r in results))
-    passes = sum(_passes_of(r) for r in results)
-    return Timing(seconds, passes, tokens, sum(int(r.passes.sum()) for r in results), share, *work)
-
-
-def _passes_of(result: BatchResult) -> int:
-    return result.batch_passes or int(result.passes.max())
-
-
-def _now(pipe: Pipeline) -> float:
-    if pipe.target.device.type == "cuda":
-        torch.cuda.synchronize(pipe.target.device)
-    return time.perf_counter()
+        passes = sum(1 for part in labels.split(cell.batch) for _ in pipe.bare_passes(part, cell))
+        return Timing(now(device) - began, passes, tokens, tokens, 0.0)
+    size = len(index) if pipe.fuses(pipe.resolve(entry)) else cell.batch
+    meters, image_passes, names = list[Meter](), 0, labels.tolist()
+    for first in range(0, len(index), size):
+        some = slice(first, first + size)
+        images, batch = pipe.decoded(names[some], settings.seed, index[some], entry)
+        meters.append(batch.meter)
+        image_passes += sum(image.passes for image in images)
+    seconds = now(device) - began
+    share = sum(m.parts["draft"] for m in meters) / max(1e-12, sum(m.total for m in meters))
+    work = (sum(m.head_calls for m in meters), sum(m.head_rows for m in meters))
+    return Timing(seconds, sum(m.passes for m in meters), tokens, image_passes, share, *work)
 
 
 def _row(
@@ -293,7 +283,7 @@ def _row(
         method=method,
         batch=cell.batch,
         guidance=cell.law.guidance,
-        window=1 if entry is None else pipe.decoder_for(entry, cell.batch)[1],
+        window=1 if entry is None else pipe.window(entry),
         top_k=cell.law.top_k,
         tokens_per_pass=sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
         passes=sum(t.passes for t in timings),

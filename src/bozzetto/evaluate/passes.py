@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bozzetto.decoding.meter import now
 from bozzetto.evaluate.advice import ATTENTION, DISPATCH, EMBEDDING, NARROW, PRODUCTS, Part, PassFigures
-from bozzetto.evaluate.roofline import Machine, now, pass_work, timed
+from bozzetto.evaluate.roofline import Machine, pass_work, timed
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget
 

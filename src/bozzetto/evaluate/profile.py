@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.decoding.state import BatchResult
+from bozzetto.decoding.batch import Batch
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.meter import Meter, now
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
 from bozzetto.evaluate.output import table
 from bozzetto.evaluate.passes import BarePass
 from bozzetto.evaluate.provenance import provenance
-from bozzetto.evaluate.roofline import Machine, measure_machine, now
+from bozzetto.evaluate.roofline import Machine, measure_machine
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen_cache import CausalTarget
@@ -31,6 +33,7 @@ SEQUENTIAL = "none"
 _WARM_UP_PASSES = 4
 _BUSY = 1.3  # times the time of an undisturbed pass, from which another one is worth a note
 _SHOW_AFTER = 2.0  # seconds until the progress bar appears
+_Round = tuple[float, list[ImageRequest], Batch, Meter]  # seconds, and what was decoded in them
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Ca
     tick()
     labels = torch.arange(method.batch, device=pipe.target.device) % len(pipe.classes)
     passes, parts = [], []
-    for width in sorted({1, pipe.decoder_for(method, method.batch)[1]}):
+    for width in sorted({1, pipe.window(method)}):
         bare = BarePass(pipe, method, labels, width)
         passes.append(bare.figures(machine, seconds))
         parts += bare.parts(seconds)
@@ -107,42 +110,36 @@ def _decoding(
     tick: Callable[[], object],
 ) -> list[Decoding]:
     """The methods in turn, the first one sequential, until the seconds are spent."""
-    index, device = torch.arange(len(labels), device=labels.device), pipe.target.device
+    device, images = pipe.target.device, (labels.tolist(), 0, range(len(labels)))
     for method in methods.values():
-        passes = pipe.decoder_for(method, method.batch)[0].stream(labels, 0, index)
         # Compiled passes have shapes that turn up at the end of an image only.
-        for _ in islice(passes, _WARM_UP_PASSES if method.compile == "off" else None):
+        for _ in islice(pipe.passes(*images, method), _WARM_UP_PASSES if method.compile == "off" else None):
             pass
         tick()
-    rounds: dict[str, list[tuple[float, BatchResult]]] = {name: [] for name in methods}
+    rounds: dict[str, list[_Round]] = {name: [] for name in methods}
     began = now(device)
     while not rounds[SEQUENTIAL] or now(device) - began < seconds:
         for name, method in methods.items():
-            decoder, start = pipe.decoder_for(method, method.batch)[0], now(device)
-            result = decoder.run(labels, 0, index)
-            rounds[name].append((now(device) - start, result))
+            start = now(device)
+            drawn, batch = pipe.decoded(*images, method)
+            rounds[name].append((now(device) - start, drawn, batch, batch.meter))
     return [_decoded(pipe, name, methods[name], found, rounds[SEQUENTIAL]) for name, found in rounds.items()]
 
 
 def _decoded(
-    pipe: Pipeline,
-    name: str,
-    method: GenerateSettings,
-    found: list[tuple[float, BatchResult]],
-    sequential: list[tuple[float, BatchResult]],
+    pipe: Pipeline, name: str, method: GenerateSettings, found: list[_Round], sequential: list[_Round]
 ) -> Decoding:
-    result, (decoder, window) = found[0][1], pipe.decoder_for(method, method.batch)
-    passes = result.batch_passes or int(result.passes.max())
+    _, images, batch, meter = found[0]
     return Decoding(
         method=name,
-        window=window,
-        tokens_per_pass=method.batch * pipe.target.length / int(result.passes.sum()),
-        seconds=median(seconds for seconds, _ in found) / passes,
-        drafting=median(r.seconds["draft"] / max(1e-12, r.seconds["total"]) for _, r in found),
-        speedup=median(slow / fast for (slow, _), (fast, _) in zip(sequential, found, strict=True)),
-        head_calls=result.head_calls / passes,
+        window=batch.window,
+        tokens_per_pass=method.batch * pipe.target.length / sum(image.passes for image in images),
+        seconds=median(seconds for seconds, *_ in found) / meter.passes,
+        drafting=median(m.parts["draft"] / max(1e-12, m.total) for *_, m in found),
+        speedup=median(slow / fast for (slow, *_), (fast, *_) in zip(sequential, found, strict=True)),
+        head_calls=meter.head_calls / meter.passes,
         jacobi=method.drafter.startswith("jacobi"),
-        adaptive=window > 1 and method.window == 0 and getattr(decoder, "refills", False),
+        adaptive=batch.window > 1 and method.window == 0 and batch.joins,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bozzetto.decoding.meter import now
 from bozzetto.runtime.native import processor
 from bozzetto.targets.llamagen_cache import CausalTarget
 
@@ -115,10 +115,3 @@ def timed(call: Callable[[], Any], seconds: float, device: torch.device) -> list
         call()
         found.append(now(device) - began)
     return found
-
-
-def now(device: torch.device) -> float:
-    """The time, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -111,7 +111,7 @@ class SampleRun:
         settings = pipe.resolve(settings)
         if split_spec(settings.drafter)[0] == "jacobi" and settings.rule != "seed-exact":
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
-            settings = replace(settings, window=pipe.decoder_for(settings, settings.batch)[1])
+            settings = replace(settings, window=pipe.window(settings))
         self.settings = settings
         self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
         plan_batches([0], 1, seed, 0, settings.batch)  # refuses a seed out of range

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from bozzetto.common.files import read_json, write_whole
-from bozzetto.decoding.trace import PassTrace
+from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
 
 RUN, ADM = "run.json", "samples.npz"

@@ -21,7 +21,7 @@ from bozzetto.adapters.chameleon import ChameleonTarget
 from bozzetto.adapters.emu3 import Emu3Target
 from bozzetto.adapters.glm_image import GlmImageTarget
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
-from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.loop import EagerBatch
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.path_registry import is_path_method
@@ -107,8 +107,8 @@ def generate_fn(
         prompts = [Prompt(words, other or words) for words, other in zip(given, without, strict=True)]
         labels = torch.tensor([target.add(prompt) for prompt in prompts])
         tail = torch.tensor([list(ending)] * len(labels), dtype=input_ids.dtype, device=input_ids.device)
-        decoder, streamer = _decoder(target, settings, law, len(labels)), asked.get("streamer")
-        drawn = _drawn(decoder, labels.to(target.device), seed, partial(_words, target, input_ids), streamer)
+        batch, streamer = _batch(target, settings, law, len(labels)), asked.get("streamer")
+        drawn = _drawn(batch, labels.to(target.device), seed, partial(_words, target, input_ids), streamer)
         if streamer is not None:
             for column in tail.T:
                 streamer.put(column.cpu())
@@ -171,24 +171,24 @@ def _preview(height: int, width: int, grids: Any, counts: Any) -> tuple[int, int
     return int(preview[1]), int(preview[2])
 
 
-def _decoder(target: PromptedCodes, settings: GenerateSettings, law: LawSettings, batch: int) -> Decoder:
+def _batch(target: PromptedCodes, settings: GenerateSettings, law: LawSettings, images: int) -> EagerBatch:
     dtype = str(target.dtype).removeprefix("torch.")
-    places = settings.window or max(2, min(16, (128 if dtype != "float32" else 64) // (2 * batch)))
+    places = settings.window or max(2, min(16, (128 if dtype != "float32" else 64) // (2 * images)))
     rule = "seed-exact" if settings.drafter == "none" else settings.rule  # without drafts all rules are one
-    return Decoder(target, make_drafter(settings.drafter, places), make_rule(rule), law)
+    return EagerBatch(target, make_drafter(settings.drafter, places), make_rule(rule), law)
 
 
-def _drawn(decoder: Decoder, labels: Tensor, seed: int, words: Callable[[Tensor], Tensor], streamer: Any) -> Tensor:
+def _drawn(batch: EagerBatch, labels: Tensor, seed: int, words: Callable[[Tensor], Tensor], streamer: Any) -> Tensor:
     """Words int64 [B, N] of the pictures. A streamer gets column after column, as generate's own loop gives it."""
     index, shown = torch.arange(len(labels), device=labels.device), 0
-    for event in decoder.stream(labels, seed, index):
-        if streamer is None:
-            continue
-        common = int(event.count.min())
-        for column in words(event.tokens[:, shown:common]).T:
+    if streamer is None:
+        return words(batch.run(labels, seed, index).tokens)
+    for state in batch.passes(labels, seed, index):
+        common = int(state.count.min())
+        for column in words(state.tokens[:, shown:common]).T:
             streamer.put(column.cpu())
         shown = common
-    return words(decoder.result.tokens)
+    return words(state.tokens)
 
 
 def _words(target: PromptedCodes, like: Tensor, tokens: Tensor) -> Tensor:

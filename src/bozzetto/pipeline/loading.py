@@ -79,7 +79,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     pipe.own = own
     if SAMPLING in config:
         with naming(folder / CONFIG):  # what it says is allowed for this kind of model
-            pipe.decoder_for(GenerateSettings(drafter="none"), 1)
+            pipe.make_batch(GenerateSettings(drafter="none"))
     return pipe
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,24 @@ from bozzetto.common.classes import labels_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
 from bozzetto.common.images import Origin, grid_of, one_core, size_of, to_picture
-from bozzetto.decoding.batch_lane import BatchLane
-from bozzetto.decoding.state import BatchResult
-from bozzetto.decoding.trace import PassTrace, traced
+from bozzetto.decoding.batch import Batch
+from bozzetto.decoding.images import ImageRequest
+from bozzetto.decoding.meter import Meter
+from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError
 from bozzetto.methods.registry import split_spec
+from bozzetto.pipeline.results import ROUNDING as ROUNDING
 from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
+from bozzetto.pipeline.results import settings_of as settings_of
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.04}
 _GREY = 0.5  # of what is not drawn yet
 _WAVES = 64  # of images that follow each other into slots, before pictures are made of them
 
 
 class Pipeline(ABC):
-    """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `decoder_for`, `resolve`.
+    """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `make_batch`, `resolve`.
 
     target: has length and device; tokenizer: has decode and config (`grid_of` and `size_of` read it).
     """
@@ -66,6 +67,7 @@ class Pipeline(ABC):
         self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
         self.own = OwnSampling()  # how its authors sample it
         self._known = ""
+        self._schedulers: dict[int, Scheduler] = {}  # of nobody, by images together
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -98,8 +100,8 @@ class Pipeline(ABC):
             )
 
     @abstractmethod
-    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
-        """A decoder (run, stream, result) for resolved settings and this many images, and its window."""
+    def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
+        """A batch of `settings.batch` images. closed: see Scheduler."""
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         """With `auto` replaced, and with the model's own values where nothing is asked for. Raises UsageError for a
@@ -148,9 +150,17 @@ class Pipeline(ABC):
         """The target with its passes compiled as asked."""
         return self.target
 
-    def refills(self, settings: GenerateSettings) -> bool:
-        """Whether a decoder for resolved settings takes more images than it decodes together."""
+    def fuses(self, settings: GenerateSettings, closed: bool = True) -> bool:
+        """Whether images of resolved settings may enter a batch while others are decoded. closed: see Scheduler."""
         return False
+
+    def batch_key(self, settings: GenerateSettings, seed: int, closed: bool = True) -> Hashable:
+        """Equal for images of resolved settings that can be decoded in one batch."""
+        return (settings, seed)
+
+    def window(self, settings: GenerateSettings) -> int:
+        """Places of a pass, at most, of images that are decoded `settings.batch` at a time."""
+        return self.make_batch(settings).window
 
     def alone(self, settings: GenerateSettings) -> GenerateSettings:
         """Settings as they are for one image drawn alone: resolved, batch 1, and with the window of that where the
@@ -158,17 +168,8 @@ class Pipeline(ABC):
         settings = replace(self.resolve(settings), batch=1)
         windowed = split_spec(settings.drafter)[0] == "jacobi"  # whatever fills it
         if settings.window == 0 and windowed and settings.rule != "seed-exact":
-            settings = replace(settings, window=self.decoder_for(settings, 1)[1])
+            settings = replace(settings, window=self.window(settings))
         return settings
-
-    def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
-        """Equal for images of resolved settings that can be decoded in one lane."""
-        return (settings, seed)
-
-    def make_lane(self, settings: GenerateSettings) -> Any:
-        """A lane (decoding/scheduler.py) of `settings.batch` slots."""
-        decoder = self.decoder_for(settings, settings.batch)[0]
-        return BatchLane(decoder, self.target.length, settings.batch, self.target.device)
 
     @torch.no_grad()
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
@@ -216,10 +217,38 @@ class Pipeline(ABC):
         """
         settings = self.resolve(settings_of(settings, options))
         for indices, labels in plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch):
-            decoder, _ = self.decoder_for(settings, len(indices))
-            names = [self.classes[label] for label in labels]
-            for event in decoder.stream(self._tensor(labels), seed, self._tensor(indices)):
-                yield StreamEvent(**vars(event), indices=indices, class_names=names)
+            names, seconds = [self.classes[label] for label in labels], 0.0
+            for images, batch in self.passes(labels, seed, indices, settings):
+                yield StreamEvent.of(images, batch, names, batch.meter.total - seconds)
+                seconds = batch.meter.total
+
+    def passes(
+        self, labels: Sequence[int], seed: int, indices: Sequence[int], settings: GenerateSettings
+    ) -> Iterator[tuple[list[ImageRequest], Batch]]:
+        """Decode images of a seed, `settings.batch` at a time; yields them after every target pass, in the order given,
+        with their batch, whose `meter` counts what all of it takes. Raises what a pass fails with."""
+        settings = self.resolve(settings)
+        settings = replace(settings, batch=min(len(indices), settings.batch))
+        images = [ImageRequest(*pair, settings.law) for pair in zip(labels, repeat(seed), indices)]
+        scheduler = self._schedulers.pop(settings.batch, None) or Scheduler(self, settings.batch, closed=True)
+        try:
+            batch = scheduler.add(images, settings)
+            batch.meter = Meter(self.target.device)
+            while scheduler.busy:
+                scheduler.step()
+                if scheduler.broken is not None:
+                    raise scheduler.broken
+                yield images, batch
+        finally:
+            scheduler.clear()
+            self._schedulers[settings.batch] = scheduler  # with what was compiled and measured for it
+
+    def decoded(
+        self, labels: Sequence[int], seed: int, indices: Sequence[int], settings: GenerateSettings
+    ) -> tuple[list[ImageRequest], Batch]:
+        """The same to the end, arguments as in `passes`."""
+        (last,) = deque(self.passes(labels, seed, indices, settings), 1)
+        return last
 
     def generate(
         self,
@@ -243,7 +272,7 @@ class Pipeline(ABC):
         """
         settings = self.resolve(settings_of(settings, options))
         plan = plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch, indices)
-        if self.refills(settings):  # slots take more images than they hold
+        if self.fuses(settings):  # such a batch takes more images than it holds
             plan = replace(plan, batch=_WAVES * settings.batch)
         result = GenerateResult([], settings, [], dict.fromkeys(("total", "draft", "target", "decode"), 0.0))
         began, handed = time.perf_counter(), 0.0
@@ -260,54 +289,27 @@ class Pipeline(ABC):
         """Draw the batches in turn and note in the result what they took."""
         settings, together = result.settings, max(result.settings.batch, torch.get_num_threads())
         for indices, labels in plan:
-            decoder, window = self.decoder_for(settings, min(len(indices), settings.batch))
-            tick = partial(_advance, bar, bar.n)
-            made, traces = traced(decoder, self._tensor(labels), seed, self._tensor(indices), tick)
-            result.windows.append(window)
-            for part in ("draft", "target"):
-                result.seconds[part] += made.seconds[part]
-            result.head_calls, result.head_rows = result.head_calls + made.head_calls, result.head_rows + made.head_rows
-            for first in range(0, len(indices), together):
+            before = bar.n
+            for drawn in self.passes(labels, seed, indices, settings):
+                bar.update(before + sum(image.count for image in drawn[0]) - bar.n)
+            images, batch = drawn
+            result.note(batch)
+            for first in range(0, len(images), together):
                 start = time.perf_counter()
-                some = slice(first, first + together)
-                origins = [Origin(self.prompt_of(k), seed, i) for i, k in zip(indices[some], labels[some], strict=True)]
-                pictures = self.pictures(made.tokens[some], origins)
+                some = images[first : first + together]
+                origins = [Origin(self.prompt_of(image.label), seed, image.index) for image in some]
+                pictures = self.pictures([image.result for image in some], origins)
                 result.seconds["decode"] += time.perf_counter() - start
-                for row, picture in enumerate(pictures, first):
-                    yield self._image(picture, made, row, traces[row], seed, indices[row], labels[row])
-
-    def _image(
-        self, picture: Image.Image, made: BatchResult, row: int, trace: PassTrace, seed: int, index: int, label: int
-    ) -> GeneratedImage:
-        margin = float(made.margin[row])
-        measured = margin < float("inf")
-        return GeneratedImage(
-            image=picture,
-            tokens=made.tokens[row].cpu(),
-            class_name=self.classes[label],
-            prompt=self.prompt_of(label),
-            label=label,
-            seed=seed,
-            index=index,
-            sha256=hashlib.sha256(picture.tobytes()).hexdigest(),
-            target_passes=int(made.passes[row]),
-            accepted=int(made.accepted[row]),
-            drafted=int(made.drafted[row]),
-            margin=margin if measured else None,
-            near_tie=measured and margin < ROUNDING[self.dtype],
-            spent=float(made.spent[row]),
-            trace=trace,
-            moved=float(made.moved[row]) / self.target.length,
-            farthest=float(made.farthest[row]),
-        )
+                for image, picture in zip(some, pictures, strict=True):
+                    yield GeneratedImage.of(self, image, picture)
 
     def decode(self, tokens: Tensor) -> Image.Image:
         """Tokens int64 [N] -> RGB picture. Equal tokens, equal bytes: see `pictures`."""
-        return self.pictures(tokens[None])[0]
+        return self.pictures([tokens])[0]
 
-    def pictures(self, tokens: Tensor, origins: Sequence[Origin] = ()) -> list[Image.Image]:
-        """Tokens int64 [n, N] -> RGB pictures. Each alone, in float32 and on one thread: sums are then added in one
-        order, whatever the batch, the threads and the processes. The images are spread over the threads."""
+    def pictures(self, tokens: Sequence[Tensor], origins: Sequence[Origin] = ()) -> list[Image.Image]:
+        """Tokens int64 [N] of several images -> RGB pictures. Each alone, in float32 and on one thread: sums are then
+        added in one order, whatever the batch, the threads and the processes. Images are spread over the threads."""
         images = [(row, origins[i] if origins else None) for i, row in enumerate(tokens)]
         if self.target.device.type != "cpu":
             return [self.decode_here(*image) for image in images]
@@ -336,26 +338,6 @@ class Pipeline(ABC):
     def codes_drawn(self, count: int) -> int:
         """How many cells of the grid the first `count` tokens fill."""
         return count
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.target.device)
-
-
-def _advance(bar: Any, before: float, done: int) -> None:
-    bar.update(before + done - bar.n)
-
-
-def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
-    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
-    if settings is not None:
-        if options:
-            raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
-        return settings
-    allowed = GenerateSettings.__dataclass_fields__
-    for name in options:
-        if name not in allowed:
-            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
-    return GenerateSettings(**options)  # type: ignore[arg-type]
 
 
 def shipped_models() -> list[str]:

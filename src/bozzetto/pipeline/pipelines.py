@@ -20,10 +20,10 @@ from bozzetto.checkpoints.own_sampling import HEAD
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
-from bozzetto.decoding.lanes import Lanes, in_slots
-from bozzetto.decoding.loop import Decoder
-from bozzetto.decoding.masked import MaskedDecoder
-from bozzetto.decoding.slot_decoder import SlotDecoder
+from bozzetto.decoding.batch import Batch
+from bozzetto.decoding.fused_kind import fused_kind, fuses, make_fused
+from bozzetto.decoding.loop import EagerBatch
+from bozzetto.decoding.masked import MaskedBatch
 from bozzetto.drafters.drift import CachedDrift
 from bozzetto.drafters.gaussian import CachedGaussian
 from bozzetto.drafters.masked_window import DraftWindow
@@ -88,7 +88,6 @@ class CodePipeline(_CausalPipeline):
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
-        self.lanes = Lanes(self.target_in, dtype, self._filler)
         self.workshop = TargetWorkshop(target, tokenizer.codebook, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -105,37 +104,36 @@ class CodePipeline(_CausalPipeline):
         name, options = drafter_options(drafter)
         return self.workshop.drafter_digest(getattr(options, "trained", "") or name, getattr(options, "folder", ""))
 
-    def _filler(self, drafter: str, target: Any) -> Any:
-        """What draws the places that enter a window of slots, for a target of this model."""
-        _, options = drafter_options(drafter)
-        if not getattr(options, "fill", ""):
-            return None
-        return self.workshop.filler(options.fill, options.folder, options.fresh, target)
+    def fuses(self, settings: GenerateSettings, closed: bool = True) -> bool:
+        return fuses(settings) and not (closed and settings.compile == "off")
 
-    def refills(self, settings: GenerateSettings) -> bool:
-        return settings.compile != "off" and in_slots(settings)
+    def batch_key(self, settings: GenerateSettings, seed: int, closed: bool = True) -> Hashable:
+        if not self.fuses(settings, closed):
+            return super().batch_key(settings, seed)
+        return fused_kind(settings, self.target.length, self.dtype)
 
-    def lane_key(self, settings: GenerateSettings, seed: int) -> Hashable:
-        return self.lanes.kind(settings) if in_slots(settings) else super().lane_key(settings, seed)
-
-    def make_lane(self, settings: GenerateSettings) -> Any:
-        return self.lanes.make(settings) if in_slots(settings) else super().make_lane(settings)
-
-    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Any, int]:
+    def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         settings = self.resolve(settings)
-        if self.refills(settings):
-            lane = self.lanes.shared(replace(settings, batch=batch))
-            return SlotDecoder(lane, settings.law), lane.widest
-        window = settings.window_for(batch, self.target.length, self.dtype)
+        target = self.target_in(settings.compile, settings.deterministic)
+        if self.fuses(settings, closed):
+            kind = fused_kind(settings, target.length, self.dtype)
+            return make_fused(kind, settings.batch, target, self.dtype, self._filler(settings.drafter, target))
+        window = settings.window_for(settings.batch, target.length, self.dtype)
         widen = None
         if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
-            widen = partial(settings.window_for, length=self.target.length, dtype=self.dtype)
+            widen = partial(settings.window_for, length=target.length, dtype=self.dtype)
         drafter = make_drafter(settings.drafter, window, widen, self.workshop)
         # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
         rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
         rule = with_neighbours(rule, self.workshop.neighbours)
-        target = self.target_in(settings.compile, settings.deterministic)
-        return Decoder(target, drafter, rule, settings.law, settings.tv_budget), window
+        return EagerBatch(target, drafter, rule, settings.law, settings.tv_budget, settings.batch, window)
+
+    def _filler(self, drafter: str, target: Any) -> Any:
+        """What draws the places that enter a window of a fused batch, for a target of this model."""
+        _, options = drafter_options(drafter)
+        if not getattr(options, "fill", ""):
+            return None
+        return self.workshop.filler(options.fill, options.folder, options.fresh, target)
 
 
 class FlowPipeline(_CausalPipeline):
@@ -175,16 +173,16 @@ class FlowPipeline(_CausalPipeline):
     def blank_inputs(self, labels: Tensor) -> Tensor:
         return torch.zeros(len(labels), 1, self.target.token_dim, device=labels.device)
 
-    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[Decoder, int]:
+    def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         settings = self.resolve(settings)
         rule, target = make_path_rule(settings.rule), self.target_in(settings.compile, settings.deterministic)
-        window = settings.window_for(batch, target.length, self.dtype, rule.widest)
+        window = settings.window_for(settings.batch, target.length, self.dtype, rule.widest)
         asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
         if asked and asked != {"steps": target.sampler.steps}:
             target = copy.copy(target)
             target.sample_with(replace(target.sampler, **asked))
         drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
-        return Decoder(target, drafter, rule, settings.law), drafter.max_nodes + 1
+        return EagerBatch(target, drafter, rule, settings.law, None, settings.batch, drafter.max_nodes + 1)
 
     def drafter_weights(self, drafter: str) -> str | None:
         name, options = path_drafter_options(drafter)
@@ -291,7 +289,7 @@ class MaskedPipeline(Pipeline):
         asked = {name: getattr(settings, name) for name in names if getattr(settings, name)}
         return replace(self.sampler, **asked)
 
-    def decoder_for(self, settings: GenerateSettings, batch: int) -> tuple[MaskedDecoder, int]:
+    def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         settings = self.resolve(settings)
         name, options = path_drafter_options(settings.drafter)
         if name not in ("none", "model"):
@@ -299,10 +297,10 @@ class MaskedPipeline(Pipeline):
         sampler, rule = self.sampler_for(settings), make_path_rule(settings.rule)
         target = self._target("", sampler, settings.compile)
         if name == "none":
-            return MaskedDecoder(target, rule, settings.law), 1
+            return MaskedBatch(target, rule, settings.law, slots=settings.batch)
         window = DraftWindow(options.length, options.prefill)
         drafter = self._target(str(self._draft_folder(options.folder)), sampler, settings.compile)
-        return MaskedDecoder(target, rule, settings.law, drafter, window), options.length
+        return MaskedBatch(target, rule, settings.law, drafter, window, settings.batch)
 
     def drafter_weights(self, drafter: str) -> str | None:
         name, options = path_drafter_options(drafter)

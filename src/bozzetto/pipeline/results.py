@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from bozzetto.decoding.loop import PassEvent
-from bozzetto.decoding.trace import PassTrace
+from bozzetto.decoding.batch import Batch
+from bozzetto.decoding.images import ImageRequest, PassTrace
 from bozzetto.errors import UsageError, check_number, check_text
 from bozzetto.settings import GenerateSettings
 
+# Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.04}
 MOST = 2**63  # seeds and indices are below
 
 
@@ -43,6 +48,30 @@ class GeneratedImage:
     farthest: float = 0.0
     prompt: str = ""
 
+    @staticmethod
+    def of(pipe: Any, image: ImageRequest, picture: Image.Image) -> GeneratedImage:
+        """A finished image of a pipeline and its picture."""
+        measured = image.margin < float("inf")
+        return GeneratedImage(
+            image=picture,
+            tokens=image.result.cpu(),
+            class_name=pipe.classes[image.label],
+            prompt=pipe.prompt_of(image.label),
+            label=image.label,
+            seed=image.seed,
+            index=image.index,
+            sha256=hashlib.sha256(picture.tobytes()).hexdigest(),
+            target_passes=image.passes,
+            accepted=image.accepted,
+            drafted=image.drafted,
+            margin=image.margin if measured else None,
+            near_tie=measured and image.margin < ROUNDING[pipe.dtype],
+            spent=image.spent,
+            trace=image.trace,
+            moved=image.moved / pipe.target.length,
+            farthest=image.farthest,
+        )
+
 
 @dataclass
 class GenerateResult:
@@ -65,6 +94,14 @@ class GenerateResult:
         self.count, self.tokens = self.count + 1, self.tokens + len(image.tokens)
         self.passes += image.target_passes
 
+    def note(self, batch: Batch) -> None:
+        """Add what a batch took."""
+        self.windows.append(batch.window)
+        for part, seconds in batch.meter.parts.items():
+            self.seconds[part] += seconds
+        self.head_calls += batch.meter.head_calls
+        self.head_rows += batch.meter.head_rows
+
     @property
     def tokens_per_pass(self) -> float:
         """Tokens per target pass, averaged over images."""
@@ -72,11 +109,47 @@ class GenerateResult:
 
 
 @dataclass
-class StreamEvent(PassEvent):
-    """A PassEvent of one batch plus the images it is about: indices in the run and class names."""
+class StreamEvent:
+    """After one target pass of a batch. tokens: int64 [B, N] or float32 [B, N, D] of the whole batch (zeros beyond what
+    is committed); count: int64 [B], committed tokens per image; accepted, drafted: int64 [B], drafts kept and positions
+    drafted so far (a tree drafts as many positions as it is deep); spent: float32 [B], bias bound so far; margin:
+    float32 [B], the least one so far (see GeneratedImage; infinite: not measured); number: passes so far; width: places
+    scored in this pass; seconds: wall time of this pass; known: bool [B, N], which places are committed (masked models;
+    None: the first `count`); indices, class_names: which images these are."""
 
-    indices: list[int] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
+    tokens: Tensor
+    count: Tensor
+    accepted: Tensor
+    drafted: Tensor
+    spent: Tensor
+    margin: Tensor
+    number: int
+    width: int
+    seconds: float
+    known: Tensor | None
+    indices: list[int]
+    class_names: list[str]
+
+    @staticmethod
+    def of(images: Sequence[ImageRequest], batch: Batch, names: list[str], seconds: float) -> StreamEvent:
+        """After a pass of a batch that took so long."""
+        batch.look()
+        tokens = torch.stack([batch.tokens_of(image) for image in images])
+        figures = {
+            name: torch.tensor([getattr(image, name) for image in images], device=tokens.device)
+            for name in ("count", "accepted", "drafted", "spent", "margin")
+        }
+        known = [part for image in images if (part := batch.known_of(image)) is not None]
+        return StreamEvent(
+            tokens,
+            **figures,
+            number=batch.meter.passes,
+            width=batch.places,
+            seconds=seconds,
+            known=torch.stack(known) if known else None,
+            indices=[image.index for image in images],
+            class_names=names,
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +191,19 @@ def plan_batches(
     check_number("seed", seed, 0, MOST - 1, "a whole number from 0 to 2^63 - 1", whole=True)
     check_number("first_index", first_index, 0, MOST - count, "a whole number >= 0, with no index above 2^63 - 1", True)
     return BatchPlan(labels, range(first_index, first_index + count) if indices is None else indices, batch)
+
+
+def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
+    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
+    if settings is not None:
+        if options:
+            raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
+        return settings
+    allowed = GenerateSettings.__dataclass_fields__
+    for name in options:
+        if name not in allowed:
+            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
+    return GenerateSettings(**options)  # type: ignore[arg-type]
 
 
 def listed(asked: str | int | Iterable[str | int]) -> Sequence[str | int]:

@@ -168,10 +168,10 @@ def about(event: Finished, order: Order) -> dict[str, Any]:
         "seed": order.seed,
         "size": "{}x{}".format(*event.picture.size),
         "sha256": hashlib.sha256(event.picture.tobytes()).hexdigest(),
-        "target_passes": event.passes,
-        "tokens_per_pass": round(event.tokens / max(1, event.passes), 4),
-        "accepted": event.accepted,
-        "drafted": event.drafted,
+        "target_passes": event.image.passes,
+        "tokens_per_pass": round(event.image.count / max(1, event.image.passes), 4),
+        "accepted": event.image.accepted,
+        "drafted": event.image.drafted,
         "seconds": round(event.seconds, 4),
         "near_tie": event.near_tie,
         "sampling": said(order),
@@ -203,7 +203,7 @@ async def whole(worker: Worker, order: Order, form: Form) -> dict[str, Any]:
         "created": int(time.time()),
         "data": [{**made, "bozzetto": about(event, order)} for made, event in zip(pictures, found, strict=True)],
         **_shared(form),
-        "usage": usage(order, sum(event.tokens for event in found)),
+        "usage": usage(order, sum(event.image.count for event in found)),
         "seed": order.seed,
     }
 
@@ -223,7 +223,11 @@ async def streamed(events: Events, order: Order, form: Form) -> AsyncIterator[by
                 content |= {"partial_image_index": event.number, "index": event.index}
             elif isinstance(event, Finished):
                 kind, left = "completed", left - 1
-                content |= {"usage": usage(order, event.tokens), "index": event.index, "bozzetto": about(event, order)}
+                content |= {
+                    "usage": usage(order, event.image.count),
+                    "index": event.index,
+                    "bozzetto": about(event, order),
+                }
             else:
                 yield STILL_HERE
                 continue

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from bozzetto.decoding.scheduler import Ticket
+from bozzetto.decoding.images import ImageRequest
 from bozzetto.serve.orders import Event, Order
 
 
 @dataclass(eq=False)
 class Drawn:
-    """An image of an order in the admission loop. told: partial pictures so far; shown: when it was watched last;
-    painting: the last picture of it that was handed to the painters."""
+    """An image of an order on its way. began: when its first pass did; told: partial pictures so far; shown: when it
+    was watched last; painting: the last picture of it that was handed to the painters."""
 
-    order: Job
-    index: int
-    ticket: Ticket
+    job: Job
+    image: ImageRequest
     began: float | None = None
     told: int = 0
     shown: float = 0.0

@@ -65,7 +65,7 @@ def _has(pipe: Pipeline, drafter: str) -> bool:
 def _goes(pipe: Pipeline, drafter: str, rule: str) -> bool:
     """Whether the method can be asked for, and decoded."""
     try:
-        pipe.decoder_for(pipe.resolve(GenerateSettings(drafter, rule)), 1)
+        pipe.make_batch(GenerateSettings(drafter, rule))
     except UsageError:
         return False
     return True

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from bozzetto.decoding.images import ImageRequest
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -60,10 +60,10 @@ class Metrics:
         self.batch.labels(model).observe(images)
         self.pass_seconds.labels(model).inc(seconds)
 
-    def finished(self, model: str, image: Any, tokens: int, seconds: float) -> None:
-        """An image is done (engine.slots.SlotImage)."""
+    def finished(self, model: str, image: ImageRequest, seconds: float) -> None:
+        """An image is done."""
         self.image_seconds.labels(model).observe(seconds)
-        counts = {"images": 1, "tokens": tokens}
+        counts = {"images": 1, "tokens": image.count}
         counts |= {name: getattr(image, name) for name in ("passes", "drafted", "accepted")}
         for name, value in counts.items():
             self.totals[name].labels(model).inc(value)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from bozzetto.decoding.images import ImageRequest
 from bozzetto.settings import GenerateSettings
 
 
@@ -51,18 +52,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """An image. seconds: from its first pass to its last; trace: tokens that each pass committed; near_tie: whether
-    rounding in other company could have turned it into another one (None: not measured)."""
+    """An image. seconds: from its first pass to its last; near_tie: whether rounding in other company could have turned
+    it into another one (None: not measured)."""
 
-    index: int
+    image: ImageRequest
     picture: Image.Image
-    tokens: int
-    passes: int
-    accepted: int
-    drafted: int
     seconds: float
-    trace: list[int]
     near_tie: bool | None = None
+
+    @property
+    def index(self) -> int:
+        return self.image.index
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:
                 yield sse("progress", {**told, "jpeg": picture})
             elif isinstance(event, Finished):
                 picture = base64.b64encode(encoded(event.picture, "png")).decode()
-                final = {**about(event, order), "tokens": event.tokens, "committed": event.trace}
+                final = {**about(event, order), "tokens": event.image.count, "committed": event.image.trace.committed}
                 yield sse("done", {**final, "png": picture})
                 return
             else:

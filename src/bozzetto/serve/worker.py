@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bozzetto.common.images import Origin, one_core
-from bozzetto.decoding.scheduler import Admission
+from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
 from bozzetto.serve.jobs import Drawn
@@ -74,7 +74,7 @@ class Worker(threading.Thread):
         self.held = 0  # images accepted and not over
         self.pace = 1.0  # seconds per image, lately
         self.stopping = False
-        self.loops: dict[str, Admission] = {}  # by place, see Order
+        self.loops: dict[str, Scheduler] = {}  # by place, see Order
         self.jobs: list[Job] = []
         self.drawn: dict[int, Drawn] = {}
 
@@ -170,13 +170,13 @@ class Worker(threading.Thread):
             for count in sorted({1, self.slots}):
                 for index in range(count):
                     loop.submit(label, index=index, settings=self.base)
-                while (loop.waiting or loop.drawing) and not self.stopping:
-                    for ticket in loop.step():
-                        loop.pipe.decode(ticket.tokens)
+                while loop.busy and not self.stopping:
+                    for image in loop.step():
+                        loop.pipe.decode(image.result)
 
     def _one_pass(self, pipe: Pipeline) -> None:
         """Of sequential decoding of an image of ours. Raises what it fails with."""
-        alone, settings = Admission(pipe, 1, 1), replace(self.base, drafter="none", rule="auto")
+        alone, settings = Scheduler(pipe, 1, 1), replace(self.base, drafter="none", rule="auto")
         alone.submit(pipe.labels((), settings)[0], settings=settings)
         alone.step()
         if alone.broken is not None:
@@ -215,7 +215,7 @@ class Worker(threading.Thread):
         for job in [job for job in self.jobs if job.due < now]:
             self._drop(job, TooLong(f"the images took longer than the {self.limit:g} s that a request may"))
         for name, loop in self.loops.items():
-            if loop.waiting or loop.drawing:
+            if loop.busy:
                 self._pass(name, loop)
         if self.doubted and now - self.looked >= _AGAIN:
             self._look_again()
@@ -231,22 +231,21 @@ class Worker(threading.Thread):
             (label,) = pipe.labels([order.prompt], settings)
             self.jobs.append(job)
             for index in range(order.count):
-                ticket = loop.submit(label, seed=order.seed, index=index, settings=settings)
-                drawn = Drawn(job, index, ticket)
-                job.images.append(drawn)
-                self.drawn[id(ticket)] = drawn
+                image = loop.submit(label, seed=order.seed, index=index, settings=settings)
+                job.images.append(Drawn(job, image))
+                self.drawn[id(image)] = job.images[-1]
         except Exception as error:  # whatever a model makes of a request must not end the thread
             _say("an order could not be begun", error)
             self._drop(job, error, new=True)
         else:
             job.accept()
 
-    def _loop(self, order: Order) -> Admission:
+    def _loop(self, order: Order) -> Scheduler:
         """The loop of a model, or of its twin for pictures of another size, which begins when it is first asked for.
         Raises UsageError for a size that the model does not draw."""
         if order.place not in self.loops:
             twin = self.pipes[order.model].in_size(order.size or self.pipes[order.model].size)
-            idle = [k for k, loop in self.loops.items() if k not in self.pipes and not (loop.waiting or loop.drawing)]
+            idle = [k for k, loop in self.loops.items() if k not in self.pipes and not loop.busy]
             for place in idle[: max(0, len(self.loops) - len(self.pipes) + 1 - _SIZES)]:
                 del self.loops[place]
                 self._well(place)
@@ -255,19 +254,19 @@ class Worker(threading.Thread):
 
     def _open(self, place: str, pipe: Pipeline) -> None:
         pipe.remember(max(_PROMPTS, 2 * (self.slots + self.queue)), partial(self._labels, place))
-        self.loops[place] = Admission(pipe, self.slots, self.slots + self.queue)
+        self.loops[place] = Scheduler(pipe, self.slots, self.slots + self.queue)
 
     def _labels(self, place: str) -> set[int]:
         """Labels of images of a place that are asked for and not over."""
-        return {d.ticket.request.label for d in self.drawn.values() if d.order.order.place == place}
+        return {d.image.label for d in self.drawn.values() if d.job.order.place == place}
 
     def _drop(self, job: Job, error: Exception | None, new: bool = False) -> None:
         """Give up an order; error: what its client is told."""
         if job.over or (job not in self.jobs and not new):
             return
         for drawn in job.images:
-            if self.drawn.pop(id(drawn.ticket), None) is not None:
-                self.loops[job.order.place].cancel(drawn.ticket)
+            if self.drawn.pop(id(drawn.image), None) is not None:
+                self.loops[job.order.place].cancel(drawn.image)
         self._over(job, job.left)
         job.left = 0
         if error is not None:
@@ -284,7 +283,7 @@ class Worker(threading.Thread):
             self.held -= images
             self.metrics.waiting(self.held)
 
-    def _pass(self, name: str, loop: Admission) -> None:
+    def _pass(self, name: str, loop: Scheduler) -> None:
         """One target pass of a model."""
         began = time.monotonic()
         try:
@@ -300,70 +299,61 @@ class Worker(threading.Thread):
             _say(f"a pass of {name} has failed", loop.broken)
             self.doubted.add(name)
         now = time.monotonic()
-        self.metrics.passed(name, loop.active + sum(ticket.error is None for ticket in over), now - began)
-        for drawn in [d for d in self.drawn.values() if d.order.order.place == name]:
-            if drawn.ticket.image is None or not drawn.ticket.image.passes:
-                drawn.began = None  # it waits, for a place (perhaps again) or for its lane's turn
+        self.metrics.passed(name, loop.active + sum(image.error is None for image in over), now - began)
+        for drawn in [d for d in self.drawn.values() if d.job.order.place == name]:
+            if not drawn.image.passes:
+                drawn.began = None  # it waits, for a place (perhaps again) or for its batch's turn
             elif drawn.began is None:
                 drawn.began = began
-        for ticket in over:
-            found = self.drawn.pop(id(ticket), None)  # none: an image before it took its order along
-            if found is not None and ticket.error is not None:
-                self._drop(found.order, ticket.error)
+        for image in over:
+            found = self.drawn.pop(id(image), None)  # none: an image before it took its order along
+            if found is not None and image.error is not None:
+                self._drop(found.job, image.error)
             elif found is not None:
                 self._finish(found, now)
         for drawn in list(self.drawn.values()):
-            if drawn.order.order.place == name and drawn.began is not None:
+            if drawn.job.order.place == name and drawn.began is not None:
                 try:
                     self._show(drawn, loop, now)
                 except Exception as error:  # who only watches must not end the thread
                     _say("a picture on the way could not be made", error)
-                    self._drop(drawn.order, error)
+                    self._drop(drawn.job, error)
 
     def _collapse(self, name: str, error: Exception) -> None:
         for job in [job for job in self.jobs if job.order.place == name]:
             self._drop(job, error)
-        self.loops[name] = Admission(self.loops[name].pipe, self.slots, self.slots + self.queue)
+        self.loops[name] = Scheduler(self.loops[name].pipe, self.slots, self.slots + self.queue)
 
     def _finish(self, drawn: Drawn, now: float) -> None:
-        job, image = drawn.order, drawn.ticket.image
-        assert image is not None and drawn.began is not None
+        job, image = drawn.job, drawn.image
+        assert drawn.began is not None
         seconds = now - drawn.began
         self.pace += 0.1 * (seconds / max(1, min(self.held, self.slots)) - self.pace)
-        self.metrics.finished(job.order.place, image, len(drawn.ticket.tokens), seconds)
-        pipe, tokens, told = self.loops[job.order.place].pipe, drawn.ticket.tokens, list(image.trace.committed)
-        asked = drawn.ticket.request
-        origin = Origin(pipe.prompt_of(asked.label), asked.seed, asked.index)
+        self.metrics.finished(job.order.place, image, seconds)
+        pipe = self.loops[job.order.place].pipe
+        origin = Origin(pipe.prompt_of(image.label), image.seed, image.index)
         self._over(job, 1)
-
         near = None if image.margin == float("inf") else image.margin < ROUNDING[pipe.dtype]
+        self._paint(drawn, lambda: job.post(Finished(image, pipe.decode_here(image.result, origin), seconds, near)))
 
-        def paint() -> None:
-            picture = pipe.decode_here(tokens, origin)
-            counts = (len(tokens), image.passes, image.accepted, image.drafted)
-            job.post(Finished(drawn.index, picture, *counts, seconds, told, near))
-
-        self._paint(drawn, paint)
-
-    def _show(self, drawn: Drawn, loop: Admission, now: float) -> None:
+    def _show(self, drawn: Drawn, loop: Scheduler, now: float) -> None:
         """Partial pictures, at even shares of the tokens; for who watches, the passes too."""
-        job, image = drawn.order, drawn.ticket.image
-        order = job.order
-        assert image is not None and drawn.began is not None
+        job, image, order = drawn.job, drawn.image, drawn.job.order
+        assert drawn.began is not None
         pipe = loop.pipe
         due = drawn.told < order.partials and (
             image.count * (order.partials + 1) >= (drawn.told + 1) * pipe.target.length
         )
         if due:
             drawn.told += 1
-            number, tokens = drawn.told - 1, loop.partial(drawn.ticket)
-            self._paint(drawn, lambda: job.post(Partial(drawn.index, number, pipe.preview(*tokens))))
+            number, tokens = drawn.told - 1, loop.partial(image)
+            self._paint(drawn, lambda: job.post(Partial(image.index, number, pipe.preview(*tokens))))
         if order.watched and not drawn.watching and now - drawn.shown >= _WATCHED:
             drawn.shown, drawn.watching = now, True
-            seconds, passes, seen = now - drawn.began, image.passes, loop.partial(drawn.ticket)
+            seconds, passes, seen = now - drawn.began, image.passes, loop.partial(image)
 
             def paint() -> None:
-                job.post(Progress(drawn.index, seconds, seen[1], passes, pipe.preview(*seen)))
+                job.post(Progress(image.index, seconds, seen[1], passes, pipe.preview(*seen)))
                 drawn.watching = False
 
             self._paint(drawn, paint)
@@ -379,7 +369,7 @@ class Worker(threading.Thread):
                 work()
             except Exception as error:
                 _say("a picture could not be made", error)
-                drawn.order.post(Failed(error))
+                drawn.job.post(Failed(error))
 
         drawn.painting = self.painters.submit(safely)
 

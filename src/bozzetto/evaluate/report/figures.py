@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from bozzetto.decoding.trace import PassTrace
+from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.report.runs import Figure
 

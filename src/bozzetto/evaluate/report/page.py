@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bozzetto.common.files import write_text
-from bozzetto.decoding.trace import PassTrace, acceptance_by_offset, mean_progress, mean_spend
+from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.output import check_writable
 from bozzetto.evaluate.report import figures as draw
@@ -34,6 +34,7 @@ from bozzetto.evaluate.report.tables import (
     speed_table,
     spend_table,
 )
+from bozzetto.evaluate.report.traces import acceptance_by_offset, mean_progress, mean_spend
 
 MOST_SHOWN, MOST_MAPS = 24, 8
 SEQUENTIAL = "none"

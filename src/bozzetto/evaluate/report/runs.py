@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bozzetto.common.files import parse_json
-from bozzetto.decoding.trace import PassTrace
+from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.output import MANIFEST
 from bozzetto.evaluate.sampling import slug

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.cli import main as cli
-from bozzetto.cli.options import Bench, Evaluate, Generate, Profile, Sample
-from bozzetto.cli.options_shared import Law, Loading
+from bozzetto.cli.options import Bench, Convert, Draw, Evaluate, Generate, Profile, Sample, Serve
+from bozzetto.common.options import LoadOptions
 from bozzetto.evaluate.bench import BenchSettings
 from bozzetto.evaluate.compare import CompareSettings
 from bozzetto.evaluate.evaluation import EvaluateSettings
@@ -36,7 +39,7 @@ LAW: dict[str, Any] = {
     "deterministic": True,
     "batch": 11,
 }
-ENGINE = {"progress", *(f.name for f in fields(Loading))}  # of loading and of the terminal
+ENGINE = {"progress", *(f.name for f in fields(LoadOptions))}  # of loading and of the terminal
 GENERATE = {k: v for k, v in LAW.items() if k != "seed"}
 
 
@@ -69,7 +72,7 @@ def arrived(monkeypatch: pytest.MonkeyPatch, arguments: list[str], where: str, k
 
 
 def test_the_table_of_this_file_knows_every_option():
-    defaults = {f.name: f.default for f in fields(Law)}
+    defaults = {f.name: f.default for f in fields(Draw)}
     assert set(LAW) | ENGINE == set(defaults) and not [k for k, v in LAW.items() if defaults[k] == v]
     assert set(GENERATE) | {"drafter", "rule"} == {f.name for f in fields(GenerateSettings)}
 
@@ -133,3 +136,104 @@ def test_profile(monkeypatch):
     found = arrived(monkeypatch, ["profile", *typed(own)], "bozzetto.evaluate.profile.profile", ProfileSettings)
     assert found == replace(ProfileSettings(), **own)
     assert {f.name for f in fields(Profile)} - {"model", "json"} - ENGINE == set(own)
+
+
+def loading_words() -> dict[str, Any]:
+    """Every option of loading, each with another value than its own."""
+    words = {name: f"a-{name}" for name in ("captions", "text_encoder", "tokenizer", "vqgan", "vae", "sampler")}
+    return {**words, "dtype": "bfloat16", "device": "cpu", "device_map": "auto", "image_size": 512, "offline": True} | {
+        "adapter": "an-adapter"
+    }
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench", "profile", "sample", "evaluate", "serve"])
+def test_every_option_of_loading_reaches_whoever_loads(verb, monkeypatch, tmp_path):
+    values = loading_words()
+    assert set(values) == {f.name for f in fields(LoadOptions)}
+    assert not [f.name for f in fields(LoadOptions) if values[f.name] == f.default]
+    where = "bozzetto.cli.serve.load" if verb == "serve" else "bozzetto.pipeline.loading.load"
+    monkeypatch.setattr(where, stop)
+    monkeypatch.setattr("bozzetto.evaluate.features.make_extractor", lambda spec: spec)
+    out = {"serve": ["--port", "0"], "bench": [], "profile": []}.get(verb, ["--out", str(tmp_path / "out")])
+    with pytest.raises(Arrived) as caught:
+        cli.main([verb, "--model", "flowers", *typed(values), *out])
+    assert LoadSettings(**values) in caught.value.args[0]
+
+
+def test_serve(monkeypatch):
+    keys, made = Path(__file__), dict[str, Any]()
+    pipe = SimpleNamespace(need_pictures=lambda: None, resolve=lambda settings: settings)
+    monkeypatch.setattr("bozzetto.cli.serve.load", lambda *given: pipe)
+    monkeypatch.setattr("bozzetto.serve.guard.read_keys", lambda path: ["key"] if path == keys else [])
+    monkeypatch.setattr("bozzetto.cli.serve.Worker", lambda load, **named: made.update(worker=named) or "worker")
+    monkeypatch.setattr("bozzetto.cli.serve.Terms", lambda *given: made.update(terms=given) or "terms")
+    monkeypatch.setattr("bozzetto.cli.serve.make_app", lambda *given, **named: made.update(app=(given, named)))
+    monkeypatch.setattr("bozzetto.cli.serve.Server", lambda app, limit, word: stop(limit, word))
+    own: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "slots": 3, "queue": 5, "limit": 7.5, "alias": "a=emoji"}
+    own |= {"resize": True, "api_keys": keys, "allowed_host": "Here", "compile": "max", "deterministic": True}
+    with pytest.raises(Arrived) as caught:
+        cli.main(["serve", "--model", "emoji", *typed(own)])
+    assert caught.value.args[0][0] == 7.5 and "emoji at http://127.0.0.1:" in caught.value.args[0][1]
+    base = GenerateSettings(compile="max", deterministic=True)
+    assert made["worker"] == {"slots": 3, "queue": 5, "limit": 7.5, "base": base}
+    assert made["terms"] == ("worker", {"a": "emoji"}, True)
+    assert made["app"] == (("worker",), {"keys": ("key",), "hosts": ("here",), "terms": "terms"})
+    of_ray = {"ray", "replicas", "max_replicas", "ongoing"}  # tests/test_serve_ray.py
+    assert {f.name for f in fields(Serve)} == {*own, "model", *of_ray, *ENGINE} - {"progress"}
+
+
+def test_convert_train_report_and_models(monkeypatch, tmp_path):
+    """Verbs whose options are arguments of one function."""
+    names = {"vq": "V", "gpt": "G", "image_size": 384, "class_names": "C", "store": "float16", "text_encoder": "T"}
+    names |= {"checkpoint": "K", "vae": "A", "drafter": "D", "model": "M", "out": "O"}
+    assert {"what", *names} == {f.name for f in fields(Convert)}
+    path = {name: Path(str(value)) for name, value in names.items()}
+    wanted: dict[str, tuple[str, list[Any]]] = {
+        "llamagen": ("convert.convert_llamagen", [path["gpt"], path["vq"], path["out"], 384, path["class_names"]]),
+        "mar": ("convert_mar.convert_mar", [path["checkpoint"], path["vae"], path["out"], path["class_names"]]),
+        "eagle": ("eagle_store.convert_eagle", [path["drafter"], path["model"], path["out"]]),
+    }
+    wanted["llamagen"][1].extend(["float16", "T"])
+    wanted["mar"][1].append("float16")
+    wanted["eagle"][1].append("float16")
+    for what, (function, values) in wanted.items():
+        monkeypatch.setattr(f"bozzetto.checkpoints.{function}", stop)
+        with pytest.raises(Arrived) as caught:
+            cli.main(["convert", what, *typed(names)])
+        assert caught.value.args[0] == values
+    monkeypatch.setattr("bozzetto.evaluate.report.build_report", stop)
+    with pytest.raises(Arrived) as caught:
+        cli.main(["report", "a", "b", "--out", "page.html", "--progress"])
+    assert caught.value.args[0] == [(Path("a"), Path("b")), Path("page.html"), True]
+    monkeypatch.setattr("bozzetto.cli.listing.list_models", stop)
+    with pytest.raises(Arrived) as caught:
+        cli.main(["models", "here"])
+    assert caught.value.args[0] == [Path("here")]
+    monkeypatch.setattr("bozzetto.train.recipes.read_recipe", lambda path, kind: SimpleNamespace(out=path))
+    monkeypatch.setattr("bozzetto.train.target.train_target", stop)
+    with pytest.raises(Arrived) as caught:
+        cli.main(["train", "target", "r.yaml", "--restart"])
+    assert caught.value.args[0] == [SimpleNamespace(out=Path("r.yaml")), True]
+
+
+def test_the_method_as_typed_reaches_workers_of_ray(tiny_model, tmp_path, monkeypatch):
+    """Each worker opens the run that the first process began, and refuses one that is called something else."""
+    sampling_ray = pytest.importorskip("bozzetto.evaluate.sampling_ray", exc_type=ImportError)
+    runs: list[Any] = []
+
+    def here(run: Any, blocks: list[list[int]], *settings: Any) -> None:
+        runs.append((run, sampling_ray.worker_settings(run, *settings[:2])))
+
+    monkeypatch.setattr(sampling_ray, "_map", here)
+    monkeypatch.setattr(sampling_ray.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(sampling_ray.ray, "cluster_resources", dict)
+    words = ["sample", "--model", str(tiny_model), "--method", "jacobi/exact@window=3", "--count", "2", "--ray", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    ((run, settings),) = runs
+    assert sampling_ray.ShardWriter(**settings).run.description() == run.description()
+
+
+def test_help_is_quick():
+    """Nothing of torch is imported before a verb is known."""
+    code = "import sys, bozzetto.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
+from bozzetto.common.options import LawOptions, MethodOptions
 from bozzetto.errors import UsageError, brief, check_number, check_text
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.path_registry import (
@@ -32,43 +33,10 @@ _HUGE = sys.float_info.max
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
-    """How to generate.
-
-    drafter, rule: NAME or NAME:key=value:... (see methods/), or `auto`: what suits the model
-    and the other of the two, without bias; window: scored positions per pass of drafter jacobi (0: chosen for the
-    batch); guidance, temperature, top_k, top_p: the law (see LawSettings), None: the model's own; batch: images decoded
-    together; tv_budget: most bias per image that a relaxed rule may spend (None: no limit).
-
-    For continuous tokens: steps, denoising steps per token; last_steps, those of the last token, to which they fall
-    (without drafts only); passes, autoregressive steps of a masked model; guidance_schedule: `linear` (guidance grows
-    from 1 with the share of known tokens) or `constant`, for a masked model. 0 and "": as the model says.
-
-    negative_prompt: what stands for no prompt under guidance, where the model draws prompts of its own ("": what the
-    model has for that; None: that too, or with quality_words what its authors publish); quality_words: append to every
-    prompt what the model's authors append to theirs, where they do.
-
-    compile: `off`, `default` or `max`, how passes of a causal model are compiled; deterministic: compiled passes of any
-    width and batch agree to the last bit, so that seed-exact images are the same in bfloat16 too.
-    """
-
-    drafter: str = AUTO
-    rule: str = AUTO
-    window: int = 0
-    guidance: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    batch: int = 1
-    tv_budget: float | None = None
-    steps: int = 0
-    last_steps: int = 0
-    passes: int = 0
-    guidance_schedule: str = ""
-    negative_prompt: str | None = None
-    quality_words: bool = False
-    compile: str = "off"
-    deterministic: bool = False
+class GenerateSettings(LawOptions, MethodOptions):
+    """How to generate. drafter, rule: NAME or NAME:key=value:... (see methods/), or `auto`: what suits the model and
+    the other of the two, without bias; what is None, 0 or "": as the model says. Raises UsageError for a value out of
+    range."""
 
     def __post_init__(self) -> None:
         if self.tv_budget is not None:

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from bozzetto.common.options import LoadOptions
 from bozzetto.errors import UsageError, brief, check_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,37 +18,9 @@ MAPS = ("", "auto", "balanced", "sequential")
 
 
 @dataclass(frozen=True)
-class LoadSettings:
-    """How to load a model.
-
-    dtype: of the target's passes (`auto`: float32 on a CPU, where equal bytes are promised, else the type of the
-    weights in their files); device: as torch names it (`auto`, which becomes the device here: a GPU where there is
-    one, of several that of torchrun's LOCAL_RANK; else cpu); device_map: how accelerate spreads a model of transformers
-    over all devices ("": not at all); captions: features file of a text-conditional model (captions.py), whose
-    captions then stand for the classes; text_encoder: of such a model, folder or hub name ("": the model's own);
-    image_size: pixels per side, or WIDTHxHEIGHT, where a model has a choice (0: its usual one); vae: folder of
-    NextStep-1's autoencoder, or its name on the hub ("": in the model's own); sampler: how its head is sampled, as
-    methods/ reads it ("": as published); adapter: file that describes a language model whose image tokens are
-    words (adapters/spec.py), or the name of a shipped one ("": what lies in the model's folder, if anything);
-    tokenizer: a folder or a name on the hub whose tokenizer a model takes that comes without; vqgan: file with the
-    decoder of image tokens, of Chameleon's family and of adapters; offline: ask no network for anything, from here on
-    in this process, as HF_HUB_OFFLINE=1 does.
-
-    Raises UsageError for an unknown dtype or map, for a device that is not there, and for what is no size.
-    """
-
-    dtype: str = AUTO
-    device: str = AUTO
-    captions: str | Path | None = None
-    text_encoder: str | Path = ""
-    image_size: int | str = 0
-    tokenizer: str = ""
-    vqgan: str | Path | None = None
-    offline: bool = False
-    device_map: str = ""
-    vae: str = ""
-    sampler: str = ""
-    adapter: str | Path = ""
+class LoadSettings(LoadOptions):
+    """How to load a model; device `auto` becomes the device here. Raises UsageError for an unknown dtype or map, for a
+    device that is not there, and for what is no size."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (AUTO, *DTYPES):

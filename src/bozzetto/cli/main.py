@@ -10,17 +10,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union
 
 import tyro
 
 from bozzetto import __version__
 from bozzetto.cli.options import (
-    COMMANDS,
     Bench,
     Completion,
     Convert,
     Doctor,
+    Draw,
     Evaluate,
     Generate,
     Models,
@@ -29,8 +29,10 @@ from bozzetto.cli.options import (
     Sample,
     Serve,
     Train,
+    listed,
+    loading_of,
+    settings_from,
 )
-from bozzetto.cli.options_shared import Law, listed, loading_of, settings_from
 from bozzetto.common.mappings import checked_as, read_mapping
 from bozzetto.errors import UsageError
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> Any:
     """Options of the command line over those of --config over the defaults. tyro exits with code 2 on bad flags."""
-    command = tyro.cli(COMMANDS, args=arguments, prog="bozzetto", description=_ABOUT)
+    command = _typed(arguments)
     if not isinstance(command, Generate) or command.config is None:
         return command
     if not command.config.is_file():
@@ -72,7 +74,12 @@ def _parse(arguments: list[str]) -> Any:
     base = checked_as(Generate, read_mapping(command.config), command.config)
     if base.config is not None:
         raise UsageError(f"{command.config}: key 'config' is not allowed inside a config file")
-    return tyro.cli(COMMANDS, args=arguments, prog="bozzetto", description=_ABOUT, default=base)
+    return _typed(arguments, default=base)
+
+
+def _typed(arguments: list[str], **default: Any) -> Any:
+    verbs = tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in HANDLERS)
+    return tyro.cli(Union[verbs], args=arguments, prog="bozzetto", description=_ABOUT, **default)  # noqa: UP007
 
 
 @contextlib.contextmanager
@@ -214,7 +221,7 @@ def _profile(options: Profile) -> None:
         write_report(options.json, report)
 
 
-def _base(options: Law) -> Any:
+def _base(options: Draw) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline.pipeline import GenerateSettings
 
@@ -361,9 +368,17 @@ def _train(options: Train) -> None:
 
 def _serve(options: Serve) -> None:
     with _needs("ray" if options.ray else "serve"):
-        from bozzetto.cli.serve import serve
+        from bozzetto.cli.serve import check, serve
+        from bozzetto.serve.guard import read_keys
 
-        serve(options)
+        keys = read_keys(options.api_keys)
+        check(options)
+        if options.ray:
+            from bozzetto.cli.serve_ray import serve_on_ray
+
+            serve_on_ray(options, keys)
+        else:
+            serve(options, keys)
 
 
 def _doctor(options: Doctor) -> int:
@@ -375,7 +390,7 @@ def _doctor(options: Doctor) -> int:
 
 
 def _completion(options: Completion) -> None:
-    tyro.cli(COMMANDS, args=["--tyro-print-completion", options.shell], prog="bozzetto", description=_ABOUT)
+    _typed(["--tyro-print-completion", options.shell])
 
 
 HANDLERS: dict[type, Callable[[Any], int | None]] = {

@@ -1,18 +1,38 @@
-"""What can be typed: one frozen dataclass per verb. Its docstrings are the help texts; unknown YAML keys are errors."""
+"""What can be typed: one frozen dataclass per verb, whose docstrings are the help texts (unknown YAML keys are errors);
+and the settings that are made of it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
-from bozzetto.cli.options_shared import STRICT, Law, Loading
+from bozzetto.common.options import BenchOptions, LawOptions, LoadOptions, MethodOptions, ProfileOptions
+from bozzetto.errors import UsageError
+
+STRICT = ConfigDict(extra="forbid")
+OWN = "own"  # in a list: the model's own value
 
 
 @checked(frozen=True, config=STRICT)
-class Generate(Law):
+class Draw(LawOptions, LoadOptions):
+    """What every verb that draws images can be told."""
+
+    seed: int = 0
+    """Image i of a seed is the same picture in any batch and with any number of images or processes around it."""
+    batch: int = 8
+    """Images decoded together."""
+    progress: bool = False
+    """Show progress bars even where no terminal is attached."""
+
+
+@checked(frozen=True, config=STRICT)
+class Generate(Draw, MethodOptions):
     """Generate images: one PNG each, a contact sheet and a manifest, all in one folder.
 
     Example: bozzetto generate tulip rose --count 4 --seed 7 --out flowers
@@ -28,15 +48,6 @@ class Generate(Law):
     folder, or ORGANISATION/NAME)."""
     count: int | None = None
     """How many images in all. Not given: one for each class."""
-    drafter: str = "auto"
-    """auto: what suits the model, without bias; jacobi: guess several tokens ahead and check them in one pass; none:
-    plain sequential decoding; eagle, glance, plane, block: a trained drafter (eagle:tree=chain-5), alone or beside
-    windows (jacobi:fill=glance, jacobi:second=eagle); model: a smaller target (model:folder=DIR)."""
-    rule: str = "auto"
-    """auto: as the model and the drafter suggest. Codes: seed-exact, the very tokens that sequential decoding of the
-    seed gives; exact, the same law, other tokens. For eagle and model also tree, traversal, block (exact) and lantern,
-    lantern++, grouped, annealed, cascade (lossy): lantern:k=1000:delta=0.1. Continuous tokens: plain, reflection,
-    coupled (without a drafter), chains, joint, block (exact) and pathwise, cspd (lossy): pathwise:epsilon=0.1."""
     batch: int = 4
     """Images decoded together."""
     out: Path = Path("out")
@@ -46,7 +57,7 @@ class Generate(Law):
 
 
 @checked(frozen=True, config=STRICT)
-class Bench(Loading):
+class Bench(BenchOptions, LoadOptions):
     """Measure decoding methods against our own sequential engine: interleaved rounds, medians and ranges.
 
     Example: bozzetto bench --batch 1,4 --guidance 1,2 --json bench.json
@@ -70,10 +81,6 @@ class Bench(Loading):
     """With --suite: features, as in `evaluate`."""
     out: Path = Path("out/suite")
     """With --suite: folder of those images; the same command goes on where it stopped."""
-    count: int = 4
-    """Images per method and setting, rounded up to whole batches."""
-    rounds: int = 3
-    """At least this many rounds, a batch each."""
     batch: str = "1"
     """Batch sizes, separated by commas."""
     guidance: str = "own"
@@ -82,20 +89,6 @@ class Bench(Loading):
     """Windows, separated by commas. 0: chosen for the batch."""
     top_k: str = "own"
     """Values of top-k, separated by commas. 0: all tokens; own: the model's."""
-    temperature: float | None = None
-    """Shared by all methods. Not given: the model's own."""
-    top_p: float | None = None
-    """Shared by all methods. Not given: the model's own."""
-    seed: int = 0
-    """Seed of the images."""
-    compile: str = "off"
-    """off, default or max, of all methods but those with @compile= (none@compile=off)."""
-    deterministic: bool = False
-    """With --compile: passes of any width and batch agree to the last bit."""
-    waves: int = 1
-    """Images per round for each place in the batch: with more than one, images enter as others finish."""
-    threads: int = 0
-    """CPU threads. 0: as torch chooses."""
     json: Path | None = None
     """Also write {settings, results} to this file."""
     progress: bool = False
@@ -103,7 +96,7 @@ class Bench(Loading):
 
 
 @checked(frozen=True, config=STRICT)
-class Profile(Loading):
+class Profile(ProfileOptions, LoadOptions):
     """Show where a target pass spends its time, against the roofline of this machine, and what would help most.
 
     Example: bozzetto profile --model flowers --dtype bfloat16 --compile max
@@ -111,22 +104,6 @@ class Profile(Loading):
 
     model: str = "flowers"
     """As of `generate`. Causal models of ours alone."""
-    method: str = "auto"
-    """none, DRAFTER/RULE, or auto: the model's default. Sequential decoding always takes part."""
-    batch: int = 1
-    """Images decoded together."""
-    guidance: float | None = None
-    """Classifier-free guidance, 1 or more. 1: off. Not given: the model's own."""
-    window: int = 0
-    """Positions scored in one pass of drafter jacobi. 0: chosen for the batch."""
-    compile: str = "off"
-    """off, default or max. Compiled passes are timed whole, eager ones by operator."""
-    deterministic: bool = False
-    """With --compile: passes of any width and batch agree to the last bit."""
-    seconds: float = 0.3
-    """Spent on measuring each part, at least."""
-    threads: int = 0
-    """CPU threads. 0: as torch chooses."""
     json: Path | None = None
     """Also write all figures to this file."""
     progress: bool = False
@@ -134,7 +111,7 @@ class Profile(Loading):
 
 
 @checked(frozen=True, config=STRICT)
-class Sample(Law):
+class Sample(Draw):
     """Sample many images into a folder of shards: resumable, and by any number of processes under torchrun.
 
     Example: bozzetto sample --count 1000 --batch 8 --npz --out samples
@@ -162,7 +139,7 @@ class Sample(Law):
 
 
 @checked(frozen=True, config=STRICT)
-class Evaluate(Law):
+class Evaluate(Draw):
     """Measure picture quality and speed of methods in one run, or test whether two samplers draw from the same law.
 
     Example: bozzetto evaluate --methods none,jacobi/exact --count 500 --reference test --json quality.json
@@ -276,7 +253,7 @@ class Train:
 
 
 @checked(frozen=True, config=STRICT)
-class Serve(Loading):
+class Serve(LoadOptions):
     """Serve models over HTTP as the OpenAI Images API does, with a page to look at.
 
     Example: bozzetto serve --model flowers --model emoji --port 8000
@@ -336,17 +313,29 @@ class Completion:
     """Which one."""
 
 
-COMMANDS: Any = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Profile, tyro.conf.subcommand("profile")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Models, tyro.conf.subcommand("models")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Serve, tyro.conf.subcommand("serve")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    | Annotated[Completion, tyro.conf.subcommand("completion")]
-)
+def settings_from(options: Any, kind: Any, **own: Any) -> Any:
+    """A dataclass of settings, with every option of its name, and `own` where they are not typed under that name."""
+    names = [name for name in kind.__dataclass_fields__ if hasattr(options, name) and name not in own]
+    return kind(**{name: getattr(options, name) for name in names}, **own)
+
+
+def loading_of(options: LoadOptions) -> Any:
+    """LoadSettings of a verb's options; a GPU that nobody named is said in one line."""
+    from bozzetto.checkpoints.load_settings import AUTO, LoadSettings
+
+    settings = settings_from(options, LoadSettings)
+    if options.device == AUTO and settings.device != "cpu":
+        print(f"device: {settings.device} (--device cpu for the processor)", file=sys.stderr, flush=True)
+    return settings
+
+
+def listed(name: str, text: str, kind: Callable[[str], Any], own: bool = False) -> tuple[Any, ...]:
+    """Values separated by commas. own: `own`, or nothing, is None, for the model's own. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if own and not text.strip():
+        parts = [OWN]
+    try:
+        return tuple(None if own and part == OWN else kind(part) for part in parts)
+    except ValueError as error:
+        wanted = ("whole numbers" if kind is int else "numbers") + f" or {OWN}" * own
+        raise UsageError(f"{name} = {text!r} is not allowed: {wanted} separated by commas") from error

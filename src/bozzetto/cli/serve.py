@@ -6,18 +6,18 @@ import contextlib
 import ipaddress
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from bozzetto.cli.options import Serve
-from bozzetto.cli.options_shared import loading_of
+from bozzetto.cli.options import Serve, loading_of, settings_from
 from bozzetto.common.hub import model_name
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.loading import load
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.app import make_app
-from bozzetto.serve.guard import read_keys
 from bozzetto.serve.server import Server, leave
 from bozzetto.serve.terms import Terms
 from bozzetto.serve.worker import Worker
@@ -27,24 +27,15 @@ _DAY = 86_400
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
-def serve(options: Serve) -> None:
-    """Serve until told to stop; requests that were accepted are answered first. Raises UsageError, and OSError for an
-    address that is taken, before anything is loaded."""
-    keys = read_keys(options.api_keys)
-    check(options)
-    if options.ray:
-        from bozzetto.cli.serve_ray import serve_on_ray
-
-        serve_on_ray(options, keys)
-        return
-    listening = _listen(options.host, options.port)
-    with listening:
+def serve(options: Serve, keys: Sequence[str]) -> None:
+    """Serve until told to stop; requests that were accepted are answered first. Raises OSError for an address that is
+    taken, before anything is loaded."""
+    with _listen(options.host, options.port) as listening:
         worker = make_worker(options)
-        app = make_app(worker, keys=keys, hosts=hosts_of(options), terms=terms_of(options, worker))
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         word = f"serving {', '.join(models_of(options))} at http://{shown}:{port}"
-        server = Server(app, options.limit, word=word)
+        server = Server(app_of(options, worker, keys), options.limit, word=word)
         worker.failed = lambda: setattr(server, "should_exit", True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has drained by then, and says again what stopped it
             server.run(sockets=[listening])
@@ -70,7 +61,7 @@ def check(options: Serve) -> None:
         raise UsageError(f"max_replicas = {options.max_replicas} is not allowed: {options.replicas} or more, or 0")
     if not options.ray and (options.replicas > 1 or options.max_replicas):
         raise UsageError("replicas are run by Ray: --ray is needed with --replicas and --max-replicas")
-    GenerateSettings(compile=options.compile, deterministic=options.deterministic)
+    settings_from(options, GenerateSettings)
     aliases_of(options)
 
 
@@ -99,16 +90,11 @@ def aliases_of(options: Serve) -> dict[str, str]:
     return found
 
 
-def terms_of(options: Serve, worker: Worker) -> Terms:
-    """What is agreed to draw."""
-    return Terms(worker, aliases_of(options), options.resize)
-
-
-def hosts_of(options: Serve) -> tuple[str, ...]:
-    """Host names that requests may be for."""
-    if options.allowed_host:
-        return tuple(name.lower() for name in options.allowed_host)
-    return _LOCAL if _loopback(options.host) else ()
+def app_of(options: Serve, worker: Worker, keys: Sequence[str], **more: Any) -> Any:
+    """The HTTP app of a worker, for the hosts, aliases and keys that were asked for. more: see `make_app`."""
+    hosts = tuple(name.lower() for name in options.allowed_host) or (_LOCAL if _loopback(options.host) else ())
+    terms = Terms(worker, aliases_of(options), options.resize)
+    return make_app(worker, keys=tuple(keys), hosts=hosts, terms=terms, **more)
 
 
 def _loopback(host: str) -> bool:
@@ -125,7 +111,7 @@ def make_worker(options: Serve) -> Worker:
     for name, model in tqdm(models_of(options).items(), desc="loading", disable=None):
         pipes[name] = load(model, loading)
         pipes[name].need_pictures()
-    base = GenerateSettings(compile=options.compile, deterministic=options.deterministic)
+    base = settings_from(options, GenerateSettings)
     for pipe in pipes.values():
         pipe.resolve(base)
     return Worker(lambda: pipes, slots=options.slots, queue=options.queue, limit=options.limit, base=base)

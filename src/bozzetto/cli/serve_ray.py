@@ -15,11 +15,9 @@ import ray
 from ray import serve
 
 from bozzetto.checkpoints.load_settings import LoadSettings, check_gpus, gpus_of
-from bozzetto.cli.options import Serve
-from bozzetto.cli.options_shared import settings_from
-from bozzetto.cli.serve import hosts_of, make_worker, models_of, terms_of
+from bozzetto.cli.options import Serve, settings_from
+from bozzetto.cli.serve import app_of, make_worker, models_of
 from bozzetto.errors import UsageError
-from bozzetto.serve.app import make_app
 from bozzetto.serve.server import GRACE, Stop
 
 # Requests at a replica at a time, and beyond them at the proxy. Ray Serve (2.60.0) keeps what a replica may not have
@@ -43,8 +41,7 @@ def application(options: Serve, keys: Sequence[str] = ()) -> Any:
     """A Ray Serve application, for `serve.run` or a Ray cluster's own configuration."""
 
     def build() -> Any:
-        worker, allowed = make_worker(options), hosts_of(options)
-        return make_app(worker, keys=tuple(keys), hosts=allowed, terms=terms_of(options, worker), wait=True)
+        return app_of(options, make_worker(options), keys, wait=True)
 
     count: dict[str, Any] = {"num_replicas": options.replicas}
     if options.max_replicas:

@@ -24,6 +24,9 @@ from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.common.files import write_text
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.meter import Meter, now
+from bozzetto.common.options import BenchOptions
+from bozzetto.decoding.loop import Decoder
+from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.evaluate.output import table
@@ -39,28 +42,21 @@ _RANGES = {"count": (1, _MOST), "rounds": (1, _MOST), "threads": (0, 4096), "wav
 
 
 @dataclass(frozen=True)
-class BenchSettings:
-    """methods: none, or DRAFTER/RULE, each with settings of its own (see `method_settings`); batches, guidances,
-    windows (0: chosen for the batch), top_ks: every combination is a cell of the table; count: images per method and
-    cell, rounded up to whole batches; rounds: at least so many; temperature, top_p: shared by all (None, as among
-    guidances and top_ks: the model's own); seed: of the images;
-    threads: CPU threads (0: as they are); compile, deterministic: see GenerateSettings; waves: images per round for
-    each place in the batch: with more than one, images enter as others finish where the engine can do that."""
+class Cells:
+    """methods: none, or DRAFTER/RULE, each with settings of its own (see `method_settings`); batches, guidances (None:
+    the model's own), windows (0: chosen for the batch), top_ks (None: the model's own): every combination is a cell of
+    the table."""
 
     methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/seed-exact", "jacobi/exact")
     batches: tuple[int, ...] = (1,)
     guidances: tuple[float | None, ...] = (None,)
     windows: tuple[int, ...] = (0,)
     top_ks: tuple[int | None, ...] = (None,)
-    count: int = 4
-    rounds: int = 3
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int = 0
-    threads: int = 0
-    compile: str = "off"
-    deterministic: bool = False
-    waves: int = 1
+
+
+@dataclass(frozen=True)
+class BenchSettings(BenchOptions, Cells):
+    """What is measured: the cells, and what they share. Raises UsageError for a value out of range."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():

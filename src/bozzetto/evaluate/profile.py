@@ -19,6 +19,8 @@ from tqdm import tqdm
 from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter, now
+from bozzetto.common.options import ProfileOptions
+from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
 from bozzetto.evaluate.output import table
@@ -37,20 +39,9 @@ _Round = tuple[float, list[ImageRequest], Batch, Meter]  # seconds, and what was
 
 
 @dataclass(frozen=True)
-class ProfileSettings:
-    """method: none, DRAFTER/RULE or auto, with settings of its own (see `method_settings`); window: of drafter jacobi
-    (0: chosen for the batch); batch: images decoded together; guidance (None: the model's own), compile, deterministic:
-    see GenerateSettings; seconds: spent on measuring each part, at least; threads: CPU threads (0: as they are). Raises
-    UsageError for a value out of range."""
-
-    method: str = "auto"
-    window: int = 0
-    batch: int = 1
-    guidance: float | None = None
-    compile: str = "off"
-    deterministic: bool = False
-    seconds: float = 0.3
-    threads: int = 0
+class ProfileSettings(ProfileOptions):
+    """What is profiled; method: with settings of its own (see `method_settings`). Raises UsageError for a value out of
+    range."""
 
     def __post_init__(self) -> None:
         check_number("seconds", self.seconds, 0, 86_400, "a number above 0, at most 86400 (a day)", above=True)

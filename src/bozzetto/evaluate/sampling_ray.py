@@ -7,7 +7,6 @@ which on several machines has to be a shared one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,15 @@ from bozzetto.checkpoints.load_settings import LoadSettings, check_gpus, gpus_of
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.sampling import SampleRun, batched, check_count
 from bozzetto.pipeline.loading import load
-from bozzetto.settings import GenerateSettings
 
 _AT_A_TIME = 2**16  # batches that are handed to Ray together; after them its workers load the model again
 
 
 class ShardWriter:
-    """What a Ray Data worker does: draws the batches it is given. Arguments as in `sample_by_ray`."""
+    """What a Ray Data worker does: draws the batches it is given. run: see `SampleRun`."""
 
-    def __init__(
-        self,
-        folder: str,
-        model: str,
-        loading: LoadSettings,
-        settings: GenerateSettings,
-        seed: int,
-        classes: Sequence[str | int],
-    ):
-        self.run = SampleRun(Path(folder), load(model, loading), settings, seed=seed, classes=classes)
+    def __init__(self, folder: Path, model: str, loading: LoadSettings, **run: Any):
+        self.run = SampleRun(folder, load(model, loading), **run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """batch: `indices`, one list of image numbers per row; tells the seconds of each."""
@@ -73,16 +63,21 @@ def sample_by_ray(run: SampleRun, count: int, model: str, loading: LoadSettings,
     return count - there
 
 
+def worker_settings(run: SampleRun, model: str, loading: LoadSettings) -> dict[str, Any]:
+    """What a worker needs for opening the same run."""
+    same = {"settings": run.settings, "seed": run.seed, "classes": tuple(run.classes), "method": run.method}
+    return {"folder": run.folder.resolve(), "model": model, "loading": loading, **same}
+
+
 def _map(run: SampleRun, blocks: list[list[int]], model: str, loading: LoadSettings, workers: int) -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    settings = (str(run.folder.resolve()), model, loading, run.settings, run.seed, tuple(run.classes))
     rows = ray.data.from_items([{"indices": block} for block in blocks], override_num_blocks=len(blocks))
     done = rows.map_batches(
         ShardWriter,
-        fn_constructor_args=settings,
+        fn_constructor_kwargs=worker_settings(run, model, loading),
         batch_size=1,
         num_cpus=1,
         num_gpus=gpus_of(loading),

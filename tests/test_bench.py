@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bozzetto import UsageError, load
-from bozzetto.evaluate.bench import BenchRow, BenchSettings, bench, bench_table, write_report
+from bozzetto.evaluate.bench import BenchRow, BenchSettings, bench, bench_table
+from bozzetto.evaluate.output import write_report
 from bozzetto.pipeline.pipeline import Pipeline
 
 

@@ -17,8 +17,9 @@ import bozzetto
 from bozzetto.cli import main as cli
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.compare import CompareSettings, compare
-from bozzetto.evaluate.evaluation import EVALUATION, EvaluateSettings, evaluate, evaluation_table, to_json
+from bozzetto.evaluate.evaluation import EVALUATION, EvaluateSettings, evaluate, evaluation_table
 from bozzetto.evaluate.metrics import Comparison, Interval, interval
+from bozzetto.evaluate.output import plain
 from bozzetto.evaluate.quality import ClassProbe
 from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
 from bozzetto.evaluate.shards import RUN, read_run, read_samples
@@ -160,7 +161,7 @@ def test_a_smaller_count_than_the_folder_holds_is_measured(pipe, tmp_path):
 
 
 def test_numbers_that_are_none_are_null_and_resamples_of_one_image_do_not_count():
-    assert json.loads(to_json({"a": [float("nan"), Interval(1.0, float("-inf"), 2.0)]})) == {
+    assert plain({"a": [float("nan"), Interval(1.0, float("-inf"), 2.0)]}) == {
         "a": [None, {"value": 1.0, "low": None, "high": 2.0}]
     }
     found = interval(1.0, torch.tensor([0.5, float("nan"), 1.5]))

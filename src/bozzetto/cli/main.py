@@ -15,24 +15,8 @@ from typing import Annotated, Any, Union
 import tyro
 
 from bozzetto import __version__
-from bozzetto.cli.options import (
-    Bench,
-    Completion,
-    Convert,
-    Doctor,
-    Draw,
-    Evaluate,
-    Generate,
-    Models,
-    Profile,
-    Report,
-    Sample,
-    Serve,
-    Train,
-    listed,
-    loading_of,
-    settings_from,
-)
+from bozzetto.cli import options as verb
+from bozzetto.cli.options import listed, loading_of, settings_from
 from bozzetto.common.mappings import checked_as, read_mapping
 from bozzetto.errors import UsageError
 
@@ -67,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> Any:
     """Options of the command line over those of --config over the defaults. tyro exits with code 2 on bad flags."""
     command = _typed(arguments)
-    if not isinstance(command, Generate) or command.config is None:
+    if not isinstance(command, verb.Generate) or command.config is None:
         return command
     if not command.config.is_file():
         raise UsageError(f"config = {str(command.config)!r} is not allowed: no such file")
-    base = checked_as(Generate, read_mapping(command.config), command.config)
+    base = checked_as(verb.Generate, read_mapping(command.config), command.config)
     if base.config is not None:
         raise UsageError(f"{command.config}: key 'config' is not allowed inside a config file")
     return _typed(arguments, default=base)
 
 
 def _typed(arguments: list[str], **default: Any) -> Any:
-    verbs = tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in HANDLERS)
-    return tyro.cli(Union[verbs], args=arguments, prog="bozzetto", description=_ABOUT, **default)  # noqa: UP007
+    verbs: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in HANDLERS)]  # noqa: UP007
+    return tyro.cli(verbs, args=arguments, prog="bozzetto", description=_ABOUT, **default)
 
 
 @contextlib.contextmanager
@@ -110,7 +94,7 @@ def _wants_progress(asked: bool) -> bool:
     return asked or sys.stderr.isatty()
 
 
-def _generate(options: Generate) -> None:
+def _generate(options: verb.Generate) -> None:
     from bozzetto.checkpoints.own_sampling import sampling_line
     from bozzetto.common.staging import staged_folder
     from bozzetto.evaluate.output import RunWriter, check_free, written_before
@@ -137,7 +121,7 @@ def _generate(options: Generate) -> None:
     print(writer.summary(result, out))
 
 
-def _check_request(options: Generate, settings: Any) -> None:
+def _check_request(options: verb.Generate, settings: Any) -> None:
     """Refuse a bad class, count, seed or dtype from config.json alone, before any weights are read."""
     from bozzetto.checkpoints.folders import read_config
     from bozzetto.common.classes import distinct, labels_of
@@ -152,9 +136,26 @@ def _check_request(options: Generate, settings: Any) -> None:
         plan_batches(labels_of(known, options.classes), options.count, options.seed, 0, settings.batch)
 
 
-def _bench(options: Bench) -> None:
-    from bozzetto.evaluate.bench import BenchSettings, bench, bench_table, write_report
-    from bozzetto.evaluate.output import check_writable
+def _measured(
+    options: verb.Bench | verb.Profile | verb.Evaluate,
+    measure: Callable[[], Any],
+    shown: Callable[[Any], str],
+    indent: int = 2,
+) -> None:
+    """Measure, print a table, and write the figures where --json says, which is looked at before."""
+    from bozzetto.evaluate.output import check_writable, write_report
+
+    if options.json is not None:
+        check_writable(options.json)
+    report = measure()
+    print(shown(report))
+    if options.json is not None:
+        write_report(options.json, report, indent)
+
+
+def _bench(options: verb.Bench) -> None:
+    from bozzetto.evaluate.bench import BenchSettings, bench, bench_table
+    from bozzetto.evaluate.suites import suite_table
     from bozzetto.pipeline.loading import load
 
     settings = settings_from(
@@ -166,24 +167,22 @@ def _bench(options: Bench) -> None:
         windows=listed("window", options.window, int),
         top_ks=listed("top_k", options.top_k, int, own=True),
     )
-    if options.json is not None:
-        check_writable(options.json)
-    if options.suite is not None:
-        report = _suite(options, settings)
-    else:
+
+    def measure() -> dict[str, Any]:
         pipe = load(options.model, loading_of(options))
-        if options.methods == AUTO:
-            settings = replace(settings, methods=pipe.default_methods)
-        report = bench(pipe, settings, progress=_wants_progress(options.progress))
-        print(bench_table(report))
-    if options.json is not None:
-        write_report(options.json, report)
+        methods = pipe.default_methods if options.methods == AUTO else settings.methods
+        return bench(pipe, replace(settings, methods=methods), progress=_wants_progress(options.progress))
+
+    if options.suite is None:
+        _measured(options, measure, bench_table)
+    else:
+        _measured(options, lambda: _suite(options, settings), suite_table)
 
 
-def _suite(options: Bench, settings: Any) -> dict[str, Any]:
+def _suite(options: verb.Bench, settings: Any) -> dict[str, Any]:
     from bozzetto.evaluate.evaluation import EvaluateSettings
     from bozzetto.evaluate.features import make_extractor
-    from bozzetto.evaluate.suites import run_suite, suite_models, suite_table
+    from bozzetto.evaluate.suites import run_suite, suite_models
     from bozzetto.pipeline.loading import load
     from bozzetto.pipeline.pipeline import GenerateSettings
 
@@ -200,35 +199,27 @@ def _suite(options: Bench, settings: Any) -> dict[str, Any]:
         chosen = suite_models(options.suite, options.model)
         parts = [(load(model, loading), part.methods) for model, part in chosen]
         show = _wants_progress(options.progress)
-        report = run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
-    print(suite_table(report))
-    return report
+        return run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
 
 
-def _profile(options: Profile) -> None:
-    from bozzetto.evaluate.bench import write_report
-    from bozzetto.evaluate.output import check_writable
+def _profile(options: verb.Profile) -> None:
     from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
     from bozzetto.pipeline.loading import load
 
-    settings = settings_from(options, ProfileSettings)
-    if options.json is not None:
-        check_writable(options.json)
-    pipe = load(options.model, loading_of(options))
-    report = profile(pipe, settings, progress=_wants_progress(options.progress))
-    print(profile_table(report))
-    if options.json is not None:
-        write_report(options.json, report)
+    settings, show = settings_from(options, ProfileSettings), _wants_progress(options.progress)
+    _measured(
+        options, lambda: profile(load(options.model, loading_of(options)), settings, progress=show), profile_table
+    )
 
 
-def _base(options: Draw) -> Any:
+def _base(options: verb.Draw) -> Any:
     """The law, batch and window of the options, as settings of sequential decoding."""
     from bozzetto.pipeline.pipeline import GenerateSettings
 
     return settings_from(options, GenerateSettings, drafter="none", rule="seed-exact")
 
 
-def _sample(options: Sample) -> None:
+def _sample(options: verb.Sample) -> None:
     from bozzetto.checkpoints.own_sampling import sampling_line
     from bozzetto.evaluate.sampling import SampleRun, gathered, method_settings, sample, world_of
     from bozzetto.evaluate.shards import write_adm
@@ -258,38 +249,35 @@ def _sample(options: Sample) -> None:
             print(f"for evaluators: {write_adm(options.out, options.count)}")
 
 
-def _evaluate(options: Evaluate) -> None:
-    from bozzetto.common.files import write_text
+def _evaluate(options: verb.Evaluate) -> None:
     from bozzetto.evaluate.compare import CompareSettings, compare, comparison_table
-    from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table, to_json
+    from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table
     from bozzetto.evaluate.features import make_extractor
-    from bozzetto.evaluate.output import check_writable
     from bozzetto.pipeline.loading import load
 
-    if options.json is not None:
-        check_writable(options.json)
-    base = _base(options)
+    base, auto = _base(options), options.methods == AUTO
     methods, references = (listed(n, getattr(options, n), str) for n in ("methods", "reference"))
-    if options.methods == AUTO:
-        methods = ("none",)  # for now
-    wanted = settings_from(options, EvaluateSettings, methods=methods, references=references, base=base)
+    # What the model's usual methods are is known when it is loaded.
+    wanted = settings_from(
+        options, EvaluateSettings, methods=("none",) if auto else methods, references=references, base=base
+    )
     if options.compare is not None:
         first, second = options.compare
         wanted = settings_from(options, CompareSettings, a=first, b=second, base=base)
-    loading = loading_of(options)
-    with _resumable(options.out), _needs("evaluate"):
-        extractor = make_extractor(options.extractor)
-        pipe = load(options.model, loading)
-        if options.methods == AUTO and options.compare is None:
-            wanted = replace(wanted, methods=pipe.default_methods)
-        work: Any = evaluate if options.compare is None else compare
-        report = work(pipe, wanted, extractor, options.out, progress=_wants_progress(options.progress))
-    print(evaluation_table(report) if options.compare is None else comparison_table(report))
-    if options.json is not None:
-        write_text(options.json, to_json(report))
+
+    def measure() -> dict[str, Any]:
+        loading = loading_of(options)
+        with _resumable(options.out), _needs("evaluate"):
+            extractor = make_extractor(options.extractor)
+            pipe, work = load(options.model, loading), compare if options.compare is not None else evaluate
+            own = {"methods": pipe.default_methods} if auto and options.compare is None else {}
+            show = _wants_progress(options.progress)
+            return work(pipe, replace(wanted, **own), extractor, options.out, progress=show)
+
+    _measured(options, measure, evaluation_table if options.compare is None else comparison_table, indent=1)
 
 
-def _report(options: Report) -> None:
+def _report(options: verb.Report) -> None:
     from bozzetto.evaluate.report import build_report
 
     print(f"report: {build_report(options.runs, options.out, progress=_wants_progress(options.progress))}")
@@ -319,40 +307,34 @@ def _needs(extra: str) -> Iterator[None]:
         raise UsageError(f"this needs {error.name}, which is not installed: pip install 'bozzetto[{extra}]'") from error
 
 
-def _models(options: Models) -> None:
+def _models(options: verb.Models) -> None:
     from bozzetto.cli.listing import list_models
 
     print(list_models(options.folder))
 
 
-def _convert(options: Convert) -> None:
+# By what is converted: where its function is, the two files that it needs, and what else it is told.
+_CONVERTERS = {
+    "llamagen": ("bozzetto.checkpoints.convert", "gpt vq", "image_size class_names store text_encoder"),
+    "mar": ("bozzetto.checkpoints.convert_mar", "checkpoint vae", "class_names store"),
+    "eagle": ("bozzetto.checkpoints.convert_drafter", "drafter model", "store"),
+}
+
+
+def _convert(options: verb.Convert) -> None:
     from bozzetto.pipeline.pipeline import is_hosted
 
-    wanted = {"llamagen": ("gpt", "vq"), "mar": ("checkpoint", "vae"), "eagle": ("drafter", "model")}[options.what]
-    for name in wanted:
+    (module, wanted, more), what = _CONVERTERS[options.what], options.what
+    for name in wanted.split():
         if getattr(options, name) is None:
-            raise UsageError(f"convert {options.what} needs --{name}")
-    first, second = (getattr(options, name) for name in wanted)
-    if options.what == "llamagen":
-        from bozzetto.checkpoints.convert import convert_llamagen
-
-        more = (options.image_size, options.class_names, options.store, options.text_encoder)
-        print(convert_llamagen(first, second, options.out, *more))
-    elif options.what == "mar":
-        from bozzetto.checkpoints.convert_mar import convert_mar
-
-        print(convert_mar(first, second, options.out, options.class_names, options.store))
-    elif is_hosted(str(second)):
-        from bozzetto.checkpoints.convert_drafter import convert_lantern
-
-        print(convert_lantern(first, second, options.out, options.store))
-    else:
-        from bozzetto.checkpoints.convert_drafter import convert_eagle
-
-        print(convert_eagle(first, second, options.out, options.store))
+            raise UsageError(f"convert {what} needs --{name}")
+    if what == "eagle" and is_hosted(str(options.model)):
+        what = "lantern"
+    convert = getattr(importlib.import_module(module), f"convert_{what}")
+    print(convert(*(getattr(options, name) for name in [*wanted.split(), "out", *more.split()])))
 
 
-def _train(options: Train) -> None:
+def _train(options: verb.Train) -> None:
     from bozzetto.train import families
 
     recipe = families.read_recipe(options.recipe, options.what)
@@ -366,7 +348,7 @@ def _train(options: Train) -> None:
         raise KeyboardInterrupt(how) from None
 
 
-def _serve(options: Serve) -> None:
+def _serve(options: verb.Serve) -> None:
     with _needs("ray" if options.ray else "serve"):
         from bozzetto.cli.serve import check, serve
         from bozzetto.serve.guard import read_keys
@@ -381,7 +363,7 @@ def _serve(options: Serve) -> None:
             serve(options, keys)
 
 
-def _doctor(options: Doctor) -> int:
+def _doctor(options: verb.Doctor) -> int:
     from bozzetto.cli.doctor import examine, shown
 
     findings = examine()
@@ -389,21 +371,21 @@ def _doctor(options: Doctor) -> int:
     return int(any(finding.verdict == "fail" for finding in findings))
 
 
-def _completion(options: Completion) -> None:
+def _completion(options: verb.Completion) -> None:
     _typed(["--tyro-print-completion", options.shell])
 
 
 HANDLERS: dict[type, Callable[[Any], int | None]] = {
-    Generate: _generate,
-    Bench: _bench,
-    Profile: _profile,
-    Sample: _sample,
-    Evaluate: _evaluate,
-    Report: _report,
-    Models: _models,
-    Convert: _convert,
-    Train: _train,
-    Serve: _serve,
-    Doctor: _doctor,
-    Completion: _completion,
+    verb.Generate: _generate,
+    verb.Bench: _bench,
+    verb.Profile: _profile,
+    verb.Sample: _sample,
+    verb.Evaluate: _evaluate,
+    verb.Report: _report,
+    verb.Models: _models,
+    verb.Convert: _convert,
+    verb.Train: _train,
+    verb.Serve: _serve,
+    verb.Doctor: _doctor,
+    verb.Completion: _completion,
 }

@@ -10,10 +10,10 @@ and reported as median, lowest and highest. Pixels are not decoded: the tokenize
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -326,11 +326,3 @@ def bench_table(report: dict[str, Any]) -> str:
         work = [f"{r['head_calls']:.0f}", f"{r['head_rows']:.0f}"] if heads else []
         rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", limit, over, *work])
     return table(header, rows)
-
-
-def write_report(path: str | Path, report: dict[str, Any]) -> None:
-    """Write the results as JSON, whole or not at all. Raises OSError naming the file."""
-    try:
-        write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from bozzetto.common.files import write_text
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import surprisal
-from bozzetto.evaluate.evaluation import to_json
 from bozzetto.evaluate.features import FeatureExtractor, features_of
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.output import table, write_report
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.reference import LEAST, MOST
 from bozzetto.evaluate.samelaw import (
@@ -107,7 +105,7 @@ def compare(
         "identity": _identity(pipe, settings, drawn, out, progress),
         "rejected": rejected(tests),
     }
-    write_text(out / COMPARISON, to_json(report))
+    write_report(out / COMPARISON, report, indent=1)
     return report
 
 

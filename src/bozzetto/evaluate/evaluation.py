@@ -7,8 +7,6 @@ speeds are ratios within a round. Samples stay in the folder: an interrupted run
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.common.files import write_text, write_whole
+from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import bias_figures
 from bozzetto.evaluate.features import FeatureExtractor
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.output import plain, table, write_report
 from bozzetto.evaluate.photographs import (
     SPLITS,
     data_path,
@@ -144,24 +142,9 @@ def evaluate(
         "identity": identities(samples, ROUNDING[pipe.dtype]),
         "notes": study.notes,
     }
-    text = to_json(report)
-    write_text(out / EVALUATION, text)
-    return json.loads(text)
-
-
-def to_json(report: dict[str, Any]) -> str:
-    """JSON text of a report; a number that is not finite is null there, not a NaN in a file."""
-    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    report = plain(report)
+    write_report(out / EVALUATION, report, indent=1)
+    return report
 
 
 class _Study:

@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from bozzetto.common.files import read_json
+from bozzetto.common.files import read_json, write_text
 from bozzetto.common.images import ContactSheet
 from bozzetto.common.staging import LAST
 from bozzetto.errors import UsageError
@@ -39,6 +40,25 @@ def check_writable(path: str | Path) -> None:
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"{path} cannot be written: {parent} is not a folder that can be written to")
+
+
+def plain(content: Any) -> Any:
+    """As JSON has it: dataclasses as mappings, tuples as lists, and null for numbers that are not finite."""
+    if is_dataclass(content) and not isinstance(content, type):
+        content = asdict(content)
+    if isinstance(content, dict):
+        return {key: plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_report(path: str | Path, report: dict[str, Any], indent: int = 2) -> None:
+    """Write results as JSON, whole or not at all. Raises OSError naming the file."""
+    try:
+        write_text(path, json.dumps(plain(report), indent=indent, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class RunWriter:
@@ -103,7 +123,7 @@ class RunWriter:
         Pipeline.sampling."""
         _write(self.folder / SHEET, _png(self.sheet.picture))
         with _named(self.folder / MANIFEST):
-            self.text.write(f"\n ],\n{_members(_finite(_run(result, settings, sampling)), 1, 2)}\n}}\n")
+            self.text.write(f"\n ],\n{_members(plain(_run(result, settings, sampling)), 1, 2)}\n}}\n")
             self.text.flush()
             os.fsync(self.text.fileno())
             self.files.close()
@@ -153,22 +173,13 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "trace": vars(image.trace),
         **({"tokens": image.tokens.tolist()} if image.tokens.ndim == 1 else _vectors(image)),
     }
-    plain: dict[str, Any] = _finite(content)
-    return plain
+    entry: dict[str, Any] = plain(content)
+    return entry
 
 
 def _vectors(image: GeneratedImage) -> dict[str, Any]:
     """Continuous tokens lie in a file of their own."""
     return {"distance_mean": image.moved, "distance_max": image.farthest, "tokens": VECTORS}
-
-
-def _finite(content: Any) -> Any:
-    """With null for numbers that JSON has not."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _members(content: Mapping[str, Any], depth: int, deepest: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bozzetto import __version__
-from bozzetto.runtime.native import has_matrix_unit
+from bozzetto.runtime.native import has_matrix_unit, processor
 
 
 def versions() -> dict[str, str]:
@@ -30,42 +30,29 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, object]:
     """The processor, its cores, the threads in use and whether it has a matrix unit."""
     return {
-        "processor": processor(),
+        "processor": processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "matrix_unit": has_matrix_unit(),
     }
 
 
-def processor() -> str:
-    """The processor's name as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def commit() -> str | None:
     """The git commit of the source tree, with `+` where files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, check=True, text=True, timeout=10
+        ).stdout.strip()
+
     try:
         # A package inside somebody else's repository (a virtual environment, say) must not report that one's commit.
-        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
-        subprocess.run(tracked, cwd=here, capture_output=True, check=True, timeout=10)
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, check=True, text=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "."],
-            cwd=here,
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=10,
-        ).stdout
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        found, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
     except (OSError, subprocess.SubprocessError):
         return None
-    return found + ("+" if changed.strip() else "")
+    return found + ("+" if changed else "")
 
 
 def command() -> str:

@@ -62,7 +62,7 @@ from pass_loops import (
 import bozzetto
 from bozzetto.common.files import write_text
 from bozzetto.evaluate.bench import BenchSettings, bench
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.runtime.graphs import MODES
 from bozzetto.targets.compiled_cache import compile_target

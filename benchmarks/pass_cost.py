@@ -47,7 +47,7 @@ from pass_loops import (
 )
 
 from bozzetto.common.files import write_text
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.runtime.graphs import MODES
 from bozzetto.targets.compiled_cache import compile_target

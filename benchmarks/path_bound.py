@@ -21,7 +21,7 @@ import torch
 
 import bozzetto
 from bozzetto.common.files import write_text
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.laws.chain import sample_trajectory

@@ -175,9 +175,9 @@ def test_copies_of_training_images_are_noticed_and_new_images_are_not():
     apart = [nearest(x, training)[0] for x in (copied, new, unseen)]
     found, fresh = memorisation(apart[0], apart[2], w, v), memorisation(apart[1], apart[2], w, v)
     assert (
-        found.close.value > 0.9
-        and found.nearer.value > 0.95
-        and found.distance.value < 0.1 * found.distance_unseen.value
+        found["close"].value > 0.9
+        and found["nearer"].value > 0.95
+        and found["distance"].value < 0.1 * found["distance_unseen"].value
     )
-    assert fresh.nearer.low < 0.5 < fresh.nearer.high and fresh.close.value < 0.15
+    assert fresh["nearer"].low < 0.5 < fresh["nearer"].high and fresh["close"].value < 0.15
     assert torch.equal(nearest(copied, training)[1], torch.arange(200))

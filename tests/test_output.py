@@ -16,7 +16,8 @@ from bozzetto.cli.main import main
 from bozzetto.common.images import MOST_PIXELS, ContactSheet, contact_sheet
 from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.output import RunWriter, check_free, check_writable, file_name, table
+from bozzetto.evaluate.columns import table
+from bozzetto.evaluate.output import RunWriter, check_free, check_writable, file_name
 from bozzetto.evaluate.report.runs import read_any
 from bozzetto.pipeline.results import GeneratedImage, GenerateResult
 from bozzetto.settings import GenerateSettings

@@ -28,7 +28,7 @@ from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.weights import SCALE, WEIGHTS, header_of, open_tensors
 from bozzetto.common.checks import clipped
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.columns import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
 
 

@@ -29,7 +29,7 @@ from bozzetto.decoding.loop import Decoder
 from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.columns import BENCH, table_of
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.methods.registry import make_rule
@@ -310,19 +310,12 @@ def _provenance(pipe: Pipeline, settings: BenchSettings) -> dict[str, Any]:
     }
 
 
+def ranged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the range of their speedup as text."""
+    return [{**row, "range": f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"} for row in rows]
+
+
 def bench_table(report: dict[str, Any]) -> str:
-    """The results for people."""
-    header = ["method", "batch", "guidance", "window", "top-k", "tok/pass", "ms/pass", "img/s", "speedup", "range"]
-    header += ["drafting", "1-TV", "vs bare"]
-    heads = any(r.get("head_calls") for r in report["results"])
-    header += ["head calls", "head rows"] if heads else []
-    rows = []
-    for r in report["results"]:
-        figures = [f"{r['tokens_per_pass']:.2f}", f"{r['ms_per_pass']:.2f}", f"{r['images_per_second']:.3f}"]
-        speed = [f"{r['speedup']:.2f}x", f"{r['speedup_low']:.2f}-{r['speedup_high']:.2f}"]
-        over = "" if r["overhead_vs_bare"] is None else f"{100 * r['overhead_vs_bare']:+.1f}%"
-        limit = "" if r["ceiling"] is None else f"{r['ceiling']:.2f}"
-        cell = [r["method"], str(r["batch"]), f"{r['guidance']:g}", str(r["window"]), str(r["top_k"])]
-        work = [f"{r['head_calls']:.0f}", f"{r['head_rows']:.0f}"] if heads else []
-        rows.append([*cell, *figures, *speed, f"{100 * r['draft_share']:.1f}%", limit, over, *work])
-    return table(header, rows)
+    """The results for people; what is said of a denoising head only where there is one."""
+    heads = any(row.get("head_calls") for row in report["results"])
+    return table_of((c for c in BENCH if heads or not c.key.startswith("head")), ranged(report["results"]))

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.evaluate.columns import Column
 from bozzetto.evaluate.metrics import interval
 from bozzetto.evaluate.shards import Samples
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.pipeline.pipeline import Pipeline
 
+SURPRISAL = Column("surprisal_change", "bias", digits=3, sign=True)
 _IMPOSSIBLE = 30.0  # nats that a token outside the support of the law counts
 
 

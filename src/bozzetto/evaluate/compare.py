@@ -15,8 +15,9 @@ import torch
 
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import surprisal
+from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.features import FeatureExtractor, features_of
-from bozzetto.evaluate.output import table, write_report
+from bozzetto.evaluate.output import write_report
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.reference import LEAST, MOST
 from bozzetto.evaluate.samelaw import (

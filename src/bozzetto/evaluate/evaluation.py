@@ -21,10 +21,11 @@ from tqdm import tqdm
 from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.errors import UsageError, check_number
-from bozzetto.evaluate.bias import bias_figures
+from bozzetto.evaluate.bias import SURPRISAL, bias_figures
+from bozzetto.evaluate.columns import MEMORISATION, METHOD, Column, table_of
 from bozzetto.evaluate.features import FeatureExtractor
-from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, replicate, resamples
-from bozzetto.evaluate.output import plain, table, write_report
+from bozzetto.evaluate.metrics import QUALITY, Comparison, Interval, Measured, interval, resamples
+from bozzetto.evaluate.output import plain, write_report
 from bozzetto.evaluate.photographs import (
     SPLITS,
     data_path,
@@ -187,36 +188,16 @@ class _Study:
         v = resamples(len(target), self.settings.bootstrap, seed=2)
         rows, sequential = [], None
         for method, (features, asked) in tqdm(sets.items(), desc=f"against {reference}", disable=not self.progress):
-            # The same draws for every method: differences between methods are then differences of paired images.
-            w = resamples(len(features), self.settings.bootstrap, seed=1)
-            row, replicates = self._row(Comparison(features, target), w, v)
-            row["consistency"] = self.reference.consistency(features, asked, w)
-            if method == SEQUENTIAL:
-                sequential = (row["frechet"].value, replicates)
-            elif method in self.samples and sequential is not None:
-                value = row["frechet"].value - sequential[0]
-                row["frechet_change"] = interval(value, replicates - sequential[1])
-            row["identical"] = self._identical(method)
+            # The same draws for every method.
+            w, drawn = resamples(len(features), self.settings.bootstrap, seed=1), self.samples.get(method)
+            right = self.reference.consistency(features, asked, w)
+            identical = None if drawn is None else float(same_tokens(drawn, self.samples[SEQUENTIAL]).mean())
+            found = Measured(Comparison(features, target), w, v, right, identical, sequential)
+            row = {column.key: column.measure(found) for column in QUALITY if column.measure}
+            sequential = found if method == SEQUENTIAL else sequential
             whole = {"method": method, "reference": reference, "count": len(features), "reference_count": len(target)}
             rows.append({**whole, **row, **speed.get(method, {})})
         return rows
-
-    def _identical(self, method: str) -> float | None:
-        """Share of images whose tokens are all those of sequential decoding; None for what has no tokens."""
-        if method not in self.samples:
-            return None
-        return float(same_tokens(self.samples[method], self.samples[SEQUENTIAL]).mean())
-
-    def _row(self, pair: Comparison, w: Tensor, v: Tensor) -> tuple[dict[str, Any], Tensor]:
-        replicates = replicate(pair.frechet, w, v)
-        figures = {
-            "frechet": interval(pair.frechet(), replicates),
-            "frechet_change": None,
-            "kernel": interval(pair.kernel(), replicate(pair.kernel, w, v)),
-            "precision": mean_interval(pair.precision(), w),
-            "recall": mean_interval(pair.recall(), v),
-        }
-        return figures, replicates
 
     def recited(self, picture: Path) -> list[dict[str, Any]]:
         """Nearest training images of every method's samples; writes the closest pairs of sequential samples."""
@@ -229,7 +210,7 @@ class _Study:
         for method, features in self.drawn.items():
             apart, row = nearest(features, training)
             w = resamples(len(apart), self.settings.bootstrap, seed=1)
-            rows.append({"method": method, **asdict(memorisation(apart, unseen, w, v))})
+            rows.append({"method": method, **memorisation(apart, unseen, w, v)})
             if method == SEQUENTIAL:
                 self._draw_nearest(picture, apart, row % len(self.features["train"]))
         return rows
@@ -301,20 +282,18 @@ def _ratio(above: Tensor, below: Tensor, counts: Tensor) -> Interval:
     return interval(float(above.sum() / below.sum()), (counts @ above) / (counts @ below))
 
 
+_SPEED = (Column("tokens_per_pass", "tok/pass", interval=False), Column("speedup", "speedup"))
+
+
 def evaluation_table(report: dict[str, Any]) -> str:
     """The figures for people, one block per reference."""
-    header = ["method", "Fréchet", "change", "kernel x1000", "precision", "recall", "class", "same", "bias", "tok/pass"]
     blocks = []
     for reference in report["settings"]["references"]:
         chosen = [r for r in report["results"] if r["reference"] == reference]
         n, m = chosen[-1]["count"], chosen[-1]["reference_count"]
         blocks.append(f"against {reference} ({m} photographs, {n} samples each), {report['settings']['extractor']}")
-        blocks.append(table([*header, "speedup"], [_cells(r) for r in chosen]) + "\n")
-    head = ["method", "nearest training image", "of unseen photographs", "nearer than the nearest 5%", "nearer"]
-    rows = [
-        [r["method"], *(_shown(r[k]) for k in ("distance", "distance_unseen", "close", "nearer"))]
-        for r in report["memorisation"]
-    ]
+        blocks.append(table_of((METHOD, *QUALITY, SURPRISAL, *_SPEED), chosen) + "\n")
+    recited = report["memorisation"]
     resampled, accuracy = report["settings"]["bootstrap"], report["settings"]["class_probe_accuracy"]
     right = "nothing, without classes" if accuracy is None else f"right on {100 * accuracy:.1f}% of test photographs"
     notes = [
@@ -329,7 +308,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
         for same in report["identity"]
     ]
     notes += [f"note: {note}" for note in report.get("notes", [])]
-    return "\n".join([*blocks, *([table(head, rows)] if rows else []), *notes])
+    return "\n".join([*blocks, *([table_of(MEMORISATION, recited)] if recited else []), *notes])
 
 
 def _read_at(photographs: dict[str, Any], references: Sequence[str]) -> str:
@@ -338,20 +317,3 @@ def _read_at(photographs: dict[str, Any], references: Sequence[str]) -> str:
     smaller = [f"{enlarged[split]} of {split}" for split in references if enlarged[split]]
     note = f"; enlarged from smaller files: {', '.join(smaller)}" if smaller else ""
     return f"photographs are read at the model's size, {size} x {size}{note}."
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    change = "" if row["frechet_change"] is None else _shown(row["frechet_change"], 1, sign="+")
-    kernel = {k: None if v is None else 1000 * v for k, v in row["kernel"].items()}
-    quality = [_shown(row["frechet"], 1), change, _shown(kernel, 2)]
-    shares = [_shown(row[k]) if row[k] else "" for k in ("precision", "recall", "consistency")]
-    rate = f"{row['tokens_per_pass']['value']:.2f}" if row.get("tokens_per_pass") else ""
-    same = "" if row["identical"] is None else f"{100 * row['identical']:.1f}%"
-    bias = "" if row.get("surprisal_change") is None else _shown(row["surprisal_change"], 3, sign="+")
-    return [row["method"], *quality, *shares, same, bias, rate, _shown(row["speedup"]) if row.get("speedup") else ""]
-
-
-def _shown(i: dict[str, float | None], digits: int = 2, sign: str = "") -> str:
-    if None in i.values():
-        return ""
-    return f"{i['value']:{sign}.{digits}f} ({i['low']:{sign}.{digits}f} to {i['high']:{sign}.{digits}f})"

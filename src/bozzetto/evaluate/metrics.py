@@ -12,35 +12,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from bozzetto.evaluate.columns import Column
 
 NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95% interval."""
+    """A figure and the range around it: its 95% interval, or lowest and highest; None where unknown."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
-def interval(value: float, replicates: Tensor) -> Interval:
-    """The replicates' 2.5% and 97.5% quantiles, moved so that their mean falls on the value.
+def interval(value: float, replicates: Tensor, share: bool = False) -> Interval:
+    """The replicates' 2.5% and 97.5% quantiles, moved so that their mean falls on the value. share: cut to 0..1.
 
     Resampling repeats images, which raises Fréchet distances (fewer distinct images, lower rank): the spread of the
     replicates is of use, their place is not. Resamples for which there is no figure (all of one image) do not count.
     replicates: float64 [R].
     """
-    replicates = replicates[replicates.isfinite()]
-    if not len(replicates):
-        return Interval(value, value, value)
-    spread = replicates.double() - replicates.double().mean()
-    low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value, value + low, value + high)
+    low, high, replicates = value, value, replicates[replicates.isfinite()]
+    if len(replicates):
+        spread = replicates.double() - replicates.double().mean()
+        below, above = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        low, high = value + below, value + above
+    return Interval(value, max(low, 0.0), min(high, 1.0)) if share else Interval(value, low, high)
 
 
 def resamples(count: int, replicates: int, seed: int) -> Tensor:
@@ -135,14 +138,9 @@ def _covered(points: Tensor, centres: Tensor) -> Tensor:
     return (torch.cdist(points, centres) <= radius).any(1).double()
 
 
-def share_of(found: Interval) -> Interval:
-    """The same, cut to what a share can be."""
-    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
-
-
 def mean_interval(hits: Tensor, counts: Tensor) -> Interval:
     """A share, the mean of zeros and ones [n], with its interval; counts: float64 [R, n] from `resamples`."""
-    return share_of(interval(float(hits.mean()), counts @ hits / counts.sum(1)))
+    return interval(float(hits.mean()), counts @ hits / counts.sum(1), share=True)
 
 
 def median_interval(values: Tensor, counts: Tensor) -> Interval:
@@ -155,3 +153,55 @@ def median_interval(values: Tensor, counts: Tensor) -> Interval:
 def replicate(figure: Callable[[Tensor, Tensor], float], w: Tensor, v: Tensor) -> Tensor:
     """A figure for every pair of resamples w [R, n], v [R, m]: float64 [R]."""
     return torch.tensor([figure(a, b) for a, b in zip(w, v, strict=True)], dtype=torch.float64)
+
+
+@dataclass
+class Measured:
+    """Pictures held against the photographs of a split: what figures of quality are made of. pair: features of both;
+    w, v: float64 [R, n], [R, m], resamples of the pictures and of the photographs; right: share in which the probe of
+    classes sees the class asked for; identical: share whose tokens are those of sequential decoding (None: no tokens);
+    base: sequential decoding's (None: for itself, and for photographs)."""
+
+    pair: Comparison
+    w: Tensor
+    v: Tensor
+    right: Interval | None = None
+    identical: float | None = None
+    base: Measured | None = None
+
+    @cached_property
+    def distances(self) -> Tensor:
+        """Fréchet distances of the resamples: float64 [R]."""
+        return replicate(self.pair.frechet, self.w, self.v)
+
+    @cached_property
+    def distance(self) -> float:
+        """The Fréchet distance."""
+        return self.pair.frechet()
+
+    def change(self) -> Interval | None:
+        """Of the distance from that of sequential decoding. Both have the same draws, so that differences between
+        methods are differences of paired images."""
+        if self.base is None:
+            return None
+        return interval(self.distance - self.base.distance, self.distances - self.base.distances)
+
+
+# Figures of quality: a row each is all that tables, suites, JSON files and the report know of them.
+QUALITY = (
+    Column("frechet", "Fréchet", digits=1, measure=lambda m: interval(m.distance, m.distances)),
+    Column("frechet_change", "change", "change from none", digits=1, sign=True, measure=Measured.change),
+    Column(
+        "kernel",
+        "kernel x1000",
+        "kernel distance ×1000",
+        scale=1000,
+        measure=lambda m: interval(m.pair.kernel(), replicate(m.pair.kernel, m.w, m.v)),
+    ),
+    Column("precision", "precision", "precision", measure=lambda m: mean_interval(m.pair.precision(), m.w)),
+    Column("recall", "recall", "recall", measure=lambda m: mean_interval(m.pair.recall(), m.v)),
+    Column("consistency", "class", "class recognised", joined=False, measure=lambda m: m.right),
+    Column(
+        "identical", "same", "share identical to none", digits=1, unit="%", joined=False, measure=lambda m: m.identical
+    ),
+)

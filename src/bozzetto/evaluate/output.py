@@ -271,15 +271,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path.name} ({error.strerror})", str(path.parent)) from error
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; cells that read as numbers stand to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    right = [bool(rows) and all(re.match(r"[-+\d]", row[i]) for row in rows) for i in range(len(header))]
-    texts = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
-        for line in lines
-    ]
-    return "\n".join(text.rstrip() for text in texts)

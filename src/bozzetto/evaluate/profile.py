@@ -23,7 +23,7 @@ from bozzetto.common.options import ProfileOptions
 from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.passes import BarePass
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.roofline import Machine, measure_machine

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from bozzetto.evaluate.metrics import Interval, interval, mean_interval, median_interval, share_of
+from bozzetto.evaluate.metrics import Interval, interval, mean_interval, median_interval
 
 _SHRINKAGE = 0.2  # towards a round covariance: there are more features than a class has images
 _CLOSE = 0.05
@@ -35,34 +33,24 @@ class ClassProbe:
         return self.classes[(features.double() @ self.weight + self.bias).argmax(1)]
 
 
-@dataclass(frozen=True)
-class Memorisation:
-    """Distances to the nearest training image, in feature space, of samples against photographs that were not trained
-    on. distance, distance_unseen: medians; close: share of samples that are nearer than the nearest 5% of the unseen
-    photographs (5% would be expected of new photographs); nearer: probability that a sample is nearer to its training
-    image than an unseen photograph is to its own (one half for new photographs, one for copies; the test of Meehan et
-    al., arXiv 2004.05675)."""
-
-    distance: Interval
-    distance_unseen: Interval
-    close: Interval
-    nearer: Interval
-
-
 def nearest(features: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to the nearest training image and its row: float64 [n], int64 [n]."""
     found = torch.cdist(features.double(), training.double()).min(1)
     return found.values, found.indices
 
 
-def memorisation(samples: Tensor, unseen: Tensor, w: Tensor, v: Tensor) -> Memorisation:
-    """From nearest distances of samples [n] and unseen photographs [m], with resamples w [R, n], v [R, m]."""
+def memorisation(samples: Tensor, unseen: Tensor, w: Tensor, v: Tensor) -> dict[str, Interval]:
+    """From distances to the nearest training image, in feature space, of samples [n] and of photographs that were not
+    trained on [m], with resamples w [R, n], v [R, m]. distance, distance_unseen: medians; close: share of samples that
+    are nearer than the nearest 5% of the unseen photographs (5% would be expected of new photographs); nearer:
+    probability that a sample is nearer to its training image than an unseen photograph is to its own (one half for new
+    photographs, one for copies; the test of Meehan et al., arXiv 2004.05675)."""
     limit = torch.quantile(unseen, _CLOSE)
     ahead = (samples[:, None] < unseen[None]).double() + 0.5 * (samples[:, None] == unseen[None]).double()
     replicates = ((w @ ahead) * v).sum(1) / (w.sum(1) * v.sum(1))
-    return Memorisation(
-        distance=median_interval(samples, w),
-        distance_unseen=median_interval(unseen, v),
-        close=mean_interval((samples < limit).double(), w),
-        nearer=share_of(interval(float(ahead.mean()), replicates)),
-    )
+    return {
+        "distance": median_interval(samples, w),
+        "distance_unseen": median_interval(unseen, v),
+        "close": mean_interval((samples < limit).double(), w),
+        "nearer": interval(float(ahead.mean()), replicates, share=True),
+    }

@@ -10,10 +10,12 @@ from typing import Any
 
 from bozzetto.checkpoints.folders import read_config
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.bench import BenchSettings, bench
+from bozzetto.evaluate.bench import BenchSettings, bench, ranged
+from bozzetto.evaluate.bias import SURPRISAL
+from bozzetto.evaluate.columns import METHOD, Column, table_of
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
 from bozzetto.evaluate.features import FeatureExtractor
-from bozzetto.evaluate.output import table
+from bozzetto.evaluate.metrics import QUALITY
 from bozzetto.evaluate.variants import compare_with_base
 from bozzetto.methods.path_registry import is_path_method, make_path_rule
 from bozzetto.methods.registry import make_rule, split_method
@@ -186,7 +188,9 @@ def run_suite(
     return report
 
 
-_TAKEN = ("frechet", "frechet_change", "kernel", "precision", "recall", "surprisal_change", "tv_spent")
+_SPENT = (replace(SURPRISAL, heading="bias, nats/token"), Column("tv_spent", "bound/token", digits=3, interval=False))
+_MOVED = (Column("moved", "mean distance", digits=4, interval=False), Column("farthest", "largest", digits=3))
+_JOINED = [column for column in QUALITY if column.joined]
 
 
 def _joined(pipe: Pipeline, methods: Methods, timed: dict[str, Any], judged: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,7 +201,7 @@ def _joined(pipe: Pipeline, methods: Methods, timed: dict[str, Any], judged: dic
         if method not in methods:
             continue  # the bare loop
         found: dict[str, Any] = next((r for r in judged["results"] if r["method"] == method), {})
-        quality = {k: found.get(k) for k in (*_TAKEN, "moved", "farthest")}
+        quality = {column.key: found.get(column.key) for column in (*_JOINED, *_SPENT, *_MOVED)}
         title = {"model": pipe.name, "title": methods[method], "exact": _exact(method, timed)}
         rows.append({**title, **row, **quality, "images": found.get("count")})
     return rows
@@ -214,6 +218,21 @@ def _exact(method: str, timed: dict[str, Any]) -> bool:
 _OTHER_LAW = ("steps=", "last_steps=", "passes=", "guidance_schedule=")
 
 
+_OVER_BASE = Column("frechet_over_base", "", digits=1, sign=True)
+_COLUMNS = (
+    METHOD,
+    Column("title", "as", digits=None),
+    Column("exact", "exact", digits=None),
+    Column("tokens_per_pass", "tok/pass"),
+    Column("ms_per_pass", "ms/pass"),
+    Column("draft_share", "drafting", digits=0, unit="%"),
+    Column("speedup", "speed-up", unit="x"),
+    Column("range", "range", digits=None),
+    Column("head_calls", "head calls", digits=0),
+    *QUALITY[:2],
+)
+
+
 def suite_table(report: dict[str, Any]) -> str:
     """The figures of both for people, one block per model."""
     blocks = []
@@ -225,20 +244,11 @@ def suite_table(report: dict[str, Any]) -> str:
 
 def _model_table(results: list[dict[str, Any]], s: dict[str, Any], e: dict[str, Any]) -> str:
     vectors = any(r["head_calls"] for r in results)
-    header = ["method", "as", "exact", "tok/pass", "ms/pass", "drafting", "speed-up", "range"]
-    header += ["head calls"] if vectors else []
-    header += ["Fréchet", "change", *(["mean distance", "largest"] if vectors else ["bias, nats/token", "bound/token"])]
-    rows = []
-    for r in results:
-        speed = [f"{r['tokens_per_pass']:.2f}", f"{r['ms_per_pass']:.2f}", f"{100 * r['draft_share']:.0f}%"]
-        speed += [f"{r['speedup']:.2f}x", f"{r['speedup_low']:.2f}-{r['speedup_high']:.2f}"]
-        speed += [f"{r['head_calls']:.0f}"] if vectors else []
-        quality = [_shown(r[k], d, t) for k, d, t in (("frechet", 1, ""), ("frechet_change", 1, "+"))]
-        quality += _distance(r) if vectors else _bias(r)
-        rows.append([r["method"], r["title"], "yes" if r["exact"] else "no", *speed, *quality])
+    columns = [column for column in _COLUMNS if vectors or column.key != "head_calls"]
+    shown = [{**r, "exact": "yes" if r["exact"] else "no"} for r in ranged(results)]
     notes = [
         f"{r['method']} against sequential {r['base']}: {r['over_base']:.2f}x as fast (same run, one after the other), "
-        f"Fréchet {_shown(r['frechet_over_base'], 1, '+')}."
+        f"Fréchet {_OVER_BASE.shown(r)}."
         for r in results
         if "base" in r
     ]
@@ -251,19 +261,4 @@ def _model_table(results: list[dict[str, Any]], s: dict[str, Any], e: dict[str, 
         if vectors
         else "bias: change of the tokens' surprisal under the target's law. bound: what the rule sums per token.",
     ]
-    return "\n".join([table(header, rows), *notes])
-
-
-def _bias(r: dict[str, Any]) -> list[str]:
-    return [_shown(r["surprisal_change"], 3, "+"), f"{r['tv_spent']['value']:.3f}" if r["tv_spent"] else ""]
-
-
-def _distance(r: dict[str, Any]) -> list[str]:
-    moved = r["moved"]
-    return [f"{moved['value']:.4f}" if moved else "", f"{r['farthest']:.3f}" if moved else ""]
-
-
-def _shown(i: dict[str, float] | None, digits: int, sign: str) -> str:
-    if i is None:
-        return ""
-    return f"{i['value']:{sign}.{digits}f} ({i['low']:{sign}.{digits}f} to {i['high']:{sign}.{digits}f})"
+    return "\n".join([table_of([*columns, *(_MOVED if vectors else _SPENT)], shown), *notes])

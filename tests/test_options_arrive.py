@@ -191,7 +191,7 @@ def test_convert_train_report_and_models(monkeypatch, tmp_path):
     wanted: dict[str, tuple[str, list[Any]]] = {
         "llamagen": ("convert.convert_llamagen", [path["gpt"], path["vq"], path["out"], 384, path["class_names"]]),
         "mar": ("convert_mar.convert_mar", [path["checkpoint"], path["vae"], path["out"], path["class_names"]]),
-        "eagle": ("eagle_store.convert_eagle", [path["drafter"], path["model"], path["out"]]),
+        "eagle": ("convert_drafter.convert_eagle", [path["drafter"], path["model"], path["out"]]),
     }
     wanted["llamagen"][1].extend(["float16", "T"])
     wanted["mar"][1].append("float16")

@@ -27,9 +27,10 @@ from bozzetto.pipeline.pipeline import GenerateSettings
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from bozzetto.evaluate.metrics import Interval
 from bozzetto.evaluate.report import build_report
 from bozzetto.evaluate.report import figures as draw
-from bozzetto.evaluate.report.runs import Figure, figure_of
+from bozzetto.evaluate.report.runs import figure_of
 from bozzetto.evaluate.report.tables import cell, number
 
 METHODS = ("none", "jacobi/exact", "jacobi/seed-exact")
@@ -270,15 +271,15 @@ def test_no_run_at_all_is_refused(tmp_path):
 
 
 def test_figures_are_numbers_or_intervals():
-    assert figure_of({"a": 2}, "a") == Figure(2.0) and figure_of({"a": None}, "a") is None
-    assert figure_of({"a": {"value": 1, "low": 0, "high": 2}}, "a") == Figure(1.0, 0.0, 2.0)
+    assert figure_of({"a": 2}, "a") == Interval(2.0) and figure_of({"a": None}, "a") is None
+    assert figure_of({"a": {"value": 1, "low": 0, "high": 2}}, "a") == Interval(1.0, 0.0, 2.0)
     with pytest.raises(ValueError, match="neither a number"):
         figure_of({"a": "many"}, "a")
 
 
 def test_digits_follow_the_interval():
-    assert cell(Figure(61.4321, 58.2, 64.9)) == {"text": "61.4", "range": "58.2 to 64.9"}
-    assert cell(Figure(0.0, 0.0, 0.0), sign=True) == {"text": "0", "range": ""}
+    assert cell(Interval(61.4321, 58.2, 64.9)) == {"text": "61.4", "range": "58.2 to 64.9"}
+    assert cell(Interval(0.0, 0.0, 0.0), sign=True) == {"text": "0", "range": ""}
     assert number(-0.04, 1) == "0.0" and number(-1.5, 1) == "−1.5"
 
 

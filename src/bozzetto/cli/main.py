@@ -324,7 +324,7 @@ _CONVERTERS = {
 def _convert(options: verb.Convert) -> None:
     from bozzetto.pipeline.pipeline import is_hosted
 
-    (module, wanted, more), what = _CONVERTERS[options.what], options.what
+    (module, wanted, more), what = _CONVERTERS[options.what], str(options.what)
     for name in wanted.split():
         if getattr(options, name) is None:
             raise UsageError(f"convert {what} needs --{name}")

@@ -22,7 +22,7 @@ from bozzetto.evaluate.columns import Column
 NEIGHBOURS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Interval:
     """A figure and the range around it: its 95% interval, or lowest and highest; None where unknown."""
 

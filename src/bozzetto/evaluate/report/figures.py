@@ -19,7 +19,7 @@ from PIL import Image
 
 from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.report.runs import Figure
+from bozzetto.evaluate.metrics import Interval
 
 # Offsets beyond this share the last colour of the maps.
 MOST_OFFSETS = 12
@@ -33,19 +33,15 @@ _LONG, _LEGEND_ROW = 26, 0.16  # letters of a method that needs a line of its ow
 _WIDTH = 4.4  # inches; small, so that the text is still read when a phone shrinks the figure
 
 
+# One mark of a scatter: its label, x and y.
+Point = tuple[str, Interval, Interval]
+
+
 class Style(NamedTuple):
     """How a method looks in every figure: #rrggbb and matplotlib's letter of a marker."""
 
     colour: str
     marker: str
-
-
-class Point(NamedTuple):
-    """One mark of a scatter."""
-
-    label: str
-    x: Figure
-    y: Figure
 
 
 def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:
@@ -186,12 +182,12 @@ def mean_map(share: np.ndarray, top: float, label: str, name: str) -> str:
 
 
 def quality_figure(
-    points: Sequence[Point], lines: Mapping[str, Figure], axis: str, styles: Mapping[str, Style], name: str
+    points: Sequence[Point], lines: Mapping[str, Interval], axis: str, styles: Mapping[str, Style], name: str
 ) -> str:
     """Speed-up across, distance upwards, both with their intervals; `lines`: distances that have no speed."""
     figure, axes = _figure(3.1)
     _scatter(axes, points, styles)
-    entries: list[tuple[str, Any]] = [(p.label, styles[p.label]) for p in points]
+    entries: list[tuple[str, Any]] = [(label, styles[label]) for label, _, _ in points]
     for dash, (label, value) in zip(("--", ":", "-."), lines.items(), strict=False):
         axes.axhline(value.value, color=_GREY, ls=dash, lw=1.4)
         if value.low is not None and value.high is not None:
@@ -203,32 +199,32 @@ def quality_figure(
     axes.set_ylabel(axis)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
     _legend(figure, axes, entries)
-    return _svg(figure, name, f"Scatter: {axis} against speed-up for {', '.join(p.label for p in points)}")
+    return _svg(figure, name, f"Scatter: {axis} against speed-up for {', '.join(label for label, _, _ in points)}")
 
 
 def bench_figure(points: Sequence[Point], styles: Mapping[str, Style], name: str) -> str:
     """Speed-up (lowest to highest round) against tokens per target pass, a mark per row of the benchmark."""
     figure, axes = _figure(3.1)
     _scatter(axes, points, styles)
-    top = max(max(p.x.value, p.y.value) for p in points) * 1.08
+    top = max(max(x.value, y.value) for _, x, y in points) * 1.08
     axes.plot([0, top], [0, top], color=_GREY, ls=":", lw=1.2)
     axes.annotate("a pass costs the same", (top, top), ha="right", va="bottom", rotation_mode="anchor", fontsize=7.5)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens per target pass")
     axes.set_ylabel("speed-up over sequential decoding")
-    _legend(figure, axes, [(label, styles[label]) for label in dict.fromkeys(p.label for p in points)])
+    _legend(figure, axes, [(label, styles[label]) for label in dict.fromkeys(label for label, _, _ in points)])
     return _svg(figure, name, "Scatter: speed-up against tokens per target pass")
 
 
 def _scatter(axes: Any, points: Sequence[Point], styles: Mapping[str, Style]) -> None:
-    for point in points:
-        look = styles[point.label]
+    for label, x, y in points:
+        look = styles[label]
         axes.errorbar(
-            [point.x.value],
-            [point.y.value],
-            xerr=_whiskers(point.x),
-            yerr=_whiskers(point.y),
+            [x.value],
+            [y.value],
+            xerr=_whiskers(x),
+            yerr=_whiskers(y),
             fmt=look.marker,
             color=look.colour,
             ms=6.5,
@@ -237,7 +233,7 @@ def _scatter(axes: Any, points: Sequence[Point], styles: Mapping[str, Style]) ->
         )
 
 
-def _whiskers(figure: Figure) -> np.ndarray | None:
+def _whiskers(figure: Interval) -> np.ndarray | None:
     if figure.low is None or figure.high is None:
         return None
     # A median lies inside its range, an interval of moved replicates need not hold its figure: no negative lengths.

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from bozzetto.common.files import write_text
 from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
+from bozzetto.evaluate.metrics import Interval
 from bozzetto.evaluate.output import check_writable
 from bozzetto.evaluate.report import figures as draw
-from bozzetto.evaluate.report.runs import BROKEN, Drawn, Figure, Run, figure_of, read_runs
+from bozzetto.evaluate.report.runs import BROKEN, Drawn, Run, figure_of, read_runs
 from bozzetto.evaluate.report.tables import (
     BARE,
     YARDSTICKS,
@@ -183,11 +184,11 @@ class _Study:
             rows.append(speed_row(label, row, drawn, self._rate(label)))
         return speed_table([row for row in rows if row])
 
-    def _rate(self, label: str) -> Figure | None:
+    def _rate(self, label: str) -> Interval | None:
         """Tokens per target pass, as the evaluation says or else from the traces."""
         said = figure_of(next(iter(self.rows.get(label, [])), {}), "tokens_per_pass")
         mine = self.drawn[label].tokens_per_pass if label in self.drawn else None
-        return said or (Figure(mine) if mine is not None else None)
+        return said or (Interval(mine) if mine is not None else None)
 
     def _run_of(self, label: str) -> Run:
         name = next(run for (run, _), mine in self.labels.items() if mine == label)
@@ -196,7 +197,7 @@ class _Study:
     def _lead(self) -> str:
         """The page in one sentence."""
         timed = {label: figure_of(rows[0], "speedup") for label, rows in self.rows.items()}
-        best = max((label for label, f in timed.items() if f), key=lambda m: timed[m] or Figure(0), default=None)
+        best = max((label for label, f in timed.items() if f), key=lambda m: timed[m] or Interval(0), default=None)
         if best is not None and cell(timed[best])["range"]:
             speed, rate, change = timed[best], self._rate(best), figure_of(self.rows[best][0], "frechet_change")
             words = f"{best} is {cell(speed)['text']} times as fast as sequential decoding ({cell(speed)['range']})"
@@ -321,7 +322,7 @@ class _Study:
                     if row["method"] in YARDSTICKS and y:
                         lines[row["method"]] = y
                     elif x and y:
-                        points.append(draw.Point(self.labels[run.name, row["method"]], x, y))
+                        points.append((self.labels[run.name, row["method"]], x, y))
                 if points:
                     axis = f"{distance_name(run)}\n({run.settings.get('extractor', 'unnamed features')})"
                     svg = draw.quality_figure(points, lines, axis, self.styles, next(ids))
@@ -334,7 +335,7 @@ class _Study:
         for row in (row for run in self.runs for row in run.bench if row["method"] != BARE):
             x, y = figure_of(row, "tokens_per_pass"), figure_of(row, "speedup")
             if x and y:
-                points.append(draw.Point(row["method"], x, y))
+                points.append((row["method"], x, y))
         return draw.bench_figure(points, self.styles, next(ids)) if points else None
 
 

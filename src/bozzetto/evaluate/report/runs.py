@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from PIL import Image
 from bozzetto.common.files import parse_json
 from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError, brief
+from bozzetto.evaluate.metrics import Interval
 from bozzetto.evaluate.output import MANIFEST
 from bozzetto.evaluate.sampling import slug
 from bozzetto.evaluate.shards import RUN, held, read_run, read_samples, whole_from_start
@@ -32,14 +33,6 @@ _PROVENANCE = ("command", "commit", "versions", "machine", "time")
 _ALLOWED = (
     f"a folder of generate ({MANIFEST}), sample ({RUN}) or evaluate ({EVALUATION}), or a JSON file of evaluate or bench"
 )
-
-
-class Figure(NamedTuple):
-    """A number and the range around it (95% interval, or lowest and highest); low and high are None where unknown."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass
@@ -336,7 +329,7 @@ def _ranged(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def figure_of(row: Mapping[str, Any], name: str) -> Figure | None:
+def figure_of(row: Mapping[str, Any], name: str) -> Interval | None:
     """The figure of that name in a row: a number, or one with its interval; None where it is missing, null or not
     finite. Raises ValueError for anything else."""
     content = row.get(name)
@@ -349,4 +342,4 @@ def figure_of(row: Mapping[str, Any], name: str) -> Figure | None:
     if any(p is not None and abs(p) > _LARGEST for p in parts):
         raise ValueError(f"{name} of {row.get('method')} is beyond what a figure can be: {brief(content)}")
     value, low, high = (float(p) if p is not None and math.isfinite(p) else None for p in parts)
-    return None if value is None else Figure(value, low, high)
+    return None if value is None else Interval(value, low, high)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bozzetto.evaluate.report.runs import Drawn, Figure, Run, figure_of
+from bozzetto.evaluate.columns import BENCH, MEMORISATION
+from bozzetto.evaluate.metrics import QUALITY, Interval
+from bozzetto.evaluate.report.runs import Drawn, Run, figure_of
 
 BARE = "bare"
 # Rows of an evaluation that are no decoding methods: what they are, in words.
@@ -14,27 +16,9 @@ YARDSTICKS = {
     "photographs": "real photographs of the other split",
     "reconstructions": "the same photographs through the tokenizer and back",
 }
-_QUALITY = (
-    ("frechet", "", 1),
-    ("frechet_change", "change from none", 1),
-    ("kernel", "kernel distance ×1000", 1000),
-    ("precision", "precision", 1),
-    ("recall", "recall", 1),
-    ("consistency", "class recognised", 1),
-    ("identical", "share identical to none", 1),
-)
-_MEMORISATION = {
-    "distance": "median distance to the nearest training image",
-    "distance_unseen": "the same for unseen photographs",
-    "close": "share nearer than the nearest 5% of unseen photographs",
-    "nearer": "probability of being nearer than an unseen photograph",
-}
-_BENCH = {
-    "tokens_per_pass": "tokens per target pass",
-    "ms_per_pass": "ms per target pass",
-    "images_per_second": "images per second",
-    "speedup": "times as fast as none",
-}
+_SHARE = next(column for column in BENCH if column.key == "draft_share")
+_SETTINGS = [column for column in BENCH[1:] if not column.words and column.digits is None and column.key != "range"]
+_SPEED = [column for column in BENCH if column.words and column is not _SHARE]
 _MOST_DIGITS = 3
 
 Cell = dict[str, str]
@@ -49,12 +33,12 @@ def number(value: float, digits: int, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def cell(figure: Figure | None, scale: float = 1, sign: bool = False) -> Cell:
+def cell(figure: Interval | None, scale: float = 1, sign: bool = False) -> Cell:
     """Text of a figure and of its range. The range's half-width sets the digits: two of them are shown."""
     if figure is None:
         return {"text": "", "range": ""}
-    value, low, high = (None if part is None else part * scale for part in figure)
-    assert value is not None
+    value = figure.value * scale
+    low, high = (None if part is None else part * scale for part in (figure.low, figure.high))
     half = (high - low) / 2 if low is not None and high is not None else 0.0
     size = half / 10 if half > 0 else abs(value) / 100
     digits = min(max(-math.floor(math.log10(size)), 0), _MOST_DIGITS) if size > 0 else 0
@@ -97,11 +81,11 @@ def quality_tables(run: Run, labels: Mapping[tuple[str, str], str]) -> list[Tabl
     tables = []
     for reference in dict.fromkeys(row.get("reference") for row in run.results):
         rows = [row for row in run.results if row.get("reference") == reference]
-        header = ["method", *(words or distance_name(run) for _, words, _ in _QUALITY), "images"]
+        header = ["method", *(column.words or distance_name(run) for column in QUALITY), "images"]
         cells = []
         for row in rows:
             name = labels.get((run.name, row["method"]), row["method"])
-            found = [cell(figure_of(row, k), scale, k == "frechet_change") for k, _, scale in _QUALITY]
+            found = [cell(figure_of(row, c.key), c.scale, c.sign) for c in QUALITY]
             cells.append([plain(name), *found, plain(row.get("count"))])
         against = f"{rows[0].get('reference_count', '')} {reference or ''} photographs".strip()
         words = f"{run.name}: against {against}. Features: {run.settings.get('extractor', 'unnamed')}."
@@ -109,13 +93,13 @@ def quality_tables(run: Run, labels: Mapping[tuple[str, str], str]) -> list[Tabl
     return tables
 
 
-def speed_row(label: str, row: Mapping[str, Any], drawn: Drawn | None, rate: Figure | None) -> list[Cell] | None:
+def speed_row(label: str, row: Mapping[str, Any], drawn: Drawn | None, rate: Interval | None) -> list[Cell] | None:
     """A method's row of the table of speed, from an evaluation's row (empty: none) or from its samples alone; None
     where neither knows anything."""
-    share = figure_of(row, "draft_share")
+    share = figure_of(row, _SHARE.key)
     if share is None and drawn is not None and drawn.draft_share is not None:
-        share = Figure(drawn.draft_share)
-    timed = [figure_of(row, key) for key in ("ms_per_pass", "images_per_second", "speedup")]
+        share = Interval(drawn.draft_share)
+    timed = [figure_of(row, column.key) for column in _SPEED[1:]]
     if not any((rate, share, *timed)):
         return None
     images = row.get("count") or (drawn.total if drawn else None)
@@ -124,7 +108,7 @@ def speed_row(label: str, row: Mapping[str, Any], drawn: Drawn | None, rate: Fig
 
 def speed_table(rows: Sequence[list[Cell]]) -> Table | None:
     """Columns without a single figure are left out; None without rows."""
-    header = ["method", "images", *_BENCH.values(), "time in drafting and verifying"]
+    header = ["method", "images", *(column.words for column in (*_SPEED, _SHARE))]
     kept = [i for i in range(len(header)) if any(row[i]["text"] for row in rows)]
     cells = [[row[i] for i in kept] for row in rows]
     return {"caption": "Speed by method.", "header": [header[i] for i in kept], "rows": cells} if rows else None
@@ -132,13 +116,14 @@ def speed_table(rows: Sequence[list[Cell]]) -> Table | None:
 
 def bench_table(run: Run) -> Table:
     """A benchmark, a row per method and setting."""
-    fixed = ["batch", "guidance", "window", "top_k"]
     rows = []
     for row in run.bench:
-        settings = [plain(f"{row[k]:g}" if isinstance(row.get(k), int | float) else row.get(k)) for k in fixed]
-        found = [cell(figure_of(row, k)) for k in _BENCH]
-        rows.append([plain(row["method"]), *settings, *found, _percent(figure_of(row, "draft_share"))])
-    header = ["method", "batch", "guidance", "window", "top-k", *_BENCH.values(), "time in drafting and verifying"]
+        settings = [
+            plain(f"{row[c.key]:g}" if isinstance(row.get(c.key), int | float) else row.get(c.key)) for c in _SETTINGS
+        ]
+        found = [cell(figure_of(row, column.key)) for column in _SPEED]
+        rows.append([plain(row["method"]), *settings, *found, _percent(figure_of(row, _SHARE.key))])
+    header = ["method", *(c.heading for c in _SETTINGS), *(c.words for c in (*_SPEED, _SHARE))]
     device = str(run.settings.get("device", "unnamed device"))
     words = f"{run.name}: {run.settings.get('dtype', '')} on {device}".replace("  ", " ")
     return {"caption": f"{words}.", "header": header, "rows": rows}
@@ -147,11 +132,12 @@ def bench_table(run: Run) -> Table:
 def memorisation_table(run: Run, labels: Mapping[tuple[str, str], str]) -> Table:
     """Nearest training images: whatever figures the rows have."""
     keys = list(dict.fromkeys(k for row in run.memorisation for k in row if k != "method"))
+    known = {column.key: column.words for column in MEMORISATION}
     rows = [
         [plain(labels.get((run.name, row["method"]), row["method"])), *(cell(figure_of(row, k)) for k in keys)]
         for row in run.memorisation
     ]
-    header = ["method", *(_MEMORISATION.get(k, k.replace("_", " ")) for k in keys)]
+    header = ["method", *(known.get(k, k.replace("_", " ")) for k in keys)]
     return {"caption": f"{run.name}: nearest training images.", "header": header, "rows": rows}
 
 
@@ -163,7 +149,7 @@ def provenance_table(run: Run) -> Table:
     return {"name": run.name, "kind": run.kind, "rows": [*rows, ("settings", _words(run.settings))]}
 
 
-def _percent(figure: Figure | None) -> Cell:
+def _percent(figure: Interval | None) -> Cell:
     return plain("" if figure is None else f"{100 * figure.value:.1f}%")
 
 

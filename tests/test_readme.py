@@ -126,7 +126,7 @@ def test_commands_run(command, small_model, tiny_flow, photographs, tmp_path, mo
     if arguments[0] == "evaluate":
         arguments += ["--count", "8", "--batch", "4", "--bootstrap", "4", "--data", str(photographs)]
     parsed = cli._parse(arguments)
-    if isinstance(parsed, cli.Report):
+    if isinstance(parsed, cli.verb.Report):
         for run in parsed.runs:
             made = ["sample", "--model", str(small_model), "--count", "3", "--batch", "3", "--out", str(run)]
             assert cli.main(made) == 0
@@ -135,7 +135,7 @@ def test_commands_run(command, small_model, tiny_flow, photographs, tmp_path, mo
         assert (parsed.out / "samples.npz").is_file() == parsed.npz
     elif isinstance(parsed, cli.verb.Evaluate):
         assert list(parsed.out.glob("*.json")) and (parsed.json is None or parsed.json.is_file())
-    elif isinstance(parsed, cli.Report):
+    elif isinstance(parsed, cli.verb.Report):
         assert "<!doctype html>" in parsed.out.read_text(encoding="utf-8")[:100]
     elif isinstance(parsed, cli.verb.Generate):
         listed = json.loads((parsed.out / "manifest.json").read_text(encoding="utf-8"))["images"]

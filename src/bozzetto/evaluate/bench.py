@@ -29,13 +29,12 @@ from bozzetto.decoding.loop import Decoder
 from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
-from bozzetto.evaluate.columns import BENCH, table_of
+from bozzetto.evaluate.columns import BARE, BENCH, SEQUENTIAL, table_of
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.methods.registry import make_rule
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
-BARE, SEQUENTIAL = "bare", "none"
 _WARM_UP_PASSES = 4
 _MOST = 1_000_000
 _RANGES = {"count": (1, _MOST), "rounds": (1, _MOST), "threads": (0, 4096), "waves": (1, _MOST)}

@@ -8,6 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BARE, SEQUENTIAL = "bare", "none"  # the loop of passes alone, and sequential decoding
+PHOTOGRAPHS, RECONSTRUCTIONS = "photographs", "reconstructions"
+# Rows of an evaluation that are no decoding methods: what they are, in words.
+YARDSTICKS = {
+    PHOTOGRAPHS: "real photographs of the other split",
+    RECONSTRUCTIONS: "the same photographs through the tokenizer and back",
+}
+EVALUATION = "evaluation.json"
+
 
 @dataclass(frozen=True)
 class Column:

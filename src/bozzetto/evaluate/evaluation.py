@@ -22,7 +22,16 @@ from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import SURPRISAL, bias_figures
-from bozzetto.evaluate.columns import MEMORISATION, METHOD, Column, table_of
+from bozzetto.evaluate.columns import (
+    EVALUATION,
+    MEMORISATION,
+    METHOD,
+    PHOTOGRAPHS,
+    RECONSTRUCTIONS,
+    SEQUENTIAL,
+    Column,
+    table_of,
+)
 from bozzetto.evaluate.features import FeatureExtractor
 from bozzetto.evaluate.metrics import QUALITY, Comparison, Interval, Measured, interval, resamples
 from bozzetto.evaluate.output import plain, write_report
@@ -39,8 +48,7 @@ from bozzetto.evaluate.sampling import SampleRun, batched, method_settings, own_
 from bozzetto.evaluate.shards import Samples, read_samples
 from bozzetto.pipeline.pipeline import ROUNDING, GenerateSettings, Pipeline
 
-EVALUATION, NEAREST = "evaluation.json", "nearest.png"
-SEQUENTIAL, PHOTOGRAPHS, RECONSTRUCTIONS = "none", "photographs", "reconstructions"
+NEAREST = "nearest.png"
 _SHOWN = 16
 
 

@@ -23,7 +23,7 @@ from bozzetto.common.options import ProfileOptions
 from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
-from bozzetto.evaluate.columns import table
+from bozzetto.evaluate.columns import SEQUENTIAL, table
 from bozzetto.evaluate.passes import BarePass
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.roofline import Machine, measure_machine
@@ -31,7 +31,6 @@ from bozzetto.evaluate.sampling import method_settings
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen_cache import CausalTarget
 
-SEQUENTIAL = "none"
 _WARM_UP_PASSES = 4
 _BUSY = 1.3  # times the time of an undisturbed pass, from which another one is worth a note
 _SHOW_AFTER = 2.0  # seconds until the progress bar appears

@@ -36,6 +36,26 @@ class Part:
     base: str = ""
 
 
+# Methods by what the literature calls them: the papers', what they compare with, and the better alternatives.
+_LOSSY = {
+    "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
+    "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
+    "eagle:tree=mc-sim-25/grouped:group=8": "GSD",
+    "eagle:tree=mc-sim-25/annealed": "COOL-SD",
+    "eagle:tree=mc-sim-25/cascade": "CASCADE",
+}
+_TREES = {
+    "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
+    "eagle:tree=mc-sim-25/traversal": "traversal, exact",
+}
+_LANTERN = {
+    "none": "sequential",
+    "eagle:tree=dynamic/tree": "EAGLE-2, exact",
+    **_TREES,
+    "eagle:tree=chain-12/block": "block on a chain, exact",
+    **_LOSSY,
+    "jacobi/seed-exact": "coupled Jacobi, seed-exact",
+}
 _CODES = {
     "none": "sequential",
     "jacobi/seed-exact": "coupled Jacobi, seed-exact",
@@ -47,15 +67,9 @@ _CODES = {
     "eagle:tree=chain-12/block": "block on a chain, exact",
     "eagle:tree=chain-32/block": "block on a chain of 32, exact",
     "eagle:tree=chain-32:stop=0.1/block": "chain of 32, stopped by entropy, exact",
-    "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
-    "eagle:tree=mc-sim-25/traversal": "traversal, exact",
-    "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
-    "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
-    "eagle:tree=mc-sim-25/grouped:group=8": "GSD",
-    "eagle:tree=mc-sim-25/annealed": "COOL-SD",
-    "eagle:tree=mc-sim-25/cascade": "CASCADE",
+    **_TREES,
+    **_LOSSY,
 }
-
 _FLOW = {
     "none": "sequential",
     "none/reflection": "head-level speculation, exact",
@@ -68,80 +82,36 @@ _FLOW = {
     "jacobi/pathwise:epsilon=0.1": "pathwise, epsilon 0.1",
     "jacobi/pathwise:epsilon=0.5": "pathwise, epsilon 0.5",
 }
+_MASKED = {
+    "none": "MAR, 256 passes",
+    "none@passes=64": "MAR, 64 passes (another law)",
+    "none/coupled": "head-level speculation, exact",
+    "none/coupled@passes=64": "both",
+    "model:length=8/cspd:variant=released": "CSpD as released",
+}
+_STEPS = {"none@steps=8": "half the steps of the head", "none@last_steps=4": "DiSA, annealed steps of the head"}
+_DRIFT = {
+    "none": "Drift-AR, one step",
+    "jacobi/pathwise:epsilon=0.1": "Drift-AR, pathwise, epsilon 0.1",
+    "jacobi/pathwise:epsilon=0.5": "Drift-AR, pathwise, epsilon 0.5",
+    "sketch:length=6/pathwise:epsilon=0.5": "Drift-AR, its draft model",
+    "sketch:length=12:stop=0.3/pathwise:epsilon=0.5": "Drift-AR, drafts stopped by entropy",
+}
+_GLANCE = {"jacobi:fill=glance:fresh=1/exact": "windows that a glance fills, exact"}
 
-
-def _part(family: str, model: str, methods: dict[str, str], base: str = "") -> Part:
-    return Part(family, model, MappingProxyType(methods), base)
-
-
-# The papers' methods, what they compare with, and the better alternatives; `followers` has all of the project.
+# `followers` has all of the project.
 SUITES: Mapping[str, tuple[Part, ...]] = MappingProxyType(
     {
-        "lantern": (
-            _part(
-                "llamagen",
-                "",
-                {
-                    "none": "sequential",
-                    "eagle:tree=dynamic/tree": "EAGLE-2, exact",
-                    "eagle:tree=mc-sim-25/tree": "EAGLE static tree, exact",
-                    "eagle:tree=mc-sim-25/traversal": "traversal, exact",
-                    "eagle:tree=chain-12/block": "block on a chain, exact",
-                    "eagle:tree=dynamic/lantern:k=1000:delta=0.1": "LANTERN",
-                    "eagle:tree=mc-sim-25/lantern++:k=10:lambda=2": "LANTERN++",
-                    "eagle:tree=mc-sim-25/grouped:group=8": "GSD",
-                    "eagle:tree=mc-sim-25/annealed": "COOL-SD",
-                    "eagle:tree=mc-sim-25/cascade": "CASCADE",
-                    "jacobi/seed-exact": "coupled Jacobi, seed-exact",
-                },
-            ),
-        ),
+        "lantern": (Part("llamagen", "", _LANTERN),),
         "continuous": (
-            _part(
-                "flow",
-                "flowers-flow",
-                {**_FLOW, "jacobi/pathwise:epsilon=0.3": "pathwise, epsilon 0.3"},
-            ),
-            _part(
-                "mar",
-                "flowers-mar",
-                {
-                    "none": "MAR, 256 passes",
-                    "none@passes=64": "MAR, 64 passes (another law)",
-                    "none/coupled": "head-level speculation, exact",
-                    "none/coupled@passes=64": "both",
-                    "model:length=8/cspd:variant=released": "CSpD as released",
-                },
-            ),
+            Part("flow", "flowers-flow", {**_FLOW, "jacobi/pathwise:epsilon=0.3": "pathwise, epsilon 0.3"}),
+            Part("mar", "flowers-mar", _MASKED),
         ),
         "followers": (
-            _part(
-                "llamagen",
-                "flowers",
-                {**_CODES, "jacobi:fill=glance:fresh=1/exact": "windows that a glance fills, exact"},
-            ),
-            _part("llamagen", "emoji", _CODES),
-            _part(
-                "flow",
-                "flowers-flow",
-                {
-                    **_FLOW,
-                    "none@steps=8": "half the steps of the head",
-                    "none@last_steps=4": "DiSA, annealed steps of the head",
-                },
-            ),
-            _part(
-                "drift",
-                "flowers-drift",
-                {
-                    "none": "Drift-AR, one step",
-                    "jacobi/pathwise:epsilon=0.1": "Drift-AR, pathwise, epsilon 0.1",
-                    "jacobi/pathwise:epsilon=0.5": "Drift-AR, pathwise, epsilon 0.5",
-                    "sketch:length=6/pathwise:epsilon=0.5": "Drift-AR, its draft model",
-                    "sketch:length=12:stop=0.3/pathwise:epsilon=0.5": "Drift-AR, drafts stopped by entropy",
-                },
-                base="flowers-flow",
-            ),
+            Part("llamagen", "flowers", {**_CODES, **_GLANCE}),
+            Part("llamagen", "emoji", _CODES),
+            Part("flow", "flowers-flow", {**_FLOW, **_STEPS}),
+            Part("drift", "flowers-drift", _DRIFT, base="flowers-flow"),
         ),
     }
 )

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from bozzetto.evaluate.columns import SEQUENTIAL
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Comparison, interval, replicate, resamples
 from bozzetto.evaluate.photographs import data_path, photographs
 from bozzetto.evaluate.sampling import slug
 from bozzetto.evaluate.shards import Samples, read_samples
 from bozzetto.pipeline.pipeline import Pipeline
-
-SEQUENTIAL = "none"
 
 
 def frechet_over(

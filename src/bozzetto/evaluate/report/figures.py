@@ -102,11 +102,9 @@ def acceptance_figure(
         longest = max(longest, *(j + 1)) if len(j) else longest
         axes.plot(j + 1, kept[j] / offered[j], color=styles[label].colour, marker=styles[label].marker, ms=5)
     _percent(axes.yaxis)
-    axes.set_xlim(0.6, longest + 0.4)
-    axes.set_ylim(0, 1)
+    axes.set(xlim=(0.6, longest + 0.4), ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("offset j of the draft in its target pass")
-    axes.set_ylabel("kept, of those offered")
+    axes.set(xlabel="offset j of the draft in its target pass", ylabel="kept, of those offered")
     _legend(figure, axes, [(label, styles[label]) for label in curves])
     return _svg(figure, name, f"Line chart: share of offered drafts kept, by offset, for {', '.join(curves)}")
 
@@ -115,14 +113,11 @@ def progress_figure(curves: Mapping[str, np.ndarray], styles: Mapping[str, Style
     """Mean share of the image committed after each target pass, a line per method. curves: float64 [passes + 1]."""
     figure, axes = _figure(2.9)
     for label, curve in curves.items():
-        axes.plot(np.arange(len(curve)), curve, color=styles[label].colour)
-        end = int(np.argmax(curve >= 1 - 1e-9))
-        axes.plot([end], [curve[end]], color=styles[label].colour, marker=styles[label].marker, ms=6, clip_on=False)
+        _ended(axes, np.arange(len(curve)), curve, int(np.argmax(curve >= 1 - 1e-9)), styles[label])
     _percent(axes.yaxis)
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("target passes")
-    axes.set_ylabel("share of the image committed")
+    axes.set(xlabel="target passes", ylabel="share of the image committed")
     _legend(figure, axes, [(label, styles[label]) for label in curves])
     return _svg(figure, name, f"Line chart: share of the image committed against target passes, {', '.join(curves)}")
 
@@ -134,17 +129,21 @@ def spend_figure(
     curves: float64 [points] over 0..1."""
     figure, axes = _figure(2.7)
     for label, curve in curves.items():
-        axes.plot(np.linspace(0, 1, len(curve)), curve, color=styles[label].colour)
-        axes.plot([1], [curve[-1]], color=styles[label].colour, marker=styles[label].marker, ms=6, clip_on=False)
+        _ended(axes, np.linspace(0, 1, len(curve)), curve, len(curve) - 1, styles[label])
         if label in budgets:
             axes.axhline(budgets[label], color=styles[label].colour, lw=1, ls=":")
     _percent(axes.xaxis)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("share of the image committed")
-    axes.set_ylabel("total variation spent")
+    axes.set(xlabel="share of the image committed", ylabel="total variation spent")
     _legend(figure, axes, [(label, styles[label]) for label in curves])
     return _svg(figure, name, f"Line chart: bias spent against the share of the image committed, {', '.join(curves)}")
+
+
+def _ended(axes: Any, x: np.ndarray, y: np.ndarray, end: int, look: Style) -> None:
+    """A line with a mark at its end."""
+    axes.plot(x, y, color=look.colour)
+    axes.plot([x[end]], [y[end]], color=look.colour, marker=look.marker, ms=6, clip_on=False)
 
 
 def strip_figure(traces: Mapping[str, PassTrace], styles: Mapping[str, Style], name: str) -> str:
@@ -173,8 +172,7 @@ def mean_map(share: np.ndarray, top: float, label: str, name: str) -> str:
     axes = figure.subplots()
     shown = axes.imshow(share, vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
     axes.grid(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     bar = figure.colorbar(shown, ax=axes, shrink=0.95, aspect=18)
     bar.outline.set_visible(False)
     _percent(bar.ax.yaxis)
@@ -195,8 +193,7 @@ def quality_figure(
         entries.append((label, dash))
     axes.margins(0.12, 0.12)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("speed-up over sequential decoding")
-    axes.set_ylabel(axis)
+    axes.set(xlabel="speed-up over sequential decoding", ylabel=axis)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
     _legend(figure, axes, entries)
     return _svg(figure, name, f"Scatter: {axis} against speed-up for {', '.join(label for label, _, _ in points)}")
@@ -211,8 +208,7 @@ def bench_figure(points: Sequence[Point], styles: Mapping[str, Style], name: str
     axes.annotate("a pass costs the same", (top, top), ha="right", va="bottom", rotation_mode="anchor", fontsize=7.5)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens per target pass")
-    axes.set_ylabel("speed-up over sequential decoding")
+    axes.set(xlabel="tokens per target pass", ylabel="speed-up over sequential decoding")
     _legend(figure, axes, [(label, styles[label]) for label in dict.fromkeys(label for label, _, _ in points)])
     return _svg(figure, name, "Scatter: speed-up against tokens per target pass")
 
@@ -220,17 +216,8 @@ def bench_figure(points: Sequence[Point], styles: Mapping[str, Style], name: str
 def _scatter(axes: Any, points: Sequence[Point], styles: Mapping[str, Style]) -> None:
     for label, x, y in points:
         look = styles[label]
-        axes.errorbar(
-            [x.value],
-            [y.value],
-            xerr=_whiskers(x),
-            yerr=_whiskers(y),
-            fmt=look.marker,
-            color=look.colour,
-            ms=6.5,
-            elinewidth=1.3,
-            capsize=2.5,
-        )
+        bars = {"xerr": _whiskers(x), "yerr": _whiskers(y), "elinewidth": 1.3, "capsize": 2.5}
+        axes.errorbar([x.value], [y.value], fmt=look.marker, color=look.colour, ms=6.5, **bars)
 
 
 def _whiskers(figure: Interval) -> np.ndarray | None:

@@ -16,13 +16,12 @@ from tqdm import tqdm
 from bozzetto.common.files import write_text
 from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError
+from bozzetto.evaluate.columns import BARE, SEQUENTIAL, YARDSTICKS
 from bozzetto.evaluate.metrics import Interval
 from bozzetto.evaluate.output import check_writable
 from bozzetto.evaluate.report import figures as draw
 from bozzetto.evaluate.report.runs import BROKEN, Drawn, Run, figure_of, read_runs
 from bozzetto.evaluate.report.tables import (
-    BARE,
-    YARDSTICKS,
     Table,
     bench_table,
     cell,
@@ -38,7 +37,6 @@ from bozzetto.evaluate.report.tables import (
 from bozzetto.evaluate.report.traces import acceptance_by_offset, mean_progress, mean_spend
 
 MOST_SHOWN, MOST_MAPS = 24, 8
-SEQUENTIAL = "none"
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 from bozzetto.common.files import parse_json
 from bozzetto.decoding.images import PassTrace
 from bozzetto.errors import UsageError, brief
+from bozzetto.evaluate.columns import EVALUATION
 from bozzetto.evaluate.metrics import Interval
 from bozzetto.evaluate.output import MANIFEST
 from bozzetto.evaluate.sampling import slug
 from bozzetto.evaluate.shards import RUN, held, read_run, read_samples, whole_from_start
 
-EVALUATION = "evaluation.json"
 GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"
 # Pixels of a run are held in memory together: very large runs are represented by their first images.
 MOST_READ = 2048

@@ -10,12 +10,6 @@ from bozzetto.evaluate.columns import BENCH, MEMORISATION
 from bozzetto.evaluate.metrics import QUALITY, Interval
 from bozzetto.evaluate.report.runs import Drawn, Run, figure_of
 
-BARE = "bare"
-# Rows of an evaluation that are no decoding methods: what they are, in words.
-YARDSTICKS = {
-    "photographs": "real photographs of the other split",
-    "reconstructions": "the same photographs through the tokenizer and back",
-}
 _SHARE = next(column for column in BENCH if column.key == "draft_share")
 _SETTINGS = [column for column in BENCH[1:] if not column.words and column.digits is None and column.key != "range"]
 _SPEED = [column for column in BENCH if column.words and column is not _SHARE]

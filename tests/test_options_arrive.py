@@ -209,11 +209,11 @@ def test_convert_train_report_and_models(monkeypatch, tmp_path):
     with pytest.raises(Arrived) as caught:
         cli.main(["models", "here"])
     assert caught.value.args[0] == [Path("here")]
-    monkeypatch.setattr("bozzetto.train.recipes.read_recipe", lambda path, kind: SimpleNamespace(out=path))
-    monkeypatch.setattr("bozzetto.train.target.train_target", stop)
+    monkeypatch.setattr("bozzetto.train.families.read_recipe", lambda path, what: SimpleNamespace(out=(what, path)))
+    monkeypatch.setattr("bozzetto.train.families.train", stop)
     with pytest.raises(Arrived) as caught:
         cli.main(["train", "target", "r.yaml", "--restart"])
-    assert caught.value.args[0] == [SimpleNamespace(out=Path("r.yaml")), True]
+    assert caught.value.args[0] == [SimpleNamespace(out=("target", Path("r.yaml"))), True]
 
 
 def test_the_method_as_typed_reaches_workers_of_ray(tiny_model, tmp_path, monkeypatch):

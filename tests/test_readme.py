@@ -105,14 +105,9 @@ def test_torchrun_commands_parse(command):
 def test_commands_parse(command):
     parsed = cli._parse(shlex.split(command)[1:])
     assert type(parsed) in cli.HANDLERS
-<<<<<<< HEAD
-    if isinstance(parsed, cli.Train):
+    if isinstance(parsed, cli.verb.Train):
         kinds = tuple(kind for kind, _ in FAMILIES[parsed.what].values())
         assert isinstance(read_recipe(ROOT / parsed.recipe, parsed.what), kinds)
-=======
-    if isinstance(parsed, cli.verb.Train):
-        assert isinstance(read_recipe(ROOT / parsed.recipe, RECIPES[parsed.what]), RECIPES[parsed.what])
->>>>>>> 5f6c920 (The command line: one road for verbs that measure, converters in a table; JSON with nulls is written once)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(ENDLESS)])

@@ -25,8 +25,6 @@ from pass_loops import causal_config, causal_network, fill, now
 
 from bozzetto.common.files import write_text
 from bozzetto.decoding.loop import EagerBatch
-from bozzetto.evaluate.output import table
-from bozzetto.decoding.loop import Decoder
 from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.laws.categorical import LawSettings

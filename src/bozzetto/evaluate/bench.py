@@ -9,8 +9,6 @@ and reported as median, lowest and highest. Pixels are not decoded: the tokenize
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -21,12 +19,9 @@ import torch
 from tqdm import tqdm
 
 from bozzetto.checkpoints.own_sampling import OwnSampling
-from bozzetto.common.files import write_text
+from bozzetto.common.options import BenchOptions
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.meter import Meter, now
-from bozzetto.common.options import BenchOptions
-from bozzetto.decoding.loop import Decoder
-from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.evaluate.columns import BARE, BENCH, SEQUENTIAL, table_of

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.common.options import ProfileOptions
 from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter, now
-from bozzetto.common.options import ProfileOptions
-from bozzetto.decoding.state import BatchResult
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
 from bozzetto.evaluate.columns import SEQUENTIAL, table

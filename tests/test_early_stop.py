@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bozzetto.drafters.base import Observation
 from bozzetto.drafters.early_stop import EarlyStop, flatness_of
 from bozzetto.drafts import Verdict
 from bozzetto.errors import UsageError
@@ -18,52 +17,50 @@ UNIFORM, CERTAIN = torch.full((V,), 1 / V).log(), torch.eye(V)[0].log()
 CPU = torch.device("cpu")
 
 
-def level(outlook: EarlyStop, mother: int, *laws: torch.Tensor) -> bool:
+def level(early: EarlyStop, mother: int, *laws: torch.Tensor) -> bool:
     """One more link of a chain, drawn from a law per image."""
-    return outlook.go_on(torch.tensor([mother]), torch.tensor([[mother + 1]]), flatness_of(torch.stack(laws)[:, None]))
+    return early.go_on(torch.tensor([mother]), torch.tensor([[mother + 1]]), flatness_of(torch.stack(laws)[:, None]))
 
 
-def verdict(*accepted: int, places: int = 4) -> Observation:
-    count = torch.tensor(accepted)
-    tokens = torch.zeros(len(accepted), places, dtype=torch.int64)
-    return Observation(None, Verdict(tokens, count), count + 1, int(count.max()) + 1, torch.zeros_like(count))
+def verdict(*accepted: int, places: int = 4) -> Verdict:
+    return Verdict(torch.zeros(len(accepted), places, dtype=torch.int64), torch.tensor(accepted))
 
 
 def test_flat_laws_end_a_draft_and_sharp_ones_do_not() -> None:
-    outlook = EarlyStop(2, 0.5, CPU)
-    outlook.begin(3)
-    assert level(outlook, 0, UNIFORM, CERTAIN)
-    assert outlook.open[:, 1].tolist() == [False, True] and outlook.present[:, 1].all()
-    assert level(outlook, 1, CERTAIN, CERTAIN)
-    assert outlook.present[:, 2].tolist() == [False, True]
-    assert not level(outlook, 2, CERTAIN, UNIFORM)
+    early = EarlyStop(2, 0.5, CPU)
+    early.begin(3)
+    assert level(early, 0, UNIFORM, CERTAIN)
+    assert early.open[:, 1].tolist() == [False, True] and early.present[:, 1].all()
+    assert level(early, 1, CERTAIN, CERTAIN)
+    assert early.present[:, 2].tolist() == [False, True]
+    assert not level(early, 2, CERTAIN, UNIFORM)
 
 
 def test_what_a_law_is_worth_is_learnt_for_every_image_from_its_own_drafts() -> None:
-    outlook = EarlyStop(2, 0.5, CPU)
+    early = EarlyStop(2, 0.5, CPU)
     for _ in range(40):
-        outlook.begin(3)
+        early.begin(3)
         for depth in range(3):
-            level(outlook, depth, UNIFORM, UNIFORM)
-        outlook.observe(verdict(1, 0))
-    share = outlook.kept / outlook.tried
+            level(early, depth, UNIFORM, UNIFORM)
+        early.observe(verdict(1, 0))
+    share = early.kept / early.tried
     assert share[0, -1] > 0.4 and share[1, -1] < 0.1
     assert (share[0, :-1] - share[1, :-1]).abs().max() == 0
     kept = share[1].clone()
-    outlook.keep(torch.tensor([1]))
-    assert torch.equal((outlook.kept / outlook.tried)[0], kept)
+    early.keep(torch.tensor([1]))
+    assert torch.equal((early.kept / early.tried)[0], kept)
 
 
 def test_places_without_drafts_teach_nothing() -> None:
-    outlook = EarlyStop(1, 0.9, CPU)
-    before = outlook.kept / outlook.tried
-    outlook.begin(0)  # the first pass
-    outlook.observe(verdict(0, places=1))
-    outlook.begin(3)
-    level(outlook, 0, UNIFORM)
-    level(outlook, 1, CERTAIN)  # nothing is drafted there: the first link is not likely enough
-    outlook.observe(verdict(1))
-    after = outlook.kept / outlook.tried
+    early = EarlyStop(1, 0.9, CPU)
+    before = early.kept / early.tried
+    early.begin(0)  # the first pass
+    early.observe(verdict(0, places=1))
+    early.begin(3)
+    level(early, 0, UNIFORM)
+    level(early, 1, CERTAIN)  # nothing is drafted there: the first link is not likely enough
+    early.observe(verdict(1))
+    after = early.kept / early.tried
     assert torch.allclose(after[0, 0], before[0, 0]) and after[0, -1] > before[0, -1]
 
 

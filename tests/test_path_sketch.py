@@ -136,7 +136,7 @@ def test_the_cached_drafter_predicts_what_the_roll_out_of_training_does(guidance
     drafter.begin(Start(labels, 9, LawSettings(guidance=guidance), noise, keys, with_laws=True))
     everything = torch.full((2,), n)
     seen = Observation(None, Verdict(tokens, everything - 1), everything, n, torch.zeros_like(everything), features)
-    hidden = drafter.sketcher.take_in(seen)
+    hidden = drafter.model.take_in(seen)
     torch.testing.assert_close(hidden[:, 0], rolled[:, -1], atol=1e-4, rtol=1e-4)
     for one, other in zip(sketcher.gaussian(hidden[:, 0]), net.gaussian(rolled[:, -1]), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bozzetto.drafters.early_stop import EarlyStop
 from bozzetto.drafts import Draft, Layout, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NoiseField
@@ -64,37 +65,83 @@ class Observation:
         return self.log_p
 
 
-class Drafter(Protocol):
-    """begin, then propose / observe in turn. All tensors are batched over the images still being decoded."""
+class Drafter:
+    """begin, then propose / observe in turn. All tensors are batched over the images still being decoded.
 
-    name: str
+    model: the draft model that is asked, if any; dim: numbers of a token (None: codes); stop: where drafts end early
+    (drafters/early_stop.py; 0: nowhere). What is held between passes: `start`; `keys` int64 [B], of the images; `seen`,
+    what the last pass taught (None: there was none); `early`.
+    """
+
+    name = "none"
+    model: Any = None
+    dim: int | None = None
+    stop = 0.0
+
+    @property
+    def tokens(self) -> str:
+        """What is drafted, `codes` or `vectors`."""
+        return "codes" if self.dim is None else "vectors"
 
     @property
     def max_nodes(self) -> int:
         """The most nodes ever drafted in a pass."""
-        ...
+        return 0
 
     @property
     def max_depth(self) -> int:
         """The most positions ever drafted in a pass."""
-        ...
+        return self.max_nodes
+
+    @property
+    def grown(self) -> int:
+        """The most nodes that the draft model is asked about in a pass."""
+        return self.max_nodes
 
     @property
     def wants_features(self) -> bool:
         """Whether observations must hold the target's hidden states."""
-        ...
+        return self.model is not None and self.model.wants_features
 
-    def begin(self, start: Start) -> None: ...
+    def begin(self, start: Start) -> None:
+        self.start, self.keys, self.passes = start, start.keys, 0
+        self.seen: Observation | None = None
+        self.early = EarlyStop(len(start.keys), self.stop, start.keys.device) if self.stop else None
+        if self.model is not None:
+            self.model.begin(start.labels, start.settings.guided, self.grown)
 
     def propose(self, batch: int, limit: int) -> Draft:
         """Drafts for at most `limit` positions per image where they are a chain; a tree may reach further."""
-        ...
+        raise NotImplementedError
 
-    def observe(self, seen: Observation) -> None: ...
+    def nothing(self, batch: int) -> Draft:
+        """No drafts."""
+        if self.dim is None:
+            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.keys.device))
+        return Draft(torch.empty(batch, 0, self.dim, device=self.keys.device))
+
+    def observe(self, seen: Observation) -> None:
+        if self.early is not None:
+            self.early.observe(seen.verdict)
+        self.seen = seen
 
     def keep(self, rows: Tensor) -> None:
         """Drop finished images: keep the given batch rows int64 [B']."""
-        ...
+        self.keys = self.keys[rows]
+        self.seen = None if self.seen is None else self.seen.keep(rows)
+        for part in (self.model, self.early):
+            if part is not None:
+                part.keep(rows)
+
+
+class NoDrafter(Drafter):
+    """Proposes nothing, ever: plain sequential decoding as a case of the same loop."""
+
+    def __init__(self, dim: int | None = None):
+        self.dim = dim
+
+    def propose(self, batch: int, limit: int) -> Draft:
+        return self.nothing(batch)
 
 
 class DraftModel:
@@ -137,34 +184,3 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     """values [R, W, d] at columns int64 [B, n], R a multiple of B -> [R, n, d]."""
     index = index.repeat(len(values) // len(index), 1)
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
-class NoDrafter:
-    """Proposes nothing, ever: plain sequential decoding as a case of the same loop."""
-
-    name = "none"
-    max_nodes = 0
-    max_depth = 0
-    wants_features = False
-
-    def begin(self, start: Start) -> None:
-        self.device = start.labels.device
-
-    def propose(self, batch: int, limit: int) -> Draft:
-        return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.device))
-
-    def observe(self, seen: Observation) -> None:
-        pass
-
-    def keep(self, rows: Tensor) -> None:
-        pass
-
-
-class NoPaths(NoDrafter):
-    """The same for continuous tokens of `dim` numbers."""
-
-    def __init__(self, dim: int):
-        self.dim = dim
-
-    def propose(self, batch: int, limit: int) -> Draft:  # type: ignore[override]
-        return Draft(torch.empty(batch, 0, self.dim, device=self.device))

@@ -54,20 +54,20 @@ class CachedDrift(CachedGaussian):
 class DriftDrafter(GaussianDrafter):
     """Drafts `length` tokens per pass; stop as of `GaussianDrafter`."""
 
-    sketcher: CachedDrift
+    model: CachedDrift
 
-    def __init__(self, sketcher: CachedDrift, length: int, target: DriftTarget, stop: float = 0.0):
+    def __init__(self, model: CachedDrift, length: int, target: DriftTarget, stop: float = 0.0):
         nothing = torch.zeros(target.schedule.steps, device=target.device)
-        super().__init__(sketcher, length, target.schedule.ancestry(target.device), nothing, target.token_dim, stop)
+        super().__init__(model, length, target.schedule.ancestry(target.device), nothing, target.token_dim, stop)
         self.target = target
 
     def _law(self, hidden: Tensor, shape: tuple[int, int]) -> Any:
         settings = self.start.settings
-        features = torch.cat([hidden, self.sketcher.measured[..., None].to(hidden.dtype)], -1)
+        features = torch.cat([hidden, self.model.measured[..., None].to(hidden.dtype)], -1)
         return self.target.law(features, settings.guidance, settings.temperature)
 
     def _draw(self, law: Any, noise: Tensor) -> Trajectory:
         return sample_trajectory(law, None, noise)
 
     def _flatness(self, hidden: Tensor) -> Tensor:
-        return self.sketcher.own[: len(self.keys)]
+        return self.model.own[: len(self.keys)]

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Observation
+from bozzetto.drafts import Verdict
 
 _BINS = 8  # of the entropy, from 0 to that of a uniform law
 _PRIOR = 4.0  # drafts that the first guess counts for
@@ -58,11 +58,11 @@ class EarlyStop:
         self.open[:, number] = self.present[:, number] & (self.chance[:, number] >= self.stop)
         return bool(self.open[:, number].any())
 
-    def observe(self, seen: Observation) -> None:
+    def observe(self, verdict: Verdict) -> None:
         """Learn from a verdict: what was drafted below the nodes of the accepted path was kept, except the last."""
-        accepted = seen.verdict.accepted[:, None]
+        accepted = verdict.accepted[:, None]
         depth = torch.arange(self.bin.shape[1], device=accepted.device)
-        node = depth.expand(len(self.tried), -1) if seen.verdict.path is None else seen.verdict.path
+        node = depth.expand(len(self.tried), -1) if verdict.path is None else verdict.path
         depth = depth[: node.shape[1]]
         tried = self.mother.gather(1, node) & (depth <= accepted)
         flat = self.bin.gather(1, node)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Grid, Size
-from bozzetto.drafters.base import Observation, Start
+from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet
-from bozzetto.drafters.early_stop import EarlyStop
 from bozzetto.drafts import Draft, Layout
 from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import AffineChain, gaussian_tables
@@ -108,55 +107,33 @@ class CachedGaussian(EagleLayerCache):
         return centre, bounded(log_std)
 
 
-class GaussianDrafter:
+class GaussianDrafter(Drafter):
     """Drafts `length` tokens per pass. ancestry, std [T]: the target's sampler; stop: an image's draft ends where its
     next token is reached with less than this chance (drafters/early_stop.py; 0: nowhere), for rules that compare tokens
     with the target's own: what is left of the draft are numbers that no target draws."""
 
     name = "sketch"
-    wants_features = True
+    model: CachedGaussian
+    dim: int
 
     def __init__(
-        self, sketcher: CachedGaussian, length: int, ancestry: Ancestry, std: Tensor, dim: int, stop: float = 0.0
+        self, model: CachedGaussian, length: int, ancestry: Ancestry, std: Tensor, dim: int, stop: float = 0.0
     ):
-        self.sketcher, self.length, self.dim = copy.copy(sketcher), length, dim
+        self.model, self.length, self.dim = copy.copy(model), length, dim
         self.ancestry, self.std, self.stop = ancestry, std, stop
 
     @property
     def max_nodes(self) -> int:
         return self.length
 
-    @property
-    def max_depth(self) -> int:
-        return self.length
-
-    def begin(self, start: Start) -> None:
-        self.start, self.keys, self.passes = start, start.keys, 0
-        self.seen: Observation | None = None
-        self.outlook = EarlyStop(len(start.keys), self.stop, start.keys.device) if self.stop else None
-        self.sketcher.begin(start.labels, start.settings.guided, self.length)
-
-    def observe(self, seen: Observation) -> None:
-        if self.outlook is not None:
-            self.outlook.observe(seen)
-        self.seen = seen
-
-    def keep(self, rows: Tensor) -> None:
-        self.sketcher.keep(rows)
-        if self.outlook is not None:
-            self.outlook.keep(rows)
-        self.keys = self.keys[rows]
-        if self.seen is not None:
-            self.seen = self.seen.keep(rows)
-
     def propose(self, batch: int, limit: int) -> Draft:
         self.passes += 1
         length = min(limit, self.length)
-        if self.outlook is not None:
-            self.outlook.begin(0 if self.seen is None else length)
+        if self.early is not None:
+            self.early.begin(0 if self.seen is None else length)
         if self.seen is None or length < 1:  # nothing is known before the first pass
-            return Draft(torch.zeros(batch, 0, self.dim, device=self.keys.device))
-        hidden = self.sketcher.take_in(self.seen)
+            return self.nothing(batch)
+        hidden = self.model.take_in(self.seen)
         noise = self._noise(self.seen.start + self.seen.committed, length)
         laws: list[Any] = []
         paths: list[Trajectory] = []
@@ -168,25 +145,25 @@ class GaussianDrafter:
             if place + 1 < length:
                 at = torch.full((1, 1), place, device=self.keys.device)
                 sees = torch.ones(1, 1, place + 1, dtype=torch.bool, device=self.keys.device)
-                hidden = self.sketcher.put_out(paths[-1].token[:, None], at, Layout(at, at, sees))
+                hidden = self.model.put_out(paths[-1].token[:, None], at, Layout(at, at, sees))
         path = Trajectory(*(torch.stack(parts, 1) for parts in zip(*paths, strict=True)))
         if self.start.with_laws:
             return Draft(path.token, trajectory=path, law=self._together(laws, batch))
-        if self.outlook is None:
+        if self.early is None:
             return Draft(path.token)
-        present = self.outlook.present[:, 1 : len(paths) + 1, None]
+        present = self.early.present[:, 1 : len(paths) + 1, None]
         return Draft(path.token.masked_fill(~present, _NOBODYS))
 
     def _goes_on(self, place: int, hidden: Tensor) -> bool:
         """Whether any image drafts on after a place, whose law hidden [R, 1, d] gave."""
-        if self.outlook is None:
+        if self.early is None:
             return True
         at = torch.tensor([place], device=hidden.device)
-        return self.outlook.go_on(at, at[None] + 1, self._flatness(hidden))
+        return self.early.go_on(at, at[None] + 1, self._flatness(hidden))
 
     def _flatness(self, hidden: Tensor) -> Tensor:
         """How wide the drafter's law is: [R, 1, d] -> [B, 1] in [0, 1]."""
-        _, variance = self.sketcher.gaussian(hidden[: len(self.keys)])
+        _, variance = self.model.gaussian(hidden[: len(self.keys)])
         return (0.5 * variance.log().mean(-1) - _NARROW) / (_WIDE - _NARROW)
 
     def _noise(self, position: Tensor, length: int) -> Tensor:
@@ -201,13 +178,13 @@ class GaussianDrafter:
     def _law(self, hidden: Tensor, shape: tuple[int, int]) -> AffineChain:
         """Of the next token of each image, guided: hidden [R, 1, d]."""
         settings = self.start.settings
-        gain, offset = gaussian_tables(*self.sketcher.gaussian(hidden[:, 0]), self.ancestry)
+        gain, offset = gaussian_tables(*self.model.gaussian(hidden[:, 0]), self.ancestry)
         if settings.guided:  # means are linear in the prediction: so are gains and offsets
             (gain, other), (offset, without) = gain.chunk(2, 1), offset.chunk(2, 1)
             gain = torch.lerp(other, gain, settings.guidance)
             offset = torch.lerp(without, offset, settings.guidance)
         std = self.std * settings.temperature
-        return AffineChain(gain, offset, self.ancestry, std, shape, self.sketcher.basis)
+        return AffineChain(gain, offset, self.ancestry, std, shape, self.model.basis)
 
     def _draw(self, law: Any, noise: Tensor) -> Trajectory:
         """One path per image: noise float32 [B, T + 1, D]."""
@@ -216,4 +193,4 @@ class GaussianDrafter:
     def _together(self, laws: list[AffineChain], batch: int) -> AffineChain:
         """One law of all drafted places, numbered image by image."""
         gain, offset = (torch.stack([getattr(law, n) for law in laws], 2).flatten(1, 2) for n in ("gain", "offset"))
-        return AffineChain(gain, offset, self.ancestry, laws[0].std, (batch, len(laws)), self.sketcher.basis)
+        return AffineChain(gain, offset, self.ancestry, laws[0].std, (batch, len(laws)), self.model.basis)

@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import DraftModel, Observation, Start
+from bozzetto.drafters.base import Drafter, DraftModel, Observation, Start
 from bozzetto.drafts import Draft, Layout
 from bozzetto.drafts.tree import comb_tree
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
@@ -43,14 +43,13 @@ def smallest(margins: Tensor) -> Tensor:
     return margins.amin(1) if margins.shape[1] else torch.full_like(margins.sum(1), torch.inf)
 
 
-class Jacobi:
+class Jacobi(Drafter):
     """window: scored positions per pass W (1 is sequential decoding); W - 1 of them are drafted.
 
     widen: window for the number of images still in progress, where it may change with that (wider as images finish).
     """
 
     name = "jacobi"
-    wants_features = False
 
     def __init__(self, window: int, widen: Callable[[int], int] | None = None):
         self.window, self.widen = window, widen
@@ -59,21 +58,13 @@ class Jacobi:
     def max_nodes(self) -> int:
         return (max(self.window, self.widen(1)) if self.widen else self.window) - 1
 
-    @property
-    def max_depth(self) -> int:
-        return self.max_nodes
-
-    def begin(self, start: Start) -> None:
-        self.noise, self.with_laws, self.length = start.noise, start.with_laws, start.length
-        self.seen: Observation | None = None
-
     def propose(self, batch: int, limit: int) -> Draft:
-        seen, device = self.seen, self.noise.keys.device
+        seen = self.seen
         length = min(limit, (self.widen(batch) if self.widen else self.window) - 1)
         if seen is None or length < 1:  # nothing is known before the first pass: it runs without drafts
-            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=device))
+            return self.nothing(batch)
         # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
-        column = seen.committed[:, None] + torch.arange(length, device=device)  # [B, L]
+        column = seen.committed[:, None] + torch.arange(length, device=self.keys.device)  # [B, L]
         tokens, laws, margin = self._window(seen, column)
         return Draft(tokens, laws, window=True, margin=margin)
 
@@ -83,103 +74,90 @@ class Jacobi:
         width, length = seen.laws.shape[1], column.shape[1]
         new = max(0, seen.longest + length - width)
         position = seen.start[:, None] + torch.arange(width, width + new, device=column.device)
-        last, noise = seen.laws[:, -1:], self.noise.rows(position)
+        last, noise = seen.laws[:, -1:], self.start.noise.rows(position)
         tokens = torch.cat([seen.verdict.tokens, gumbel_argmax(last, noise)], 1).gather(1, column)
-        if not self.with_laws:
+        if not self.start.with_laws:
             return tokens, None, None
         rows = torch.arange(len(column), device=column.device)[:, None]
         # The images of a batch reach differently far: what nobody reads, or lies behind the end, does not count.
-        unread = (position >= self.length) | (torch.arange(new, device=column.device) > column[:, -1:] - width)
+        unread = (position >= self.start.length) | (torch.arange(new, device=column.device) > column[:, -1:] - width)
         margin = gumbel_margin(last, noise).masked_fill(unread, torch.inf)
         return tokens, seen.laws[rows, column.clamp_max(width - 1)], smallest(margin)
 
-    def observe(self, seen: Observation) -> None:
-        self.seen = seen
-
-    def keep(self, rows: Tensor) -> None:
-        if self.seen is not None:
-            self.seen = self.seen.keep(rows)
-
 
 class FilledJacobi(Jacobi):
-    """sketcher: fills the slots that enter the window, each after the token drafted before it; fresh: drafts at the
+    """model: fills the slots that enter the window, each after the token drafted before it; fresh: drafts at the
     head of the window that it fills in every pass: right behind a reject the target's own are the most out of date."""
 
-    def __init__(self, window: int, sketcher: DraftModel, fresh: int = 0, widen: Callable[[int], int] | None = None):
+    def __init__(self, window: int, model: DraftModel, fresh: int = 0, widen: Callable[[int], int] | None = None):
         super().__init__(window, widen)
-        self.sketcher, self.fresh, self.wants_features = sketcher, fresh, sketcher.wants_features
+        self.model, self.fresh = model, fresh
 
-    def begin(self, start: Start) -> None:
-        super().begin(start)
-        self.settings = start.settings
-        self.sketcher.begin(start.labels, start.settings.guided, self.max_nodes + 1)
-
-    def keep(self, rows: Tensor) -> None:
-        super().keep(rows)
-        self.sketcher.keep(rows)
+    @property
+    def grown(self) -> int:
+        return self.max_nodes + 1
 
     def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         width = seen.laws.shape[1]
         rows = torch.arange(len(column), device=column.device)[:, None]
         known = (column < width) & (torch.arange(column.shape[1], device=column.device) >= self.fresh)
         old = seen.verdict.tokens.gather(1, column.clamp_max(width - 1))
-        noise = self.noise.rows(seen.start[:, None] + column)
-        fill = self._at_once if self.sketcher.at_once else self._one_by_one
+        noise = self.start.noise.rows(seen.start[:, None] + column)
+        fill = self._at_once if self.model.at_once else self._one_by_one
         tokens, laws, margins = fill(seen, old, known, noise)
-        if not self.with_laws:
+        if not self.start.with_laws:
             return tokens, None, None
         kept = seen.laws[rows, column.clamp_max(width - 1)]
-        settled = known | (seen.start[:, None] + column >= self.length)
+        settled = known | (seen.start[:, None] + column >= self.start.length)
         return tokens, torch.where(known[..., None], kept, laws), smallest(margins.masked_fill(settled, torch.inf))
 
     def _one_by_one(
         self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens int64 [B, L], `old` where known bool [B, L], the sketcher's laws [B, L, V], each drawn after the token
+        """Tokens int64 [B, L], `old` where known bool [B, L], the model's laws [B, L, V], each drawn after the token
         before it, and the margins [B, L]. noise: [B, L, V]."""
         tokens, laws, length = [], [], old.shape[1]
-        logits, _ = self.sketcher.extend(seen)
+        logits, _ = self.model.extend(seen)
         for slot in range(length):
-            laws.append(law_of(logits, self.settings))  # [B, 1, V]
+            laws.append(law_of(logits, self.start.settings))  # [B, 1, V]
             drawn = gumbel_argmax(laws[-1], noise[:, slot : slot + 1])
             tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
             if slot + 1 < length:
                 at = torch.full((1, 1), slot, device=old.device)
                 sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=old.device)
-                logits, _ = self.sketcher.grow(tokens[-1], at, slot, Layout(at, at, sees))
+                logits, _ = self.model.grow(tokens[-1], at, slot, Layout(at, at, sees))
         law = torch.cat(laws, 1)
         return torch.cat(tokens, 1), law, gumbel_margin(law, noise)
 
     def _at_once(self, seen: Observation, old: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of a sketcher that knows all places at once: what it learns from the token before, it learns from a
+        """The same of a model that knows all places at once: what it learns from the token before, it learns from a
         first guess at it, drawn with the same noise, unfiltered, and so mostly the same."""
-        sketcher = self.sketcher
-        base = sketcher.bases(seen)
+        base = self.model.bases(seen)
         place = torch.arange(old.shape[1], device=old.device).clamp_max(base.shape[1] - 1)  # behind the last: its law
         base = base[:, place]
-        unfiltered = LawSettings(self.settings.guidance, self.settings.temperature or 1.0)
+        unfiltered = LawSettings(self.start.settings.guidance, self.start.settings.temperature or 1.0)
         first = law_of(base, unfiltered)
         guess = torch.where(known, old, gumbel_argmax(first, noise))
         last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
-        laws = law_of(base + sketcher.after(torch.cat([last, guess[:, :-1]], 1)), self.settings)
+        laws = law_of(base + self.model.after(torch.cat([last, guess[:, :-1]], 1)), self.start.settings)
         margins = torch.minimum(gumbel_margin(first, noise), gumbel_margin(laws, noise))
         return torch.where(known, old, gumbel_argmax(laws, noise)), laws, margins
 
 
 class SecondGuess(Jacobi):
-    """sketcher: guesses the tokens beside; places: how many of the window's first places have a second guess; reach:
+    """model: guesses the tokens beside; places: how many of the window's first places have a second guess; reach:
     tokens that it is long."""
 
     def __init__(
         self,
         window: int,
-        sketcher: DraftModel,
+        model: DraftModel,
         places: int,
         reach: int = 1,
         widen: Callable[[int], int] | None = None,
     ):
         super().__init__(window, widen)
-        self.sketcher, self.places, self.reach, self.wants_features = sketcher, places, reach, sketcher.wants_features
+        self.model, self.places, self.reach = model, places, reach
 
     whole: Observation | None  # all that the last pass taught; `seen` is of the window's places
 
@@ -191,20 +169,20 @@ class SecondGuess(Jacobi):
     def max_depth(self) -> int:
         return max(super().max_nodes, self.places + self.reach - 1)
 
+    @property
+    def grown(self) -> int:
+        return self.places * self.reach + 1
+
     def begin(self, start: Start) -> None:
         super().begin(start)
-        self.settings, self.keys, self.passes, self.fixed = start.settings, start.keys, 0, start.fixed_noise
         self.chain, self.whole = 0, None
-        self.sketcher.begin(start.labels, start.settings.guided, self.places * self.reach + 1)
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
-        self.keys = self.keys[rows]
         self.whole = None if self.whole is None else self.whole.keep(rows)
-        self.sketcher.keep(rows)
 
     def observe(self, seen: Observation) -> None:
-        """What the window goes on from are the places of its chain; the sketcher takes in all that was committed."""
+        """What the window goes on from are the places of its chain; the model takes in all that was committed."""
         self.whole, width = seen, self.chain + 1
         verdict = replace(seen.verdict, tokens=seen.verdict.tokens[:, :width])
         super().observe(replace(seen, log_p=seen.laws[:, :width], verdict=verdict))
@@ -228,73 +206,64 @@ class SecondGuess(Jacobi):
         the laws [B, n, V] they follow, and the margin [B] of the draws."""
         count = chain.shape[1]
         place, logits = torch.arange(count, device=chain.device), []
-        logits.append(self.sketcher.extend(seen)[0])
+        logits.append(self.model.extend(seen)[0])
         for slot in range(count - 1):
             at = place[None, slot : slot + 1]
             sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=chain.device)
-            logits.append(self.sketcher.grow(chain[:, slot : slot + 1], at, slot, Layout(at, at, sees))[0])
+            logits.append(self.model.grow(chain[:, slot : slot + 1], at, slot, Layout(at, at, sees))[0])
         after, tokens, laws, margins = torch.cat(logits, 1), [], [], []
         parent, sees = place[None], place < place[:, None]  # the window's tokens before each place
         sees = sees[:, : count - 1]
         for step in range(self.reach):
-            laws.append(law_of(after, self.settings))
+            laws.append(law_of(after, self.start.settings))
             noise = self._noise(seen, place, step)
             tokens.append(gumbel_argmax(laws[-1], noise))
-            outside = (seen.start + seen.committed)[:, None] + place + step >= self.length
+            outside = (seen.start + seen.committed)[:, None] + place + step >= self.start.length
             margins.append(gumbel_margin(laws[-1], noise).masked_fill(outside, torch.inf))
             if step + 1 < self.reach:
                 first = count - 1 + step * count  # grown before
                 sees = torch.cat([sees, torch.eye(count, dtype=torch.bool, device=chain.device)], 1)
                 layout = Layout(first + place[None], place[None] + step, sees[None])
-                after, _ = self.sketcher.grow(tokens[-1], parent, first, layout)
+                after, _ = self.model.grow(tokens[-1], parent, first, layout)
                 parent = first + 1 + place[None]
         return tokens, laws, torch.cat(margins, 1).amin(1)
 
     def _noise(self, seen: Observation, place: Tensor, step: int) -> Tensor:
         """Gumbel noise [B, n, V] of the guesses `step` tokens behind the second ones. It does not depend on how many
         places there are."""
-        if self.fixed:
-            return self.noise.rows((seen.start + seen.committed)[:, None] + place + step)
+        if self.start.fixed_noise:
+            return self.start.noise.rows((seen.start + seen.committed)[:, None] + place + step)
         keys = fold(fold(self.keys, self.passes)[:, None], place + step * self.places)
         return gumbel(fold(keys[..., None], torch.arange(seen.laws.shape[-1], device=place.device)))
 
 
-class JacobiVectors:
+class JacobiVectors(Jacobi):
     """window: scored places per pass W (1 is sequential decoding); W - 1 of them are drafted.
 
     grid: tokens per side; ancestry, std [T]: the target's sampler; spread: deviation of a token around what the one
     above it says, which the first drafts assume, in token units.
     """
 
-    name = "jacobi"
-    wants_features = False
+    dim: int
 
     def __init__(self, window: int, grid: int, dim: int, ancestry: Ancestry, std: Tensor, spread: float = 1.0):
-        self.window, self.grid, self.dim = window, grid, dim
+        super().__init__(window)
+        self.grid, self.dim = grid, dim
         self.ancestry, self.std, self.spread = ancestry, std, spread
 
-    @property
-    def max_nodes(self) -> int:
-        return self.window - 1
-
-    @property
-    def max_depth(self) -> int:
-        return self.window - 1
-
     def begin(self, start: Start) -> None:
-        self.noise, self.with_laws = start.noise, start.with_laws
+        super().begin(start)
         self.tempered = self.std * start.settings.temperature
-        self.seen: Observation | None = None
         batch, device = len(start.labels), start.labels.device
         # Committed and drafted tokens after one row of zeros, so that every place has one above it.
-        self.tokens = torch.zeros(batch, start.length + 2 * self.window + self.grid, self.dim, device=device)
+        self.known = torch.zeros(batch, start.length + 2 * self.window + self.grid, self.dim, device=device)
 
     def propose(self, batch: int, limit: int) -> Draft:
         # Up to the image's last place, so that what happens there does not depend on batch mates that are behind.
         length = min(limit, self.window - 1)
         if length < 1:
-            return Draft(self.tokens[:, :0])
-        device = self.tokens.device
+            return self.nothing(batch)
+        device = self.known.device
         offset = torch.arange(length, device=device)
         if self.seen is None:
             count = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -311,16 +280,16 @@ class JacobiVectors:
             both = zip(old, entering, strict=True)
             path = Trajectory(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
         self._write(count, path.token)
-        return Draft(path.token, trajectory=path) if self.with_laws else Draft(path.token)
+        return Draft(path.token, trajectory=path) if self.start.with_laws else Draft(path.token)
 
     def _write(self, start: Tensor, tokens: Tensor) -> None:
         place = self.grid + start[:, None] + torch.arange(tokens.shape[1], device=start.device)
-        self.tokens[torch.arange(len(start), device=start.device)[:, None], place] = tokens
+        self.known[torch.arange(len(start), device=start.device)[:, None], place] = tokens
 
     def _first(self, position: Tensor) -> Trajectory:
         """First drafts at positions int64 [B, L]: paths [B, L, ...], with the positions' own noise."""
         rows = torch.arange(len(position), device=position.device)[:, None]
-        centre = _ABOVE * self.tokens[rows, position].flatten(0, 1)  # the token above
+        centre = _ABOVE * self.known[rows, position].flatten(0, 1)  # the token above
         law = GaussianChain(
             centre,
             torch.full_like(centre, self.spread),
@@ -328,18 +297,17 @@ class JacobiVectors:
             self.tempered,
             (len(position), position.shape[1]),
         )
-        path = law.sample(self.noise.rows(position).flatten(0, 1))
+        path = law.sample(self.start.noise.rows(position).flatten(0, 1))
         path = Trajectory(*(part.unflatten(0, position.shape) for part in path))
-        return path if self.with_laws else _only_tokens(path.token)
+        return path if self.start.with_laws else _only_tokens(path.token)
 
     def observe(self, seen: Observation) -> None:
         self._write(seen.start, seen.verdict.tokens)
-        self.seen = seen
+        super().observe(seen)
 
     def keep(self, rows: Tensor) -> None:
-        self.tokens = self.tokens[rows]
-        if self.seen is not None:
-            self.seen = self.seen.keep(rows)
+        self.known = self.known[rows]
+        super().keep(rows)
 
 
 def _path(seen: Observation) -> Trajectory:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import DraftModel, Observation, Start
-from bozzetto.drafters.early_stop import EarlyStop, flatness_of
+from bozzetto.drafters.base import Drafter, DraftModel, Start
+from bozzetto.drafters.early_stop import flatness_of
 from bozzetto.drafts import Draft, Layout, Tree
 from bozzetto.drafts.tree import make_tree, static_tree
 from bozzetto.errors import UsageError
@@ -37,13 +37,12 @@ def soft(settings: LawSettings) -> LawSettings:
     return settings if settings.temperature else LawSettings(guidance=settings.guidance)
 
 
-class TreeDrafter:
+class TreeDrafter(Drafter):
     """Drafts trees of one static shape, or dynamic ones, from a draft model. stop: see drafters/early_stop.py; a static
     tree goes on below a node only where that is likely enough to be reached."""
 
-    def __init__(self, name: str, sketcher: DraftModel, shape: Shape | Dynamic, stop: float = 0.0):
-        self.name, self.sketcher, self.shape, self.stop = name, sketcher, shape, stop
-        self.wants_features = sketcher.wants_features
+    def __init__(self, name: str, model: DraftModel, shape: Shape | Dynamic, stop: float = 0.0):
+        self.name, self.model, self.shape, self.stop = name, model, shape, stop
 
     @property
     def max_nodes(self) -> int:
@@ -53,38 +52,22 @@ class TreeDrafter:
     def max_depth(self) -> int:
         return self.shape.depth if isinstance(self.shape, Dynamic) else len(self.shape)
 
+    @property
+    def grown(self) -> int:
+        return self.shape.depth * self.shape.beam if isinstance(self.shape, Dynamic) else self.max_nodes
+
     def begin(self, start: Start) -> None:
-        self.start, self.keys, self.passes = start, start.keys, 0
-        self.seen: Observation | None = None
-        if isinstance(self.shape, Dynamic):
-            if start.with_hidden:
-                raise UsageError(f"drafter {self.name!r}: hidden states of every node are known for fixed trees only")
-            room = self.shape.depth * self.shape.beam
-        else:
-            room = self.max_nodes
-        self.outlook = EarlyStop(len(start.keys), self.stop, start.keys.device) if self.stop else None
-        self.sketcher.begin(start.labels, start.settings.guided, room)
-
-    def observe(self, seen: Observation) -> None:
-        if self.outlook is not None:
-            self.outlook.observe(seen)
-        self.seen = seen
-
-    def keep(self, rows: Tensor) -> None:
-        self.sketcher.keep(rows)
-        if self.outlook is not None:
-            self.outlook.keep(rows)
-        self.keys = self.keys[rows]
-        if self.seen is not None:
-            self.seen = self.seen.keep(rows)
+        if isinstance(self.shape, Dynamic) and start.with_hidden:
+            raise UsageError(f"drafter {self.name!r}: hidden states of every node are known for fixed trees only")
+        super().begin(start)
 
     def propose(self, batch: int, limit: int) -> Draft:
         self.passes += 1
         if self.seen is None or limit < 1:  # nothing is known before the first pass
-            if self.outlook is not None:
-                self.outlook.begin(0)
-            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=self.keys.device))
-        logits, hidden = self.sketcher.extend(self.seen)
+            if self.early is not None:
+                self.early.begin(0)
+            return self.nothing(batch)
+        logits, hidden = self.model.extend(self.seen)
         self.next = self.seen.start + self.seen.committed  # the position that the root's children stand at
         if isinstance(self.shape, Dynamic):
             return self._dynamic(self.shape, logits)
@@ -123,8 +106,8 @@ class TreeDrafter:
         level, laws, states, row = grown, [], [self._cond(hidden)], 0
         margin = torch.full((len(self.keys),), torch.inf, device=device)
         noise = None if greedy else self._noise(tree, logits.shape[-1])
-        if self.outlook is not None:
-            self.outlook.begin(tree.nodes)
+        if self.early is not None:
+            self.early.begin(tree.nodes)
         for depth, width in enumerate(tree.widths):
             mothers = tree.families[depth][0]
             log_q = self._law(logits)
@@ -138,7 +121,7 @@ class TreeDrafter:
             tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
             row += len(mothers)
             family = kids.view(len(mothers), width)
-            more = self.outlook is None or self.outlook.go_on(mothers, family, flatness_of(log_q))
+            more = self.early is None or self.early.go_on(mothers, family, flatness_of(log_q))
             if (depth + 1 == tree.max_depth or not more) and not all_grow:
                 break
             level = kids[kids > 0] if all_grow else tree.families[depth + 1][0]
@@ -147,7 +130,7 @@ class TreeDrafter:
             grown = torch.cat([grown, level])
             at = torch.arange(first, first + len(level), device=device)[None]
             sees = tree.sees[:, level][:, :, grown[1:]]
-            logits, hidden = self.sketcher.grow(
+            logits, hidden = self.model.grow(
                 tokens[:, level], parent, first, Layout(at, torch.full_like(at, depth), sees)
             )
             states.append(self._cond(hidden))
@@ -156,8 +139,8 @@ class TreeDrafter:
         if len(laws) < tree.max_depth:
             tree = static_tree(self.shape[: len(laws)], device)  # type: ignore[index]
         chain = max(tree.widths) == 1
-        if self.outlook is not None and not (chain and len(self.keys) == 1):  # a lone chain is whole
-            tree, chain = tree.pruned(self.outlook.present[:, : tree.nodes + 1]), False
+        if self.early is not None and not (chain and len(self.keys) == 1):  # a lone chain is whole
+            tree, chain = tree.pruned(self.early.present[:, : tree.nodes + 1]), False
         return Draft(
             tokens[:, 1 : tree.nodes + 1],
             None if greedy else torch.cat(laws, 1),
@@ -190,7 +173,7 @@ class TreeDrafter:
             number = torch.arange(first + 1, sees.shape[1] + 1, device=device).expand(batch, -1)
             at = number[:1] - 1
             layout = Layout(at, torch.full_like(at, depth), sees[:, first:])
-            logits, _ = self.sketcher.grow(pool.level_tokens.gather(1, chosen), parent, first, layout)
+            logits, _ = self.model.grow(pool.level_tokens.gather(1, chosen), parent, first, layout)
         return pool.best(shape, beam, margin)
 
 

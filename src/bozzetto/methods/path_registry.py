@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from bozzetto.drafters.base import Drafter, NoPaths
+from bozzetto.drafters.base import Drafter, NoDrafter
 from bozzetto.drafters.drift import DriftDrafter
 from bozzetto.drafters.gaussian import GaussianDrafter
 from bozzetto.drafters.jacobi import JacobiVectors
@@ -108,7 +108,7 @@ def make_path_drafter(
     the target's own). Raises UsageError for an unknown name, and for a trained drafter where there is none."""
     name, options = path_drafter_options(spec)
     if name == "none":
-        return NoPaths(target.token_dim)
+        return NoDrafter(target.token_dim)
     schedule, device = target.schedule, target.device
     std = schedule.std.float().to(device)
     ancestry = schedule.ancestry(device)

@@ -43,7 +43,8 @@ def llamagen(shape: str, dtype: torch.dtype, device: str) -> Any:
 @torch.no_grad()
 def janus(shape: str, dtype: torch.dtype, device: str) -> Any:
     """Pro-1B, or tiny; label 0 is a prompt."""
-    from bozzetto.adapters.janus import JanusDrawing, JanusTarget, janus_prompt
+    from bozzetto.adapters.janus import JanusDrawing, janus_prompt
+    from bozzetto.adapters.janus import target as janus_target
 
     config = janus_config(shape == "tiny")
     with torch.device("meta"):
@@ -52,7 +53,7 @@ def janus(shape: str, dtype: torch.dtype, device: str) -> Any:
     fill(network)
     body = network.model.language_model
     body.rotary_emb = type(body.rotary_emb)(body.config).to(device)  # not a weight
-    target = JanusTarget(network)
+    target = janus_target(network)
     words = [1, *([4] * min(_WORDS, config.text_config.vocab_size - 4)), 2]
     target.add(janus_prompt(words, 1, 2, 0))
     return target

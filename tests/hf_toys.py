@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import transformers
 
-from bozzetto.adapters.chameleon import ChameleonTarget
-from bozzetto.adapters.emu3 import Emu3Target
-from bozzetto.adapters.glm_image import GlmImageTarget
-from bozzetto.adapters.janus import JanusTarget, janus_prompt
-from bozzetto.adapters.lumina import LuminaTarget
+from bozzetto.adapters import chameleon as chameleon_family
+from bozzetto.adapters import emu3 as emu3_family
+from bozzetto.adapters import glm_image
+from bozzetto.adapters import janus as janus_family
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 
 WORDS = 24  # of text, in every vocabulary
@@ -139,30 +138,30 @@ def tiny_glm(words: int = WORDS, pad: int = PADDING, end: int = CODES + 2, layer
 
 def janus() -> PromptedCodes:
     """A tiny Janus that knows PROMPTS as labels 0, 1, 2."""
-    target = JanusTarget(tiny_janus())
+    target = janus_family.target(tiny_janus())
     for tokens in PROMPTS:
-        target.add(janus_prompt(tokens, BEGIN, IMAGE, PADDING))
+        target.add(janus_family.janus_prompt(tokens, BEGIN, IMAGE, PADDING))
     return target
 
 
 def emu3() -> PromptedCodes:
     """A tiny Emu3 that knows PROMPTS as labels 0, 1, 2."""
-    return _with_prompts(Emu3Target(tiny_emu3(), GRID, GRID))
+    return _with_prompts(emu3_family.target(tiny_emu3(), GRID, GRID))
 
 
 def chameleon() -> PromptedCodes:
     """A tiny Chameleon that knows PROMPTS as labels 0, 1, 2."""
-    return _with_prompts(ChameleonTarget(tiny_chameleon(), GRID))
+    return _with_prompts(chameleon_family.target(tiny_chameleon(), GRID, GRID))
 
 
 def lumina() -> PromptedCodes:
     """The tiny Chameleon with an end of line, that knows PROMPTS as labels 0, 1, 2."""
-    return _with_prompts(LuminaTarget(tiny_chameleon(), LINE, GRID, GRID))
+    return _with_prompts(chameleon_family.target(tiny_chameleon(), GRID, GRID, LINE))
 
 
 def glm() -> PromptedCodes:
     """A tiny GLM-Image that knows PROMPTS as labels 0, 1, 2."""
-    return _with_prompts(GlmImageTarget(tiny_glm(), *GRIDS))
+    return _with_prompts(glm_image.target(tiny_glm(), *GRIDS))
 
 
 def _with_prompts(target: PromptedCodes) -> PromptedCodes:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import bozzetto
 import hf_toys
-from bozzetto.adapters.lined import without_line_ends
+from bozzetto.adapters.eagle import PromptedEagle
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
-from bozzetto.adapters.sketch import PromptedEagle, prompted_eagle
 from bozzetto.decoding.loop import EagerBatch
-from bozzetto.drafters.eagle import EagleNet
+from bozzetto.drafters.eagle import EagleConfig, EagleNet
 from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
@@ -248,7 +248,8 @@ def decoder_of(family: str, drafter: str, rule: str, law: LawSettings) -> EagerB
     if drafter == "eagle":
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            net = EagleNet(prompted_eagle(target, 4, 48)).eval()
+            shape = target.config
+            net = EagleNet(EagleConfig(shape.dim, 4, 48, shape.vocab, shape.grid)).eval()
         made: Any = TreeDrafter("eagle", PromptedEagle(net, target), read_shape("chain-3"))
     else:
         made = make_drafter(drafter, 4)
@@ -297,7 +298,8 @@ def test_lines_end_where_the_grid_says_and_nowhere_else(family: str, drafter: st
     tokens = decoder.run(torch.arange(60) % 3, 1, torch.arange(60)).tokens
     lines = tokens.unflatten(1, (GRID, GRID + 1))
     assert bool((lines[..., -1] == hf_toys.CODES).all()) and bool((lines[..., :-1] < hf_toys.CODES).all())
-    assert torch.equal(without_line_ends(tokens, GRID), lines[..., :-1])
+    pictures = HostedPictures(PictureConfig(GRID, GRID, 1), torch.zeros(0, 1), lined=True)
+    assert torch.equal(pictures.codes(tokens), lines[..., :-1])
 
 
 # ---- inside transformers' generate -----------------------------------------------------------------------------------

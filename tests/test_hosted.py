@@ -27,8 +27,8 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 
 import bozzetto
 import hf_toys
-from bozzetto.adapters.lumina import lumina_sizes
-from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, to_published
+from bozzetto.adapters.chameleon import lumina_sizes
+from bozzetto.autoencoders.kl16 import KL16Config, kl16_decoder, to_published
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.report.figures import offset_colours, overlay
@@ -73,7 +73,7 @@ def write_chameleon(folder: Path, codes: torch.Tensor | None = None, words: list
     ChameleonProcessor(images, text, image_seq_length=GRID * GRID).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        decoder = KL16Decoder(KL16Config(2 * GRID, 4, 2, 32, (1, 1), 1))
+        decoder = kl16_decoder(KL16Config(2 * GRID, 4, 2, 32, (1, 1), 1))
     own = network.model.vqmodel.quantize.embedding.weight
     state = {**to_published(decoder.state_dict(), 2), "quantize.embedding.weight": own if codes is None else codes}
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "vqgan.safetensors")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bozzetto
 import hf_toys
-from bozzetto.adapters.sketch import PromptedEagle
+from bozzetto.adapters.eagle import PromptedEagle
 from bozzetto.checkpoints.convert_drafter import convert_eagle, convert_lantern
 from bozzetto.checkpoints.folders import load_drafter, load_target, save_drafter, target_digest
 from bozzetto.cli.main import main

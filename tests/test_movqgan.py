@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.decoders import movqgan_decoder
+from bozzetto.adapters.pictures import movqgan_decoder
 from bozzetto.autoencoders.kl16 import KL16Config
 from bozzetto.errors import UsageError
 from test_kl16 import SlowKL, published_state

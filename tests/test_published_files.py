@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import bozzetto
 import hf_toys
-from bozzetto.adapters.janus import JanusTarget
+from bozzetto.adapters import janus as family
 from bozzetto.adapters.source import Source
 from bozzetto.errors import UsageError
 from published import families, janus_original
@@ -78,8 +78,8 @@ def test_janus_own_files_are_told_from_janusflow_and_what_is_missing_is_named(tm
 
 def test_janus_reads_nothing_of_what_looks_at_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    whole = JanusTarget.__init__
-    monkeypatch.setattr(JanusTarget, "__init__", lambda self, model: made.append(model) or whole(self, model))
+    whole = family.target
+    monkeypatch.setattr(family, "target", lambda model: made.append(model) or whole(model))
     bozzetto.load(janus(tmp_path))
     write_janus(tmp_path / "hf")
     assert bozzetto.load(tmp_path / "hf", dtype="bfloat16").target.dtype == torch.bfloat16
@@ -231,7 +231,7 @@ def test_options_are_refused_before_weights_are_read(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Source, "network", lambda *given: pytest.fail("weights were read"))
-    monkeypatch.setattr("bozzetto.adapters.nextstep_load._network", lambda *given: pytest.fail("weights were read"))
+    monkeypatch.setattr("bozzetto.adapters.nextstep._network", lambda *given: pytest.fail("weights were read"))
     model = Path(families()[name].write(tmp_path))
     if name != "nextstep-1.1":
         refused(model, "it is for NextStep-1", vae="somewhere", image_size=0 if name == "janus" else 32)

@@ -280,7 +280,7 @@ class Cases:
     def device_map(self) -> None:
         """As accelerate does: layers on two devices, hooks that bring what a layer is called with."""
         import hf_toys
-        from bozzetto.adapters.janus import JanusTarget, janus_prompt
+        from bozzetto.adapters import janus
         from bozzetto.decoding.loop import EagerBatch
         from bozzetto.laws.categorical import LawSettings
         from bozzetto.methods.registry import make_drafter, make_rule
@@ -292,10 +292,10 @@ class Cases:
                 spread_over(
                     model, {"model.language_model.layers.1": DEVICES[1], "model.language_model.norm": DEVICES[1]}
                 )
-            target = JanusTarget(model)
+            target = janus.target(model)
             target.gather_here()
             for tokens in hf_toys.PROMPTS:
-                target.add(janus_prompt(tokens, hf_toys.BEGIN, hf_toys.IMAGE, hf_toys.PADDING))
+                target.add(janus.janus_prompt(tokens, hf_toys.BEGIN, hf_toys.IMAGE, hf_toys.PADDING))
             labels = torch.tensor([0, 1, 2], device=target.device)
             for drafter, rule in (("none", "seed-exact"), ("jacobi", "exact")):
                 made = make_drafter(drafter, 3), make_rule(rule)

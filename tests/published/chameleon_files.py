@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hf_toys
-from bozzetto.autoencoders.kl16 import KL16Config, KL16Decoder, to_published
+from bozzetto.autoencoders.kl16 import KL16Config, kl16_decoder, to_published
 
 DIM, HEADS, LAYERS, FFN, HEAD = 32, 4, 2, 48, 8
 VOCAB = hf_toys.WORDS + hf_toys.CODES
@@ -88,7 +88,7 @@ def vqgan(seed: int = 1) -> dict[str, Tensor]:
     """What generation needs of a tokenizer checkpoint, with its encoder's first layer and a part of its loss."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        decoder = KL16Decoder(KL16Config(2, 4, 2, 32, (1, 1), 1))
+        decoder = kl16_decoder(KL16Config(2, 4, 2, 32, (1, 1), 1))
         state = {key: value.detach().clone() for key, value in to_published(decoder.state_dict(), 2).items()}
         state["quantize.embedding.weight"] = torch.randn(hf_toys.CODES, 4)
         state["encoder.conv_in.weight"] = torch.randn(32, 3, 3, 3)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Emu3ForConditionalGeneration
 
-from bozzetto.adapters.lined import LinedTarget
-from bozzetto.adapters.pictures import emu3_pictures
-from bozzetto.adapters.prompted import Prompt
-from bozzetto.adapters.source import Ask, Hosted, Source, check_multiple, fits_context, numbers
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig
+from bozzetto.adapters.prompted import PromptedCodes, codes_of, words_target
+from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context, in_sizes, numbers, prompts_of
 from bozzetto.checkpoints.load_settings import LoadSettings
 
 _FACTOR, _AREA = 8, 720 * 720  # pixels per token and side, and of a picture
@@ -19,17 +20,13 @@ _FACTOR, _AREA = 8, 720 * 720  # pixels per token and side, and of a picture
 RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 
 
-class Emu3Target(LinedTarget):
-    """model: transformers Emu3ForConditionalGeneration in evaluation mode, in the dtype to compute in; height, width:
-    of the picture in tokens."""
-
-    def __init__(self, model: Any, height: int, width: int):
-        mapping = model.model.vocabulary_mapping
-        codes = [mapping.img2bpe[i] for i in range(len(mapping.img2bpe))]
-        super().__init__(model.model.text_model, model.lm_head.weight, codes, mapping.eol_token_id, height, width)
+def target(model: Any, rows: int, columns: int) -> PromptedCodes:
+    """model: Emu3ForConditionalGeneration; rows, columns: of the picture in tokens."""
+    end = model.model.vocabulary_mapping.eol_token_id
+    return words_target(model.model.text_model, model.lm_head.weight, codes_of(model), rows, columns, end)
 
 
-def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
+def load(source: Source, wanted: LoadSettings) -> Hosted:
     """Emu3 as transformers' conversion lays it out."""
     source.refuse(wanted, "tokenizer", "vqgan")
     if wanted.size:  # what can be said before weights are read
@@ -37,18 +34,21 @@ def load_emu3(source: Source, wanted: LoadSettings) -> Hosted:
     source.check(Emu3ForConditionalGeneration)
     processor, network = source.processor(), source.network(Emu3ForConditionalGeneration, wanted)
     own = source.sampling("emu3")
-    sizes = tuple(_size(processor, ratio) for ratio in RATIOS)
 
-    def sized(size: tuple[int, int]) -> Hosted:
-        check_multiple(size, _FACTOR)
+    def made(size: tuple[int, int]) -> Hosted:
         columns, rows = (pixels // _FACTOR for pixels in size)
-        target, look = Emu3Target(network, rows, columns), processor.image_processor
-        fits_context(source, target, size)
-        pictures = emu3_pictures(network, rows, columns, list(look.image_mean), list(look.image_std))
-        ask = _grammar(processor, size)
-        return Hosted(target, pictures, ask, own, processor.tokenizer, sizes, sized)
+        drawn = target(network, rows, columns)
+        fits_context(source, drawn, size)
+        # The processor's prompts hold a picture's ratio in tokens, and its area.
+        asked = {"ratio": f"{columns}:{rows}", "image_area": size[0] * size[1]}
 
-    return sized(wanted.size or sizes[0])
+        def tokens(text: str) -> list[int]:
+            return numbers(processor(text=[text], return_tensors="pt", return_for_image_generation=True, **asked))
+
+        pictures = _pictures(network, rows, columns, processor.image_processor)
+        return Hosted(drawn, pictures, prompts_of(tokens), own, processor.tokenizer)
+
+    return in_sizes(wanted, tuple(_size(processor, ratio) for ratio in RATIOS), made, _FACTOR)
 
 
 def _size(processor: Any, ratio: str) -> tuple[int, int]:
@@ -58,12 +58,14 @@ def _size(processor: Any, ratio: str) -> tuple[int, int]:
     return width * _FACTOR, height * _FACTOR
 
 
-def _grammar(processor: Any, size: tuple[int, int]) -> Ask:
-    """The processor's prompts for pictures of this size: its ratio in tokens, and its area."""
-    ratio, area = f"{size[0] // _FACTOR}:{size[1] // _FACTOR}", size[0] * size[1]
+def _pictures(model: Any, rows: int, columns: int, look: Any) -> HostedPictures:
+    """The model's own decoder. rows, columns: of codes; look: its image processor."""
+    vq = model.model.vqmodel.float()
+    shift, scale = (torch.tensor(list(part)).view(-1, 1, 1) for part in (look.image_mean, look.image_std))
 
-    def tokens(text: str) -> tuple[int, ...]:
-        asked = {"return_for_image_generation": True, "ratio": ratio, "image_area": area}
-        return tuple(numbers(processor(text=[text], return_tensors="pt", **asked)))
+    def pixels(codes: Tensor) -> Tensor:
+        made = vq.decode(codes)
+        return made * scale.to(made) + shift.to(made)
 
-    return lambda text, negative: Prompt(tokens(text), tokens(negative))
+    config = PictureConfig(rows, columns, vq.spatial_scale_factor)
+    return HostedPictures(config, vq.quantize.embedding.weight.detach(), pixels, lined=True)

@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from bozzetto.adapters.chameleon_files import chameleon_files, chameleon_network
-from bozzetto.adapters.decoders import read_decoder, scale_of
-from bozzetto.adapters.lined import LinedTarget, without_line_ends
-from bozzetto.adapters.pictures import HostedPictures, LinedPictures, PictureConfig
-from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape, gathered
-from bozzetto.adapters.source import Hosted, Source, fits_context
+from bozzetto.adapters.chameleon import chameleon_files, chameleon_network
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig, read_decoder, scale_of
+from bozzetto.adapters.prompted import Prompt, PromptedCodes, words_target
+from bozzetto.adapters.source import Hosted, Source, fits_context, in_sizes, prompts_of, word_number
 from bozzetto.adapters.spec import TOKENIZER, AdapterSpec, filled
-from bozzetto.adapters.undecoded import LinedTokens, TokenPictures
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.common.checks import naming
 from bozzetto.common.hub import fetched, fetched_file
@@ -25,61 +20,38 @@ from bozzetto.errors import UsageError, brief
 _SAME = 0.1  # of the spread of logits: what rounding in two bytes may turn
 
 
-class WordsTarget(PromptedCodes):
-    """body: a transformers decoder in evaluation mode; head: rows of its vocabulary; codes: words of the image tokens;
-    rows, columns: of the picture."""
-
-    @torch.no_grad()
-    def __init__(self, body: Any, head: Tensor, codes: list[int], rows: int, columns: int):
-        self.numbers, self.word_rows, text = codes, body.get_input_embeddings(), body.config
-        shape = Shape(len(codes), rows * columns, text.hidden_size)
-        embedding = gathered(codes, self.word_rows.weight)
-        super().__init__(body, text.num_hidden_layers, embedding, shape, text.max_position_embeddings)
-        self.head = gathered(codes, head)
-
-    def words(self, tokens: Tensor) -> Tensor:
-        return self.word_rows(tokens)
-
-    def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return F.linear(hidden, self.head).float()
-
-
-def load_generic(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: Path) -> Hosted:
+def load(source: Source, wanted: LoadSettings, spec: AdapterSpec, path: Path) -> Hosted:
     """The model in a folder, as the adapter file at `path` says."""
     spec.grid(wanted.size or spec.every_size[0])  # before weights are read
     tokenizer, network = _tokenizer(source, wanted), _network(source, wanted, spec)
     body, head = network.get_decoder(), network.get_output_embeddings().weight
-    codes, end = _codes(spec, tokenizer, len(head), path), None
-    if spec.line_end:
-        end = _word(tokenizer, spec.line_end, path)
+    codes = _codes(spec, tokenizer, len(head), path)
+    end = _word(tokenizer, spec.line_end, path) if spec.line_end else None
     found = _decoder_file(spec, source, wanted, path)
     decoder = None if found is None else _decoder(spec, found, path).to(network.device)
     besides = (path, *([found] if found is not None and found.parent != source.folder else ()))
+    missing = "" if found else spec.decoder.why or "its adapter names no decoder"
     bos = tokenizer.bos_token or tokenizer.eos_token or ""
 
-    def sized(size: tuple[int, int]) -> Hosted:
+    def made(size: tuple[int, int]) -> Hosted:
         rows, columns = spec.grid(size)
-        if end is None:
-            target: PromptedCodes = WordsTarget(body, head, codes, rows, columns)
-        else:
-            target = LinedTarget(body, head, codes, end, rows, columns)
+        target = words_target(body, head, codes, rows, columns, end)
         fits_context(source, target, size)
 
         def tokens(template: str, prompt: str = "") -> tuple[int, ...]:
             return tuple(tokenizer.encode(spec.said(template, size, bos, prompt), add_special_tokens=False))
 
-        def ask(text: str, negative: str) -> Prompt:
-            without = tokens(spec.prompt, negative) if negative else tokens(spec.no_prompt)
-            return Prompt(tokens(spec.prompt, text), without)
-
-        pictures = _pictures(spec, decoder, rows, columns)
+        ask = prompts_of(lambda text: tokens(spec.prompt, text), lambda given: tokens(spec.no_prompt))
+        config, codebook = PictureConfig(rows, columns, spec.pixels), torch.zeros(0, 1)
+        if decoder is not None:
+            codebook = decoder.codebook
+        pictures = HostedPictures(config, codebook, decoder, end is not None, missing=missing)
         with naming(path):  # of a template that comes to nothing
             without = ask("a", "").without
         _check_law(network, target, without, path)
-        sizes = spec.every_size
-        return Hosted(target, pictures, ask, spec.sampling, tokenizer, sizes, sized, besides)
+        return Hosted(target, pictures, ask, spec.sampling, tokenizer, besides=besides)
 
-    return sized(wanted.size or spec.every_size[0])
+    return in_sizes(wanted, spec.every_size, made)
 
 
 def _tokenizer(source: Source, wanted: LoadSettings) -> Any:
@@ -129,10 +101,7 @@ def _codes(spec: AdapterSpec, tokenizer: Any, held: int, path: Path) -> list[int
 
 def _word(tokenizer: Any, name: str, path: Path) -> int:
     """The number of a word that the tokenizer has to have."""
-    number = tokenizer.convert_tokens_to_ids(name)
-    if number is None or (number == tokenizer.unk_token_id and name != tokenizer.unk_token):
-        raise UsageError(f"{path}: the model's tokenizer has no word {brief(name)}")
-    return int(number)
+    return word_number(tokenizer, name, f"{path}: the model's tokenizer has no word {brief(name)}")
 
 
 def _decoder(spec: AdapterSpec, found: Path, path: Path) -> Any:
@@ -159,19 +128,6 @@ def _decoder_file(spec: AdapterSpec, source: Source, wanted: LoadSettings, path:
     return fetched_file(hub, name, f"give it with --vqgan, or put it into {source.folder}")
 
 
-def _pictures(spec: AdapterSpec, decoder: Any, rows: int, columns: int) -> HostedPictures:
-    config, lined = PictureConfig.of(rows, columns, spec.pixels), bool(spec.line_end)
-    if decoder is None:
-        why = spec.decoder.why or "its adapter names no decoder"
-        return (LinedTokens if lined else TokenPictures)(config, torch.zeros(0, 1), why)
-
-    def pixels(tokens: Tensor) -> Tensor:
-        codes = without_line_ends(tokens, columns) if lined else tokens.unflatten(1, (rows, columns))
-        return decoder(codes)
-
-    return (LinedPictures if lined else HostedPictures)(config, decoder.codebook, pixels)
-
-
 @torch.no_grad()
 def _check_law(network: Any, target: PromptedCodes, prompt: tuple[int, ...], path: Path) -> None:
     """Raise UsageError where the laws that are read here are not those of the network's own forward: of a head with a
@@ -187,8 +143,8 @@ def _check_law(network: Any, target: PromptedCodes, prompt: tuple[int, ...], pat
     ours = session.score(torch.tensor([[0, 0, 1]], device=network.device), start).logits
     del target.prompts[label]
     assert ours is not None
-    codes = target.vocab - isinstance(target, LinedTarget)  # the end of a line is the grid's
-    free = [at for at in range(3) if not isinstance(target, LinedTarget) or at % (target.width + 1) != target.width]
+    codes = len(target.head)  # the end of a line is the grid's
+    free = [at for at in range(3) if not target.line or at % (target.line + 1) != target.line]
     wrong = (ours[0, free, :codes] - theirs[free, :codes]).abs().max()
     if float(wrong) > _SAME * float(theirs.std()):
         raise UsageError(f"{path}: the model's logits are not its last hidden states times its head: not allowed here")

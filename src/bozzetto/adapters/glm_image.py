@@ -1,31 +1,55 @@
-"""GLM-Image's autoregressive stage as transformers holds it (GlmImageForConditionalGeneration).
+"""GLM-Image as transformers and diffusers hold it (GlmImageForConditionalGeneration, GlmImagePipeline).
 
-Image tokens are the first words of the vocabulary and have a head of their own. A picture is two grids, one after the
-other: a preview of about 16 x 16 tokens, then the picture itself, 32 pixels per token and side. Positions have three
-axes: of a grid that begins at position p, the token in row y and column x lies at (p, p + y, p + x), and the next grid
-begins at p plus the longer side. What ends the picture is not drawn: it ends when it is full.
+The autoregressive stage: image tokens are the first words of the vocabulary and have a head of their own. A picture is
+two grids, one after the other: a preview of about 16 x 16 tokens, then the picture itself, 32 pixels per token and
+side. Positions have three axes: of a grid that begins at position p, the token in row y and column x lies at (p, p + y,
+p + x), and the next grid begins at p plus the longer side. What ends the picture is not drawn: it ends when it is full.
 
-A second stage makes pixels of the picture's tokens, by diffusion (adapters/glm_pictures.py).
+The second stage makes pixels of the picture's tokens, by diffusion. It reads the prompt too (its words in quotes,
+letter by letter) and starts from noise, which here is a function of (seed, image), so that it needs to know what a
+picture was drawn for. Without it there are tokens only.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
-from bozzetto.adapters.glm_pictures import FACTOR, glm_pictures, second_stage
-from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
-from bozzetto.adapters.source import Hosted, Source, check_multiple, fits_context, numbers
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig
+from bozzetto.adapters.prompted import PromptedCodes
+from bozzetto.adapters.source import (
+    Hosted,
+    Source,
+    check_counts,
+    check_multiple,
+    check_types,
+    check_weights,
+    fits_context,
+    in_sizes,
+    numbers,
+    prompts_of,
+)
+from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.weights import header_of, open_tensors
+from bozzetto.common.images import Origin
+from bozzetto.errors import UsageError
+from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
 
 PROCESSOR = "processor"  # a folder of the published pipeline, beside that of the first stage
 SIZES = ((1024, 1024), (1152, 768), (768, 1152), (1280, 1280))
+_FACTOR = 32  # pixels per token and side
+_TWICE = 2  # the second stage has a token for each 16 pixels
+_TYPES = ("F16", "BF16", "F32")  # diffusers 0.42 leaves float64 as it is beside others
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 class GlmImageDrawing(GlmImageForConditionalGeneration):
@@ -38,34 +62,13 @@ class GlmImageDrawing(GlmImageForConditionalGeneration):
         del self.model.visual
 
 
-class GlmImageTarget(PromptedCodes):
-    """model: transformers GlmImageForConditionalGeneration (GlmImageDrawing will do) in evaluation mode, in the dtype
-    to compute in; preview, grid: rows and columns of the two grids."""
-
-    @torch.no_grad()
-    def __init__(self, model: Any, preview: tuple[int, int], grid: tuple[int, int]):
-        body, codes = model.model.language_model, model.config.vq_config.num_embeddings
-        self.skipped = math.prod(preview)  # tokens before those of the picture
-        text, length = body.config, self.skipped + math.prod(grid)
-        shape, rows = Shape(codes, length, text.hidden_size), body.embed_tokens.weight.detach()
-        super().__init__(body, text.num_hidden_layers, rows[:codes], shape, text.max_position_embeddings)
-        self.word_rows, self.head, self.numbers = (
-            body.embed_tokens,
-            model.lm_head.weight.detach()[:codes],
-            [*range(codes)],
-        )
-        self.offsets = _offsets(preview, grid).to(self.device)
-
-    def words(self, tokens: Tensor) -> Tensor:
-        return self.word_rows(tokens)
-
-    def places(self, lead: Tensor, number: Tensor) -> Tensor:
-        """int64 [3, R, W]: along time, rows and columns."""
-        at = number.clamp(0, self.length)  # of slots past the end of the picture nothing is read
-        return lead[:, None] + torch.where(number > 0, self.offsets[:, at], number)
-
-    def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return F.linear(hidden, self.head).float()
+def target(model: Any, preview: tuple[int, int], grid: tuple[int, int]) -> PromptedCodes:
+    """model: GlmImageForConditionalGeneration (GlmImageDrawing will do); preview, grid: rows and columns of the two
+    grids."""
+    body, codes = model.model.language_model, model.config.vq_config.num_embeddings
+    embedding, head = body.embed_tokens.weight.detach()[:codes], model.lm_head.weight.detach()[:codes]
+    length, offsets = math.prod(preview) + math.prod(grid), _offsets(preview, grid)
+    return PromptedCodes(body, embedding, head, length, range(codes), offsets=offsets)
 
 
 def _offsets(*grids: tuple[int, int]) -> Tensor:
@@ -78,11 +81,11 @@ def _offsets(*grids: tuple[int, int]) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
+def load(source: Source, wanted: LoadSettings) -> Hosted:
     """GLM-Image's first stage, and its second where the whole pipeline's folder was asked for."""
     source.refuse(wanted, "tokenizer", "vqgan")
     if wanted.size:  # before weights are read
-        check_multiple(wanted.size, FACTOR)
+        check_multiple(wanted.size, _FACTOR)
     source.check(GlmImageDrawing)
     beside = source.folder.parent / PROCESSOR
     lies = source if (source.folder / "tokenizer_config.json").is_file() else replace(source, folder=beside)
@@ -93,9 +96,8 @@ def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
     if own.top_k >= network.config.vq_config.num_embeddings:  # as published: all words of the head
         own = replace(own, top_k=0)
 
-    def sized(size: tuple[int, int]) -> Hosted:
-        check_multiple(size, FACTOR)
-        columns, rows = (pixels // FACTOR for pixels in size)
+    def made(size: tuple[int, int]) -> Hosted:
+        columns, rows = (pixels // _FACTOR for pixels in size)
 
         def prepared(text: str) -> Any:
             said = [{"role": "user", "content": [{"type": "text", "text": text}]}]
@@ -103,13 +105,92 @@ def load_glm_image(source: Source, wanted: LoadSettings) -> Hosted:
             return processor(text=[whole], target_h=size[1], target_w=size[0], return_tensors="pt")
 
         _, preview = prepared("")["image_grid_thw"].tolist()
-        target = GlmImageTarget(network, (preview[1], preview[2]), (rows, columns))
-        fits_context(source, target, size)
+        drawn = target(network, (preview[1], preview[2]), (rows, columns))
+        fits_context(source, drawn, size)
+        pictures = GlmImagePictures(network, stage, preview[1] * preview[2], rows, columns)
+        ask = prompts_of(lambda text: numbers(prepared(text)))
+        return Hosted(drawn, pictures, ask, own, processor.tokenizer, besides=besides)
 
-        def ask(text: str, negative: str) -> Prompt:
-            return Prompt(tuple(numbers(prepared(text))), tuple(numbers(prepared(negative))))
+    return in_sizes(wanted, SIZES, made, _FACTOR)
 
-        pictures = glm_pictures(network, stage, target.skipped, rows, columns)
-        return Hosted(target, pictures, ask, own, processor.tokenizer, SIZES, sized, besides)
 
-    return sized(wanted.size or SIZES[0])
+class GlmImagePictures(HostedPictures):
+    """network: GlmImageForConditionalGeneration; stage: the second stage, or why there is none; skipped: tokens before
+    those of the picture; rows, columns: of codes."""
+
+    def __init__(self, network: Any, stage: Any, skipped: int, rows: int, columns: int):
+        codebook = F.normalize(network.model.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)
+        config, missing = PictureConfig(rows, columns, _FACTOR), stage if isinstance(stage, str) else ""
+        super().__init__(config, codebook, skipped=skipped, missing=missing)
+        self.stage, self.lock = None if missing else stage, threading.Lock()  # its sampler counts steps
+
+    @torch.no_grad()
+    def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
+        if self.stage is None or origin is None:
+            return super().picture(tokens, origin)
+        codes = self.codes(tokens[None])[0]
+        prior = codes.repeat_interleave(_TWICE, 0).repeat_interleave(_TWICE, 1).reshape(1, -1)
+        with self.lock:
+            latents = _noise(self.stage, origin, self.config).to(tokens.device)
+            size = {"height": self.config.height, "width": self.config.width}
+            made = self.stage(prompt=origin.text, prior_token_ids=prior, latents=latents, **size)
+        picture: Image.Image = made.images[0]
+        return picture
+
+
+def _noise(stage: Any, origin: Origin, config: PictureConfig) -> Tensor:
+    """Where the second stage starts, float [1, C, h, w]."""
+    scale = stage.vae_scale_factor
+    shape = (1, stage.transformer.config.in_channels, config.height // scale, config.width // scale)
+    key = image_keys(origin.seed, STREAM_PICTURE, torch.tensor([origin.index]))
+    drawn = normal(fold(key, torch.arange(torch.Size(shape).numel()))).view(shape)
+    return drawn.to(stage.text_encoder.dtype)
+
+
+def second_stage(source: Source, wanted: LoadSettings) -> Any:
+    """The pipeline without its first stage; or why there is none. Raises UsageError for parts that cannot be read."""
+    whole = source.whole
+    if whole is None:
+        return "only the first stage's folder was asked for, and a second stage makes pixels of its tokens"
+    if lacking := [name for name in _PARTS if not (whole / name).is_dir()]:
+        return f"{source.name} lacks the parts of the second stage: {', '.join(lacking)}"
+    try:
+        from diffusers import (
+            AutoencoderKL,
+            FlowMatchEulerDiscreteScheduler,
+            GlmImagePipeline,
+            GlmImageTransformer2DModel,
+        )
+    except ImportError:
+        return "the second stage is diffusers' GlmImagePipeline, which is not installed: pip install -U diffusers"
+    from transformers import ByT5Tokenizer, T5EncoderModel
+
+    def part(name: str, kind: Any, **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(str(whole / name), **options)
+        except Exception as error:  # each library has classes of its own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UsageError(f"{source.name}: its {name} could not be read: {reason}") from error
+
+    def network(name: str, kind: Any, called: str, dtype: torch.dtype, **options: Any) -> Any:
+        """With all its weights, which diffusers 0.42 and transformers 5.24 draw at random where they are missing."""
+        check_counts(read_config(whole / name), whole / name / CONFIG)
+        for path in (whole / name).glob("*.safetensors"):
+            with open_tensors(path) as content:
+                check_types(path, header_of(content), _TYPES)
+        made, notes = part(name, kind, use_safetensors=True, output_loading_info=True, **{called: dtype}, **options)
+        check_weights(f"{source.name}: {name}", made, notes)
+        return made.to(wanted.device).eval().requires_grad_(False)
+
+    eager = {"low_cpu_mem_usage": False}  # which needs accelerate, and says so
+    stage = GlmImagePipeline(
+        tokenizer=part("tokenizer", ByT5Tokenizer),
+        processor=None,
+        text_encoder=network("text_encoder", T5EncoderModel, "dtype", wanted.torch_dtype),
+        vision_language_encoder=None,
+        vae=network("vae", AutoencoderKL, "torch_dtype", torch.float32, **eager),
+        transformer=network("transformer", GlmImageTransformer2DModel, "torch_dtype", wanted.torch_dtype, **eager),
+        scheduler=part("scheduler", FlowMatchEulerDiscreteScheduler),
+    )
+    stage.set_progress_bar_config(disable=True)
+    return stage

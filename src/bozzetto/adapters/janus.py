@@ -1,26 +1,63 @@
-"""Janus and Janus-Pro (Wu et al., arXiv 2410.13848; Chen et al., arXiv 2501.17811) as transformers holds them.
+"""Janus and Janus-Pro (Wu et al., arXiv 2410.13848; Chen et al., arXiv 2501.17811), as transformers holds them and as
+their authors publish them (deepseek-ai/..., model type multi_modality).
 
 Image tokens have an embedding of their own (a codebook entry through an aligner) and a head of their own; the decoder
 between the two is the language model. Without a prompt: the same prompt with all tokens but the first and the
 begin-of-image one replaced by padding, as the model's own image loop does.
+
+Of the authors' files only what draws is read: the language model, the VQ model, and what lies between them; not the
+tower that looks at pictures. The names of the weights become those of transformers' JanusForConditionalGeneration; what
+the config leaves to the authors' code (the widths of the VQ model) is read off the shapes.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import JanusForConditionalGeneration
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from bozzetto.adapters.pictures import janus_pictures
-from bozzetto.adapters.prompted import Prompt, PromptedCodes, Shape
-from bozzetto.adapters.source import Hosted, Source, fixed_size, numbers
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig
+from bozzetto.adapters.prompted import Prompt, PromptedCodes
+from bozzetto.adapters.source import (
+    Ask,
+    Hosted,
+    Source,
+    check_word,
+    fixed_size,
+    numbers,
+    prompts_of,
+    word_number,
+)
+from bozzetto.autoencoders.decoder import levels_of, renamed
+from bozzetto.autoencoders.llamagen_vq import MODULES
 from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.common.files import read_json
+from bozzetto.common.hub import model_name
 from bozzetto.common.images import size_of
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError
+
+# Names of weights, theirs and transformers'; a name that none of these begins or that becomes "" is not needed.
+_NAMES = (
+    (r"language_model\.model\.(.*)", r"model.language_model.\1"),
+    (r"gen_vision_model\.quantize\.codebook_used", ""),
+    (r"gen_vision_model\.(.*)", r"model.vqmodel.\1"),
+    (r"gen_aligner\.layers\.0\.(.*)", r"model.generation_aligner.fc1.\1"),
+    (r"gen_aligner\.layers\.(\d+)\.(.*)", r"model.generation_aligner.hidden_layers.\1.\2"),
+    (r"gen_head\.output_mlp_projector\.(.*)", r"model.generation_head.proj_out.\1"),
+    (r"gen_head\.vision_head\.(.*)", r"model.generation_head.vision_head.\1"),
+    (r"gen_embed\.(.*)", r"model.generation_embeddings.\1"),
+)
+_OF_FILES = ("model_type", "torch_dtype", "dtype")  # what is said of the files, not of the network
+_VQ, _HIDDEN = "model.vqmodel.", "generation_aligner.hidden_layers."
+_BEGIN, _PADDING = "<begin_of_image>", "<\uff5c\u2581pad\u2581\uff5c>"
+_ROLES = {"Janus-Pro": ("<|User|>", "<|Assistant|>"), "Janus-1.3B": ("User", "Assistant")}
 
 
 class JanusDrawing(JanusForConditionalGeneration):
@@ -34,46 +71,42 @@ class JanusDrawing(JanusForConditionalGeneration):
         del self.model.vision_model, self.model.aligner, self.model.vqmodel.encoder, self.model.vqmodel.quant_conv
 
 
-class JanusTarget(PromptedCodes):
-    """model: transformers JanusForConditionalGeneration (JanusDrawing will do) in evaluation mode, in the dtype to
-    compute in."""
-
-    @torch.no_grad()
-    def __init__(self, model: Any):
-        body, self.head = model.model.language_model, model.model.generation_head
-        text, vocab = body.config, model.config.vq_config.num_embeddings
-        length = model.config.vision_config.num_image_tokens
-        table = torch.arange(vocab, device=body.device)[None]
+def target(model: Any) -> PromptedCodes:
+    """model: transformers JanusForConditionalGeneration (JanusDrawing will do)."""
+    table = torch.arange(model.config.vq_config.num_embeddings, device=model.model.language_model.device)[None]
+    with torch.no_grad():
         rows = model.prepare_embeddings_for_image_generation(table)[0]
-        shape = Shape(vocab, length, text.hidden_size)
-        super().__init__(body, text.num_hidden_layers, rows, shape, text.max_position_embeddings)
-        self.word_rows = body.get_input_embeddings()
-
-    def words(self, tokens: Tensor) -> Tensor:
-        return self.word_rows(tokens)
-
-    def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return self.head(hidden).float().to(hidden.device)
+    length = model.config.vision_config.num_image_tokens
+    return PromptedCodes(model.model.language_model, rows, model.model.generation_head, length)
 
 
-def janus_prompt(tokens: list[int], begin_text: int, begin_image: int, padding: int) -> Prompt:
+def janus_prompt(tokens: Sequence[int], begin_text: int, begin_image: int, padding: int) -> Prompt:
     """tokens: of the prompt, the begin-of-image one last."""
     kept = (begin_text, begin_image)
     return Prompt(tuple(tokens), tuple(token if token in kept else padding for token in tokens))
 
 
-def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
+def _pictures(model: Any, grid: int) -> HostedPictures:
+    """The model's own decoder."""
+    vq = model.model.vqmodel.float()
+    scale = 2 ** (len(model.config.vq_config.channel_multiplier) - 1)
+    codebook = F.normalize(vq.quantize.embedding.weight.detach(), dim=-1)
+    config = PictureConfig(grid, grid, scale)
+    return HostedPictures(config, codebook, lambda codes: (vq.decode(codes.flatten(1)) + 1) / 2)
+
+
+def load(source: Source, wanted: LoadSettings) -> Hosted:
     """Janus as transformers' conversion lays it out."""
     source.refuse(wanted, "tokenizer", "vqgan")
     source.check(JanusDrawing)
     processor, network = source.processor(), source.network(JanusDrawing, wanted)
-    target = JanusTarget(network)
-    grid, patches = math.isqrt(target.length), network.config.vq_config.num_patches
-    if not grid * grid == patches * patches == target.length > 0:
-        what = f"num_image_tokens = {target.length} is not allowed: the square of {patches}, image_size // patch_size"
+    drawn = target(network)
+    grid, patches = math.isqrt(drawn.length), network.config.vq_config.num_patches
+    if not grid * grid == patches * patches == drawn.length > 0:
+        what = f"num_image_tokens = {drawn.length} is not allowed: the square of {patches}, image_size // patch_size"
         raise UsageError(f"{source.folder / CONFIG}: {what}")
     first, padding = (_known(source, network, processor.tokenizer, name) for name in ("bos_token_id", "pad_token_id"))
-    pictures = janus_pictures(network, grid)
+    pictures = _pictures(network, grid)
     fixed_size(source, wanted, size_of(pictures.config))
     begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
 
@@ -83,20 +116,106 @@ def load_janus(source: Source, wanted: LoadSettings) -> Hosted:
             text = processor.apply_chat_template(said, add_generation_prompt=True)
         return numbers(processor(text=text, generation_mode="image", return_tensors="pt"))
 
-    def ask(text: str, negative: str) -> Prompt:
-        given = tokens(text)
-        if negative:
-            return Prompt(tuple(given), tuple(tokens(negative)))
-        return janus_prompt(given, first, begin, padding)
-
-    return Hosted(target, pictures, ask, source.sampling("janus"), processor.tokenizer)
+    ask = prompts_of(tokens, lambda given: janus_prompt(given, first, begin, padding).without)
+    return Hosted(drawn, pictures, ask, source.sampling("janus"), processor.tokenizer)
 
 
 def _known(source: Source, network: Any, tokenizer: Any, name: str) -> int:
     """A token's number as generation_config.json has it, else the tokenizer. Raises UsageError for one that is none."""
     said = getattr(network.generation_config, name)
     found = getattr(tokenizer, name) if said is None else said
-    if type(found) is not int or not 0 <= found < network.config.text_config.vocab_size:
-        file = source.folder / "generation_config.json"
-        raise UsageError(f"{file}: {name} = {brief(found)} is not allowed: a token's number")
+    where = f"{source.folder / 'generation_config.json'}: {name}"
+    return check_word(where, found, network.config.text_config.vocab_size)
+
+
+def load_original(source: Source, wanted: LoadSettings) -> Hosted:
+    """Janus as its authors publish it."""
+    source.refuse(wanted, "vqgan")
+    state = drawing_part(source.tensors())
+    config = janus_config(source, state)
+    source.check(JanusDrawing, config)
+    tokenizer = source.tokenizer(wanted, "its files are those of the model that it was trained from: fetch them too")
+    network = source.network(JanusDrawing, wanted, config, state)
+    drawn = target(network)
+    pictures = _pictures(network, config.vq_config.num_patches)
+    fixed_size(source, wanted, size_of(pictures.config))
+    return Hosted(drawn, pictures, _grammar(source, tokenizer), source.sampling("janus"), tokenizer)
+
+
+def drawing_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that draw, under transformers' names."""
+    found = {}
+    for key, value in state.items():
+        for theirs, ours in _NAMES:
+            if match := re.fullmatch(theirs, key):
+                name = match.expand(ours)
+                break
+        else:
+            continue
+        if name.startswith(_VQ):
+            name = renamed(name, MODULES)
+        if _HIDDEN in name:  # a linear layer follows an activation: 2, 4, ... are hidden layers 0, 1, ...
+            name = re.sub(r"hidden_layers\.(\d+)", lambda m: f"hidden_layers.{int(m[1]) // 2 - 1}", name)
+        if name:
+            found[name] = value
     return found
+
+
+def janus_config(source: Source, state: Mapping[str, Tensor]) -> JanusConfig:
+    """transformers' config from theirs and from the weights. Raises UsageError naming what is missing or unknown."""
+    config, place = source.config, source.folder / CONFIG
+    try:
+        aligner, head = config["gen_aligner_config"]["params"], config["gen_head_config"]["params"]
+        if (kind := aligner.get("projector_type", "mlp_gelu")) != "mlp_gelu":
+            raise UsageError(f"{place}: projector_type = {kind!r} is not allowed: 'mlp_gelu'")
+        vq = _vq_config(state, int(aligner["n_embed"]), int(head["image_token_embed"]), int(aligner["depth"]))
+        pixels, scale = int(config["vision_config"]["params"]["image_size"]), 2 ** (len(vq.channel_multiplier) - 1)
+        language = {k: v for k, v in config["language_config"].items() if k not in _OF_FILES}
+        vision = JanusVisionConfig(image_size=pixels, patch_size=scale, num_image_tokens=(pixels // scale) ** 2)
+        text = LlamaConfig(**{**language, "tie_word_embeddings": True})  # the head of words is not read
+        return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=True)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{place}: not Janus' own layout: {error!r}") from error
+
+
+def _vq_config(state: Mapping[str, Tensor], width: int, head: int, depth: int) -> JanusVQVAEConfig:
+    """width, depth: of the aligner; head: what the head reads."""
+    widths, blocks = levels_of(state, f"{_VQ}encoder.down.")
+    base = len(state[f"{_VQ}encoder.conv_in.weight"])
+    codes, dim = state[f"{_VQ}quantize.embedding.weight"].shape
+    return JanusVQVAEConfig(
+        embed_dim=dim,
+        num_embeddings=codes,
+        latent_channels=len(state[f"{_VQ}encoder.conv_out.weight"]),
+        base_channels=base,
+        channel_multiplier=[n // base for n in widths],
+        num_res_blocks=blocks,
+        projection_dim=width,
+        num_hidden_layers=depth,
+        image_token_embed_dim=head,
+    )
+
+
+def _grammar(source: Source, tokenizer: Any) -> Ask:
+    """The prompts of the authors' own code: one turn of a conversation, whose roles Janus-1.3B calls otherwise."""
+    path = source.folder / "processor_config.json"
+    said = read_json(path) if path.is_file() else {}
+
+    def word(key: str, usual: str) -> int:
+        name = str(said.get(key, usual))
+        return word_number(tokenizer, name, f"{source.name}: its tokenizer has no word {name!r}")
+
+    begin = word("image_start_tag", _BEGIN)
+    padding = word("pad_tag", _PADDING)
+    known = next((roles for name, roles in _ROLES.items() if name in model_name(source.name)), None)
+    newer = tokenizer.convert_tokens_to_ids("<|User|>") not in (None, tokenizer.unk_token_id)
+    user, assistant = known or _ROLES["Janus-Pro" if newer else "Janus-1.3B"]
+
+    def tokens(text: str) -> tuple[int, ...]:
+        turn = f"{user}: {text.strip()}\n\n{assistant}:"
+        return (tokenizer.bos_token_id, *tokenizer.encode(turn, add_special_tokens=False), begin)
+
+    first = tokenizer.bos_token_id
+    return prompts_of(tokens, lambda given: janus_prompt(given, first, begin, padding).without)

@@ -1,28 +1,22 @@
 """From a transformers checkpoint (a folder, or a name on the hub) to a target, its prompts and its pictures.
 
 Folders in the Hugging Face layout are read as they are. A family is a function from a Source to a Hosted, in a file of
-its own; its model type stands in FAMILIES.
+its own; its model type stands in families.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 
-from bozzetto.adapters.chameleon import load_chameleon
-from bozzetto.adapters.emu3 import load_emu3
-from bozzetto.adapters.generic import load_generic
-from bozzetto.adapters.glm_image import load_glm_image
-from bozzetto.adapters.janus import load_janus
-from bozzetto.adapters.janus_original import load_janus_original
-from bozzetto.adapters.nextstep_load import load_nextstep
+from bozzetto.adapters import generic
+from bozzetto.adapters.families import FAMILIES, NEXTSTEP, way_out
 from bozzetto.adapters.prompted import PromptedCodes
-from bozzetto.adapters.refusals import way_out
 from bozzetto.adapters.source import Hosted, Source, fitting, of_words
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checkpoints.folders import CONFIG, FIRST_STAGE, PIPELINE, read_config
@@ -32,21 +26,10 @@ from bozzetto.common.files import digest, read_json
 from bozzetto.common.hub import described, fetched, on_hub, split_name
 from bozzetto.errors import UsageError
 
+Reader = Callable[[Source, LoadSettings], Hosted]
 _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
-_NEXTSTEP = "nextstep"
 _GLM_IMAGE = "GlmImagePipeline"  # of diffusers, whose parts lie in folders of their own
-
-FAMILIES: Mapping[str, Callable[[Source, LoadSettings], Hosted]] = MappingProxyType(
-    {
-        "janus": load_janus,
-        "multi_modality": load_janus_original,
-        "emu3": load_emu3,
-        "chameleon": load_chameleon,
-        _NEXTSTEP: load_nextstep,
-        "glm_image": load_glm_image,
-    }
-)
 
 
 def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = None) -> Hosted:
@@ -64,15 +47,15 @@ def load_hosted(model: str | Path, wanted: LoadSettings, folder: Path | None = N
         return _finished(read(source, wanted.for_weights(source.stored)), wanted)
 
 
-def _reader(source: Source, wanted: LoadSettings) -> Callable[[Source, LoadSettings], Hosted]:
+def _reader(source: Source, wanted: LoadSettings) -> Reader:
     """What reads a checkpoint, of which no weights need be there. Raises UsageError where nothing does, and for options
     that are not for it."""
     kind, path = source.config.get("model_type"), find_spec_file(wanted.adapter, source.folder)
     path = path or known_by(source.config)
-    if path or kind != _NEXTSTEP:
+    if path or kind != NEXTSTEP:
         refuse_flow_options(wanted, source.name)
     if path:
-        return partial(load_generic, spec=read_spec(path), path=path)
+        return partial(generic.load, spec=read_spec(path), path=path)
     if why := way_out(source.name, source.config):
         raise UsageError(f"{source.name}: {why}")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -80,7 +63,9 @@ def _reader(source: Source, wanted: LoadSettings) -> Callable[[Source, LoadSetti
             f"{source.name}: model type {kind!r} does not draw images by tokens here (allowed: {', '.join(FAMILIES)}; "
             "LlamaGen and MAR checkpoints: bozzetto convert; a language model whose image tokens are words: --adapter)"
         )
-    return FAMILIES[kind]
+    module, name = FAMILIES[kind]
+    found: Reader = getattr(import_module(f"bozzetto.adapters.{module}"), name)
+    return found
 
 
 def _source(name: str, folder: Path) -> Source:

@@ -1,49 +1,78 @@
-"""From image tokens of transformers models to pixels: each model's own decoder, in float32."""
+"""From image tokens of transformers models to pixels, in float32: by a model's own decoder, or by that of a published
+tokenizer checkpoint. Tokens that cannot become pictures here are drawn and written all the same, and shown as what they
+are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from bozzetto.adapters.lined import without_line_ends
+from bozzetto.autoencoders.decoder import PublishedDecoder
+from bozzetto.autoencoders.kl16 import decoder_config, decoder_part, from_published, kl16_decoder
+from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, infer_config, levels_of
+from bozzetto.autoencoders.llamagen_vq import from_published as vq_published
+from bozzetto.autoencoders.movqgan import from_published_movq, movq_decoder
+from bozzetto.checkpoints.states import read_state
+from bozzetto.checkpoints.weights import check_fit, fill, load_strict, on_meta
 from bozzetto.common.images import Origin, to_picture
+from bozzetto.errors import UsageError
+
+CODES, FIRST = "quantize.embedding.weight", "decoder.conv_in.weight"  # what every tokenizer of codes has
+_MARK = "tokens, not a picture"
+_LINE = 14  # pixels of a line of text
 
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """rows, columns: of codes; width, height: of the picture in pixels."""
+    """rows, columns: of codes; scale: pixels per code and side."""
 
     rows: int
     columns: int
-    width: int
-    height: int
+    scale: int
 
-    @classmethod
-    def of(cls, rows: int, columns: int, scale: int) -> PictureConfig:
-        """scale: pixels per code and side."""
-        return cls(rows, columns, columns * scale, rows * scale)
+    @property
+    def width(self) -> int:
+        return self.columns * self.scale
+
+    @property
+    def height(self) -> int:
+        return self.rows * self.scale
 
 
 class HostedPictures:
-    """What a pipeline asks of a tokenizer. codebook: float [V', d], the codes that stand for something (V' is V, or
-    one less where the last token ends a line); to_pixels: tokens int64 [B, N] -> float [B, 3, H, W]. missing: why there
-    are tokens and no pictures ("": there are)."""
+    """What a pipeline asks of a tokenizer.
 
-    missing = ""
+    codebook: float [V', d], the codes that stand for something (V' is V, or one less where the last token ends a row;
+    [0, d]: they are not known); decoder: codes int64 [B, rows, columns] -> float [B, 3, H, W] (None: maps of the
+    tokens, a colour for each code); lined: whether each row of tokens has an end; skipped: tokens before those of the
+    picture; missing: why there are tokens and no pictures ("": there are, or maps are their previews).
+    """
 
-    def __init__(self, config: PictureConfig, codebook: Tensor, to_pixels: Callable[[Tensor], Tensor]):
-        self.config, self.codebook, self.to_pixels = config, codebook, to_pixels
+    def __init__(
+        self,
+        config: PictureConfig,
+        codebook: Tensor,
+        decoder: Callable[[Tensor], Tensor] | None = None,
+        lined: bool = False,
+        skipped: int = 0,
+        missing: str = "",
+    ):
+        self.config, self.codebook, self.lined, self.skipped, self.missing = config, codebook, lined, skipped, missing
+        self.decoder = self._map if decoder is None else decoder
+        self.mark = _marked(config.width, config.height) if missing else None
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """int64 [B, N] -> [B, 3, H, W] in [0, 1]."""
-        return self.to_pixels(tokens).float().clamp(0, 1)
+        return self.decoder(self.codes(tokens)).float().clamp(0, 1)
 
     def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
         """Tokens int64 [N] of an image -> its picture. origin: what it was drawn for, where that is known."""
@@ -51,43 +80,74 @@ class HostedPictures:
 
     def codes(self, tokens: Tensor) -> Tensor:
         """int64 [B, N] -> the codes in their places, int64 [B, rows, columns]."""
-        return tokens.unflatten(1, (self.config.rows, self.config.columns))
+        width = self.config.columns
+        return tokens[:, self.skipped :].unflatten(1, (self.config.rows, width + self.lined))[..., :width]
 
     def codes_drawn(self, count: int) -> int:
         """How many codes the first `count` tokens hold."""
-        return count
+        count = max(0, count - self.skipped)
+        return count - count // (self.config.columns + 1) if self.lined else count
+
+    def _map(self, codes: Tensor) -> Tensor:
+        colour = torch.stack([(codes * step + 31) % 256 for step in (97, 57, 151)], 1) / 255.0
+        pixels = colour.repeat_interleave(self.config.scale, 2).repeat_interleave(self.config.scale, 3)
+        if self.mark is None:
+            return pixels
+        return torch.where(self.mark[0].to(pixels.device), self.mark[1].to(pixels), pixels)
 
 
-class LinedPictures(HostedPictures):
-    """Pictures whose tokens hold an end of line after each row."""
-
-    def codes(self, tokens: Tensor) -> Tensor:
-        return without_line_ends(tokens, self.config.columns)
-
-    def codes_drawn(self, count: int) -> int:
-        return count - count // (self.config.columns + 1)
-
-
-def janus_pictures(model: Any, grid: int) -> HostedPictures:
-    """model: transformers JanusForConditionalGeneration."""
-    vq = model.model.vqmodel.float()
-    scale = 2 ** (len(model.config.vq_config.channel_multiplier) - 1)
-
-    def pixels(tokens: Tensor) -> Tensor:
-        return (vq.decode(tokens) + 1) / 2
-
-    codebook = F.normalize(vq.quantize.embedding.weight.detach(), dim=-1)
-    return HostedPictures(PictureConfig.of(grid, grid, scale), codebook, pixels)
+def _marked(width: int, height: int) -> tuple[Tensor, Tensor]:
+    """Where a line stands that says what a map is, bool [H, W], and its pixels float [H, W]."""
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).text((2, 1), _MARK, fill=255)
+    where = torch.zeros(height, width, dtype=torch.bool)
+    where[: min(_LINE, height)] = True
+    return where, torch.from_numpy(np.asarray(image) / 255.0)
 
 
-def emu3_pictures(model: Any, rows: int, columns: int, mean: list[float], std: list[float]) -> HostedPictures:
-    """model: transformers Emu3ForConditionalGeneration; rows, columns: of codes; mean, std: of its image processor."""
-    vq = model.model.vqmodel.float()
-    shift, scale = (torch.tensor(part).view(-1, 1, 1) for part in (mean, std))
+def vqgan_decoder(state: Mapping[str, Tensor], path: Path) -> PublishedDecoder:
+    """Of Chameleon's kind: the decoder of KL-16, under the same names."""
+    config, part = decoder_config(state), {key: value.float() for key, value in decoder_part(state).items()}
+    decoder = kl16_decoder(config)
+    load_strict(decoder, from_published(part, len(config.widths)), path)
+    decoder.codebook = state[CODES].float()
+    return decoder
 
-    def pixels(tokens: Tensor) -> Tensor:
-        made = vq.decode(without_line_ends(tokens, columns))
-        return made * scale.to(made) + shift.to(made)
 
-    codebook = vq.quantize.embedding.weight.detach()
-    return LinedPictures(PictureConfig.of(rows, columns, vq.spatial_scale_factor), codebook, pixels)
+def llamagen_decoder(state: Mapping[str, Tensor], path: Path) -> PublishedDecoder:
+    """LlamaGen's VQ-16 or VQ-8."""
+    whole = LlamaGenVQ(infer_config(state, 2 ** max(len(levels_of(state, "encoder.conv_blocks.", "res")[0]) - 1, 0)))
+    load_strict(whole, vq_published({key: value for key, value in state.items() if key != USED}), path)
+    return PublishedDecoder(whole, whole.codebook)
+
+
+def movqgan_decoder(state: Mapping[str, Tensor], path: Path) -> PublishedDecoder:
+    """ai-forever's."""
+    decoder = on_meta(lambda: movq_decoder(state, path))
+    named = from_published_movq(state)
+    check_fit(decoder.state_dict(), named, path)
+    return fill(decoder, named)
+
+
+DECODERS: Mapping[str, Callable[[Mapping[str, Tensor], Path], PublishedDecoder]] = MappingProxyType(
+    {"llamagen": llamagen_decoder, "vqgan": vqgan_decoder, "movqgan": movqgan_decoder}
+)
+
+
+def read_decoder(kind: str, path: Path) -> Any:
+    """The decoder of a checkpoint (a pickle, opened safely, or safetensors): codes int64 [B, rows, columns] -> pixels;
+    it has its `codebook`. Raises UsageError for a file of another kind, or that does not fit together."""
+    state = read_state(path)
+    if CODES not in state or FIRST not in state:
+        raise UsageError(f"{path}: not a tokenizer of codes (wanted {CODES}, {FIRST}, ...)")
+    try:
+        made = DECODERS[kind](state, path)
+    except (KeyError, IndexError) as error:
+        raise UsageError(f"{path}: not a tokenizer of kind {kind}: no {error.args[0]}") from error
+    return made.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def scale_of(decoder: Any) -> int:
+    """Pixels per code and side, found by trying four codes (of one alone torch's group norm makes no mean)."""
+    return int(decoder(torch.zeros(1, 2, 2, dtype=torch.int64, device=decoder.codebook.device)).shape[-1]) // 2

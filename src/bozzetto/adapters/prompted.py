@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from bozzetto.drafts import Layout
@@ -24,6 +25,7 @@ from bozzetto.targets.base import Scores, visible
 from bozzetto.targets.llamagen_cache import copied, whole_blocks
 
 _WHOLE = 8  # slots of a row are a multiple of this
+_NEVER = -1e9  # a logit that no temperature makes possible; finite, so that guidance can subtract two of them
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Shape:
-    """What drafters ask of a target's config. vocab: V; length: N; dim: of hidden states and token embeddings."""
+    """What drafters ask of a target's config. vocab: V; length: N; dim: of hidden states and token embeddings; columns:
+    tokens in a row of the picture (0: not said)."""
 
     vocab: int
     length: int
     dim: int
+    columns: int = 0
 
     @property
     def grid(self) -> int:
-        """Side of the smallest square that holds all tokens."""
-        return math.isqrt(self.length - 1) + 1
+        """Tokens in a row, else the side of the smallest square that holds all tokens."""
+        return self.columns or math.isqrt(self.length - 1) + 1
 
 
 class SlotCache(Cache):
@@ -102,19 +106,21 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 class PromptedTarget:
-    """A target whose conditions are prompts. A family adds what is embedded and what is read out.
+    """A target whose conditions are prompts. What is embedded and what is read out is said below.
 
-    body: the transformers decoder (inputs_embeds -> last_hidden_state) with `layers` layers. Labels are numbers of the
-    prompts that `add` was given.
+    body: the transformers decoder (inputs_embeds -> last_hidden_state), in evaluation mode and in the dtype to compute
+    in; length: tokens of a picture. Labels are numbers of the prompts that `add` was given.
     """
 
     step: Any = None  # no compiled passes
+    numbers: Sequence[int] = ()  # words that stand for image tokens
     prompts: list[Prompt]
 
-    def __init__(self, body: nn.Module, layers: int, length: int, context: int):
+    def __init__(self, body: Any, length: int):
         if length < 1:
             raise UsageError(f"a picture of {length} image tokens is not allowed")
-        self.body, self.layers, self.length, self.context = body, layers, length, context
+        self.body, self.length, self.word_rows = body, length, body.get_input_embeddings()
+        self.layers, self.context = body.config.num_hidden_layers, body.config.max_position_embeddings
         self.cache_name = cache_argument(body.forward)
         some = next(body.parameters())
         self.device, self.dtype = some.device, some.dtype
@@ -130,7 +136,7 @@ class PromptedTarget:
 
     def words(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., d] of a prompt's tokens int64 [...]."""
-        raise NotImplementedError
+        return self.word_rows(tokens)
 
     def places(self, lead: Tensor, number: Tensor) -> Tensor:
         """Positions that the decoder is told of inputs `number` int64 [R, W] of the image (below 0: of the prompt), in
@@ -142,8 +148,7 @@ class PromptedTarget:
         number. Raises UsageError for one that does not fit."""
         if label is None and prompt in self.prompts:
             return self.prompts.index(prompt)
-        body: Any = self.body
-        most, words = self.context - self.length, body.get_input_embeddings().num_embeddings
+        most, words = self.context - self.length, self.word_rows.num_embeddings
         for tokens in (prompt.given, prompt.without):
             if not 0 <= min(tokens) <= max(tokens) < words:
                 raise UsageError(
@@ -175,16 +180,34 @@ class PromptedTarget:
 
 
 class PromptedCodes(PromptedTarget):
-    """A prompted target that draws codes. embedding: rows [V, d] that stand for them; numbers: their words in the
-    model's vocabulary, where they have some."""
+    """A prompted target that draws codes.
+
+    embedding: rows [V, d] that stand for them; head: a module, or rows [V, d]; numbers: their words in the model's
+    vocabulary, where they have some; line: codes in a row of a picture whose rows end in a word of their own (0: none
+    do); offsets: positions of inputs 0, 1, ... after that of input 0, int64 [axes, 1 + N], where the decoder's are not
+    0, 1, 2, ...
+
+    The grid decides where a row ends and not the model: that word is code V - 1, certain there and impossible
+    elsewhere, so that every drafter has it for nothing. The head has no row for it.
+    """
 
     tokens = "codes"
-    numbers: list[int]
-    head: Any  # a module, or rows of the vocabulary
 
-    def __init__(self, body: nn.Module, layers: int, embedding: Tensor, shape: Shape, context: int):
-        super().__init__(body, layers, shape.length, context)
-        self.embedding, self.config, self.vocab = embedding, shape, shape.vocab
+    @torch.no_grad()
+    def __init__(
+        self,
+        body: Any,
+        embedding: Tensor,
+        head: Any,
+        length: int,
+        numbers: Sequence[int] = (),
+        line: int = 0,
+        offsets: Tensor | None = None,
+    ):
+        super().__init__(body, length)
+        self.embedding, self.head, self.numbers, self.line = embedding, head, list(numbers), line
+        self.vocab, self.offsets = len(embedding), None if offsets is None else offsets.to(self.device)
+        self.config = Shape(self.vocab, length, body.config.hidden_size)
 
     def gather_here(self) -> None:
         """Bring the rows that are looked up and read out to where tokens are, from wherever a device map put them."""
@@ -195,12 +218,48 @@ class PromptedCodes(PromptedTarget):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding[tokens]
 
+    def places(self, lead: Tensor, number: Tensor) -> Tensor:
+        if self.offsets is None:
+            return super().places(lead, number)
+        at = number.clamp(0, self.length)  # of slots past the end of the picture nothing is read
+        return lead[:, None] + torch.where(number > 0, self.offsets[:, at], number)
+
     def read_out(self, hidden: Tensor, number: Tensor) -> Scores:
         return Scores(self.logits(hidden, number), hidden)
 
     def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
         """float32 [R, W, V] from hidden states [R, W, d] at inputs `position` int64 [R, W]."""
-        raise NotImplementedError
+        if not isinstance(self.head, Tensor):
+            return self.head(hidden).float().to(hidden.device)
+        free = F.linear(hidden, self.head).float()
+        if not self.line:
+            return free
+        ends = (position % (self.line + 1) == self.line)[..., None]  # the law of token i is at input i
+        last = torch.where(ends, 0.0, _NEVER).to(free.dtype)
+        return torch.cat([free.masked_fill(ends, _NEVER), last], -1)
+
+
+def words_target(
+    body: Any, head: Tensor, codes: Sequence[int], rows: int, columns: int, end: int | None = None
+) -> PromptedCodes:
+    """A target whose image tokens are words. head: rows of the vocabulary; codes: the words, in the order of the
+    codebook; rows, columns: of the picture in codes; end: the word that ends a row, where one does."""
+    numbers, line = [*codes], 0
+    if end is not None:
+        numbers, line = [*codes, end], columns
+    embedding, length = gathered(numbers, body.get_input_embeddings().weight), rows * (columns + bool(line))
+    return PromptedCodes(body, embedding, gathered(codes, head), length, numbers, line)
+
+
+def codes_of(model: Any) -> list[int]:
+    """Words of the image tokens of a model of transformers that maps them, in the order of the codebook."""
+    codes = model.model.vocabulary_mapping.img2bpe
+    return [codes[i] for i in range(len(codes))]
+
+
+def gathered(numbers: Sequence[int], table: Tensor) -> Tensor:
+    """The rows of a table [W, d] that stand for image tokens, [V, d]."""
+    return table.detach()[torch.tensor(numbers, device=table.device)]
 
 
 @dataclass
@@ -310,7 +369,7 @@ class PromptedSession:
 
 def _longer(table: Tensor, slots: int) -> Tensor:
     """[R, S, H, D] with zeros up to `slots`."""
-    return torch.nn.functional.pad(table, (0, 0, 0, 0, 0, slots - table.shape[1]))
+    return F.pad(table, (0, 0, 0, 0, 0, slots - table.shape[1]))
 
 
 def _spread(table: Tensor, rows: Tensor, count: int, slots: int) -> Tensor:
@@ -318,8 +377,3 @@ def _spread(table: Tensor, rows: Tensor, count: int, slots: int) -> Tensor:
     whole = table.new_zeros(count, slots, *table.shape[2:])
     whole[rows.to(table.device), : table.shape[1]] = table
     return whole
-
-
-def gathered(numbers: Sequence[int], table: Tensor) -> Tensor:
-    """The rows of a table [W, d] that stand for image tokens, [V, d]."""
-    return table.detach()[torch.tensor(numbers, device=table.device)]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bozzetto.adapters.checkpoint import check_folder
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
+from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.checkpoints.published import sampling_of
 from bozzetto.checkpoints.states import open_state
-from bozzetto.checkpoints.weights import finite, usual_type, weight_files
+from bozzetto.checkpoints.weights import FLOATS, WEIGHT, Held, finite, header_of, open_tensors, usual_type, weight_files
+from bozzetto.common.files import pointer_note
 from bozzetto.common.hub import fetched
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, brief, require
+
+_COUNTS, _MOST = re.compile(r"(num|n)_\w*(layer|block|head)s?|depths?"), 1024
 
 Ask = Callable[[str, str], Prompt]  # (prompt, negative prompt; "": none)
 
@@ -131,10 +135,51 @@ class Source:
     def refuse(self, wanted: LoadSettings, *names: str) -> None:
         """Raise UsageError for options that mean nothing to this model."""
         for name in names:
-            if getattr(wanted, name):
-                raise UsageError(
-                    f"{name} = {brief(str(getattr(wanted, name)))} is not allowed: {self.name} has its own"
-                )
+            require(not getattr(wanted, name), name, str(getattr(wanted, name)), f"{self.name} has its own")
+
+
+def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
+    """Raise UsageError naming the file for a shard that is missing, cut, or a Git LFS pointer, for an index that names
+    files elsewhere, for weights of a type that is no float's, and for a config.json that describes a larger network
+    than the weights could be.
+
+    make: builds the network that config.json describes; it is called on the meta device.
+    """
+    check_counts(read_config(folder), folder / CONFIG)
+    files = weight_files(folder)
+    for path in files:
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as content:  # its header says how long it must be
+                check_types(path, header_of(content))
+        elif note := pointer_note(path):
+            raise UsageError(f"{path}: {note}")
+    try:
+        with torch.device("meta"):
+            wanted = sum(weight.numel() for weight in make().parameters())
+    except Exception as error:  # the library's own code on values that it does not check
+        raise UsageError(f"{folder / CONFIG}: not a network: {' '.join(str(error).split())[:200]}") from error
+    held = sum(path.stat().st_size for path in files)
+    if wanted > 2 * held:  # four bits are the fewest that a weight is stored in
+        raise UsageError(f"{folder / CONFIG}: describes {wanted} weights, but its files hold {held} bytes")
+
+
+def check_types(path: Path, held: Mapping[str, Held], allowed: Sequence[str] = FLOATS) -> None:
+    """Raise UsageError for weights of types that mean nothing without scales (int8, float8), which transformers 5.24
+    casts as they are."""
+    for key, (kind, _) in held.items():
+        if key.endswith(WEIGHT) and kind not in allowed:
+            raise UsageError(f"{path}: weight {key!r} is of type {kind} (allowed: {', '.join(allowed)})")
+
+
+def check_counts(content: dict[str, Any], source: Path) -> None:
+    """A million layers without weights take gigabytes, too."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            check_counts(value, source)
+        elif _COUNTS.fullmatch(key):
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int) and not 0 <= count <= _MOST:
+                    raise UsageError(f"{source}: {key} = {count} is not allowed: 0 to {_MOST}")
 
 
 def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
@@ -152,7 +197,7 @@ def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
 def of_words(ask: Ask, tokenizer: Any, target: PromptedTarget) -> Ask:
     """`ask` for prompts that are words: to the model its special tokens (<image>, an end of text, padding, an image
     token) are no words, whoever wrote them."""
-    special = {*tokenizer.all_special_ids, *getattr(target, "numbers", ())}
+    special = {*tokenizer.all_special_ids, *target.numbers}
     special |= {number for number, word in tokenizer.added_tokens_decoder.items() if word.special}
     special -= {tokenizer.unk_token_id}
 
@@ -178,6 +223,49 @@ def fitting(what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{what}: {reason} ({type(error).__name__})") from error
+
+
+def prompts_of(
+    tokens: Callable[[str], Sequence[int]], without: Callable[[Sequence[int]], Sequence[int]] | None = None
+) -> Ask:
+    """Prompts by what makes tokens of a text. without: makes of a prompt's what stands for no negative prompt (None: an
+    empty text does)."""
+
+    def ask(text: str, negative: str) -> Prompt:
+        given = tokens(text)
+        other = tokens(negative) if negative or without is None else without(given)
+        return Prompt(tuple(given), tuple(other))
+
+    return ask
+
+
+def word_number(tokenizer: Any, name: str, otherwise: str) -> int:
+    """The number of a word that the tokenizer has to have. otherwise: what is said of one that it has not
+    (UsageError)."""
+    found = tokenizer.convert_tokens_to_ids(name)
+    if found is None or (found == tokenizer.unk_token_id and name != tokenizer.unk_token):
+        raise UsageError(otherwise)
+    return int(found)
+
+
+def check_word(name: str, number: object, words: float) -> int:
+    """A token's number, below `words`. name: where it stands. Raises UsageError."""
+    require(type(number) is int and 0 <= number < words, name, number, "a token's number")
+    assert isinstance(number, int)
+    return number
+
+
+def in_sizes(
+    wanted: LoadSettings, sizes: tuple[tuple[int, int], ...], made: Callable[[tuple[int, int]], Hosted], step: int = 1
+) -> Hosted:
+    """A model that draws pictures of any size: as wanted, else of the first of `sizes`. made: makes it for one (width,
+    height); step: pixels that every side is a multiple of."""
+
+    def sized(size: tuple[int, int]) -> Hosted:
+        check_multiple(size, step)
+        return replace(made(size), sizes=sizes, sized=sized)
+
+    return sized(wanted.size or sizes[0])
 
 
 def fixed_size(source: Source, wanted: LoadSettings, own: tuple[int, int]) -> None:

@@ -1,7 +1,7 @@
 """KL-16, the autoencoder of published MAR models, from its checkpoint (Li et al., arXiv 2406.11838).
 
 A convolutional autoencoder with 16 latent channels and 16 x 16 pixels per latent (Rombach et al., arXiv 2112.10752).
-The network is diffusers' `AutoencoderKL`, the same architecture under other names; `ours` and `published` translate.
+The network is diffusers' `AutoencoderKL`, the same architecture under other names.
 A model folder holds the decoder alone, which is all that generation needs, under diffusers' names: those are a file
 format of their own.
 """
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bozzetto.autoencoders.decoder import GROUPS, PublishedDecoder, levels_of, renamed
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
-_GROUPS = 32  # of every group norm
 # Published part of a key, and the same part in diffusers. Plain replacements, valid in both directions.
 _NAMES = (
     (".mid.block_1.", ".mid_block.resnets.0."),
@@ -61,8 +61,8 @@ class KL16Config(LatentConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if not self.widths or any(width < 1 or width % _GROUPS for width in self.widths):
-            raise UsageError(f"widths of the levels {self.widths} are not allowed: multiples of {_GROUPS}")
+        if not self.widths or any(width < 1 or width % GROUPS for width in self.widths):
+            raise UsageError(f"widths of the levels {self.widths} are not allowed: multiples of {GROUPS}")
         if self.downsample != 2 ** (len(self.widths) - 1):
             levels = f"{len(self.widths)} levels give {2 ** (len(self.widths) - 1)}"
             raise UsageError(f"downsample = {self.downsample} is not allowed: {levels}")
@@ -74,19 +74,9 @@ class KL16Config(LatentConfig):
         return tuple(self.channels * m for m in self.multipliers)
 
 
-class KL16Decoder(nn.Module):
-    """float [B, D, h, w] latents -> [B, 3, 16 h, 16 w] in [0, 1].
-
-    Raises UsageError where diffusers is not installed.
-    """
-
-    def __init__(self, config: KL16Config):
-        super().__init__()
-        whole = kl16_autoencoder(config)
-        self.decoder, self.post_quant_conv = whole.decoder, whole.post_quant_conv
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return ((self.decoder(self.post_quant_conv(latents)) + 1) / 2).clamp(0, 1)
+def kl16_decoder(config: KL16Config) -> PublishedDecoder:
+    """float [B, D, h, w] latents -> [B, 3, 16 h, 16 w]. Raises UsageError where diffusers is not installed."""
+    return PublishedDecoder(kl16_autoencoder(config))
 
 
 def kl16_latents(config: LatentConfig) -> LatentDecoder:
@@ -97,7 +87,7 @@ def kl16_latents(config: LatentConfig) -> LatentDecoder:
     """
     if not isinstance(config, KL16Config):
         config = KL16Config(**dataclasses.asdict(config))
-    return LatentDecoder(config, KL16Decoder(config), KL16)
+    return LatentDecoder(config, kl16_decoder(config), KL16)
 
 
 def kl16_autoencoder(config: KL16Config) -> Any:
@@ -119,24 +109,9 @@ def kl16_autoencoder(config: KL16Config) -> Any:
         block_out_channels=config.widths,
         layers_per_block=config.blocks,
         latent_channels=config.token_dim,
-        norm_num_groups=_GROUPS,
+        norm_num_groups=GROUPS,
         sample_size=config.image_size,
     )
-
-
-def ours(key: str, levels: int) -> str:
-    """A published parameter name -> the name inside diffusers' AutoencoderKL with that many levels."""
-    for theirs, here in _NAMES:
-        key = key.replace(theirs, here)
-    return _turned(key, levels)
-
-
-def published(key: str, levels: int) -> str:
-    """A name inside diffusers' AutoencoderKL with that many levels -> the published parameter name."""
-    key = _turned(key, levels)
-    for theirs, here in _NAMES:
-        key = key.replace(here, theirs)
-    return key
 
 
 def _turned(key: str, levels: int) -> str:
@@ -154,7 +129,7 @@ def from_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor
     """
     out = {}
     for key, value in state.items():
-        name = ours(key, levels)
+        name = _turned(renamed(key, _NAMES), levels)
         is_matrix = _ATTENTION in name and ".to_" in name and value.ndim == 4 and value.shape[2:] == (1, 1)
         out[name] = value[:, :, 0, 0] if is_matrix else value
     return out
@@ -163,7 +138,9 @@ def from_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor
 def to_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     """The inverse of `from_published`."""
     return {
-        published(key, levels): value[:, :, None, None] if _ATTENTION in key and value.ndim == 2 else value
+        renamed(_turned(key, levels), _NAMES, back=True): (
+            value[:, :, None, None] if _ATTENTION in key and value.ndim == 2 else value
+        )
         for key, value in state.items()
     }
 
@@ -189,34 +166,24 @@ def infer_config(state: Mapping[str, Tensor], grid: int) -> KL16Config:
 
     Raises KeyError or IndexError for a state that lacks the tensors that tell, UsageError as KL16Config does.
     """
-    channels, levels = max(state["encoder.conv_in.weight"].shape[0], 1), numbered(state, "encoder.down.")
-    downsample = 2 ** max(levels - 1, 0)
-    widths = [state[f"encoder.down.{n}.block.0.conv1.weight"].shape[0] for n in range(levels)]
+    channels = max(state["encoder.conv_in.weight"].shape[0], 1)
+    return _config(state, grid, channels, *levels_of(state, "encoder.down."))
+
+
+def decoder_config(state: Mapping[str, Tensor]) -> KL16Config:
+    """The widths of a published decoder of this kind, from the shapes of its tensors; for pictures of one token. Raises
+    as infer_config does."""
+    widths, blocks = levels_of(state, "decoder.up.")
+    return _config(state, 1, widths[0], widths, blocks - 1)
+
+
+def _config(state: Mapping[str, Tensor], grid: int, channels: int, widths: list[int], blocks: int) -> KL16Config:
+    downsample = 2 ** max(len(widths) - 1, 0)
     return KL16Config(
         image_size=grid * downsample,
         token_dim=state["post_quant_conv.weight"].shape[1],
         downsample=downsample,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
-        blocks=numbered(state, "encoder.down.0.block."),
+        blocks=blocks,
     )
-
-
-def decoder_config(state: Mapping[str, Tensor]) -> KL16Config:
-    """The widths of a published decoder of this kind, from the shapes of its tensors; for pictures of one token. Raises
-    UsageError as KL16Config does."""
-    levels = numbered(state, "decoder.up.")
-    widths = [len(state[f"decoder.up.{n}.block.0.conv1.weight"]) for n in range(levels)]
-    return KL16Config(
-        image_size=2 ** (levels - 1),
-        token_dim=state["post_quant_conv.weight"].shape[1],
-        downsample=2 ** (levels - 1),
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        blocks=numbered(state, "decoder.up.0.block.") - 1,
-    )
-
-
-def numbered(state: Mapping[str, Tensor], before: str) -> int:
-    """How many different numbers follow `before` in the keys."""
-    return len({key[len(before) :].split(".")[0] for key in state if key.startswith(before)})

@@ -38,9 +38,9 @@ class LatentConfig:
 
 
 class LatentDecoder(nn.Module):
-    """decode: float [B, N, D] tokens in raster order -> [B, 3, H, W], nominally in [0, 1].
+    """decode: float [B, N, D] tokens in raster order -> [B, 3, H, W] in [0, 1].
 
-    decoder: latents [B, D, h, w] -> pixels in [0, 1]; kind: what it is.
+    decoder: latents [B, D, h, w] -> pixels; kind: what it is.
     """
 
     scale: Tensor
@@ -59,7 +59,7 @@ class LatentDecoder(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         side = math.isqrt(tokens.shape[1])
         latent = (tokens * self.scale + self.shift).transpose(1, 2).unflatten(2, (side, side))
-        return self.decoder(latent)
+        return self.decoder(latent).clamp(0, 1)
 
 
 def tiny_latents(image_size: int = 128) -> LatentDecoder:

@@ -1,8 +1,8 @@
 """LlamaGen's tokenizers VQ-16 and VQ-8 (Sun et al., arXiv 2406.06525) from their published checkpoints.
 
 A convolutional VQGAN (Esser et al., arXiv 2012.09841) with 8-dim unit codes (Yu et al., arXiv 2110.04627). The two
-networks are those of transformers' `JanusVQVAE`, the same architecture under other names; `ours` and `published`
-translate. Stored folders keep the published names, so that they outlive a renaming in transformers.
+networks are those of transformers' `JanusVQVAE`, the same architecture under other names. Stored folders keep the
+published names, so that they outlive a renaming in transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.autoencoders.decoder import GROUPS, levels_of, renamed
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
 from bozzetto.errors import UsageError
 
@@ -28,7 +29,6 @@ MODULES = (
     (".mid.2.", ".mid.block_2."),
 )
 _NAMES = (*MODULES, ("quantize.embedding.weight", "codebook"))
-_GROUPS = 32  # of every group norm
 USED = "quantize.codebook_used"  # the last 65536 codes of the tokenizer's own training; of no use here
 
 
@@ -48,8 +48,8 @@ class LlamaGenVQConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if self.channels % _GROUPS:
-            raise UsageError(f"channels = {self.channels} is not allowed: a multiple of {_GROUPS}")
+        if self.channels % GROUPS:
+            raise UsageError(f"channels = {self.channels} is not allowed: a multiple of {GROUPS}")
         if self.image_size % self.downsample:
             raise UsageError(f"image_size = {self.image_size} is not allowed: a multiple of {self.downsample}")
 
@@ -95,7 +95,7 @@ class LlamaGenVQ(nn.Module):
 
     def published_state(self) -> dict[str, Tensor]:
         """The state under its published names."""
-        return {published(key): value for key, value in self.state_dict().items()}
+        return {renamed(key, _NAMES, back=True): value for key, value in self.state_dict().items()}
 
 
 def _networks(config: LlamaGenVQConfig) -> Any:
@@ -118,23 +118,9 @@ def _networks(config: LlamaGenVQConfig) -> Any:
     )
 
 
-def ours(key: str) -> str:
-    """A published parameter name -> the name inside LlamaGenVQ."""
-    for theirs, here in _NAMES:
-        key = key.replace(theirs, here)
-    return key
-
-
-def published(key: str) -> str:
-    """A name inside LlamaGenVQ -> the published parameter name."""
-    for theirs, here in _NAMES:
-        key = key.replace(here, theirs)
-    return key
-
-
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published names -> those of LlamaGenVQ, codes of unit length, float32, without the record of used codes."""
-    out = {ours(key): value.float() for key, value in state.items() if key != USED}
+    out = {renamed(key, _NAMES): value.float() for key, value in state.items() if key != USED}
     if "codebook" in out:
         out["codebook"] = F.normalize(out["codebook"], dim=-1)
     return out
@@ -146,20 +132,14 @@ def infer_config(state: Mapping[str, Tensor], image_size: int) -> LlamaGenVQConf
     Raises KeyError for a state that lacks the tensors that tell.
     """
     codes, code_dim = state["quantize.embedding.weight"].shape
-    levels = _numbered(state, "encoder.conv_blocks.")
+    widths, blocks = levels_of(state, "encoder.conv_blocks.", "res")
     channels = len(state["encoder.conv_in.weight"])
-    widths = [len(state[f"encoder.conv_blocks.{n}.res.0.conv1.weight"]) for n in range(levels)]
     return LlamaGenVQConfig(
         codes=codes,
         code_dim=code_dim,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
-        blocks=_numbered(state, "encoder.conv_blocks.0.res."),
+        blocks=blocks,
         latent=len(state["post_quant_conv.weight"]),
         image_size=image_size,
     )
-
-
-def _numbered(state: Mapping[str, Tensor], before: str) -> int:
-    """How many different numbers follow `before` in the keys."""
-    return len({key[len(before) :].split(".")[0] for key in state if key.startswith(before)})

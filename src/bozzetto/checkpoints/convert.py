@@ -232,7 +232,7 @@ def _tokenizer_config(state: Mapping[str, Tensor], source: Path) -> LlamaGenVQCo
     """The config of a published tokenizer, every key and shape checked."""
     try:
         config = infer_config(state, 256)
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:  # a missing key, a tensor of another shape
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:  # a missing key, a tensor of another shape
         raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
     wanted = on_meta(lambda: LlamaGenVQ(config)).published_state()
     if USED in state:

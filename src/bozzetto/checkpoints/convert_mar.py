@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bozzetto.autoencoders import kl16
+from bozzetto.autoencoders.decoder import numbered
 from bozzetto.autoencoders.kl16 import KL16Config
 from bozzetto.checkpoints import states
 from bozzetto.checkpoints.convert import check_out, read_class_names
@@ -87,7 +88,7 @@ def recognise_mar(state: Mapping[str, Tensor], source: Path) -> tuple[str, MARCo
         classes, head_width = (state[k].shape[0] for k in ("class_emb.weight", "diffloss.net.input_proj.weight"))
     except (KeyError, IndexError, ValueError) as error:  # a missing key, a tensor with another number of dimensions
         raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
-    depth, head_depth = (kl16.numbered(state, before) for before in ("encoder_blocks.", "diffloss.net.res_blocks."))
+    depth, head_depth = (numbered(state, before) for before in ("encoder_blocks.", "diffloss.net.res_blocks."))
     size = next((name for name, shape in SHAPES.items() if shape[:2] == (dim, depth)), None)
     if size is None:
         known = ", ".join(f"{name} {d} x {n}" for name, (d, n, *_) in SHAPES.items())

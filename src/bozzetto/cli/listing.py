@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bozzetto.adapters.refusals import READ
+from bozzetto.adapters.families import FAMILIES
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checkpoints.folders import (
     CODES,
@@ -81,7 +81,7 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
     """Family, parameters, pixels, tokens and classes."""
     if is_hosted(folder):
         kind = content["model_type"]
-        if kind not in READ and not (find_spec_file("", folder) or known_by(content)):
+        if kind not in FAMILIES and not (find_spec_file("", folder) or known_by(content)):
             raise UsageError(f"model type {clipped(kind)} draws no images by tokens here")
         return (f"{kind} (of transformers)", "-", "-", "-", "prompts")
     source, place = folder / CONFIG, folder / TOKENIZER_CONFIG

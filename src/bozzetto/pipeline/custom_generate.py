@@ -10,16 +10,15 @@ What generate was asked is honoured, or refused by its name (`_refuse_rest`): no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.chameleon import ChameleonTarget
-from bozzetto.adapters.emu3 import Emu3Target
-from bozzetto.adapters.glm_image import GlmImageTarget
+from bozzetto.adapters import chameleon, emu3, glm_image
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.errors import UsageError
@@ -29,11 +28,6 @@ from bozzetto.methods.registry import TREES, drafter_options, make_drafter, make
 from bozzetto.rules.lantern import Lantern
 from bozzetto.settings import GenerateSettings
 
-_TARGETS = {
-    "emu3": "Emu3ForConditionalGeneration",
-    "chameleon": "ChameleonForConditionalGeneration",
-    "glm_image": "GlmImageForConditionalGeneration",
-}
 _GUIDANCE, _PREFIX = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "PrefixConstrainedLogitsProcessor"
 # What shapes the law, in the order in which ours does it, and where each keeps its number.
 _WARPERS = {"TemperatureLogitsWarper": "temperature", "TopKLogitsWarper": "top_k", "TopPLogitsWarper": "top_p"}
@@ -100,7 +94,7 @@ def generate_fn(
         _check_lengths(generation_config, stopping_criteria, asked, input_ids.shape[1], length)
         _check_stops(target, stopping_criteria)
         law, without = _law(logits_processor, generation_config, input_ids)
-        if law.guided and isinstance(target, GlmImageTarget):
+        if law.guided and target.offsets is not None:
             _refuse("guidance_scale", law.guidance, "generate's guidance tells this model nothing of its grids")
         given = _rows(input_ids, kwargs.get("attention_mask"))
         _check_prefix(target, logits_processor, input_ids)
@@ -141,19 +135,22 @@ def _settings(settings: GenerateSettings) -> GenerateSettings:
     return settings
 
 
-def _target(model: Any, height: int, width: int, kwargs: dict[str, Any]) -> Any:
+def _target(model: Any, height: int, width: int, kwargs: dict[str, Any]) -> PromptedCodes:
     kind = type(model).__name__
-    if kind == _TARGETS["emu3"]:
-        return Emu3Target(model, height, width)
-    if kind == _TARGETS["chameleon"]:
-        if height != width:
-            raise UsageError(f"height = {height}, width = {width} are not allowed: {kind} draws squares")
-        return ChameleonTarget(model, height)
-    if kind == _TARGETS["glm_image"]:
-        return GlmImageTarget(
-            model, _preview(height, width, *(kwargs.pop(name, None) for name in _GRIDS)), (height, width)
-        )
-    raise UsageError(f"{kind} is not allowed here: {', '.join(_TARGETS.values())} (others: bozzetto.load)")
+    if kind not in _TARGETS:
+        raise UsageError(f"{kind} is not allowed here: {', '.join(_TARGETS)} (others: bozzetto.load)")
+    return _TARGETS[kind](model, height, width, kwargs)
+
+
+def _chameleon(model: Any, height: int, width: int, kwargs: dict[str, Any]) -> PromptedCodes:
+    if height != width:
+        raise UsageError(f"height = {height}, width = {width} are not allowed: {type(model).__name__} draws squares")
+    return chameleon.target(model, height, width)
+
+
+def _glm_image(model: Any, height: int, width: int, kwargs: dict[str, Any]) -> PromptedCodes:
+    preview = _preview(height, width, *(kwargs.pop(name, None) for name in _GRIDS))
+    return glm_image.target(model, preview, (height, width))
 
 
 def _preview(height: int, width: int, grids: Any, counts: Any) -> tuple[int, int]:
@@ -169,6 +166,16 @@ def _preview(height: int, width: int, grids: Any, counts: Any) -> tuple[int, int
     if len(found) > 1 or picture != (1, height, width):
         _refuse("image_grid_thw", sorted(found), f"pictures of 1 x {height} x {width} are, of one size")
     return int(preview[1]), int(preview[2])
+
+
+# By class of transformers: the target for a picture of this height and width in tokens and generate's other arguments.
+_TARGETS: Mapping[str, Callable[[Any, int, int, dict[str, Any]], PromptedCodes]] = MappingProxyType(
+    {
+        "Emu3ForConditionalGeneration": lambda model, height, width, kwargs: emu3.target(model, height, width),
+        "ChameleonForConditionalGeneration": _chameleon,
+        "GlmImageForConditionalGeneration": _glm_image,
+    }
+)
 
 
 def _batch(target: PromptedCodes, settings: GenerateSettings, law: LawSettings, images: int) -> EagerBatch:
@@ -312,12 +319,12 @@ def _check_prefix(target: PromptedCodes, processors: Any, ids: Tensor) -> None:
     """The grid decides which tokens may stand where. A function that says so too (Emu3's usual one) is followed by
     itself; asked at the first and the last token, and around the first end of a line, it has to say the same."""
     *codes, last = target.numbers
-    width = getattr(target, "width", None)  # of pictures whose lines have an end
+    width = target.line  # of pictures whose lines have an end
     for part in (p for p in processors if type(p).__name__ == _PREFIX):
         for row, words in enumerate(ids):
-            for at in sorted({0, (width or 1) - 1, width or 0, target.length - 1}):
+            for at in sorted({0, (width or 1) - 1, width, target.length - 1}):
                 drawn = [last if width and i % (width + 1) == width else codes[0] for i in range(at)]
-                ends = width is not None and at % (width + 1) == width
+                ends = width > 0 and at % (width + 1) == width
                 wanted = {last} if ends else set(codes if width else target.numbers)
                 sent = torch.cat([words, words.new_tensor(drawn)])
                 if {int(word) for word in part._prefix_allowed_tokens_fn(row // part._num_beams, sent)} != wanted:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bozzetto.adapters.eagle import PromptedEagle
 from bozzetto.adapters.load import checkpoint_digest, load_hosted
-from bozzetto.adapters.nextstep_load import autoencoder_folder
+from bozzetto.adapters.nextstep import autoencoder_folder
 from bozzetto.adapters.prompted import PromptedCodes
-from bozzetto.adapters.sketch import PromptedEagle
 from bozzetto.adapters.source import Hosted
 from bozzetto.checkpoints.folders import EAGLE, load_drafter
 from bozzetto.checkpoints.load_settings import LoadSettings

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bozzetto.adapters.refusals import way_out
+from bozzetto.adapters.families import way_out
 from bozzetto.checkpoints.captions import read_captions
 from bozzetto.checkpoints.folders import (
     CONFIG,

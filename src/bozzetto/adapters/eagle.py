@@ -9,14 +9,8 @@ from torch import Tensor
 
 from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.drafters.base import DraftModel, Observation
-from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet, Lead
+from bozzetto.drafters.eagle import EagleLayerCache, EagleNet, Lead
 from bozzetto.drafts import Layout
-
-
-def prompted_eagle(target: PromptedCodes, heads: int, ffn: int) -> EagleConfig:
-    """The shape of a drafter for the target. heads, ffn: of its one layer."""
-    shape = target.config
-    return EagleConfig(shape.dim, heads, ffn, shape.vocab, shape.grid)
 
 
 class PromptedEagle(EagleLayerCache, DraftModel):

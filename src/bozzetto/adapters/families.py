@@ -1,4 +1,5 @@
-"""Published checkpoints that are not read here, and what to take instead: one table."""
+"""Checkpoints of transformers by model type: what reads those that are read here, and what is said of others. Nothing
+heavy is imported for either."""
 
 from __future__ import annotations
 
@@ -6,11 +7,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bozzetto.common.hub import on_hub
 
-READ = ("janus", "multi_modality", "emu3", "chameleon", "nextstep", "glm_image")  # model types, see load.py
+NEXTSTEP = "nextstep"
+# Module of this folder and function in it, from a Source and LoadSettings to a Hosted.
+FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "janus": ("janus", "load"),
+        "multi_modality": ("janus", "load_original"),
+        "emu3": ("emu3", "load"),
+        "chameleon": ("chameleon", "load"),
+        NEXTSTEP: ("nextstep", "load"),
+        "glm_image": ("glm_image", "load"),
+    }
+)
 _DIFFUSION = "its pictures come from a diffusion process, not from image tokens: there is nothing to draft here"
 _SCALES = "it draws whole scales of a picture at once (about ten passes), not token by token: nothing to draft here"
 
@@ -62,7 +75,7 @@ _REFUSALS = (
 def way_out(name: str, config: Mapping[str, Any]) -> str:
     """What is said of a checkpoint that is known and not read; "" for others. name: as it was asked for; config: what
     its config.json holds, nothing where it has none. What is read is read by any name."""
-    called = "" if config.get("model_type") in READ else _called(name)
+    called = "" if config.get("model_type") in FAMILIES else _called(name)
     return next((refusal.why for refusal in _REFUSALS if refusal.fits(called, config)), "")
 
 

@@ -1,0 +1,49 @@
+"""What published convolutional autoencoders share (VQGAN, Esser et al., arXiv 2012.09841): their half that draws, and
+how their states are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 32  # of every group norm
+
+
+class PublishedDecoder(nn.Module):
+    """The part of a whole autoencoder that draws, latents [B, D, h, w] -> pixels [B, 3, H, W] in [0, 1] where it is
+    trained; with a codebook [V, D], of codes int64 [B, h, w]. spatial: norms are told the latents, too."""
+
+    codebook: Tensor | None
+
+    def __init__(self, whole: Any, codebook: Tensor | None = None, spatial: bool = False):
+        super().__init__()
+        self.decoder, self.post_quant_conv, self.spatial = whole.decoder, whole.post_quant_conv, spatial
+        self.register_buffer("codebook", codebook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.codebook is not None:
+            x = F.embedding(x, self.codebook).permute(0, 3, 1, 2)
+        return (self.decoder(self.post_quant_conv(x), *([x] if self.spatial else [])) + 1) / 2
+
+
+def renamed(key: str, names: Sequence[tuple[str, str]], back: bool = False) -> str:
+    """A parameter's name with the first part of each pair replaced by the second (back: the other way round)."""
+    for theirs, ours in names:
+        key = key.replace(ours, theirs) if back else key.replace(theirs, ours)
+    return key
+
+
+def numbered(state: Iterable[str], before: str) -> int:
+    """How many different numbers follow `before` in keys."""
+    return len({key[len(before) :].split(".")[0] for key in state if key.startswith(before)})
+
+
+def levels_of(state: Mapping[str, Tensor], before: str, block: str = "block") -> tuple[list[int], int]:
+    """Channels of each level, and residual blocks of one, by the shapes of `before`N.`block`.M.conv1.weight. Raises
+    KeyError or IndexError for a state that lacks them."""
+    levels = range(numbered(state, before))
+    widths = [state[f"{before}{n}.{block}.0.conv1.weight"].shape[0] for n in levels]
+    return widths, numbered(state, f"{before}0.{block}.")

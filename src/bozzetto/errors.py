@@ -10,14 +10,14 @@ class UsageError(ValueError):
     """Bad input: the message names the value and what is allowed. The command line exits with code 2."""
 
 
-def brief(value: object) -> str:
-    """A value as a message shows it: long ones are cut. (Python refuses to write whole numbers of more than 4,300
-    digits out.)"""
+def brief(value: object, most: int = _LONGEST) -> str:
+    """A value as a message shows it: what is longer than `most` is cut. (Python refuses to write whole numbers of more
+    than 4,300 digits out.)"""
     try:
         text = repr(value) if isinstance(value, str) else str(value)
     except ValueError:
         return "a number of thousands of digits"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def require(fine: object, name: str, value: object, allowed: str) -> None:

@@ -21,10 +21,9 @@ from bozzetto.adapters.source import Hosted, Source, fitting, of_words
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checkpoints.folders import CONFIG, FIRST_STAGE, PIPELINE, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
-from bozzetto.common.checks import clipped
 from bozzetto.common.files import digest, read_json
 from bozzetto.common.hub import described, fetched, on_hub, split_name
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 
 Reader = Callable[[Source, LoadSettings], Hosted]
 _COUNTED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".model", ".txt", ".jinja", ".tiktoken")
@@ -75,9 +74,7 @@ def _source(name: str, folder: Path) -> Source:
         return Source(name, folder, read_config(folder))
     kind = read_json(folder / PIPELINE).get("_class_name")
     if kind != _GLM_IMAGE:
-        raise UsageError(
-            f"{name}: a diffusers pipeline {clipped(kind)} has no image tokens to draft ({_GLM_IMAGE} has)"
-        )
+        raise UsageError(f"{name}: a diffusers pipeline {brief(kind)} has no image tokens to draft ({_GLM_IMAGE} has)")
     return Source(name, folder / FIRST_STAGE, read_config(folder / FIRST_STAGE), folder)
 
 

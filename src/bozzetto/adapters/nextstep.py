@@ -41,9 +41,9 @@ from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.published import family_of
 from bozzetto.checkpoints.states import read_state
 from bozzetto.checkpoints.weights import Held, header_of, on_meta, open_tensors, weight_files
-from bozzetto.common.checks import clipped, config_from
+from bozzetto.common.checks import config_from
 from bozzetto.common.hub import fetched
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.targets.base import Scores
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
 from bozzetto.targets.flow_cache import EulerSampler, Sampled
@@ -184,7 +184,7 @@ def _number(source: Source, usual: int, *names: str) -> int:
     """A whole number above 0 of config.json, which calls it by one of these names."""
     value = next((source.config[name] for name in names if source.config.get(name) is not None), usual)
     if type(value) is not int or not 1 <= value <= 4096:
-        raise UsageError(f"{source.folder / CONFIG}: {names[0]} = {clipped(value)} is not allowed: 1 to 4096")
+        raise UsageError(f"{source.folder / CONFIG}: {names[0]} = {brief(value)} is not allowed: 1 to 4096")
     return value
 
 
@@ -293,7 +293,7 @@ def _decoder(config: KL16Config, path: Path) -> Any:
 def _real(said: Mapping[str, Any], folder: Path, name: str, usual: float) -> float:
     value = said.get(name, usual)
     if isinstance(value, bool) or not isinstance(value, int | float) or (name == "scaling_factor" and value == 0):
-        raise UsageError(f"{folder / CONFIG}: {name} = {clipped(value)} is not allowed: a number")
+        raise UsageError(f"{folder / CONFIG}: {name} = {brief(value)} is not allowed: a number")
     return float(value)
 
 

@@ -17,8 +17,7 @@ from pydantic import Field
 
 from bozzetto.checkpoints.load_settings import size_of
 from bozzetto.checkpoints.own_sampling import HEAD, OwnSampling
-from bozzetto.common.checks import Count, Size, config_from
-from bozzetto.common.mappings import read_mapping
+from bozzetto.common.checks import Count, Size, config_from, read_mapping
 from bozzetto.errors import UsageError, brief
 
 NAMES = ("bozzetto.yaml", "bozzetto.yml", "bozzetto.json")

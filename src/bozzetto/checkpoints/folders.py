@@ -30,11 +30,11 @@ from bozzetto.checkpoints.weights import (
     read_weights,
     save_state,
 )
-from bozzetto.common.checks import clipped, config_from, naming
+from bozzetto.common.checks import config_from, naming
 from bozzetto.common.files import digest, read_json, write_text
 from bozzetto.drafters.gaussian import GaussianConfig, GaussianNet
 from bozzetto.drafters.trained import TRAINED
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.targets.drift import DriftConfig, DriftModel
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
@@ -102,7 +102,7 @@ def described(
     for another one, and naming what is wrong in the config."""
     found = content.get(key)
     if not isinstance(found, str) or found not in kinds:
-        raise UsageError(f"{source}: {key} is {clipped(found)} (allowed: {', '.join(map(repr, kinds))})")
+        raise UsageError(f"{source}: {key} is {brief(found)} (allowed: {', '.join(map(repr, kinds))})")
     return kinds[found], config_from(kinds[found].config, content.get("config"), source)
 
 
@@ -212,7 +212,7 @@ def tokenizer_weights(folder: Path, content: Mapping[str, Any]) -> Path:
     """
     name = content.get("same_as", folder.name)
     if not isinstance(name, str) or Path(name).name != name or "\\" in name:  # "", "..", a path to somewhere else
-        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {clipped(name)} is not allowed: a folder's name")
+        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {brief(name)} is not allowed: a folder's name")
     return (folder.parent / name if "same_as" in content else folder) / TOKENIZER_WEIGHTS
 
 
@@ -259,8 +259,8 @@ def _check_target(folder: Path, content: Mapping[str, Any], config: Any, target:
     if content.get("target_weights") not in (None, weights):
         name, found = content.get("target_name", "unknown"), content["target_weights"]
         raise UsageError(
-            f"{folder}: a drafter of another target: it was trained for the weights of {clipped(name)} "
-            f"({clipped(found)}), the target's are {weights}"
+            f"{folder}: a drafter of another target: it was trained for the weights of {brief(name)} "
+            f"({brief(found)}), the target's are {weights}"
         )
 
 
@@ -288,8 +288,8 @@ def load_drift(folder: Path, base_folder: Path) -> DriftModel:
     found = target_digest(base_folder)
     if content.get("base_weights") != found:
         raise UsageError(
-            f"{folder}: made from other weights of {clipped(content.get('base'))} "
-            f"({clipped(content.get('base_weights'))}) than those in {base_folder} ({found})"
+            f"{folder}: made from other weights of {brief(content.get('base'))} "
+            f"({brief(content.get('base_weights'))}) than those in {base_folder} ({found})"
         )
     base = load_base(base_folder)
     with naming(source):  # more tuned blocks than the base has

@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bozzetto.common.checks import clipped
 from bozzetto.common.files import pointer_note, read_json, write_whole
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 
 WEIGHTS = "model.safetensors"
 _INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
@@ -56,10 +55,10 @@ def weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise UsageError(f"{index}: weight_map is {clipped(shards)} (allowed: names of weights with their files)")
+        raise UsageError(f"{index}: weight_map is {brief(shards)} (allowed: names of weights with their files)")
     for name in shards.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise UsageError(f"{index}: {clipped(name)} is not allowed: the name of a file in this folder")
+            raise UsageError(f"{index}: {brief(name)} is not allowed: the name of a file in this folder")
     files = [index.parent / name for name in sorted(set(shards.values()))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise UsageError(f"{index.parent}: {', '.join(missing[:4])} missing ({len(missing)} of {len(files)} shards)")
@@ -147,7 +146,7 @@ def finite(value: Tensor) -> bool:
 def check_fit(wanted: Mapping[str, Any], state: Mapping[str, Any], source: str | Path) -> None:
     """Raise UsageError that names missing, unexpected and misshapen keys, of tensors or whatever else has a shape."""
     problems = [f"missing key {k!r}" for k in wanted if k not in state]
-    problems += [f"unexpected key {clipped(k)}" for k in state if k not in wanted]
+    problems += [f"unexpected key {brief(k)}" for k in state if k not in wanted]
     problems += [
         f"{k!r} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
         for k, v in wanted.items()

@@ -26,8 +26,7 @@ from bozzetto.checkpoints.folders import (
 from bozzetto.checkpoints.own_sampling import brief_law, own_from
 from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.weights import SCALE, WEIGHTS, header_of, open_tensors
-from bozzetto.common.checks import clipped
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.columns import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
 
@@ -82,7 +81,7 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
     if is_hosted(folder):
         kind = content["model_type"]
         if kind not in FAMILIES and not (find_spec_file("", folder) or known_by(content)):
-            raise UsageError(f"model type {clipped(kind)} draws no images by tokens here")
+            raise UsageError(f"model type {brief(kind)} draws no images by tokens here")
         return (f"{kind} (of transformers)", "-", "-", "-", "prompts")
     source, place = folder / CONFIG, folder / TOKENIZER_CONFIG
     _, config = described(content, {**TARGETS, **DRAFTERS, **VARIANTS}, source)

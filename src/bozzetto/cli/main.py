@@ -18,7 +18,7 @@ import tyro
 from bozzetto import __version__
 from bozzetto.cli import options as verb
 from bozzetto.cli.options import listed, loading_of, settings_from
-from bozzetto.common.mappings import checked_as, read_mapping
+from bozzetto.common.checks import checked_as, read_mapping
 from bozzetto.errors import UsageError
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141

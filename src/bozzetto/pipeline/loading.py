@@ -25,10 +25,10 @@ from bozzetto.checkpoints.folders import (
 from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.checkpoints.own_sampling import SAMPLING, own_from
 from bozzetto.checkpoints.weights import WEIGHTS, usual_type
-from bozzetto.common.checks import clipped, config_from, naming
+from bozzetto.common.checks import config_from, naming
 from bozzetto.common.classes import distinct
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipeline.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
 from bozzetto.pipeline.prompts import ENCODER, EXAMPLES, CaptionPipeline, TextEncoder
@@ -171,7 +171,7 @@ def _encoder(
 
         if not isinstance(own, str | None):
             raise UsageError(
-                f"{folder / CONFIG}: encoder = {clipped(own)} is not allowed: a folder, or a name on the hub"
+                f"{folder / CONFIG}: encoder = {brief(own)} is not allowed: a folder, or a name on the hub"
             )
         source = source or own or ""
         if not source and shape.caption_dim != DIM:
@@ -235,7 +235,7 @@ def _base(folder: Path, config: dict[str, Any]) -> Path:
 def _name(folder: Path, config: dict[str, Any]) -> str:
     name = config.get("name", model_name(folder))
     if not isinstance(name, str) or not name.isprintable() or not len(name) <= _LONGEST:
-        raise UsageError(f"{folder / CONFIG}: name = {clipped(name)} is not allowed: a text of one line")
+        raise UsageError(f"{folder / CONFIG}: name = {brief(name)} is not allowed: a text of one line")
     return name
 
 

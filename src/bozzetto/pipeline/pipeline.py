@@ -30,7 +30,6 @@ from bozzetto.checkpoints.folders import (
 from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.checkpoints.weights import WEIGHTS
-from bozzetto.common.checks import clipped
 from bozzetto.common.classes import labels_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
@@ -39,7 +38,7 @@ from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.scheduler import Scheduler
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, brief
 from bozzetto.methods.registry import split_spec
 from bozzetto.pipeline.results import ROUNDING as ROUNDING
 from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
@@ -364,7 +363,7 @@ def model_folder(name_or_folder: str | Path) -> Path:
     is_file = os.path.isfile(folder)
     what, note = ("not a folder but a file:", convert_note(folder)) if is_file else ("unknown model", "")
     known = f"shipped: {', '.join(shipped_models()) or 'none'}; or a folder with a config.json, or ORGANISATION/NAME"
-    raise UsageError(f"{what} {clipped(str(folder), 300)} ({known}){note}")
+    raise UsageError(f"{what} {brief(str(folder), 300)} ({known}){note}")
 
 
 def is_hosted(name_or_folder: str | Path) -> bool:

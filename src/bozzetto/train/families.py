@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bozzetto.common.mappings import checked_as, read_mapping
+from bozzetto.common.checks import checked_as, read_mapping
 from bozzetto.errors import UsageError
 from bozzetto.train import recipes
 from bozzetto.train.continuous import LatentFit

@@ -15,7 +15,7 @@ from bozzetto.adapters.spec import TOKENIZER, AdapterSpec, filled
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.common.checks import naming
 from bozzetto.common.hub import fetched, fetched_file
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, brief, require
 
 _SAME = 0.1  # of the spread of logits: what rounding in two bytes may turn
 
@@ -58,8 +58,7 @@ def _tokenizer(source: Source, wanted: LoadSettings) -> Any:
     from transformers import AutoTokenizer
 
     place = fetched(wanted.tokenizer) if wanted.tokenizer else source.folder
-    if not place.is_dir():
-        raise UsageError(f"tokenizer = {brief(wanted.tokenizer)} is not allowed: a folder, or a name on the hub")
+    require(place.is_dir(), "tokenizer", wanted.tokenizer, "a folder, or a name on the hub")
     tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, place)
     if not tokenizer.encode("a", add_special_tokens=False):  # transformers 5.24 makes one out of its class alone
         raise UsageError(f"{place}: its tokenizer has no words: tokenizer.json is missing or empty")

@@ -41,7 +41,7 @@ from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.common.files import read_json
 from bozzetto.common.hub import model_name
 from bozzetto.common.images import size_of
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 
 # Names of weights, theirs and transformers'; a name that none of these begins or that becomes "" is not needed.
 _NAMES = (
@@ -166,8 +166,8 @@ def janus_config(source: Source, state: Mapping[str, Tensor]) -> JanusConfig:
     config, place = source.config, source.folder / CONFIG
     try:
         aligner, head = config["gen_aligner_config"]["params"], config["gen_head_config"]["params"]
-        if (kind := aligner.get("projector_type", "mlp_gelu")) != "mlp_gelu":
-            raise UsageError(f"{place}: projector_type = {kind!r} is not allowed: 'mlp_gelu'")
+        kind = aligner.get("projector_type", "mlp_gelu")
+        require(kind == "mlp_gelu", f"{place}: projector_type", kind, "'mlp_gelu'")
         vq = _vq_config(state, int(aligner["n_embed"]), int(head["image_token_embed"]), int(aligner["depth"]))
         pixels, scale = int(config["vision_config"]["params"]["image_size"]), 2 ** (len(vq.channel_multiplier) - 1)
         language = {k: v for k, v in config["language_config"].items() if k not in _OF_FILES}

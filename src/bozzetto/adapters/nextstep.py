@@ -43,7 +43,7 @@ from bozzetto.checkpoints.states import read_state
 from bozzetto.checkpoints.weights import Held, header_of, on_meta, open_tensors, weight_files
 from bozzetto.common.checks import config_from
 from bozzetto.common.hub import fetched
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, require
 from bozzetto.targets.base import Scores
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
 from bozzetto.targets.flow_cache import EulerSampler, Sampled
@@ -147,8 +147,7 @@ class NextStepPictures:
 def load(source: Source, wanted: LoadSettings) -> Hosted:
     """NextStep-1 as published. Raises UsageError for files that are missing or do not fit together."""
     source.refuse(wanted, "tokenizer", "vqgan")
-    if wanted.device_map:
-        raise UsageError(f"device_map = {wanted.device_map!r} is not allowed: NextStep-1 runs on one device here")
+    require(not wanted.device_map, "device_map", wanted.device_map, "NextStep-1 runs on one device here")
     shapes = _shapes(source)
     token_dim = shapes.get(f"{_HEAD}input_proj.weight", Held("", (0, 0))).shape[-1]
     if not token_dim:
@@ -183,9 +182,9 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
 def _number(source: Source, usual: int, *names: str) -> int:
     """A whole number above 0 of config.json, which calls it by one of these names."""
     value = next((source.config[name] for name in names if source.config.get(name) is not None), usual)
-    if type(value) is not int or not 1 <= value <= 4096:
-        raise UsageError(f"{source.folder / CONFIG}: {names[0]} = {brief(value)} is not allowed: 1 to 4096")
-    return value
+    fine = type(value) is int and 1 <= value <= 4096
+    require(fine, f"{source.folder / CONFIG}: {names[0]}", value, "1 to 4096")
+    return int(value)
 
 
 def _positions(source: Source, rows: int, columns: int, dim: int) -> Tensor | None:
@@ -292,8 +291,8 @@ def _decoder(config: KL16Config, path: Path) -> Any:
 
 def _real(said: Mapping[str, Any], folder: Path, name: str, usual: float) -> float:
     value = said.get(name, usual)
-    if isinstance(value, bool) or not isinstance(value, int | float) or (name == "scaling_factor" and value == 0):
-        raise UsageError(f"{folder / CONFIG}: {name} = {brief(value)} is not allowed: a number")
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and (name != "scaling_factor" or value)
+    require(fine, f"{folder / CONFIG}: {name}", value, "a number")
     return float(value)
 
 

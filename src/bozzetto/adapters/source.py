@@ -178,8 +178,8 @@ def check_counts(content: dict[str, Any], source: Path) -> None:
             check_counts(value, source)
         elif _COUNTS.fullmatch(key):
             for count in value if isinstance(value, list) else [value]:
-                if isinstance(count, int) and not 0 <= count <= _MOST:
-                    raise UsageError(f"{source}: {key} = {count} is not allowed: 0 to {_MOST}")
+                fine = not isinstance(count, int) or 0 <= count <= _MOST
+                require(fine, f"{source}: {key}", count, f"0 to {_MOST}")
 
 
 def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pydantic import Field
 from bozzetto.checkpoints.load_settings import size_of
 from bozzetto.checkpoints.own_sampling import HEAD, OwnSampling
 from bozzetto.common.checks import Count, Size, config_from, read_mapping
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, brief, require
 
 NAMES = ("bozzetto.yaml", "bozzetto.yml", "bozzetto.json")
 SHIPPED = Path(__file__).parent / "files"
@@ -44,10 +44,9 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         if (self.kind == "none") == bool(self.file):
             raise UsageError(f"file = {self.file!r} is not allowed with kind {self.kind!r}")
-        if Path(self.file).is_absolute() or ".." in Path(self.file).parts:  # adapters come with checkpoints, too
-            raise UsageError(f"file = {brief(self.file)} is not allowed: a file beside the adapter or the weights")
-        if self.hub and not _ON_HUB.fullmatch(self.hub):
-            raise UsageError(f"hub = {brief(self.hub)} is not allowed: ORGANISATION/NAME")
+        inside = not Path(self.file).is_absolute() and ".." not in Path(self.file).parts
+        require(inside, "file", self.file, "a file beside the adapter or the weights")  # adapters come with checkpoints
+        require(not self.hub or _ON_HUB.fullmatch(self.hub), "hub", self.hub, "ORGANISATION/NAME")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         if sum((self.offset is not None, bool(self.pattern), bool(self.words))) != 1:
             raise UsageError("one of offset, pattern and words has to say which words stand for codes")
-        if self.words and not len(self.words) == len(set(self.words)) == self.codes:
-            raise UsageError(f"words = {brief(list(self.words))} is not allowed: {self.codes} different numbers")
+        fine = not self.words or len(self.words) == len(set(self.words)) == self.codes
+        require(fine, "words", list(self.words), f"{self.codes} different numbers")
         allowed = {"pattern": ("code",), "size_word": ("number",), "prompt": _IN_PROMPTS, "no_prompt": _IN_PROMPTS[1:]}
         for name, names in allowed.items():
             counted = name in ("pattern", "size_word")  # their number may have a format: {code:06d}
@@ -100,8 +99,7 @@ class AdapterSpec:
     def every_size(self) -> tuple[tuple[int, int], ...]:
         """Width and height of the listed sizes."""
         found = tuple(size_of(size) for size in self.sizes)
-        if None in found:
-            raise UsageError(f"sizes = {list(self.sizes)} is not allowed: WIDTHxHEIGHT each")
+        require(None not in found, "sizes", list(self.sizes), "WIDTHxHEIGHT each")
         return tuple(size for size in found if size is not None)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:

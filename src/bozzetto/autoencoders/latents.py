@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder
 from bozzetto.common.checks import Pixels, Size
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 
 TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder
 
@@ -28,8 +28,8 @@ class LatentConfig:
     downsample: Size = DOWNSAMPLE
 
     def __post_init__(self) -> None:
-        if self.image_size % self.downsample:
-            raise UsageError(f"image_size = {self.image_size} is not allowed: a multiple of {self.downsample}")
+        fine = self.image_size % self.downsample == 0
+        require(fine, "image_size", self.image_size, f"a multiple of {self.downsample}")
 
     @property
     def grid(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.decoder import GROUPS, levels_of, renamed
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.
 MODULES = (
@@ -48,10 +48,8 @@ class LlamaGenVQConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if self.channels % GROUPS:
-            raise UsageError(f"channels = {self.channels} is not allowed: a multiple of {GROUPS}")
-        if self.image_size % self.downsample:
-            raise UsageError(f"image_size = {self.image_size} is not allowed: a multiple of {self.downsample}")
+        for name, factor in (("channels", GROUPS), ("image_size", self.downsample)):
+            require(getattr(self, name) % factor == 0, name, getattr(self, name), f"a multiple of {factor}")
 
     @property
     def downsample(self) -> int:

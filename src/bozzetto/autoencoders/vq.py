@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder, tiny_encoder
 from bozzetto.common.checks import Layers, Pixels, Size
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 
 _GROUPS = 8  # of every group norm
 
@@ -35,8 +35,8 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         for name, factor in (("width", _GROUPS), ("image_size", DOWNSAMPLE)):
-            if (value := getattr(self, name)) < 1 or value % factor:
-                raise UsageError(f"{name} = {value} is not allowed: a multiple of {factor}")
+            value = getattr(self, name)
+            require(value >= 1 and value % factor == 0, name, value, f"a multiple of {factor}")
 
     @property
     def grid(self) -> int:

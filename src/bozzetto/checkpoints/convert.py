@@ -39,7 +39,7 @@ from bozzetto.checkpoints.weights import OWN, check_fit, on_meta, weight_files
 from bozzetto.common.classes import note_on_doubles
 from bozzetto.common.files import read_json
 from bozzetto.common.staging import staged_folder
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.targets.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
 
 IMAGE_SIZES = (256, 384, 512)
@@ -77,8 +77,7 @@ def convert_llamagen(
     or an `out` that is not empty; then nothing is written.
     """
     check_out(out)
-    if image_size is not None and image_size not in IMAGE_SIZES:
-        raise UsageError(f"image_size = {image_size} is not allowed: {', '.join(map(str, IMAGE_SIZES))}")
+    require(image_size in (None, *IMAGE_SIZES), "image_size", image_size, ", ".join(map(str, IMAGE_SIZES)))
     pixels, _ = family_state(vq, VQ)
     network = _transformer(gpt)
     tokenizer = _tokenizer_config(pixels, vq)
@@ -111,8 +110,8 @@ def convert_llamagen(
 
 def check_out(out: Path) -> None:
     """Raise UsageError where a new folder cannot be written: it exists and holds something, or is a file."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"out = {str(out)!r} is not allowed: it exists and is not an empty folder")
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    require(not taken, "out", str(out), "it exists and is not an empty folder")
 
 
 def _transformer(path: Path) -> dict[str, Tensor]:
@@ -179,8 +178,7 @@ def choose_image_size(asked: int | None, state: Mapping[str, Tensor], source: Pa
     stored = _stored_grid(state) or (_grid_of(source) if source.is_dir() else None)
     if stored is not None:
         size = stored * downsample
-        if asked not in (None, size):
-            raise UsageError(f"image_size = {asked} is not allowed: {source} was trained for {size} pixels")
+        require(asked in (None, size), "image_size", asked, f"{source} was trained for {size} pixels")
         return size, "by the stored positions"
     if asked is not None:
         return asked, "as asked"

@@ -24,6 +24,7 @@ from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.checkpoints.weights import (
     WEIGHTS,
     fill,
+    is_name,
     load_module,
     load_streamed,
     on_meta,
@@ -34,7 +35,7 @@ from bozzetto.common.checks import config_from, naming
 from bozzetto.common.files import digest, read_json, write_text
 from bozzetto.drafters.gaussian import GaussianConfig, GaussianNet
 from bozzetto.drafters.trained import TRAINED
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, brief, require
 from bozzetto.targets.drift import DriftConfig, DriftModel
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
@@ -211,8 +212,7 @@ def tokenizer_weights(folder: Path, content: Mapping[str, Any]) -> Path:
     Raises UsageError where that is no folder's name.
     """
     name = content.get("same_as", folder.name)
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name:  # "", "..", a path to somewhere else
-        raise UsageError(f"{folder / TOKENIZER_CONFIG}: same_as = {brief(name)} is not allowed: a folder's name")
+    require(is_name(name), f"{folder / TOKENIZER_CONFIG}: same_as", name, "a folder's name")
     return (folder.parent / name if "same_as" in content else folder) / TOKENIZER_WEIGHTS
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bozzetto.common.options import LoadOptions
-from bozzetto.errors import UsageError, brief, check_text
+from bozzetto.errors import UsageError, brief, check_text, require
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
@@ -25,9 +25,7 @@ class LoadSettings(LoadOptions):
     def __post_init__(self) -> None:
         if self.dtype not in (AUTO, *DTYPES):
             raise UsageError(f"unknown dtype {brief(self.dtype)} (allowed: {', '.join((AUTO, *DTYPES))})")
-        if self.device_map not in MAPS:
-            known = ", ".join(name for name in MAPS if name)
-            raise UsageError(f"device_map = {brief(self.device_map)} is not allowed: {known}")
+        require(self.device_map in MAPS, "device_map", self.device_map, ", ".join(name for name in MAPS if name))
         size_of(self.image_size)
         check_text("device", self.device)
         if self.device == AUTO:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bozzetto.common.checks import Count, config_from
-from bozzetto.errors import UsageError, brief, check_text
+from bozzetto.errors import UsageError, check_text, require
 from bozzetto.laws.categorical import LawSettings
 
 LAW = ("guidance", "temperature", "top_k", "top_p")
@@ -42,9 +42,8 @@ class OwnSampling:
     def __post_init__(self) -> None:
         LawSettings(*(getattr(self, name) for name in LAW))
         for name in ("negative_prompt", "suffix", "source"):
-            check_text(name, getattr(self, name))
-            if not getattr(self, name).isprintable():
-                raise UsageError(f"{name} = {brief(getattr(self, name))} is not allowed: a text of one line")
+            check_text(name, text := getattr(self, name))
+            require(text.isprintable(), name, text, "a text of one line")
 
     def recorded(self) -> dict[str, Any]:
         """As config.json holds it: the law, the source, and what else is not as usual."""

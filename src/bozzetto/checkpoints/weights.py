@@ -52,12 +52,17 @@ def weight_files(folder: Path) -> list[Path]:
     raise UsageError(f"{folder}: no weights ({WEIGHTS} or its shards with {WEIGHTS}{_INDEX})")
 
 
+def is_name(name: object) -> bool:
+    """Whether this is the name of a file or a folder, and not "", "..", or a path to somewhere else."""
+    return isinstance(name, str) and Path(name).name == name and "\\" not in name
+
+
 def _shards(index: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UsageError(f"{index}: weight_map is {brief(shards)} (allowed: names of weights with their files)")
     for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not is_name(name):
             raise UsageError(f"{index}: {brief(name)} is not allowed: the name of a file in this folder")
     files = [index.parent / name for name in sorted(set(shards.values()))]
     if missing := [path.name for path in files if not path.is_file()]:

@@ -20,6 +20,11 @@ def brief(value: object, most: int = _LONGEST) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
+def one_line(error: Exception, most: int = 300) -> str:
+    """What an exception of another library says, in one line that is cut; its name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def require(fine: object, name: str, value: object, allowed: str) -> None:
     """Raise UsageError `NAME = VALUE is not allowed: ALLOWED` unless it is fine."""
     if not fine:

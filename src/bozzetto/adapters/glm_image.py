@@ -41,7 +41,7 @@ from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.weights import header_of, open_tensors
 from bozzetto.common.images import Origin
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, one_line
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
 
 PROCESSOR = "processor"  # a folder of the published pipeline, beside that of the first stage
@@ -169,8 +169,7 @@ def second_stage(source: Source, wanted: LoadSettings) -> Any:
         try:
             return kind.from_pretrained(str(whole / name), **options)
         except Exception as error:  # each library has classes of its own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UsageError(f"{source.name}: its {name} could not be read: {reason}") from error
+            raise UsageError(f"{source.name}: its {name} could not be read: {one_line(error)}") from error
 
     def network(name: str, kind: Any, called: str, dtype: torch.dtype, **options: Any) -> Any:
         """With all its weights, which diffusers 0.42 and transformers 5.24 draw at random where they are missing."""

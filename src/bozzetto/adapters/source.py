@@ -23,7 +23,7 @@ from bozzetto.checkpoints.states import open_state
 from bozzetto.checkpoints.weights import FLOATS, WEIGHT, Held, finite, header_of, open_tensors, usual_type, weight_files
 from bozzetto.common.files import pointer_note
 from bozzetto.common.hub import fetched
-from bozzetto.errors import UsageError, brief, require
+from bozzetto.errors import UsageError, brief, one_line, require
 
 _COUNTS, _MOST = re.compile(r"(num|n)_\w*(layer|block|head)s?|depths?"), 1024
 
@@ -65,8 +65,7 @@ class Source:
         try:
             return read(place if place is None else str(place), trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UsageError(f"{self.name}: its {what} could not be read: {reason}") from error
+            raise UsageError(f"{self.name}: its {what} could not be read: {one_line(error)}") from error
 
     def sampling(self, family: str) -> OwnSampling:
         """How the authors of a family sample it: see `sampling_of`."""
@@ -157,7 +156,7 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
         with torch.device("meta"):
             wanted = sum(weight.numel() for weight in make().parameters())
     except Exception as error:  # the library's own code on values that it does not check
-        raise UsageError(f"{folder / CONFIG}: not a network: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(f"{folder / CONFIG}: not a network: {one_line(error, 200)}") from error
     held = sum(path.stat().st_size for path in files)
     if wanted > 2 * held:  # four bits are the fewest that a weight is stored in
         raise UsageError(f"{folder / CONFIG}: describes {wanted} weights, but its files hold {held} bytes")

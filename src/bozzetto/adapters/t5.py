@@ -23,7 +23,7 @@ from torch import Tensor
 from bozzetto.adapters.load import checkpoint_digest
 from bozzetto.common.files import digest
 from bozzetto.common.hub import split_name
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, one_line
 from bozzetto.runtime.kept import cache_folder, find, keep, thin_out
 from bozzetto.targets.caption_text import clean_caption
 
@@ -131,10 +131,9 @@ class T5Encoder:
         try:
             return kind.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(
                 f"the {what} of the text encoder {self.source} could not be read (give its folder with --text-encoder, "
-                f"or features with --captions): {reason}"
+                f"or features with --captions): {one_line(error)}"
             ) from error
 
 

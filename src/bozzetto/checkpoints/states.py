@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bozzetto.checkpoints.weights import OWN, WEIGHT, name_of, stored_type
 from bozzetto.common.files import pointer_note
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, one_line
 
 GPT, VQ = "a LlamaGen transformer", "a LlamaGen VQ tokenizer"
 LLAMA = "a language model in Llama's layout"
@@ -60,7 +60,7 @@ def open_state(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except Exception as error:  # torch raises several unrelated types for a broken or unsafe pickle
-        why = pointer_note(path) or " ".join(str(error).split())[:300] or type(error).__name__
+        why = pointer_note(path) or one_line(error)
         raise UsageError(f"{path}: not a checkpoint that can be read safely: {why}") from error
     found = ""
     if isinstance(content, dict):

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, one_line
 
 _PART = r"\w[\w.-]{0,95}"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@((?!.*\.\.)[\w./-]{{1,100}}))?", re.ASCII)
@@ -62,8 +62,8 @@ def _snapshot(model: str, *patterns: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # of the name, the network, the disk; each library has classes of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"{model}: could not be read from the hub (there is no such folder here): {reason}") from error
+        why = f"could not be read from the hub (there is no such folder here): {one_line(error)}"
+        raise UsageError(f"{model}: {why}") from error
 
 
 def fetched_file(repository: str, name: str, otherwise: str) -> Path:
@@ -73,8 +73,8 @@ def fetched_file(repository: str, name: str, otherwise: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name))
     except Exception as error:  # as in `fetched`
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{name} of {repository} could not be read from the hub ({otherwise}): {reason}") from error
+        why = f"could not be read from the hub ({otherwise}): {one_line(error, 200)}"
+        raise UsageError(f"{name} of {repository} {why}") from error
 
 
 def go_offline() -> None:

@@ -33,7 +33,7 @@ from bozzetto.evaluate.columns import (
     table_of,
 )
 from bozzetto.evaluate.features import FeatureExtractor
-from bozzetto.evaluate.metrics import QUALITY, Comparison, Interval, Measured, interval, resamples
+from bozzetto.evaluate.metrics import Comparison, Interval, Measured, interval, resamples
 from bozzetto.evaluate.output import plain, write_report
 from bozzetto.evaluate.photographs import (
     SPLITS,
@@ -42,7 +42,7 @@ from bozzetto.evaluate.photographs import (
     reconstructions,
 )
 from bozzetto.evaluate.provenance import provenance
-from bozzetto.evaluate.quality import memorisation, nearest
+from bozzetto.evaluate.quality import QUALITY, memorisation, nearest
 from bozzetto.evaluate.reference import LEAST, MOST, Reference, few
 from bozzetto.evaluate.sampling import SampleRun, batched, method_settings, own_for, slug
 from bozzetto.evaluate.shards import Samples, read_samples

@@ -1,12 +1,32 @@
-"""Two questions that distances do not answer: is the class right, and are training images recited?"""
+"""Figures of quality, each declared once; and two questions that distances do not answer: is the class right, and are
+training images recited?"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bozzetto.evaluate.metrics import Interval, interval, mean_interval, median_interval
+from bozzetto.evaluate.columns import Column
+from bozzetto.evaluate.metrics import Interval, Measured, interval, mean_interval, median_interval, replicate
 
+# Figures of quality: a row each is all that tables, suites, JSON files and the report know of them.
+QUALITY = (
+    Column("frechet", "Fréchet", digits=1, measure=lambda m: interval(m.distance, m.distances)),
+    Column("frechet_change", "change", "change from none", digits=1, sign=True, measure=Measured.change),
+    Column(
+        "kernel",
+        "kernel x1000",
+        "kernel distance ×1000",
+        scale=1000,
+        measure=lambda m: interval(m.pair.kernel(), replicate(m.pair.kernel, m.w, m.v)),
+    ),
+    Column("precision", "precision", "precision", measure=lambda m: mean_interval(m.pair.precision(), m.w)),
+    Column("recall", "recall", "recall", measure=lambda m: mean_interval(m.pair.recall(), m.v)),
+    Column("consistency", "class", "class recognised", joined=False, measure=lambda m: m.right),
+    Column(
+        "identical", "same", "share identical to none", digits=1, unit="%", joined=False, measure=lambda m: m.identical
+    ),
+)
 _SHRINKAGE = 0.2  # towards a round covariance: there are more features than a class has images
 _CLOSE = 0.05
 

@@ -15,7 +15,7 @@ from bozzetto.evaluate.bias import SURPRISAL
 from bozzetto.evaluate.columns import METHOD, Column, table_of
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
 from bozzetto.evaluate.features import FeatureExtractor
-from bozzetto.evaluate.metrics import QUALITY
+from bozzetto.evaluate.quality import QUALITY
 from bozzetto.evaluate.variants import compare_with_base
 from bozzetto.methods.path_registry import is_path_method, make_path_rule
 from bozzetto.methods.registry import make_rule, split_method

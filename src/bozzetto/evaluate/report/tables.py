@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bozzetto.evaluate.columns import BENCH, MEMORISATION
-from bozzetto.evaluate.metrics import QUALITY, Interval
+from bozzetto.evaluate.metrics import Interval
+from bozzetto.evaluate.quality import QUALITY
 from bozzetto.evaluate.report.runs import Drawn, Run, figure_of
 
 _SHARE = next(column for column in BENCH if column.key == "draft_share")

@@ -1,0 +1,208 @@
+"""The recipes of ARCHITECTURE.md, each followed on a toy: in a copy of the package, with the files that it names and no
+others, and then used as a user would."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "src" / "bozzetto"
+
+
+class House:
+    """A copy of the package without its models, in `root`."""
+
+    def __init__(self, root: Path):
+        self.root = root / "bozzetto"
+        shutil.copytree(PACKAGE, self.root, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+
+    def file(self, name: str, text: str) -> None:
+        """A new file."""
+        path = self.root / name
+        assert not path.exists()
+        path.write_text(text, encoding="utf-8")
+
+    def row(self, name: str, behind: str, row: str, imported: str = "") -> None:
+        """A row of a table, behind another one, and what it needs to be imported."""
+        path = self.root / name
+        text = path.read_text(encoding="utf-8")
+        assert text.count(behind) == 1, f"{name} has not one {behind!r}"
+        future = "from __future__ import annotations\n"
+        path.write_text(text.replace(behind, behind + row).replace(future, future + imported), encoding="utf-8")
+
+    def touched(self) -> list[str]:
+        """Files that are new or changed."""
+        ours = sorted(path.relative_to(self.root) for path in self.root.rglob("*.py"))
+        same = [(PACKAGE / p).exists() and filecmp.cmp(PACKAGE / p, self.root / p, shallow=False) for p in ours]
+        return [p.as_posix() for p, equal in zip(ours, same, strict=True) if not equal]
+
+    def run(self, script: str, *arguments: object) -> str:
+        """What a script prints that uses the copy and the toys of the tests."""
+        folders = os.pathsep.join(map(str, (self.root.parent, TESTS)))
+        result = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": folders},
+            capture_output=True,
+            text=True,
+            cwd=self.root.parent,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+SHIFT = '''
+"""A toy: the next features are one linear map of the last pair."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bozzetto.common.checks import Grid, Layers, Size
+from bozzetto.drafters.base import gather_rows
+from bozzetto.drafters.parallel import CachedParallel
+from bozzetto.targets.llamagen_cache import copied
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    dim: Size
+    vocab: Size
+    grid: Grid
+    places: Layers = 2
+
+
+class ShiftNet(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.map = nn.Linear(2 * config.dim, config.places * config.dim)
+
+    def of(self, features, embedded):
+        return self.map(torch.cat([embedded, features], -1)).unflatten(-1, (self.config.places, -1))
+
+    def after(self, features, embedded, anchors):
+        each = anchors[..., None].expand(-1, -1, features.shape[-1])
+        return self.of(features.gather(1, each), embedded.gather(1, each))
+
+    def bias(self, tokens):
+        return None
+
+
+class CachedShift(CachedParallel):
+    def __init__(self, net, embedding, head):
+        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
+
+    def open(self, length):
+        pass
+
+    def places(self, seen, at):
+        embedded = copied(self.embedding[seen.verdict.tokens[:, : seen.longest]], self.copies)
+        last = (gather_rows(part, at)[:, 0] for part in (seen.features.to(self.dtype), embedded))
+        return self.net.of(*last)
+
+    def kept(self, rows):
+        pass
+'''
+TRAIN_AND_DRAFT = """
+import sys
+from pathlib import Path
+from bozzetto import load
+from bozzetto.cli.main import main
+
+model, pictures = sys.argv[1:]
+Path("recipe.yaml").write_text(f'''
+family: shift
+out: run
+model: {model}
+train: {{path: {pictures}}}
+test: {{path: {pictures}}}
+places: 3
+anchors: 4
+views: 1
+steps: 2
+batch: 2
+warmup: 1
+evaluate_every: 2
+test_images: 2
+''')
+assert main(["train", "drafter", "recipe.yaml"]) == 0
+asked = {"seed": 1, "guidance": 2.0}
+plain = load(model).generate(["rose"], drafter="none", **asked).images[0]
+for drafter in ("shift:folder=run/shift:tree=chain-3", "jacobi:fill=shift:folder=run/shift"):
+    drawn = load(model).generate(["rose"], drafter=drafter, rule="seed-exact", **asked).images[0]
+    assert drawn.sha256 == plain.sha256
+"""
+
+
+def test_a_trained_drafter_is_a_file_a_row_and_a_row_of_training(house: House, tiny_model: Path, blooms: Path) -> None:
+    house.file("drafters/shift.py", SHIFT)
+    house.row(
+        "drafters/trained.py",
+        "MappingProxyType(\n    {\n",
+        '        "shift": TrainedKind(ShiftConfig, ShiftNet, CachedShift.of, _TOKENS),\n',
+        "from bozzetto.drafters.shift import CachedShift, ShiftConfig, ShiftNet\n",
+    )
+    house.row("train/families.py", '    "drafter": {\n', '        "shift": _PARALLEL,\n')
+    assert house.touched() == ["drafters/shift.py", "drafters/trained.py", "train/families.py"]
+    house.run(TRAIN_AND_DRAFT, tiny_model, blooms)
+
+
+METRIC = '''
+"""A toy: how far features of the pictures spread, as a share of that of the photographs."""
+
+from __future__ import annotations
+
+from bozzetto.evaluate.metrics import Interval, Measured, interval, replicate
+
+
+def spread(found: Measured) -> Interval:
+    """Of resamples as well."""
+    pictures, photographs = found.pair.x, found.pair.y
+
+    def share(w, v):
+        return float((w @ pictures.var(1)) / w.sum() / ((v @ photographs.var(1)) / v.sum()))
+
+    every = found.w.new_ones(len(pictures)), found.v.new_ones(len(photographs))
+    return interval(share(*every), replicate(share, found.w, found.v))
+'''
+EVALUATE_AND_REPORT = """
+import sys
+from pathlib import Path
+
+from bozzetto import load
+from bozzetto.evaluate.evaluation import evaluate, evaluation_table
+from bozzetto.evaluate.report.page import build_report
+from test_evaluate_few import ALL, Means, wanted, write
+
+out = Path("out")
+report = evaluate(load(sys.argv[1]), wanted(write(Path("data"), train=ALL, test=ALL)), Means(), out)
+row = next(row for row in report["results"] if row["method"] == "none")
+assert 0 < row["spread"]["low"] <= row["spread"]["high"]
+heading = next(line for line in evaluation_table(report).splitlines() if line.startswith("method"))
+assert "spread" in heading
+assert "spread of features" in build_report([out], Path("page.html")).read_text()
+"""
+
+
+def test_a_metric_is_a_file_and_a_row(house: House, tiny_model: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("jinja2")
+    house.file("evaluate/spread.py", METRIC)
+    row = '    Column("spread", "spread", "spread of features", measure=spread),\n'
+    house.row("evaluate/quality.py", "QUALITY = (\n", row, "from bozzetto.evaluate.spread import spread\n")
+    assert house.touched() == ["evaluate/quality.py", "evaluate/spread.py"]
+    house.run(EVALUATE_AND_REPORT, tiny_model)

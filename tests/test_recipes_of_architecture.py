@@ -206,3 +206,55 @@ def test_a_metric_is_a_file_and_a_row(house: House, tiny_model: Path) -> None:
     house.row("evaluate/quality.py", "QUALITY = (\n", row, "from bozzetto.evaluate.spread import spread\n")
     assert house.touched() == ["evaluate/quality.py", "evaluate/spread.py"]
     house.run(EVALUATE_AND_REPORT, tiny_model)
+
+
+FAMILY = '''
+"""A toy: Llama whose last eight words are the codes of pictures of 3 x 3 tokens."""
+
+import torch
+from transformers import LlamaForCausalLM
+
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig
+from bozzetto.adapters.prompted import words_target
+from bozzetto.adapters.source import Hosted, prompts_of
+
+
+def load(source, wanted):
+    source.refuse(wanted, "tokenizer", "vqgan")
+    source.check(LlamaForCausalLM)
+    tokenizer = source.tokenizer(wanted, "put it there")
+    network = source.network(LlamaForCausalLM, wanted)
+    words = len(network.lm_head.weight)
+    target = words_target(network.model, network.lm_head.weight, range(words - 8, words), 3, 3)
+    pictures = HostedPictures(PictureConfig(3, 3, 4), torch.zeros(0, 1))
+    ask = prompts_of(lambda text: tokenizer.encode(f"a {text}"))
+    return Hosted(target, pictures, ask, tokenizer=tokenizer)
+'''
+LOAD_AND_DRAW = """
+import json
+import sys
+from pathlib import Path
+
+from bozzetto.cli.main import main
+
+model = sys.argv[1]
+asked = ["a red tulip", "--model", model, "--seed", "1", "--dtype", "float32"]
+for out, method in (("plain", ["--drafter", "none"]), ("fast", ["--drafter", "jacobi"])):
+    assert main(["generate", *asked, *method, "--out", out]) == 0
+plain, fast = (json.loads(Path(out, "manifest.json").read_text())["images"][0] for out in ("plain", "fast"))
+assert plain["sha256"] == fast["sha256"]
+"""
+
+
+def test_a_model_family_is_an_adapter_file_and_a_row(house: House, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from published.generic import LlamaConfig, network, tokenizer, transformers
+
+    folder, words = tmp_path / "toyline", tokenizer([])
+    words.save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    network(transformers.LlamaForCausalLM, LlamaConfig(**shape, vocab_size=len(words) + 8)).save_pretrained(folder)
+    house.file("adapters/toyline.py", FAMILY)
+    house.row("adapters/families.py", "MappingProxyType(\n    {\n", '        "llama": ("toyline", "load"),\n')
+    assert house.touched() == ["adapters/families.py", "adapters/toyline.py"]
+    house.run(LOAD_AND_DRAW, folder)

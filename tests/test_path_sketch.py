@@ -31,7 +31,7 @@ from bozzetto.runtime.dense import Dense
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from bozzetto.train.families import read_recipe, train
-from bozzetto.train.path_drafter import SketchFit
+from bozzetto.train.gaussian import GaussianFit
 from bozzetto.train.recipes import DataSource, SketchRecipe
 from path_toys import compare
 
@@ -267,7 +267,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 ) -> None:
     straight = train(recipe(tmp_path / "straight", flow, blooms, tiny_weights))
     stopped = recipe(tmp_path / "stopped", flow, blooms, tiny_weights)
-    original, calls = SketchFit.train_step, []
+    original, calls = GaussianFit.train_step, []
 
     def step(self):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -275,7 +275,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(SketchFit, "train_step", step)
+    monkeypatch.setattr(GaussianFit, "train_step", step)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     monkeypatch.undo()
@@ -309,7 +309,7 @@ def test_the_loss_is_the_divergence_of_the_two_paths(
     flow: Path, tmp_path: Path, blooms: Path, tiny_weights: Path
 ) -> None:
     """V, summed over all steps, is twice the mean log ratio of the paths' densities given their states."""
-    fit = SketchFit(recipe(tmp_path / "run", flow, blooms, tiny_weights))
+    fit = GaussianFit(recipe(tmp_path / "run", flow, blooms, tiny_weights))
     with torch.no_grad():
         for parameter in fit.model.parameters():
             if parameter.ndim > 1:

@@ -29,8 +29,8 @@ from bozzetto.train.drift import DriftFit
 from bozzetto.train.families import train
 from bozzetto.train.fit import Fit
 from bozzetto.train.folder import CHECKPOINT, RUN, RunFolder, data_digest
+from bozzetto.train.gaussian import GaussianFit
 from bozzetto.train.parallel import ParallelFit
-from bozzetto.train.path_drafter import SketchFit
 from bozzetto.train.pictures import DataSource, nothing
 from bozzetto.train.recipes import (
     DrafterRecipe,
@@ -177,6 +177,16 @@ def test_other_weights_at_the_same_place_are_noticed(make: Make, tmp_path: Path,
     save_file({key: value * 0.5 for key, value in state.items()}, model / "model.safetensors")
     with pytest.raises(UsageError, match="what model holds is not what it was"):
         train(recipe)
+
+
+def test_a_drafter_of_any_family_goes_on_from_one_of_its_shape(make: Make, tmp_path: Path, albums: Path) -> None:
+    begun = make("plane", tmp_path / "first", albums)
+    first = train(begun)
+    more = replace(begun, out=str(tmp_path / "more"), init=str(first))
+    fit = ParallelFit(more)
+    assert torch.equal(fit.model.below.fc.weight, load_file(first / "model.safetensors")["below.fc.weight"])
+    with pytest.raises(UsageError, match=r"first.plane: checkpoint does not fit: 'mix' has shape \(2, 32\)"):
+        ParallelFit(replace(more, places=3, out=str(tmp_path / "other")))
 
 
 def test_before_anything_is_trained_a_recipe_may_change(make: Make, tmp_path: Path, albums: Path) -> None:
@@ -367,7 +377,7 @@ def folders(albums: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 FITS: dict[str, Any] = {"target": CodeFit, "flow": LatentFit, "mar": LatentFit}
-OF_TARGETS: dict[str, Any] = {"drift": DriftFit, "sketch": SketchFit, "eagle": DrafterFit, "plane": ParallelFit}
+OF_TARGETS: dict[str, Any] = {"drift": DriftFit, "sketch": GaussianFit, "eagle": DrafterFit, "plane": ParallelFit}
 
 
 @pytest.mark.parametrize("kind", FITS)

@@ -22,6 +22,7 @@ from bozzetto.checkpoints.folders import (
     save_drafter,
     target_digest,
 )
+from bozzetto.checkpoints.weights import load_strict
 from bozzetto.drafters.trained import new_net
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
@@ -71,11 +72,10 @@ class DrafterFit(TokenFit):
         if not self.recipe.init:
             return
         trained = load_drafter(self.recipe.init, self.family, self.target.config, target_digest(self.target_folder))
-        if trained.config.layers > self.recipe.layers:
-            raise UsageError(
-                f"{self.recipe.init}: {trained.config.layers} layers, layers = {self.recipe.layers} is too few"
-            )
-        self.model.load_state_dict({**self.model.state_dict(), **trained.state_dict()})
+        layers = asdict(trained.config).get("layers", 0)
+        if layers > self.recipe.layers:
+            raise UsageError(f"{self.recipe.init}: {layers} layers, layers = {self.recipe.layers} is too few")
+        load_strict(self.model, {**self.model.state_dict(), **trained.state_dict()}, self.recipe.init)
 
     def draws(self, batch: int) -> tuple[Tensor, ...]:
         """What else the loss of a batch of pictures needs."""

@@ -12,8 +12,8 @@ from bozzetto.train import recipes
 from bozzetto.train.continuous import LatentFit
 from bozzetto.train.drafter import DrafterFit
 from bozzetto.train.drift import DriftFit
+from bozzetto.train.gaussian import GaussianFit
 from bozzetto.train.parallel import ParallelFit
-from bozzetto.train.path_drafter import SketchFit
 from bozzetto.train.target import CodeFit
 from bozzetto.train.tokenizer import TokenizerFit
 
@@ -29,7 +29,7 @@ FAMILIES: Mapping[str, Mapping[str, tuple[type, type]]] = {
     },
     "drafter": {
         "": (recipes.DrafterRecipe, DrafterFit),
-        "sketch": (recipes.SketchRecipe, SketchFit),
+        "sketch": (recipes.SketchRecipe, GaussianFit),
         "plane": _PARALLEL,
         "block": _PARALLEL,
         "glance": _PARALLEL,

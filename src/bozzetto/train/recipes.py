@@ -263,8 +263,8 @@ class SketchRecipe(LatentRecipe):
 
     model: the target, a shipped name or a model folder; guidance: scales are drawn from this range; rollout: steps of
     the drafter's own roll-out in training, step k weighs decay^(k-1); divergence_weight, feature_weight: of the
-    divergence of the paths and of the error of the predicted features (a drift variant drafts with these alone); init:
-    a drafter to go on from; test_images: held-out pictures used.
+    divergence of the trajectories and of the error of the predicted features (a drift variant drafts with these
+    alone); init: a drafter to go on from; test_images: held-out pictures used.
     """
 
     family: Literal["sketch"]

@@ -2,7 +2,7 @@
 target, resumably.
 
 The loss is V = sum over denoising steps of (of_token / std)^2 |x^_p - x^_q|^2, with x^ the tokens that target and draft
-predict from the same state: twice the Kullback-Leibler divergence of the target's path from the draft's. The chance
+predict from the same state: twice the Kullback-Leibler divergence of the two trajectories' laws. The chance
 that a draft is kept is 1 - TV >= 1 - sqrt(V) / 2 at best (Pinsker). Both sides are guided as in drafting, and taken
 over several steps of the drafter's own roll-out. A recipe may add, or take alone, the error of the predicted features:
 a drift variant's decoder is given these (Drift-AR, arXiv 2603.28049, eq. 3).
@@ -40,7 +40,7 @@ _ROWS = 16
 _DEPTHS = 4  # of the roll-out in the held-out report
 
 
-class SketchFit(LatentFit):
+class GaussianFit(LatentFit):
     """Fits a GaussianNet."""
 
     family, title, shown = SKETCH, "drafter", False

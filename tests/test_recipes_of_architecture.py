@@ -166,12 +166,12 @@ METRIC = '''
 
 from __future__ import annotations
 
-from bozzetto.evaluate.metrics import Interval, Measured, interval, replicate
+from bozzetto.evaluate.metrics import Comparison, Interval, interval, replicate
 
 
-def spread(found: Measured) -> Interval:
+def spread(found: Comparison) -> Interval:
     """Of resamples as well."""
-    pictures, photographs = found.pair.x, found.pair.y
+    pictures, photographs = found.x, found.y
 
     def share(w, v):
         return float((w @ pictures.var(1)) / w.sum() / ((v @ photographs.var(1)) / v.sum()))

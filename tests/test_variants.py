@@ -12,7 +12,7 @@ import torch
 
 from bozzetto.evaluate import variants
 from bozzetto.evaluate.metrics import Comparison
-from bozzetto.evaluate.variants import compare_with_base, frechet_over
+from bozzetto.evaluate.suites import compare_with_base, frechet_over
 
 
 class Means:

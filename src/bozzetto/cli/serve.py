@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bozzetto.cli.options import Serve, loading_of, settings_from
 from bozzetto.common.hub import model_name
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, check_number, require
 from bozzetto.pipeline.loading import load
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.app import make_app
@@ -48,17 +48,14 @@ def serve(options: Serve, keys: Sequence[str]) -> None:
 
 def check(options: Serve) -> None:
     """Raises UsageError for a value out of range."""
-    whole = [("slots", 1), ("queue", 0), ("port", 0), ("replicas", 1), ("max_replicas", 0), ("ongoing", 1)]
-    for name, least in whole:
+    least = {"slots": 1, "queue": 0, "port": 0, "replicas": 1, "max_replicas": 0, "ongoing": 1}
+    for name, low in least.items():
         value = getattr(options, name)
-        if value < least:
-            raise UsageError(f"{name} = {value} is not allowed: a whole number >= {least}")
-    if options.port > 65535:
-        raise UsageError(f"port = {options.port} is not allowed: a whole number from 0 to 65535")
-    if not 0 < options.limit <= _DAY:
-        raise UsageError(f"limit = {options.limit} is not allowed: seconds, above 0 and at most {_DAY}")
-    if options.max_replicas and options.max_replicas < options.replicas:
-        raise UsageError(f"max_replicas = {options.max_replicas} is not allowed: {options.replicas} or more, or 0")
+        require(value >= low, name, value, f"a whole number >= {low}")
+    check_number("port", options.port, 0, 65535, whole=True)
+    check_number("limit", options.limit, 0, _DAY, f"seconds, above 0 and at most {_DAY}", above=True)
+    enough = not options.max_replicas or options.max_replicas >= options.replicas
+    require(enough, "max_replicas", options.max_replicas, f"{options.replicas} or more, or 0")
     if not options.ray and (options.replicas > 1 or options.max_replicas):
         raise UsageError("replicas are run by Ray: --ray is needed with --replicas and --max-replicas")
     settings_from(options, GenerateSettings)

@@ -105,7 +105,7 @@ class LawOptions:
     in bfloat16 too, whatever the batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """What all cells of a benchmark share."""
 

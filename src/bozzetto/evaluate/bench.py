@@ -25,21 +25,21 @@ from bozzetto.decoding.meter import Meter, now
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.evaluate.columns import BARE, BENCH, SEQUENTIAL, table_of
-from bozzetto.evaluate.provenance import provenance
-from bozzetto.evaluate.sampling import method_settings
+from bozzetto.evaluate.provenance import on_threads, provenance
+from bozzetto.evaluate.sampling import WARM_UP_PASSES, method_settings
 from bozzetto.methods.registry import make_rule
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
-_WARM_UP_PASSES = 4
 _MOST = 1_000_000
+_LISTS = ("methods", "batches", "guidances", "windows", "top_ks")
 _RANGES = {"count": (1, _MOST), "rounds": (1, _MOST), "threads": (0, 4096), "waves": (1, _MOST)}
 
 
 @dataclass(frozen=True)
-class Cells:
+class BenchSettings(BenchOptions):
     """methods: none, or DRAFTER/RULE, each with settings of its own (see `method_settings`); batches, guidances (None:
     the model's own), windows (0: chosen for the batch), top_ks (None: the model's own): every combination is a cell of
-    the table."""
+    the table. Raises UsageError for a value out of range."""
 
     methods: tuple[str, ...] = (SEQUENTIAL, "jacobi/seed-exact", "jacobi/exact")
     batches: tuple[int, ...] = (1,)
@@ -47,18 +47,13 @@ class Cells:
     windows: tuple[int, ...] = (0,)
     top_ks: tuple[int | None, ...] = (None,)
 
-
-@dataclass(frozen=True)
-class BenchSettings(BenchOptions, Cells):
-    """What is measured: the cells, and what they share. Raises UsageError for a value out of range."""
-
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            check_number(name, getattr(self, name), low, high, f"a whole number from {low} to {high}", whole=True)
+            check_number(name, getattr(self, name), low, high, whole=True)
         check_number("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1", whole=True)
         for batch in self.batches:
-            check_number("batch", batch, 1, _MOST, f"a whole number from 1 to {_MOST}", whole=True)
-        for name in ("methods", "batches", "guidances", "windows", "top_ks"):
+            check_number("batch", batch, 1, _MOST, whole=True)
+        for name in _LISTS:
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: at least one value is wanted")
         for cell in self.cells():
@@ -118,62 +113,29 @@ class Timing:
     head_rows: int = 0
 
 
-@dataclass
-class BenchRow:
-    """One method in one cell. images_per_second, ms_per_pass, draft_share: medians over rounds; *_low, *_high: lowest
-    and highest; speedup: sequential time over this method's time, same images, same round; overhead_vs_bare: extra time
-    of sequential decoding over the bare loop (row `none`); ceiling, ceiling_next: mean 1 - TV between a position's
-    successive laws, over the whole window and at the position next to be committed (see evaluate/ceiling.py);
-    head_calls, head_rows: of a denoising head, per batch."""
-
-    method: str
-    batch: int
-    guidance: float
-    window: int
-    top_k: int
-    tokens_per_pass: float
-    passes: int
-    ms_per_pass: float
-    ms_per_pass_low: float
-    ms_per_pass_high: float
-    images_per_second: float
-    images_per_second_low: float
-    images_per_second_high: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    draft_share: float
-    rounds: int
-    overhead_vs_bare: float | None = None
-    ceiling: float | None = None
-    ceiling_next: float | None = None
-    head_calls: float = 0.0
-    head_rows: float = 0.0
-
-
 def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) -> dict[str, Any]:
-    """Measure every method in every cell; returns {settings, results}, ready for JSON."""
-    before, settings = torch.get_num_threads(), settings.with_own(pipe.own)
+    """Measure every method in every cell; returns {settings, results}, ready for JSON.
+
+    A result is one method in one cell: batch, guidance, window, top_k; tokens_per_pass; passes; ms_per_pass,
+    images_per_second, draft_share: medians over rounds (*_low, *_high: lowest and highest); speedup: sequential time
+    over this method's time, same images, same round; rounds; overhead_vs_bare: extra time of sequential decoding over
+    the bare loop (row `none`, else None); ceiling, ceiling_next: mean 1 - TV between a position's successive laws, over
+    the whole window and at the position next to be committed (see evaluate/ceiling.py; None: no window); head_calls,
+    head_rows: of a denoising head, per batch."""
+    settings = settings.with_own(pipe.own)
     cells = [cell.with_own(pipe.own) for cell in settings.cells()]
     work = sum(len(settings.entries(cell)) * (1 + _rounds(settings, cell)) for cell in cells)
-    try:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        rows: list[BenchRow] = []
-        with tqdm(total=work, unit="batch", disable=not progress) as bar:
-            for cell in cells:
-                rows += measure_cell(pipe, settings, cell, bar.update)
-        return {"settings": _provenance(pipe, settings), "results": [asdict(row) for row in rows]}
-    finally:
-        torch.set_num_threads(before)
+    with on_threads(settings.threads), tqdm(total=work, unit="batch", disable=not progress) as bar:
+        rows = [row for cell in cells for row in measure_cell(pipe, settings, cell, bar.update)]
+        return {"settings": _provenance(pipe, settings), "results": rows}
 
 
 def measure_cell(
     pipe: Pipeline, settings: BenchSettings, cell: GenerateSettings, tick: Callable[[], object] = lambda: None
-) -> list[BenchRow]:
-    """Warm up, then time interleaved rounds of one cell."""
+) -> list[dict[str, Any]]:
+    """Warm up, then time interleaved rounds of one cell; returns results as in `bench`."""
     entries = settings.entries(cell)
-    ceilings: list[tuple[float, float] | None] = []
+    ceilings = []
     for _, entry in entries:
         _warm_up(pipe, entry, cell, settings)
         ceilings.append(_ceiling(pipe, entry, cell, settings.seed))
@@ -185,13 +147,37 @@ def measure_cell(
             timings[i].append(_timed(pipe, entries[i][1], cell, settings, number))
             tick()
     bare, sequential = timings[0], timings[1]
-    rows = [_row(pipe, m, s, cell, t, sequential) for (m, s), t in zip(entries, timings, strict=True)]
-    overheads = [s.seconds / b.seconds - 1 for s, b in zip(sequential, bare, strict=True)]
-    rows[1].overhead_vs_bare = median(overheads)
-    for row, found in zip(rows, ceilings, strict=True):
-        if found is not None:
-            row.ceiling, row.ceiling_next = found
+    rows = []
+    for (method, entry), found, (ceiling, following) in zip(entries, timings, ceilings, strict=True):
+        window = 1 if entry is None else pipe.window(entry)
+        law = {"batch": cell.batch, "guidance": cell.law.guidance, "window": window, "top_k": cell.law.top_k}
+        over = median(_times(sequential, bare)) - 1 if found is sequential else None
+        limits = {"overhead_vs_bare": over, "ceiling": ceiling, "ceiling_next": following}
+        heads = {key: sum(getattr(t, key) for t in found) / len(found) for key in ("head_calls", "head_rows")}
+        rows.append({"method": method, **law, **_figures(found, sequential, pipe.target.length), **limits, **heads})
     return rows
+
+
+def _figures(timings: Sequence[Timing], sequential: Sequence[Timing], length: int) -> dict[str, Any]:
+    """Figures of speed of a method's rounds; length: tokens of an image."""
+    return {
+        "tokens_per_pass": sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
+        "passes": sum(t.passes for t in timings),
+        **_spread("ms_per_pass", [1000 * t.seconds / t.passes for t in timings]),
+        **_spread("images_per_second", [t.tokens / length / t.seconds for t in timings]),
+        **_spread("speedup", _times(sequential, timings)),
+        "draft_share": median(t.draft for t in timings),
+        "rounds": len(timings),
+    }
+
+
+def _times(slow: Sequence[Timing], fast: Sequence[Timing]) -> list[float]:
+    """How many times as fast, by round."""
+    return [a.seconds / b.seconds for a, b in zip(slow, fast, strict=True)]
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
 def _rounds(settings: BenchSettings, cell: GenerateSettings) -> int:
@@ -205,7 +191,7 @@ def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, rang
 
 
 def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, settings: BenchSettings) -> None:
-    if cell.compile != "off" or _compiles(entry):  # shapes of compiled passes turn up while a batch empties, too
+    if (entry or cell).compile != "off" or cell.compile != "off":  # shapes turn up while a batch empties, too
         for number in range(2):
             _timed(pipe, entry, cell, settings, number)
         return
@@ -214,21 +200,17 @@ def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSetti
         passes: Iterator[object] = pipe.bare_passes(labels, cell)
     else:
         passes = pipe.passes(labels.tolist(), 0, index, entry)
-    for _ in islice(passes, _WARM_UP_PASSES):
+    for _ in islice(passes, WARM_UP_PASSES):
         pass
-
-
-def _compiles(entry: GenerateSettings | None) -> bool:
-    return entry is not None and entry.compile != "off"
 
 
 def _ceiling(
     pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, seed: int
-) -> tuple[float, float] | None:
+) -> tuple[float | None, float | None]:
     """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
     window = 1 if entry is None else pipe.window(entry)
     if entry is None or entry.drafter != "jacobi" or window == 1 or pipe.target.tokens != "codes":
-        return None
+        return None, None
     probe = CeilingProbe(window, pipe.target.length)
     labels, index = _images(pipe, cell.batch, 0)
     EagerBatch(pipe.target, probe, make_rule(entry.rule), entry.law).run(labels, seed, torch.tensor(index))
@@ -258,45 +240,12 @@ def _timed(
     return Timing(seconds, sum(m.passes for m in meters), tokens, image_passes, share, *work)
 
 
-def _row(
-    pipe: Pipeline,
-    method: str,
-    entry: GenerateSettings | None,
-    cell: GenerateSettings,
-    timings: Sequence[Timing],
-    sequential: Sequence[Timing],
-) -> BenchRow:
-    ms = [1000 * t.seconds / t.passes for t in timings]
-    rate = [t.tokens / pipe.target.length / t.seconds for t in timings]
-    gain = [s.seconds / t.seconds for s, t in zip(sequential, timings, strict=True)]
-    return BenchRow(
-        method=method,
-        batch=cell.batch,
-        guidance=cell.law.guidance,
-        window=1 if entry is None else pipe.window(entry),
-        top_k=cell.law.top_k,
-        tokens_per_pass=sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
-        passes=sum(t.passes for t in timings),
-        ms_per_pass=median(ms),
-        ms_per_pass_low=min(ms),
-        ms_per_pass_high=max(ms),
-        images_per_second=median(rate),
-        images_per_second_low=min(rate),
-        images_per_second_high=max(rate),
-        speedup=median(gain),
-        speedup_low=min(gain),
-        speedup_high=max(gain),
-        draft_share=median(t.draft for t in timings),
-        rounds=len(timings),
-        head_calls=sum(t.head_calls for t in timings) / len(timings),
-        head_rows=sum(t.head_rows for t in timings) / len(timings),
-    )
-
-
 def _provenance(pipe: Pipeline, settings: BenchSettings) -> dict[str, Any]:
+    known = asdict(settings)
     return {
         "model": pipe.name,
-        **asdict(settings),
+        **{name: known.pop(name) for name in _LISTS},
+        **known,
         "dtype": pipe.dtype,
         "device": str(pipe.target.device),
         "threads": torch.get_num_threads(),

@@ -23,7 +23,7 @@ class Column:
     """A figure in rows of results. key: its name in a row and in JSON files; heading: of printed tables; words: of the
     report's tables ("": not there); digits: decimals in print (None: text, or a number as it is); sign: show + too;
     scale: factor of what is shown; unit: printed behind it, % makes hundredths of it; interval: whether print shows the
-    range around it; measure: makes it of a `metrics.Measured`; joined: whether suites show it beside speed."""
+    range around it; measure: makes it of a `metrics.Comparison`; joined: whether suites show it beside speed."""
 
     key: str
     heading: str

@@ -59,7 +59,7 @@ class CompareSettings:
     base: GenerateSettings = GenerateSettings(batch=8)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
-        check_number("count", self.count, LEAST, MOST, f"a whole number from {LEAST} to {MOST}", whole=True)
+        check_number("count", self.count, LEAST, MOST, whole=True)
         for spec in (self.a, self.b):
             if not is_folder(spec):
                 method_settings(spec, self.base)

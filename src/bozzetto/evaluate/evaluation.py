@@ -33,14 +33,9 @@ from bozzetto.evaluate.columns import (
     table_of,
 )
 from bozzetto.evaluate.features import FeatureExtractor
-from bozzetto.evaluate.metrics import Comparison, Interval, Measured, interval, resamples
+from bozzetto.evaluate.metrics import Comparison, Interval, interval, resamples
 from bozzetto.evaluate.output import plain, write_report
-from bozzetto.evaluate.photographs import (
-    SPLITS,
-    data_path,
-    prompts_for,
-    reconstructions,
-)
+from bozzetto.evaluate.photographs import SPLITS, data_path, prompts_for, reconstructions
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.quality import QUALITY, memorisation, nearest
 from bozzetto.evaluate.reference import LEAST, MOST, Reference, few
@@ -68,8 +63,8 @@ class EvaluateSettings:
     recitation: bool = True
 
     def __post_init__(self) -> None:
-        check_number("count", self.count, LEAST, MOST, f"a whole number from {LEAST} to {MOST}", whole=True)
-        check_number("bootstrap", self.bootstrap, 2, 10_000, "a whole number from 2 to 10000", whole=True)
+        check_number("count", self.count, LEAST, MOST, whole=True)
+        check_number("bootstrap", self.bootstrap, 2, 10_000, whole=True)
         for reference in self.references:
             if reference not in SPLITS:
                 raise UsageError(f"unknown reference {reference!r} (allowed: {', '.join(SPLITS)})")
@@ -200,7 +195,7 @@ class _Study:
             w, drawn = resamples(len(features), self.settings.bootstrap, seed=1), self.samples.get(method)
             right = self.reference.consistency(features, asked, w)
             identical = None if drawn is None else float(same_tokens(drawn, self.samples[SEQUENTIAL]).mean())
-            found = Measured(Comparison(features, target), w, v, right, identical, sequential)
+            found = Comparison(features, target, w, v, right=right, identical=identical, base=sequential)
             row = {column.key: column.measure(found) for column in QUALITY if column.measure}
             sequential = found if method == SEQUENTIAL else sequential
             whole = {"method": method, "reference": reference, "count": len(features), "reference_count": len(target)}

@@ -52,12 +52,28 @@ def resamples(count: int, replicates: int, seed: int) -> Tensor:
 
 
 class Comparison:
-    """Two sets of features and what all their replicates share. x: samples [n, d]; y: reference [m, d]; float64."""
+    """Two sets of features and what all their replicates share. x: samples [n, d]; y: reference [m, d]; float64.
 
-    def __init__(self, x: Tensor, y: Tensor):
+    With resamples w float64 [R, n] and v [R, m] it has all that figures of quality are made of. right: share in which
+    the probe of classes sees the class asked for; identical: share whose tokens are those of sequential decoding (None:
+    no tokens); base: sequential decoding's comparison (None: for itself, and for photographs)."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        w: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        right: Interval | None = None,
+        identical: float | None = None,
+        base: Comparison | None = None,
+    ):
         self.x, self.y = x.double(), y.double()
         self.cross = self.x @ self.y.T
-        self.kernels: tuple[Tensor, Tensor, Tensor] | None = None
+        nothing = torch.zeros(0, 0, dtype=torch.float64)
+        self.w, self.v = nothing if w is None else w, nothing if v is None else v
+        self.right, self.identical, self.base = right, identical, base
 
     def frechet(self, w: Tensor | None = None, v: Tensor | None = None) -> float:
         """|mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) with weights w [n], v [m] (None: all ones).
@@ -82,13 +98,33 @@ class Comparison:
     def kernel(self, w: Tensor | None = None, v: Tensor | None = None) -> float:
         """Unbiased squared MMD, k(a, b) = (a.b / d + 1)^3. An image is never compared with itself, nor with its own
         repetitions in a resample."""
-        if self.kernels is None:
-            self.kernels = (_cubic(self.x, self.x), _cubic(self.x, self.y), _cubic(self.y, self.y))
         w = torch.ones_like(self.x[:, 0]) if w is None else w
         v = torch.ones_like(self.y[:, 0]) if v is None else v
         k_xx, k_xy, k_yy = self.kernels
         across = w @ k_xy @ v / (w.sum() * v.sum())
         return float(_off_diagonal_mean(k_xx, w) + _off_diagonal_mean(k_yy, v) - 2 * across)
+
+    @cached_property
+    def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The cubic kernel of x with x, of x with y, and of y with y."""
+        return _cubic(self.x, self.x), _cubic(self.x, self.y), _cubic(self.y, self.y)
+
+    @cached_property
+    def distance(self) -> float:
+        """The Fréchet distance."""
+        return self.frechet()
+
+    @cached_property
+    def distances(self) -> Tensor:
+        """Fréchet distances of the resamples: float64 [R]."""
+        return replicate(self.frechet, self.w, self.v)
+
+    def change(self) -> Interval | None:
+        """Of the distance from that of sequential decoding. Both have the same draws, so that differences between
+        methods are differences of paired images."""
+        if self.base is None:
+            return None
+        return interval(self.distance - self.base.distance, self.distances - self.base.distances)
 
     def precision(self) -> Tensor:
         """Which samples lie within a ball of the reference: float64 [n] of zeros and ones."""
@@ -151,35 +187,3 @@ def median_interval(values: Tensor, counts: Tensor) -> Interval:
 def replicate(figure: Callable[[Tensor, Tensor], float], w: Tensor, v: Tensor) -> Tensor:
     """A figure for every pair of resamples w [R, n], v [R, m]: float64 [R]."""
     return torch.tensor([figure(a, b) for a, b in zip(w, v, strict=True)], dtype=torch.float64)
-
-
-@dataclass
-class Measured:
-    """Pictures held against the photographs of a split: what figures of quality are made of. pair: features of both;
-    w, v: float64 [R, n], [R, m], resamples of the pictures and of the photographs; right: share in which the probe of
-    classes sees the class asked for; identical: share whose tokens are those of sequential decoding (None: no tokens);
-    base: sequential decoding's (None: for itself, and for photographs)."""
-
-    pair: Comparison
-    w: Tensor
-    v: Tensor
-    right: Interval | None = None
-    identical: float | None = None
-    base: Measured | None = None
-
-    @cached_property
-    def distances(self) -> Tensor:
-        """Fréchet distances of the resamples: float64 [R]."""
-        return replicate(self.pair.frechet, self.w, self.v)
-
-    @cached_property
-    def distance(self) -> float:
-        """The Fréchet distance."""
-        return self.pair.frechet()
-
-    def change(self) -> Interval | None:
-        """Of the distance from that of sequential decoding. Both have the same draws, so that differences between
-        methods are differences of paired images."""
-        if self.base is None:
-            return None
-        return interval(self.distance - self.base.distance, self.distances - self.base.distances)

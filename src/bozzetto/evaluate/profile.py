@@ -24,13 +24,12 @@ from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
 from bozzetto.evaluate.columns import SEQUENTIAL, table
 from bozzetto.evaluate.passes import BarePass
-from bozzetto.evaluate.provenance import provenance
+from bozzetto.evaluate.provenance import on_threads, provenance
 from bozzetto.evaluate.roofline import Machine, measure_machine
-from bozzetto.evaluate.sampling import method_settings
+from bozzetto.evaluate.sampling import WARM_UP_PASSES, method_settings
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen_cache import CausalTarget
 
-_WARM_UP_PASSES = 4
 _BUSY = 1.3  # times the time of an undisturbed pass, from which another one is worth a note
 _SHOW_AFTER = 2.0  # seconds until the progress bar appears
 _Round = tuple[float, list[ImageRequest], Batch, Meter]  # seconds, and what was decoded in them
@@ -63,15 +62,9 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
         prompted = hasattr(pipe.target, "prompts")
         why = "its passes are those of transformers" if prompted else "it is masked, its passes are all different"
         raise UsageError(f"model = {pipe.name!r} is not allowed: {why} (causal models of ours; `bench` is for all)")
-    method, before = pipe.resolve(settings.generation), torch.get_num_threads()
-    try:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        with tqdm(total=5, unit="part", disable=not progress, delay=_SHOW_AFTER) as bar:
-            figures = _measured(pipe, method, settings.seconds, bar.update)
-        return _as_json(pipe, settings, figures, method)
-    finally:
-        torch.set_num_threads(before)
+    method = pipe.resolve(settings.generation)
+    with on_threads(settings.threads), tqdm(total=5, unit="part", disable=not progress, delay=_SHOW_AFTER) as bar:
+        return _as_json(pipe, settings, _measured(pipe, method, settings.seconds, bar.update), method)
 
 
 def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Callable[[], object]) -> Figures:
@@ -102,7 +95,7 @@ def _decoding(
     device, images = pipe.target.device, (labels.tolist(), 0, range(len(labels)))
     for method in methods.values():
         # Compiled passes have shapes that turn up at the end of an image only.
-        for _ in islice(pipe.passes(*images, method), _WARM_UP_PASSES if method.compile == "off" else None):
+        for _ in islice(pipe.passes(*images, method), WARM_UP_PASSES if method.compile == "off" else None):
             pass
         tick()
     rounds: dict[str, list[_Round]] = {name: [] for name in methods}

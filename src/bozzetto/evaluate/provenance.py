@@ -3,12 +3,14 @@ measured carries it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +37,18 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "matrix_unit": has_matrix_unit(),
     }
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """With so many CPU threads (0: as they are), which are put back."""
+    before = torch.get_num_threads()
+    try:
+        if count:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def commit() -> str | None:

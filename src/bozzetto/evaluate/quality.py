@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 from bozzetto.evaluate.columns import Column
-from bozzetto.evaluate.metrics import Interval, Measured, interval, mean_interval, median_interval, replicate
+from bozzetto.evaluate.metrics import Comparison, Interval, interval, mean_interval, median_interval, replicate
 
 # Figures of quality: a row each is all that tables, suites, JSON files and the report know of them.
 QUALITY = (
     Column("frechet", "Fréchet", digits=1, measure=lambda m: interval(m.distance, m.distances)),
-    Column("frechet_change", "change", "change from none", digits=1, sign=True, measure=Measured.change),
+    Column("frechet_change", "change", "change from none", digits=1, sign=True, measure=Comparison.change),
     Column(
         "kernel",
         "kernel x1000",
         "kernel distance ×1000",
         scale=1000,
-        measure=lambda m: interval(m.pair.kernel(), replicate(m.pair.kernel, m.w, m.v)),
+        measure=lambda m: interval(m.kernel(), replicate(m.kernel, m.w, m.v)),
     ),
-    Column("precision", "precision", "precision", measure=lambda m: mean_interval(m.pair.precision(), m.w)),
-    Column("recall", "recall", "recall", measure=lambda m: mean_interval(m.pair.recall(), m.v)),
+    Column("precision", "precision", "precision", measure=lambda m: mean_interval(m.precision(), m.w)),
+    Column("recall", "recall", "recall", measure=lambda m: mean_interval(m.recall(), m.v)),
     Column("consistency", "class", "class recognised", joined=False, measure=lambda m: m.right),
     Column(
         "identical", "same", "share identical to none", digits=1, unit="%", joined=False, measure=lambda m: m.identical

@@ -44,7 +44,7 @@ from bozzetto.evaluate.shards import (
 from bozzetto.methods.registry import split_method, split_spec
 from bozzetto.pipeline.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 
-_WARM_UP_PASSES = 4
+WARM_UP_PASSES = 4
 _MOST = 10**12  # images of a run
 PROCESS = secrets.randbelow(2**62)  # tells which shards were timed by one process
 
@@ -194,7 +194,7 @@ class SampleRun:
     def warm_up(self) -> None:
         """A few passes whose results are thrown away, so that the first batch is timed like the others."""
         events = self.pipe.stream(self.classes, count=self.settings.batch, settings=self.settings)
-        for _ in islice(events, _WARM_UP_PASSES):
+        for _ in islice(events, WARM_UP_PASSES):
             pass
 
     def draw(self, indices: Sequence[int]) -> float:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from bozzetto.checkpoints.folders import read_config
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench, ranged
 from bozzetto.evaluate.bias import SURPRISAL
-from bozzetto.evaluate.columns import METHOD, Column, table_of
+from bozzetto.evaluate.columns import METHOD, SEQUENTIAL, Column, table_of
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate
-from bozzetto.evaluate.features import FeatureExtractor
+from bozzetto.evaluate.features import FeatureExtractor, features_of
+from bozzetto.evaluate.metrics import Comparison, resamples
+from bozzetto.evaluate.photographs import data_path, photographs
 from bozzetto.evaluate.quality import QUALITY
-from bozzetto.evaluate.variants import compare_with_base
+from bozzetto.evaluate.sampling import slug
+from bozzetto.evaluate.shards import Samples, read_samples
 from bozzetto.methods.path_registry import is_path_method, make_path_rule
 from bozzetto.methods.registry import make_rule, split_method
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
@@ -188,6 +193,44 @@ def _exact(method: str, timed: dict[str, Any]) -> bool:
 _OTHER_LAW = ("steps=", "last_steps=", "passes=", "guidance_schedule=")
 
 
+def frechet_over(
+    base: Samples, drawn: Samples, reference: torch.Tensor, extractor: FeatureExtractor, bootstrap: int
+) -> dict[str, float]:
+    """Fréchet distance of `drawn` less that of `base`, both from reference features [m, d], with a paired interval: the
+    same indices (classes) and the same reference images in each resample."""
+    w, v = resamples(len(drawn), bootstrap, seed=1), resamples(len(reference), bootstrap, seed=2)
+    before, after = (torch.from_numpy(features_of(extractor, samples.pixels)) for samples in (base, drawn))
+    change = Comparison(after, reference, w, v, base=Comparison(before, reference, w, v)).change()
+    assert change is not None
+    return asdict(change)
+
+
+def compare_with_base(
+    report: dict[str, Any],
+    pipe: Pipeline,
+    base: str,
+    extractor: FeatureExtractor,
+    out: Path,
+    bootstrap: int,
+    data: Path | None = None,
+) -> None:
+    """Mark the rows of a suite's variant as not exact and add `over_base` (images per second over those of the base
+    model's sequential sampler, both timed in this run) and `frechet_over_base`. out: the folder of the suite's
+    samples; data: photographs (None: those named by the model)."""
+    timed = {(r["model"], r["method"]): r["images_per_second"] for r in report["results"]}
+    if (base, SEQUENTIAL) not in timed:
+        return
+    real = photographs(pipe, data_path(pipe, data), "test").images
+    reference = torch.from_numpy(features_of(extractor, real)).double()
+    begun = read_samples(out / base / "samples" / SEQUENTIAL)
+    for row in report["results"]:
+        if row["model"] == pipe.name:
+            drawn = read_samples(out / pipe.name / "samples" / slug(row["method"]))
+            row["base"], row["exact"] = base, False  # its law is another one than its base model's
+            row["over_base"] = timed[pipe.name, row["method"]] / timed[base, SEQUENTIAL]
+            row["frechet_over_base"] = frechet_over(begun, drawn, reference, extractor, bootstrap)
+
+
 _OVER_BASE = Column("frechet_over_base", "", digits=1, sign=True)
 _COLUMNS = (
     METHOD,
@@ -199,7 +242,7 @@ _COLUMNS = (
     Column("speedup", "speed-up", unit="x"),
     Column("range", "range", digits=None),
     Column("head_calls", "head calls", digits=0),
-    *QUALITY[:2],
+    *(column for column in QUALITY if column.key.startswith("frechet")),
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bozzetto.evaluate import variants
+from bozzetto.evaluate import suites as variants
 from bozzetto.evaluate.metrics import Comparison
 from bozzetto.evaluate.suites import compare_with_base, frechet_over
 

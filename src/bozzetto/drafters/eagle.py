@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.base import visible
@@ -67,8 +67,7 @@ class EagleConfig:
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
-        if self.layers < 1:
-            raise UsageError(f"layers = {self.layers} is not allowed: a whole number >= 1")
+        require(self.layers >= 1, "layers", self.layers, "a whole number >= 1")
 
     @property
     def head_dim(self) -> int:

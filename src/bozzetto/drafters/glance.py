@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Grid, Layers, Size
 from bozzetto.drafters.base import Observation, gather_rows
 from bozzetto.drafters.parallel import CachedParallel, check_counts
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.runtime.linear import TorchMap, fixed_map
 from bozzetto.targets.llamagen import RMSNorm
 from bozzetto.targets.llamagen_cache import copied
@@ -45,8 +45,8 @@ class GlanceConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "dim", "grid", "places", "narrow", "ffn", "rank")
-        if self.places > self.grid:  # what is above the last place has to be known
-            raise UsageError(f"places = {self.places} is not allowed: at most a row of the grid, {self.grid}")
+        # What is above the last place has to be known.
+        require(self.places <= self.grid, "places", self.places, f"at most a row of the grid, {self.grid}")
 
     @property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,5 @@ class DraftWindow:
     prefill: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.draft_length < 1:
-            raise UsageError(f"draft_length = {self.draft_length} is not allowed: a whole number >= 1")
-        if not 0 <= self.prefill <= 1:
-            raise UsageError(f"prefill = {self.prefill} is not allowed: a number from 0 to 1")
+        require(self.draft_length >= 1, "draft_length", self.draft_length, "a whole number >= 1")
+        require(0 <= self.prefill <= 1, "prefill", self.prefill, "a number from 0 to 1")

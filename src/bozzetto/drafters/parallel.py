@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.base import visible
 from bozzetto.targets.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
@@ -34,8 +34,7 @@ from bozzetto.targets.llamagen_cache import copied
 def check_counts(config: object, *names: str) -> None:
     """Raise UsageError for a field that is less than 1."""
     for name in names:
-        if (value := getattr(config, name)) < 1:
-            raise UsageError(f"{name} = {value} is not allowed: a whole number >= 1")
+        require(getattr(config, name) >= 1, name, getattr(config, name), "a whole number >= 1")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class PlaneConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "dim", "grid", "places", "ffn")
-        if self.places > self.grid:  # the guess from above has to come from a committed pair
-            raise UsageError(f"places = {self.places} is not allowed: at most a row of the grid, {self.grid}")
+        # The guess from above has to come from a committed pair.
+        require(self.places <= self.grid, "places", self.places, f"at most a row of the grid, {self.grid}")
 
 
 @dataclass(frozen=True)

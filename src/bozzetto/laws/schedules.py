@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.chain import Ancestry
 
 _TRAINED = 1000  # diffusion times
@@ -61,8 +61,7 @@ def flow_schedule(steps: int, last_std: float = 0.05, shift: float = 1.0) -> Flo
 
     Raises UsageError for values out of range.
     """
-    if not 0 < last_std < 1:
-        raise UsageError(f"last_std = {last_std} is not allowed: a number between 0 and 1")
+    require(0 < last_std < 1, "last_std", last_std, "a number between 0 and 1")
     grid = _grid(steps, shift)
     t, s = grid[:-1], grid[1:]
     kept = (1 - s) ** 2 * t / (s * (1 - t))  # the share of the old noise that stays
@@ -78,8 +77,7 @@ def euler_schedule(steps: int, shift: float = 1.0, last: float = 0.0) -> FlowSch
     last: 0: all steps are such, also the one that ends at time 1; else the grid ends at 1 - last before it is shifted,
     and the last step is last * v without noise, whatever time is left. Raises UsageError for values out of range.
     """
-    if not 0 <= last < 1:
-        raise UsageError(f"last = {last} is not allowed: a number >= 0 and < 1")
+    require(0 <= last < 1, "last", last, "a number >= 0 and < 1")
     grid = _grid(steps - 1, shift, 1 - last) if last and steps > 1 else _grid(steps, shift)
     t, dt = grid[:steps], grid.diff()
     if last:
@@ -97,8 +95,7 @@ def flow_sde_schedule(steps: int, shift: float = 1.0, level: float = 0.8) -> Flo
     With predicted noise x_0 and token x_1, the mean at t + dt is (1 - t - dt - level^2 dt / (2 t)) x_0 + (t + dt) x_1.
     Raises UsageError for values out of range.
     """
-    if not 0 < level <= 1:
-        raise UsageError(f"level = {level} is not allowed: a number > 0, at most 1")
+    require(0 < level <= 1, "level", level, "a number > 0, at most 1")
     grid = _grid(steps, shift)
     t, s, dt = grid[:-1], grid[1:], grid.diff()
     held = torch.where(t == 0, 1 - grid[-2], t)
@@ -109,10 +106,8 @@ def flow_sde_schedule(steps: int, shift: float = 1.0, level: float = 0.8) -> Flo
 
 def _grid(steps: int, shift: float, end: float = 1.0) -> Tensor:
     """Times u / (u + shift (1 - u)) of `steps` equal parts u of [0, end]: float64 [steps + 1]."""
-    if steps < 1:
-        raise UsageError(f"steps = {steps} is not allowed: a whole number >= 1")
-    if not 0 < shift < math.inf:
-        raise UsageError(f"shift = {shift} is not allowed: a number > 0")
+    require(steps >= 1, "steps", steps, "a whole number >= 1")
+    require(0 < shift < math.inf, "shift", shift, "a number > 0")
     u = torch.linspace(0, end, steps + 1, dtype=torch.float64)
     return u / (u + shift * (1 - u))
 
@@ -153,10 +148,8 @@ def _cosine_products(steps: int = _TRAINED) -> Tensor:
 
 def _spaced(steps: int, noisiest: int) -> Tensor:
     """`steps` times, evenly from 0 to `noisiest`, rounded: int64 [steps]."""
-    if not 0 <= noisiest < _TRAINED:
-        raise UsageError(f"noisiest = {noisiest} is not allowed: a whole number from 0 to {_TRAINED - 1}")
-    if not 1 <= steps <= noisiest + 1:
-        raise UsageError(f"steps = {steps} is not allowed: a whole number from 1 to {noisiest + 1}")
+    require(0 <= noisiest < _TRAINED, "noisiest", noisiest, f"a whole number from 0 to {_TRAINED - 1}")
+    require(1 <= steps <= noisiest + 1, "steps", steps, f"a whole number from 1 to {noisiest + 1}")
     if steps == 1:
         return torch.tensor([noisiest])
     stride = noisiest / (steps - 1)

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule, given
-from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, greedy_choice, no_coin, nobody, step_bias, toss, walk
+from bozzetto.rules.walk import Child, Family, Judgement, exact_rest, greedy_choice, siblings, step_bias, walk
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,9 @@ class Cascade(Rule):
 
     def __post_init__(self) -> None:
         for name in ("alike", "converged"):
-            if not -1 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a number from -1 to 1")
-        if not self.kl >= 0:
-            raise UsageError(f"kl = {self.kl} is not allowed: a number >= 0")
-        if not 0 <= self.raise_by <= 1:
-            raise UsageError(f"raise_by = {self.raise_by} is not allowed: a number from 0 to 1")
+            require(-1 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from -1 to 1")
+        require(self.kl >= 0, "kl", self.kl, "a number >= 0")
+        require(0 <= self.raise_by <= 1, "raise_by", self.raise_by, "a number from 0 to 1")
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         hidden = given(draft.hidden, self, "the drafter's hidden states") if draft.length else log_p[..., :1]
@@ -56,7 +52,9 @@ class Cascade(Rule):
             pool = own @ own.transpose(1, 2) > self.alike
             pool = pool & family.present[:, None] | torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
             lift = self._lift(log_p[rows, family.node[:, None]], log_p[rows, family.kids])
-            return self._greedy(family, pool, lift) if noise.greedy else self._judge(family, pool, lift)
+            if noise.greedy:
+                return self._greedy(family, pool, lift)
+            return siblings(family, lambda c: self._decide(c, family.tokens, pool[:, c.rank], lift[:, c.rank]))
 
         return walk(draft, log_p, noise, judge)
 
@@ -68,32 +66,17 @@ class Cascade(Rule):
         divergence = (parent.exp() * (parent.clamp_min(-30) - child.clamp_min(-30))).sum(-1)
         return torch.where((cosine > self.converged) & (divergence < self.kl), self.raise_by * cosine, 0.0)
 
-    def _judge(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
-        """pool: bool [B, C, C], who counts for whom; lift: float [B, C]."""
-        p, q = family.p, family.q
-        pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
-        for rank in range(family.tokens.shape[1]):
-            if nobody(family.present[:, rank] & (pick < 0)):
-                break
-            x = family.tokens[:, rank, None]
-            px = p.gather(1, x)[:, 0]
-            qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
-            safe = qx.clamp_min(torch.finfo(px.dtype).tiny)
-            pooled = (p.gather(1, family.tokens) * pool[:, rank]).sum(1)
-            exact = (px / safe).clamp_max(1)
-            keep = ((pooled / safe).clamp_max(1) + lift[:, rank] * (px > 0)).clamp_max(1)
-            tried = family.present[:, rank] & (qx > 0) & (pick < 0)
-            after, left_over = after_reject(p, q, x[:, 0], tried[:, None])
-            bias = step_bias(x, keep, after, exact, after)
-            dear = bias > family.slack - spent
-            keep = torch.where(dear, exact, keep)
-            stays, margin = toss(family.u[:, rank], keep, tried, margin)
-            pick = torch.where(stays, rank, pick)
-            spent = torch.where(tried & ~dear, spent + bias, spent)
-            failed = (tried & ~stays)[:, None]
-            p = torch.where(failed, after, p)
-            q = q if q is None or left_over is None else torch.where(failed, left_over, q)
-        return Judgement(pick, p, spent, margin)
+    def _decide(
+        self, child: Child, tokens: Tensor, pool: Tensor, lift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """tokens: int64 [B, C], of all siblings; pool: bool [B, C], who counts for the child; lift: float [B]."""
+        safe = child.qx.clamp_min(torch.finfo(child.px.dtype).tiny)
+        pooled = (child.p.gather(1, tokens) * pool).sum(1)
+        exact, after = (child.px / safe).clamp_max(1), exact_rest(child)
+        keep = ((pooled / safe).clamp_max(1) + lift * (child.px > 0)).clamp_max(1)
+        bias = step_bias(child.x, keep, after, exact, after)
+        dear = bias > child.left
+        return child.u, torch.where(dear, exact, keep), after, torch.where(dear, 0.0, bias)
 
     def _greedy(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
         own = family.p.gather(1, family.tokens)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, sample_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
 from bozzetto.rules.base import Noise, Rule, given, leading
@@ -46,8 +46,7 @@ class Chains(Rule):
     reach: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.reach >= 0:
-            raise UsageError(f"reach = {self.reach} is not allowed: a number >= 0")
+        require(self.reach >= 0, "reach", self.reach, "a number >= 0")
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")

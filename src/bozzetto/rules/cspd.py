@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, log_density, sample_trajectory
 from bozzetto.laws.noise import fold, normal, uniform
 from bozzetto.rules.base import Noise, Rule, given, leading
@@ -55,14 +55,12 @@ class Cspd(Rule):
     last_std: float = 0.0064
 
     def __post_init__(self) -> None:
-        for name, value, fine, allowed in (
-            ("variant", self.variant, self.variant in _INNER, "paper or released"),
-            ("inner_temperature", self.inner_temperature, 0 <= self.inner_temperature < math.inf, "a number >= 0"),
-            ("tries", self.tries, self.tries >= 0, "a whole number >= 0"),
-            ("last_std", self.last_std, 0 < self.last_std < math.inf, "a number > 0"),
-        ):
-            if not fine:
-                raise UsageError(f"{name} = {value} is not allowed: {allowed}")
+        if self.variant not in _INNER:
+            raise UsageError(f"variant = {self.variant} is not allowed: paper or released")
+        heat = self.inner_temperature
+        require(0 <= heat < math.inf, "inner_temperature", heat, "a number >= 0")
+        require(self.tries >= 0, "tries", self.tries, "a whole number >= 0")
+        require(0 < self.last_std < math.inf, "last_std", self.last_std, "a number > 0")
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         batch, length = draft.tokens.shape[:2]

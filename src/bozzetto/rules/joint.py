@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_trajectory, score_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
 from bozzetto.rules.base import Noise, Rule, given, leading
@@ -43,8 +43,7 @@ class Joint(Rule):
     tries: int = 8
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tries <= _LARGEST_GROUP:
-            raise UsageError(f"tries = {self.tries} is not allowed: a whole number from 1 to {_LARGEST_GROUP}")
+        require(1 <= self.tries <= _LARGEST_GROUP, "tries", self.tries, f"a whole number from 1 to {_LARGEST_GROUP}")
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")

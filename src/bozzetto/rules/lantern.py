@@ -21,39 +21,12 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule, given
-from bozzetto.rules.tree import after_reject
-from bozzetto.rules.walk import Family, Judgement, no_coin, nobody, normalised, step_bias, toss, walk, without
+from bozzetto.rules.walk import Child, Family, Judgement, exact_rest, no_coin, normalised, siblings, step_bias, walk
 
 RESIDUALS = ("paper", "optimal", "released")
 _ROUNDING = 1e-6  # a budget is not refused for a rounding error
-
-
-@dataclass
-class _Refused:
-    """A drafted token x int64 [B, 1] under laws p and q [B, V] (None: certain), its neighbours [B, k], which of
-    them are in A, the probability [B] with which it was kept, and what is left of the budget [B]."""
-
-    p: Tensor
-    q: Tensor | None
-    x: Tensor
-    near: Tensor
-    inside: Tensor
-    keep: Tensor
-    slack: Tensor
-
-    def paper(self) -> Tensor:
-        """[p~ - q]+: nothing on A, [p - q]+ elsewhere."""
-        moved = self.p.scatter(1, self.near, self.p.gather(1, self.near) * ~self.inside).scatter(1, self.x, 0.0)
-        return moved if self.q is None else (moved - self.q).clamp_min(0)
-
-    def released(self, wide: Tensor) -> Tensor:
-        """Certain drafts: p without x and all its k + 1 neighbours; drawn ones: [p - q]+ with q dropped there.
-        wide: int64 [B, k + 2], x and its neighbours."""
-        if self.q is None:
-            return self.p.scatter(1, wide, 0.0)
-        return (self.p - self.q.scatter(1, wide[:, 1:], 0.0)).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -73,15 +46,12 @@ class Lantern(Rule):
     bias: ClassVar[str] = "each decision's distance from the exact one; at most delta is borrowed per candidate"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UsageError(f"k = {self.k} is not allowed: a whole number >= 1")
-        if self.residual not in RESIDUALS:
-            raise UsageError(f"residual = {self.residual!r} is not allowed: {', '.join(RESIDUALS)}")
+        require(self.k >= 1, "k", self.k, "a whole number >= 1")
+        require(self.residual in RESIDUALS, "residual", self.residual, ", ".join(RESIDUALS))
         self._check_budget()
 
     def _check_budget(self) -> None:
-        if not 0 <= self.delta <= 1:
-            raise UsageError(f"delta = {self.delta} is not allowed: a number from 0 to 1")
+        require(0 <= self.delta <= 1, "delta", self.delta, "a number from 0 to 1")
 
     @property
     def columns(self) -> int:
@@ -96,7 +66,9 @@ class Lantern(Rule):
         table = given(self.neighbours, self, "the table of neighbours")
 
         def judge(family: Family) -> Judgement:
-            return self._greedy(family, table) if noise.greedy else self._judge(family, table)
+            if noise.greedy:
+                return self._greedy(family, table)
+            return siblings(family, lambda child: self._decide(child, table))
 
         return walk(draft, log_p, noise, judge)
 
@@ -109,46 +81,39 @@ class Lantern(Rule):
         inside = mass <= most[:, None]
         return (mass * inside).amax(1), near, inside
 
-    def _judge(self, family: Family, table: Tensor) -> Judgement:
-        p, q = family.p, family.q
-        pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
-        everyone = torch.ones_like(pick, dtype=torch.bool)[:, None]
-        for rank in range(family.tokens.shape[1]):
-            if nobody(family.present[:, rank] & (pick < 0)):
-                break
-            x, left = family.tokens[:, rank, None], family.slack - spent
-            mass, near, inside = self.borrowed(p, x[:, 0], table, left)
-            px = p.gather(1, x)[:, 0]
-            qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
-            safe = qx.clamp_min(torch.finfo(qx.dtype).tiny)
-            exact, keep = (px / safe).clamp_max(1), ((px + mass) / safe).clamp_max(1)
-            plain, _ = after_reject(p, q, x[:, 0], everyone)
-            rest = self._rest(_Refused(p, q, x, near, inside, keep, left), table, plain)
-            bias = step_bias(x, keep, rest, exact, plain)
-            dear = bias > left + _ROUNDING
-            keep, rest = torch.where(dear, exact, keep), torch.where(dear[:, None], plain, rest)
-            tried = family.present[:, rank] & (qx > 0) & (pick < 0)
-            stays, margin = toss(family.u[:, rank], keep, tried, margin)
-            pick = torch.where(stays, rank, pick)
-            spent = torch.where(tried & ~dear, spent + torch.minimum(bias, left), spent)
-            failed = (tried & ~stays)[:, None]
-            p = torch.where(failed, rest, p)
-            q = q if q is None else torch.where(failed, without(q, x[:, 0]), q)
-        return Judgement(pick, p, spent, margin)
-
-    def _rest(self, seen: _Refused, table: Tensor, exact: Tensor) -> Tensor:
-        """The law [B, V] after x was refused; exact: what the exact rule would go on with."""
+    def _decide(self, child: Child, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mass, near, inside = self.borrowed(child.p, child.x[:, 0], table, child.left)
+        safe = child.qx.clamp_min(torch.finfo(child.qx.dtype).tiny)
+        exact, keep = (child.px / safe).clamp_max(1), ((child.px + mass) / safe).clamp_max(1)
+        plain = exact_rest(child)
         if self.residual == "paper":
-            return normalised(seen.paper(), exact)
-        if self.residual == "released":
-            wide = torch.cat([seen.x, table[seen.x[:, 0], : self.k + 1].long()], 1)
-            uniform = torch.full_like(exact, 1 / exact.shape[1])
-            return torch.where(seen.inside.any(1, keepdim=True), normalised(seen.released(wide), uniform), exact)
-        if seen.q is None:  # nothing but x was ever going to be kept
-            own = seen.p.gather(1, seen.x)
-            return normalised(seen.p.scatter(1, seen.x, (own - seen.keep[:, None]).clamp_min(0)), exact)
-        kept = torch.minimum(seen.q, seen.p + self._borrowed_by_all(seen.p, table, seen.slack))
-        return normalised((seen.p - kept).clamp_min(0), exact)
+            rest = normalised(_paper(child, near, inside), plain)
+        elif self.residual == "released":
+            rest = self._released(child, table, inside, plain)
+        else:
+            rest = self._optimal(child, table, keep, plain)
+        bias = step_bias(child.x, keep, rest, exact, plain)
+        dear = bias > child.left + _ROUNDING
+        keep, rest = torch.where(dear, exact, keep), torch.where(dear[:, None], plain, rest)
+        return child.u, keep, rest, torch.where(dear, 0.0, torch.minimum(bias, child.left))
+
+    def _released(self, child: Child, table: Tensor, inside: Tensor, exact: Tensor) -> Tensor:
+        """Certain drafts: p without x and all its k + 1 neighbours; drawn ones: [p - q]+ with q dropped there."""
+        p, q, near = child.p, child.q, table[child.x[:, 0], : self.k + 1].long()
+        if q is None:
+            rest = p.scatter(1, torch.cat([child.x, near], 1), 0.0)
+        else:
+            rest = (p - q.scatter(1, near, 0.0)).clamp_min(0)
+        uniform = torch.full_like(exact, 1 / exact.shape[1])
+        return torch.where(inside.any(1, keepdim=True), normalised(rest, uniform), exact)
+
+    def _optimal(self, child: Child, table: Tensor, keep: Tensor, exact: Tensor) -> Tensor:
+        """[p - q a]+; keep: [B], a(x)."""
+        if child.q is None:  # nothing but x was ever going to be kept
+            own = (child.p.gather(1, child.x) - keep[:, None]).clamp_min(0)
+            return normalised(child.p.scatter(1, child.x, own), exact)
+        kept = torch.minimum(child.q, child.p + self._borrowed_by_all(child.p, table, child.left))
+        return normalised((child.p - kept).clamp_min(0), exact)
 
     def _borrowed_by_all(self, p: Tensor, table: Tensor, slack: Tensor) -> Tensor:
         """What every code may borrow, [B, V]: needed for `optimal` on drawn children only."""
@@ -182,8 +147,14 @@ class LanternPlusPlus(Lantern):
     bias: ClassVar[str] = "each decision's distance from the exact one; a probability is raised at most lambda times"
 
     def _check_budget(self) -> None:
-        if not self.lam >= 1 or self.lam == float("inf"):
-            raise UsageError(f"lambda = {self.lam} is not allowed: a number >= 1")
+        require(1 <= self.lam < float("inf"), "lambda", self.lam, "a number >= 1")
 
     def budget(self, px: Tensor) -> Tensor:
         return (self.lam - 1) * px
+
+
+def _paper(child: Child, near: Tensor, inside: Tensor) -> Tensor:
+    """[p~ - q]+: nothing on A, [p - q]+ elsewhere. near int64 [B, k]: the neighbours, inside bool: which are in A."""
+    p, q = child.p, child.q
+    moved = p.scatter(1, near, p.gather(1, near) * ~inside).scatter(1, child.x, 0.0)
+    return moved if q is None else (moved - q).clamp_min(0)

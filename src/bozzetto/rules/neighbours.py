@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 
 MOST = 1024
 
@@ -21,8 +21,7 @@ def nearest_codes(codebook: Tensor, k: int, *, raw: bool = False, chunk: int = 1
     tokenizer with normalised codes sees. Raises UsageError for a k that is not in 1..min(V - 1, 1024).
     """
     most = min(len(codebook) - 1, MOST)
-    if not 1 <= k <= most:
-        raise UsageError(f"k = {k} is not allowed: a whole number from 1 to {most} (the codebook has {len(codebook)})")
+    require(1 <= k <= most, "k", k, f"a whole number from 1 to {most} (the codebook has {len(codebook)})")
     codes = codebook.float() if raw else F.normalize(codebook.float(), dim=-1)
     square = codes.square().sum(-1)
     parts = []

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.chain import ChainLaw, sample_trajectory
 from bozzetto.rules.base import Noise, Rule, given, leading
 
@@ -41,10 +41,8 @@ class Pathwise(Rule):
     over: str = "token"
 
     def __post_init__(self) -> None:
-        if self.over not in ("token", "run"):
-            raise UsageError(f"over = {self.over!r} is not allowed: token, run")
-        if not 0 <= self.epsilon < float("inf"):
-            raise UsageError(f"epsilon = {self.epsilon} is not allowed: a number >= 0")
+        require(self.over in ("token", "run"), "over", self.over, "token, run")
+        require(0 <= self.epsilon < float("inf"), "epsilon", self.epsilon, "a number >= 0")
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         batch, length = draft.tokens.shape[:2]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_trajectory
 from bozzetto.laws.noise import fold, uniform
 from bozzetto.rules.base import Noise, Rule, given, leading
@@ -149,10 +149,8 @@ class Coupled(Rule):
     spread: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.depth <= 100:
-            raise UsageError(f"depth = {self.depth} is not allowed: a whole number from 1 to 100")
-        if not 0 <= self.spread <= WIDEST:
-            raise UsageError(f"spread = {self.spread} is not allowed: a number from 0 to {WIDEST}")
+        require(1 <= self.depth <= 100, "depth", self.depth, "a whole number from 1 to 100")
+        require(0 <= self.spread <= WIDEST, "spread", self.spread, f"a number from 0 to {WIDEST}")
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
         """Tokens float32 [R, D] of all R places of a law; noise and keys as in `Speculation.run`."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.rules.walk import Family, Judgement, greedy_choice, no_coin, nobody, normalised, toss, walk, without
+from bozzetto.rules.walk import Child, Family, Judgement, greedy_choice, normalised, siblings, walk
 
 _MOST = 1 << 20  # codes in a group: no model has more
 
@@ -54,22 +54,12 @@ class KeepingRule(Rule):
         return keep, rest, torch.where(dear[:, 0], 0.0, bias)
 
     def _judge(self, family: Family) -> Judgement:
-        p, q = family.p, family.q
-        pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
-        for rank in range(family.tokens.shape[1]):
-            if nobody(family.present[:, rank] & (pick < 0)):
-                break
-            x = family.tokens[:, rank]
-            law = torch.zeros_like(p).scatter_(1, x[:, None], 1.0) if q is None else q
-            keep, rest, bias = self.decide(p, law, family.depth, family.slack - spent)
-            tried = family.present[:, rank] & (law.gather(1, x[:, None])[:, 0] > 0) & (pick < 0)
-            stays, margin = toss(family.u[:, rank], keep.gather(1, x[:, None])[:, 0], tried, margin)
-            pick = torch.where(stays, rank, pick)
-            spent = torch.where(tried, spent + bias, spent)
-            failed = (tried & ~stays)[:, None]
-            p = torch.where(failed, rest, p)
-            q = q if q is None else torch.where(failed, without(q, x), q)
-        return Judgement(pick, p, spent, margin)
+        def decide(child: Child) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            q = torch.zeros_like(child.p).scatter_(1, child.x, 1.0) if child.q is None else child.q
+            keep, rest, bias = self.decide(child.p, q, family.depth, child.left)
+            return child.u, keep.gather(1, child.x)[:, 0], rest, bias
+
+        return siblings(family, decide)
 
     def _greedy(self, family: Family) -> Judgement:
         """a(x) of every child as if it had been certain."""
@@ -91,8 +81,7 @@ class Grouped(KeepingRule):
     bias: ClassVar[str] = "the exact bias of every decision; without a bound of its own"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.group <= _MOST:
-            raise UsageError(f"group = {self.group} is not allowed: a whole number from 1 to {_MOST}")
+        require(1 <= self.group <= _MOST, "group", self.group, f"a whole number from 1 to {_MOST}")
 
     def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
         vocab, below = p.shape[1], self.group // 2
@@ -127,13 +116,9 @@ class Annealed(KeepingRule):
     bias: ClassVar[str] = "the exact bias of every decision, sum [min(q, w p) - p]+"
 
     def __post_init__(self) -> None:
-        for name, value, fine, allowed in (
-            ("delta", self.delta, self.delta >= 1, "a number >= 1"),
-            ("nu", self.nu, self.nu >= 0, "a number >= 0"),
-            ("mu", self.mu, True, "a number"),
-        ):
-            if not (fine and math.isfinite(value)):
-                raise UsageError(f"{name} = {value} is not allowed: {allowed}")
+        require(1 <= self.delta < math.inf, "delta", self.delta, "a number >= 1")
+        require(0 <= self.nu < math.inf, "nu", self.nu, "a number >= 0")
+        require(math.isfinite(self.mu), "mu", self.mu, "a number")
 
     def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
         factor = max(1.0, self.delta * math.exp(-self.nu * (depth - 1) - self.mu))

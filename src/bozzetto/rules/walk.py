@@ -6,8 +6,9 @@ waits. There is no loop over images or over the nodes of the tree, and nothing i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,10 +48,52 @@ class Judgement:
     margin: Tensor
 
 
-class Judge(Protocol):
-    """A rule at one node."""
+Judge = Callable[[Family], Judgement]  # a rule at one node
 
-    def __call__(self, family: Family) -> Judgement: ...
+
+class Child(NamedTuple):
+    """A node's child when its turn comes: rank; x: int64 [B, 1], its token; p, q: as in Family, with what its elder
+    siblings have left of them; px, qx: [B], of x; u: float64 [B]; left: float32 [B], of the budget."""
+
+    rank: int
+    x: Tensor
+    p: Tensor
+    q: Tensor | None
+    px: Tensor
+    qx: Tensor
+    u: Tensor
+    left: Tensor
+
+
+# A child -> a coin float64 [B] and the chance [B] that it has to stay below, the law [B, V] after a reject, and the
+# bias [B] that the decision costs.
+Decide = Callable[[Child], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def siblings(family: Family, decide: Decide) -> Judgement:
+    """The children of a node one by one, in draw order, until one is kept."""
+    p, q = family.p, family.q
+    pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
+    for rank in range(family.tokens.shape[1]):
+        if nobody(family.present[:, rank] & (pick < 0)):
+            break
+        x = family.tokens[:, rank, None]
+        px = p.gather(1, x)[:, 0]
+        qx = torch.ones_like(px) if q is None else q.gather(1, x)[:, 0]
+        tried = family.present[:, rank] & (qx > 0) & (pick < 0)
+        coin, chance, rest, cost = decide(Child(rank, x, p, q, px, qx, family.u[:, rank], family.slack - spent))
+        stays, margin = toss(coin, chance, tried, margin)
+        pick = torch.where(stays, rank, pick)
+        spent = torch.where(tried, spent + cost, spent)
+        failed = (tried & ~stays)[:, None]
+        p, q = torch.where(failed, rest, p), q if q is None else torch.where(failed, without(q, x), q)
+    return Judgement(pick, p, spent, margin)
+
+
+def exact_rest(child: Child) -> Tensor:
+    """What the exact rule goes on with after a reject: norm([p - q]+), without the token where the draft is certain."""
+    p, q = child.p, child.q
+    return normalised(p.scatter(1, child.x, 0.0) if q is None else (p - q).clamp_min(0), p)
 
 
 def walk(draft: Draft, log_p: Tensor, noise: Noise, judge: Judge) -> Verdict:
@@ -163,8 +206,8 @@ def nobody(mask: Tensor) -> bool:
 
 
 def without(q: Tensor, token: Tensor) -> Tensor:
-    """q [B, V] without a token int64 [B], normalised (zeros where nothing is left)."""
-    rest = q.scatter(1, token[:, None], 0.0)
+    """q [B, V] without a token int64 [B, 1], normalised (zeros where nothing is left)."""
+    rest = q.scatter(1, token, 0.0)
     return rest / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
 
 

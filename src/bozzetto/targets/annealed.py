@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.targets.heads import PackedDenoiser
 
@@ -38,8 +38,7 @@ class Annealed(Generic[S]):
         length: int,
     ):
         first = head.steps
-        if not 1 <= last <= first:
-            raise UsageError(f"last_steps = {last} is not allowed: a whole number from 1 to steps = {first}")
+        require(1 <= last <= first, "last_steps", last, f"a whole number from 1 to steps = {first}")
         counts = [annealed_steps(first, last, done, length) for done in range(length)]
         made = {count: schedule(count) for count in set(counts)}
         heads = {count: (found, head.retimed(times(found))) for count, found in made.items()}

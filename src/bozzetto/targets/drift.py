@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Layers, Size
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.chain import Ancestry, Gaussian
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.runtime.dense import Dense
@@ -46,11 +46,9 @@ class DriftConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("width", 1), ("depth", 1), ("tuned", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a whole number >= {least}")
+            require(getattr(self, name) >= least, name, getattr(self, name), f"a whole number >= {least}")
         for name in ("largest", "heat"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name} = {getattr(self, name)} is not allowed: a number > 0")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number > 0")
 
     def spread(self, entropy: Tensor) -> Tensor:
         """sigma(E) (eq. 6): entropies in [0, 1] -> deviations in [0, largest]."""
@@ -63,8 +61,7 @@ class DriftModel(nn.Module):
 
     def __init__(self, base: FlowModel, config: DriftConfig):
         super().__init__()
-        if config.tuned > len(base.layers):
-            raise UsageError(f"tuned = {config.tuned} is not allowed: the body has {len(base.layers)} blocks")
+        require(config.tuned <= len(base.layers), "tuned", config.tuned, f"the body has {len(base.layers)} blocks")
         self.config, self.flow, c = config, base, base.config
         self.centre = nn.Linear(c.dim, c.token_dim)
         self.decoder = Denoiser(DenoiserConfig(c.token_dim, c.token_dim, c.dim + 1, config.width, config.depth))

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bozzetto.common.checks import Count, Steps
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.schedules import FlowSchedule, euler_schedule, flow_schedule, flow_sde_schedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.graphs import Compiler
@@ -30,8 +30,7 @@ class _Scheduled:
     norm = 0
 
     def __post_init__(self) -> None:
-        if self.norm not in (0, 1):
-            raise UsageError(f"norm = {self.norm} is not allowed: 0, 1")
+        require(self.norm in (0, 1), "norm", self.norm, "0, 1")
         _ = self.schedule  # raises UsageError
 
     @property

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Steps
-from bozzetto.errors import UsageError
+from bozzetto.errors import require
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.annealed import Annealed
@@ -41,12 +41,9 @@ class MARSampler:
     last_steps: Count = 0
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise UsageError(f"passes = {self.passes} is not allowed: a whole number >= 1")
-        if self.guidance_schedule not in _GUIDANCES:
-            raise UsageError(
-                f"guidance_schedule = {self.guidance_schedule!r} is not allowed: {' or '.join(_GUIDANCES)}"
-            )
+        require(self.passes >= 1, "passes", self.passes, "a whole number >= 1")
+        known = self.guidance_schedule in _GUIDANCES
+        require(known, "guidance_schedule", self.guidance_schedule, " or ".join(_GUIDANCES))
         diffusion_schedule(self.steps, self.noisiest)  # raises UsageError
 
     @property
@@ -59,8 +56,7 @@ class MARSampler:
 
 def check_passes(passes: int, length: int) -> None:
     """Raise UsageError for a number of passes that `length` tokens cannot be drawn in."""
-    if not 1 <= passes <= length:
-        raise UsageError(f"passes = {passes} is not allowed: a whole number from 1 to {length} (tokens)")
+    require(1 <= passes <= length, "passes", passes, f"a whole number from 1 to {length} (tokens)")
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from bozzetto.decoding.fused import FusedBatch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.rules.seed_exact import SeedExact
-from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 TINY = "tiny"  # of the tests
@@ -43,7 +43,7 @@ def causal_network(config: LlamaGenConfig, dtype: torch.dtype, device: str = "cp
         network = LlamaGen(config).to(dtype)
     network = network.to_empty(device=device)
     fill(network)
-    network.rope = rope_table(config).to(device)
+    network.rope = config.rope().to(device)
     return network.eval().requires_grad_(False)
 
 

@@ -19,7 +19,8 @@ from bozzetto.checkpoints.folders import load_target, load_tokenizer
 from bozzetto.checkpoints.states import family_of
 from bozzetto.errors import UsageError
 from bozzetto.targets import llamagen
-from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config, rope_table
+from bozzetto.targets.layers import rope_table
+from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig, published_config
 from test_llamagen_vq import published_shapes, published_state
 from toys import tiny_llamagen
 
@@ -39,7 +40,7 @@ def network(captioned: bool = False, classes: int = 3) -> LlamaGen:
 
 
 def positions(grid: int, condition_tokens: int = 1) -> Tensor:
-    return rope_table(LlamaGenConfig(*SHAPE, grid=grid), condition_tokens)
+    return rope_table(grid, LlamaGenConfig(*SHAPE).head_dim, lead=condition_tokens)
 
 
 @pytest.fixture

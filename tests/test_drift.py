@@ -21,7 +21,7 @@ from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
 from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.drift import DriftConfig, DriftModel, DriftTarget, OneStep, guided_features
-from bozzetto.targets.entropy import attention_entropy
+from bozzetto.targets.layers import attention_entropy
 from bozzetto.train.drift import anti_symmetric_force, drift_force, energy_distance, teacher_tokens
 from test_flow_model import CONFIG as FLOW
 from test_flow_model import INDEX, LABELS, TOKENS, N, inputs_at, random_flow

@@ -71,10 +71,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bozzetto.targets.layers import copied
 from bozzetto.common.checks import Grid, Layers, Size
 from bozzetto.drafters.base import gather_rows
 from bozzetto.drafters.parallel import CachedParallel
-from bozzetto.targets.llamagen_cache import copied
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.drafters.base import DraftModel, Observation
 from bozzetto.drafters.eagle import EagleLayerCache, EagleNet, Lead
 from bozzetto.drafts import Layout
+from bozzetto.targets.layers import additive
 
 
 class PromptedEagle(EagleLayerCache, DraftModel):
@@ -36,7 +35,7 @@ class PromptedEagle(EagleLayerCache, DraftModel):
         at = torch.arange(longest, device=t.device)
         seen = (at <= at[:, None]) & (at >= blank)[:, None] | (at == at[:, None])
         embedded = t.words(ids).to(t.dtype)
-        mask = torch.zeros(seen.shape, dtype=t.dtype, device=t.device).masked_fill_(~seen, -math.inf)[:, None]
+        mask = additive(seen, t.dtype)[:, None]
         place = (at - blank).clamp_min(0)
         out = t.body(inputs_embeds=embedded, position_ids=place, attention_mask=mask, use_cache=False)
         return Lead(embedded[:, 1:], out.last_hidden_state[:, :-1], longest - 1 - blank[:, 0])

@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache
 
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
-from bozzetto.targets.base import Scores, visible
-from bozzetto.targets.llamagen_cache import copied, whole_blocks
+from bozzetto.targets.base import Scores
+from bozzetto.targets.layers import additive, copied, visible, whole_blocks
 
 _WHOLE = 8  # slots of a row are a multiple of this
 _NEVER = -1e9  # a logit that no temperature makes possible; finite, so that guidance can subtract two of them
@@ -304,7 +304,7 @@ class PromptedSession:
         [R, W, reach] -> [R, W, d]."""
         first = torch.arange(self.rows, device=x.device)[:, None] * self.cache.slots
         self.cache.flat, self.cache.reach = (first + slot).flatten(), reach
-        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
+        mask = additive(seen, x.dtype)[:, None]
         cache = {self.target.cache_name: self.cache}
         out = self.target.body(inputs_embeds=x, position_ids=place, attention_mask=mask, use_cache=True, **cache)
         return out.last_hidden_state.to(x.device)

@@ -21,7 +21,7 @@ from bozzetto.drafters.gaussian import CachedGaussian, GaussianDrafter
 from bozzetto.drafts import Layout
 from bozzetto.laws.chain import Trajectory, sample_trajectory
 from bozzetto.targets.drift import DriftTarget
-from bozzetto.targets.entropy import attention_entropy
+from bozzetto.targets.layers import attention_entropy
 
 
 class CachedDrift(CachedGaussian):

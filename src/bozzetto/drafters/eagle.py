@@ -16,7 +16,6 @@ ones and begin as the identity, so that a trained drafter can be made deeper.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,9 +30,8 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.base import visible
-from bozzetto.targets.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
-from bozzetto.targets.llamagen_cache import copied, rotate_pairs
+from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, rotate_pairs, visible
+from bozzetto.targets.llamagen import LlamaGenConfig
 
 Rows = Literal["tokens", "head"]  # of the target that stand for a token
 Before = Literal["nothing", "captions", "words"]  # in the sequences that a drafter was trained on
@@ -119,7 +117,9 @@ class EagleNet(nn.Module):
         self.config = config
         self.fc = nn.Linear(2 * config.dim, config.dim)
         self.layers = nn.ModuleList(EagleLayer(config, number == 0) for number in range(config.layers))
-        self.register_buffer("rope", rope_table(_as_target(config), 0), persistent=False)  # [N, hd/2, 2]
+        self.register_buffer(
+            "rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False
+        )  # [N, hd/2, 2]
         for name, weight in self.named_parameters():
             if weight.ndim > 1:
                 nn.init.normal_(weight, std=0.02)
@@ -131,7 +131,7 @@ class EagleNet(nn.Module):
 
     def reset_rope(self) -> None:
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = rope_table(_as_target(self.config), 0)
+        self.rope = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base)
 
     @property
     def blocks(self) -> list[EagleLayer]:
@@ -176,10 +176,6 @@ def _roll_out_mask(at: Tensor, step: int) -> Tensor:
     gap = at[:, None] - at[None, :]  # query pair minus key pair
     blocks = [gap >= step - 1] + [gap == step - m for m in range(2, step + 1)]
     return torch.zeros(len(at), step * len(at), device=at.device).masked_fill(~torch.cat(blocks, 1), -torch.inf)
-
-
-def _as_target(config: EagleConfig) -> LlamaGenConfig:
-    return LlamaGenConfig(config.dim, 1, config.heads, config.vocab, config.grid, rope_base=config.rope_base)
 
 
 class _PackedEagle:
@@ -307,7 +303,7 @@ class EagleLayerCache:
 
     def _run(self, x: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
         """The same for all R rows. x [R, n, d]: embedded tokens."""
-        mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)
+        mask = additive(shown, self.dtype)
         rotation = self._turns(position)[:, :, None, None]
         h = self.fc(torch.cat([x, features], -1))
         flat = (self.first_slot + slot).flatten()

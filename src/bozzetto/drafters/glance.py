@@ -23,8 +23,7 @@ from bozzetto.drafters.base import Observation, gather_rows
 from bozzetto.drafters.parallel import CachedParallel, check_counts
 from bozzetto.errors import require
 from bozzetto.runtime.linear import TorchMap, fixed_map
-from bozzetto.targets.llamagen import RMSNorm
-from bozzetto.targets.llamagen_cache import copied
+from bozzetto.targets.layers import RMSNorm, copied
 
 TOKENS_ABOVE = (-1, 0, 1, 2)  # columns of the row above, relative to a place's own
 FEATURES_ABOVE = (0, 1, 2)  # a feature knows the tokens before its own

@@ -13,7 +13,6 @@ features f_{a+1} .. f_{a+K} at once; the target's frozen head makes draft laws o
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,7 @@ from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.base import visible
-from bozzetto.targets.llamagen import LlamaGenConfig, RMSNorm, check_heads, rope_table, rotate
-from bozzetto.targets.llamagen_cache import copied
+from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, visible
 
 
 def check_counts(config: object, *names: str) -> None:
@@ -161,14 +158,16 @@ class BlockNet(nn.Module):
         self.layers = nn.ModuleList(_BlockLayer(config) for _ in range(config.layers))
         self.before = nn.Embedding(config.vocab, config.rank)
         self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
-        self.register_buffer("rope", _rope(config), persistent=False)  # [N, hd/2, 2]
+        self.register_buffer(
+            "rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False
+        )  # [N, hd/2, 2]
         _small(self)
         nn.init.normal_(self.marks, std=0.02)
         nn.init.zeros_(self.to_logits.weight)
 
     def reset_rope(self) -> None:
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = _rope(self.config)
+        self.rope = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base)
 
     @property
     def blocks(self) -> list[_BlockLayer]:
@@ -211,10 +210,6 @@ class BlockNet(nn.Module):
     def bias(self, tokens: Tensor) -> Tensor | None:
         """Logits [..., V] that follow tokens int64 [...]."""
         return self.to_logits(self.before(tokens))
-
-
-def _rope(c: BlockConfig) -> Tensor:
-    return rope_table(LlamaGenConfig(c.dim, 1, c.heads, c.vocab, c.grid, rope_base=c.rope_base), 0)
 
 
 def _small(net: nn.Module) -> None:
@@ -353,7 +348,7 @@ class CachedBlock(CachedParallel):
         old, new = start + self.columns[:count], start + at + 1 + self.columns[: c.places]
         h = gather_rows(context, at) + net.marks
         shown = visible(self.columns, (start + at + 1)[:, 0], c.places, None)
-        mask = torch.zeros(shown.shape, dtype=self.dtype, device=self.device).masked_fill_(~shown, -math.inf)[:, None]
+        mask = additive(shown, self.dtype)[:, None]
         for layer, (keys, values) in zip(net.blocks, self.cache, strict=True):
             input_ = layer.input_layernorm(h)
             for slot, part in ((old, context), (new, input_)):

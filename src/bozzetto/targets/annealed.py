@@ -5,7 +5,7 @@ coarser chain draws them nearly as well. It is another sampler than the one with
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -22,28 +22,17 @@ def annealed_steps(first: int, last: int, done: int, length: int) -> int:
     return round(first + (last - first) * min(1.0, share))
 
 
-class Annealed(Generic[S]):
-    """Schedules and heads by how many tokens are known. head: that of the first tokens; schedule: of a number of
-    steps; times: what the head is told at the steps of a schedule; last: steps of the last token.
+def annealed(
+    head: PackedDenoiser, schedule: Callable[[int], S], times: Callable[[S], Tensor], last: int, length: int
+) -> list[tuple[S, PackedDenoiser]]:
+    """Schedule and head for tokens drawn when so many of `length` are known. head: that of the first tokens; schedule:
+    of a number of steps; times: what the head is told at the steps of a schedule; last: steps of the last token.
 
     Raises UsageError for a last number that is not from 1 to that of the first token.
     """
-
-    def __init__(
-        self,
-        head: PackedDenoiser,
-        schedule: Callable[[int], S],
-        times: Callable[[S], Tensor],
-        last: int,
-        length: int,
-    ):
-        first = head.steps
-        require(1 <= last <= first, "last_steps", last, f"a whole number from 1 to steps = {first}")
-        counts = [annealed_steps(first, last, done, length) for done in range(length)]
-        made = {count: schedule(count) for count in set(counts)}
-        heads = {count: (found, head.retimed(times(found))) for count, found in made.items()}
-        self.stages: list[tuple[S, PackedDenoiser]] = [heads[count] for count in counts]
-
-    def at(self, done: int) -> tuple[S, PackedDenoiser]:
-        """Schedule and head for tokens drawn when `done` tokens are known."""
-        return self.stages[min(done, len(self.stages) - 1)]
+    first = head.steps
+    require(1 <= last <= first, "last_steps", last, f"a whole number from 1 to steps = {first}")
+    counts = [annealed_steps(first, last, done, length) for done in range(length)]
+    made = {count: schedule(count) for count in set(counts)}
+    heads = {count: (found, head.retimed(times(found))) for count, found in made.items()}
+    return [heads[count] for count in counts]

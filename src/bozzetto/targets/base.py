@@ -59,14 +59,3 @@ class Target(Protocol):
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> Session:
         """Start a batch. labels int64 [B]; guided: also keep unconditional rows; max_width: widest later pass."""
         ...
-
-
-def visible(columns: Tensor, start: Tensor, width: int, layout: Layout | None) -> Tensor:
-    """Which cache slots each input of a pass attends to: bool [B, W, S] for columns int64 [S], start int64 [B]."""
-    after = columns - start[:, None]  # [B, S], slots counted from the start
-    if layout is None:
-        return after[:, None] <= torch.arange(width, device=columns.device)[:, None]
-    reach = layout.sees.shape[-1]
-    index = after.clamp(0, reach - 1)[:, None].expand(-1, width, -1)
-    inside = layout.sees.expand(len(start), -1, -1).gather(2, index)
-    return (after < 0)[:, None] | (inside & (after < reach)[:, None])

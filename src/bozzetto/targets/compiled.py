@@ -19,7 +19,7 @@ from bozzetto.laws.noise import gumbel_rows
 from bozzetto.runtime.graphs import Compiler, Graph
 from bozzetto.runtime.linear import fixed_map
 from bozzetto.runtime.native import HEAD_UNIT, load_kernels
-from bozzetto.targets.entropy import attention_entropy
+from bozzetto.targets.layers import attention_entropy
 from bozzetto.targets.llamagen import Block, LlamaGenConfig
 
 Caches = Sequence[Tensor]

@@ -18,12 +18,13 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.runtime.graphs import Compiler, check_mode
 from bozzetto.runtime.native import in_pairs
-from bozzetto.targets.base import Scores, visible
+from bozzetto.targets.base import Scores
 from bozzetto.targets.compiled import CausalStep, CompiledStep, TokenEmbedding, VectorEmbedding, bucket
 from bozzetto.targets.flow import FlowModel
 from bozzetto.targets.flow_cache import FlowTarget
+from bozzetto.targets.layers import visible, whole_blocks
 from bozzetto.targets.llamagen import LlamaGen
-from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget, LlamaGenTarget, whole_blocks
+from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget, LlamaGenTarget
 
 
 def compile_target(

@@ -27,10 +27,10 @@ from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.base import Scores
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
-from bozzetto.targets.entropy import attention_entropy
 from bozzetto.targets.flow import FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
-from bozzetto.targets.heads import PackedDenoiser, _HeadLaw
+from bozzetto.targets.heads import HeadLaw, PackedDenoiser
+from bozzetto.targets.layers import attention_entropy
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,22 @@ class OneStep(FlowSchedule):
         return Ancestry(zero, one, one, zero)
 
 
-class DriftLaw(_HeadLaw):
+class DriftLaw(HeadLaw):
     """Laws of the tokens at B W places: a chain of one step that maps noise to the token. features [R, W, d + 1], the
     last number the entropy; a temperature multiplies sigma."""
 
     isotropic = False
 
-    def __init__(self, head: DriftHead, features: Tensor, batch: int, guidance: float, temperature: float):
+    def __init__(self, target: DriftTarget, features: Tensor, batch: int, guidance: float, temperature: float):
         shape = (batch, features.shape[1])
         hidden, entropy = features[..., :-1], features[:batch, :, -1].float()
         if guidance != 1:
             hidden = guided_features(hidden, guidance)
         hidden, entropy = hidden.flatten(0, 1), entropy.flatten()
         condition = torch.cat([hidden, entropy[:, None].to(hidden.dtype)], -1)
-        super().__init__(head.net, condition, shape, 1.0, 1.0)
-        self.centre = head.centre(hidden).float()
-        self.spread = head.config.spread(entropy)[:, None] * temperature
+        super().__init__(target.head, condition, shape, 1.0, 1.0)
+        self.centre = target.centre(hidden).float()
+        self.spread = target.model.config.spread(entropy)[:, None] * temperature
         self.ancestry = OneStep().ancestry(features.device)
 
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
@@ -160,19 +160,10 @@ class DriftLaw(_HeadLaw):
         return Gaussian(token, token.new_zeros(len(token), 1))
 
 
-class DriftHead:
-    """The centre's map and the decoder, ready for decoding."""
-
-    @torch.no_grad()
-    def __init__(self, model: DriftModel, dtype: torch.dtype):
-        self.config, self.centre = model.config, Dense.of(model.centre, dtype)
-        self.net = PackedDenoiser(model.decoder, torch.zeros(1), dtype)
-
-
 class DriftTarget(FlowTarget):
     """A drift model ready to decode: a flow target whose passes also measure the entropy, with another law."""
 
-    drift: DriftHead
+    centre: Dense
 
     @torch.no_grad()
     def __init__(self, model: DriftModel, dtype: torch.dtype = torch.float32):
@@ -185,8 +176,8 @@ class DriftTarget(FlowTarget):
 
     @torch.no_grad()
     def use_head(self, net: Denoiser, sampler: FlowSampler) -> None:
-        self.drift = DriftHead(self.model, self.dtype)
-        self.head = self.drift.net
+        self.centre = Dense.of(self.model.centre, self.dtype)
+        self.head = PackedDenoiser(self.model.decoder, torch.zeros(1), self.dtype)
         self.head.compiled = self.narrow
         self.sample_with(sampler)
 
@@ -200,4 +191,4 @@ class DriftTarget(FlowTarget):
     def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
         """features [R, W, d + 1], [cond; uncond] rows where guidance is not 1."""
         batch = len(features) if guidance == 1 else len(features) // 2
-        return DriftLaw(self.drift, features, batch, guidance, temperature)
+        return DriftLaw(self, features, batch, guidance, temperature)

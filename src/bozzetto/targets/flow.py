@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Grid, Layers, Size
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
-from bozzetto.targets.llamagen import Block, ClassEmbedding, LlamaGenConfig, RMSNorm, rope_table
+from bozzetto.targets.layers import RMSNorm
+from bozzetto.targets.llamagen import Block, ClassEmbedding, LlamaGenConfig
 
 TIME_SCALE = 1000.0  # the denoiser's times run from 0 to 1000
 
@@ -72,7 +73,7 @@ class FlowModel(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Block(body, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, body.norm_eps)
-        self.register_buffer("rope", rope_table(body), persistent=False)
+        self.register_buffer("rope", body.rope(), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -82,7 +83,7 @@ class FlowModel(nn.Module):
 
     def reset_rope(self) -> None:
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = rope_table(self.config.body)
+        self.rope = self.config.body.rope()
 
     def each_block(self) -> Iterator[Block]:
         """The layers in turn, typed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from bozzetto.errors import require
 from bozzetto.laws.schedules import FlowSchedule, euler_schedule, flow_schedule, flow_sde_schedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.graphs import Compiler
-from bozzetto.targets.annealed import Annealed
+from bozzetto.targets.annealed import annealed
 from bozzetto.targets.base import Scores
 from bozzetto.targets.compiled_head import CompiledNarrow
 from bozzetto.targets.denoiser import Denoiser
@@ -92,7 +93,7 @@ class Sampled:
 
     tokens = "vectors"
     narrow: Any = None
-    stages: Annealed[FlowSchedule] | None = None
+    stages: Sequence[tuple[FlowSchedule, PackedDenoiser]] = ()  # by known tokens, where steps grow fewer
     time_scale = TIME_SCALE
     length: int
     dtype: torch.dtype
@@ -119,17 +120,17 @@ class Sampled:
         """Sample the head in another way; weights are shared."""
         self.sampler, self.schedule = sampler, sampler.schedule
         self.head = self.head.retimed(self.schedule.time * self.time_scale)
-        self.stages = None
+        self.stages = ()
         if sampler.last_steps:
             at = (sampler.with_steps, lambda schedule: schedule.time * self.time_scale)
-            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
+            self.stages = annealed(self.head, *at, sampler.last_steps, self.length)
 
     def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
         """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1; done:
         tokens that are known."""
         rows, width = features.shape[:2]
         batch = rows if guidance == 1 else rows // 2
-        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
+        schedule, head = self.stages[min(done, self.length - 1)] if self.stages else (self.schedule, self.head)
         return FlowLaw(schedule, head, features.flatten(0, 1), (batch, width), guidance, temperature)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,34 +27,26 @@ _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be rea
 _FEW_ROWS, _SMALL_WIDTH = 12, 512
 
 
-class _Block(NamedTuple):
-    """A residual block's narrow layers: gain and bias of its norm, its two linear maps."""
-
-    gain: Tensor
-    bias: Tensor
-    up: Dense
-    down: Dense
-
-
 class _Narrow:
     """A denoiser's narrow layers in one dtype; tokens go in and predictions come out in float32."""
 
     def __init__(self, net: Denoiser, dtype: torch.dtype):
         self.width, self.dtype = net.config.width, dtype
         self.input, self.output = (Dense.of(part, torch.float32) for part in (net.input_proj, net.final_layer.linear))
-        self.blocks = []
+        self.blocks: list[tuple[Tensor, Tensor, Dense, Dense]] = []  # gain and bias of the norm, the two linear maps
         for block in net.blocks:
             gain, bias = block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)
-            self.blocks.append(_Block(gain, bias, *(Dense.of(layer, dtype) for layer in block.linears)))
+            up, down = (Dense.of(layer, dtype) for layer in block.linears)
+            self.blocks.append((gain, bias, up, down))
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         """As `PackedDenoiser.__call__`."""
         shape, parts = (self.width,), modulation.to(self.dtype).split(self.width, -1)
         x = self.input(x).to(self.dtype)  # copies of a token part in the first block
-        for i, block in enumerate(self.blocks):
+        for i, (gain, bias, up, down) in enumerate(self.blocks):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
-            h = torch.addcmul(shift, F.layer_norm(x, shape, block.gain, block.bias, LN_EPS), scale)
-            x = torch.addcmul(x, gate, block.down(block.up.silu(h)))
+            h = torch.addcmul(shift, F.layer_norm(x, shape, gain, bias, LN_EPS), scale)
+            x = torch.addcmul(x, gate, down(up.silu(h)))
         shift, scale = parts[-2:]
         return self.output(torch.addcmul(shift, F.layer_norm(x, shape, eps=LN_EPS), scale).float())
 
@@ -114,7 +105,7 @@ class PackedDenoiser:
         return (self.compiled or self)(x, modulation)
 
 
-class _HeadLaw(ChainLaw):
+class HeadLaw(ChainLaw):
     """What flow and diffusion heads share: conditions, guidance, counting.
 
     condition: [copies B W, C], [cond; uncond] rows under guidance; shape: (B, W); guidance: float, or float32 [B W], a
@@ -177,7 +168,7 @@ def _ancestry(schedule: FlowSchedule | DiffusionSchedule, device: torch.device) 
     return schedule.ancestry(device)
 
 
-class FlowLaw(_HeadLaw):
+class FlowLaw(HeadLaw):
     """Laws of a flow head: deviations are fixed."""
 
     def __init__(self, schedule: FlowSchedule, *args: object):
@@ -207,7 +198,7 @@ def flow_coefficients(schedule: FlowSchedule, temperature: float, device: torch.
     return torch.stack(parts, 1).float().to(device)
 
 
-class DiffusionLaw(_HeadLaw):
+class DiffusionLaw(HeadLaw):
     """Laws of a diffusion head with learned variances (`diffusion_schedule`), as MAR samples it: the mean follows the
     guided noise, the variance the conditional rows; the last step adds no noise."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Base, Count, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError
+from bozzetto.targets.layers import RMSNorm, check_heads, rope_table, rotate
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,9 @@ class LlamaGenConfig:
         """Tokens per image, N."""
         return self.grid * self.grid
 
-
-def check_heads(dim: int, heads: int) -> None:
-    """Raise UsageError where heads do not divide dim into fours: two directions, each turned in pairs."""
-    if heads < 1 or dim < 1 or dim % (4 * heads):
-        raise UsageError(f"dim = {dim} with heads = {heads} is not allowed: dim must be a multiple of 4 heads")
+    def rope(self) -> Tensor:
+        """The table of rotations [T + N, head_dim / 2, 2]; those of the condition are zero."""
+        return rope_table(self.grid, self.head_dim, self.rope_base, self.condition_tokens)
 
 
 # Published sizes: dim, layers, heads.
@@ -98,43 +98,6 @@ def published_config(size: str, grid: int = 16, captioned: bool = False) -> Llam
     return replace(config, classes=0, condition_tokens=120, caption_dim=2048) if captioned else config
 
 
-def rope_table(config: LlamaGenConfig, condition_tokens: int | None = None) -> Tensor:
-    """Rotations [condition_tokens + grid^2, head_dim / 2, 2] as (cos, sin); condition rows are zero.
-
-    The first half of the frequencies turns with the row, the second with the column. condition_tokens: the config's, or
-    this many.
-    """
-    if condition_tokens is None:
-        condition_tokens = config.condition_tokens
-    half = config.head_dim // 2
-    frequency = 1.0 / config.rope_base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
-    angle = torch.outer(torch.arange(config.grid).float(), frequency)  # [grid, head_dim/4]
-    by_row = angle[:, None].expand(config.grid, config.grid, -1)
-    by_column = angle[None, :].expand(config.grid, config.grid, -1)
-    angles = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)  # [grid^2, head_dim/2]
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.cat([torch.zeros(condition_tokens, *table.shape[1:]), table])
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate interleaved pairs. x [..., H, hd]; rotation broadcastable [..., 1, hd/2, 2]. Computed in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times a learned gain."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention with fused qkv; V is not rotated."""
 
@@ -158,33 +121,24 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, config: LlamaGenConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn, bias=False)
-        self.w2 = nn.Linear(config.ffn, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block; its second half is SwiGLU, w2(silu(w1 x) * w3 x)."""
+
+    feed_forward: Any
 
     def __init__(self, config: LlamaGenConfig, dropout: float):
         super().__init__()
         self.attention = Attention(config, 0.0)
-        self.feed_forward = FeedForward(config)
+        sizes = {"w1": (config.dim, config.ffn), "w3": (config.dim, config.ffn), "w2": (config.ffn, config.dim)}
+        self.feed_forward = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.drop(self.attention(self.attention_norm(x), rotation, mask))
-        return x + self.drop(self.feed_forward(self.ffn_norm(x)))
+        f, h = self.feed_forward, self.ffn_norm(x)
+        return x + self.drop(f.w2(F.silu(f.w1(h)) * f.w3(h)))
 
 
 class ClassEmbedding(nn.Module):
@@ -199,32 +153,22 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]
 
 
-class CaptionProjection(nn.Module):
-    """fc2(gelu(fc1 x)), no biases."""
-
-    def __init__(self, config: LlamaGenConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
-        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class CaptionEmbedding(nn.Module):
     """Features of a text encoder, or the stored ones of no caption, as condition tokens."""
 
     uncond_embedding: Tensor  # [T, caption_dim]
+    cap_proj: Any
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
-        self.cap_proj = CaptionProjection(config)
+        sizes = {"fc1": (config.caption_dim, config.dim), "fc2": (config.dim, config.dim)}
+        self.cap_proj = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
         shape = (config.condition_tokens, config.caption_dim)
         self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, caption_dim] -> [B, T, d]."""
-        return self.cap_proj(features)
+        return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
 
 
 def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,13 +209,13 @@ class LlamaGen(nn.Module):
         self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
-        self.register_buffer("rope", rope_table(config), persistent=False)
+        self.register_buffer("rope", config.rope(), persistent=False)
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
 
     def reset_rope(self) -> None:
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = rope_table(self.config)
+        self.rope = self.config.rope()
 
     def each_block(self) -> Iterator[Block]:
         """The layers in turn, typed."""

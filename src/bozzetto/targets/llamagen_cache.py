@@ -10,7 +10,6 @@ Weights are laid out once, w1 and w3 side by side. Keys and values of a layer ar
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -23,8 +22,8 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.base import Scores, visible
-from bozzetto.targets.entropy import attention_entropy
+from bozzetto.targets.base import Scores
+from bozzetto.targets.layers import additive, attention_entropy, copied, rotate_pairs, visible, whole_blocks
 from bozzetto.targets.llamagen import Block, CaptionEmbedding, LlamaGen, LlamaGenConfig, caption_sight
 
 Table = tuple[Tensor, Tensor]  # keys and values of a layer, a row per slot of every sequence: [R S, d] each
@@ -188,7 +187,7 @@ class CausalSession:
     def _fill(self, x: Tensor, sight: Tensor) -> Tensor:
         """Run the condition tokens before the last one, x [R, T - 1, d], through the layers; what each attends to is
         sight, bool [B, 1, T - 1, T - 1]. Returns their states [R, T - 1, d], before the final norm."""
-        bias = copied(_bias(sight, self.target.dtype), self.copies)
+        bias = copied(additive(sight, self.target.dtype), self.copies)
         rotation = self.target.rope[:1].expand(self.lead, -1)[None, :, None, None]  # zeros
         flat = (self.first_slot + self.columns[: self.lead]).flatten()
         for number, layer in enumerate(self.target.layers):
@@ -209,7 +208,7 @@ class CausalSession:
         seen = visible(columns, start, inputs.shape[1], layout)[:, None]  # [B, 1, W, reach]
         if self.open is not None:  # every input sees itself, even where the caption is empty
             seen = seen & self.open[:, None, None, :reach] | (slot[..., None] == columns)[:, None]
-        mask = _bias(seen, t.dtype)
+        mask = additive(seen, t.dtype)
         x = t.embed(inputs, position)
         if self.copies > 1:
             slot, position, x, mask = (copied(part, self.copies) for part in (slot, position, x, mask))
@@ -279,24 +278,3 @@ class CausalSession:
 
     def _kept(self, part: Tensor, rows: Tensor) -> Tensor:
         return part.unflatten(0, (self.rows, self.slots))[rows].flatten(0, 1)
-
-
-def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where attention is allowed, minus infinity elsewhere."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
-
-
-def copied(part: Tensor, copies: int) -> Tensor:
-    """The batch `copies` times, one after another."""
-    return part.repeat(copies, *[1] * (part.ndim - 1))
-
-
-def whole_blocks(columns: int, most: int, block: int = 64) -> int:
-    """Columns rounded up to whole blocks: few distinct shapes, at most `most`."""
-    return min(most, -(-columns // block) * block)
-
-
-def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
-    """`llamagen.rotate` as one complex product. x [..., hd]; rotation complex64, broadcastable to [..., hd/2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

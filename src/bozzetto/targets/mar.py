@@ -10,6 +10,7 @@ Tokens are scaled latents of an autoencoder (autoencoders/latents.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,60 +63,34 @@ def published_mar(size: str) -> MARConfig:
     return MARConfig(*SHAPES[size])
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention over everything, fused qkv with biases."""
+class ViTBlock(nn.Module):
+    """A pre-norm vision transformer block: attention over everything, fused qkv with biases; fc2(gelu(fc1 x))."""
+
+    attn: Any
+    mlp: Any
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # without dropout: with it, no fused kernel on the CPU
-        return F.dropout(self.proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    """fc2(gelu(fc1 x))."""
-
-    def __init__(self, dim: int, dropout: float):
-        super().__init__()
-        self.dropout = dropout
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(hidden), self.dropout, self.training)
-
-
-class ViTBlock(nn.Module):
-    """A pre-norm vision transformer block."""
-
-    def __init__(self, dim: int, heads: int, dropout: float):
-        super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=_EPS)
-        self.attn = SelfAttention(dim, heads, dropout)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=_EPS)
-        self.mlp = FeedForward(dim, dropout)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class DiffusionHead(nn.Module):
-    """Holds the denoiser under its published name, `diffloss.net`."""
-
-    def __init__(self, config: DenoiserConfig):
-        super().__init__()
-        self.net = Denoiser(config)
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # without dropout: with it, no fused kernel on the CPU
+        x = x + self._drop(self.attn.proj(mixed.transpose(1, 2).flatten(2)))
+        return x + self._drop(self.mlp.fc2(self._drop(F.gelu(self.mlp.fc1(self.norm2(x))))))
 
 
 class MAR(nn.Module):
     """The network."""
+
+    diffloss: Any
 
     def __init__(self, config: MARConfig, dropout: float = 0.0):
         super().__init__()
@@ -135,7 +110,7 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(dim, eps=_EPS)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, config.length, dim))
         self._initialise()
-        self.diffloss = DiffusionHead(config.denoiser)
+        self.diffloss = nn.ModuleDict({"net": Denoiser(config.denoiser)})  # its published name
 
     def _initialise(self) -> None:
         for module in self.modules():

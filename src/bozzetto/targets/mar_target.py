@@ -20,7 +20,7 @@ from bozzetto.common.checks import Count, Steps
 from bozzetto.errors import require
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.annealed import Annealed
+from bozzetto.targets.annealed import annealed
 from bozzetto.targets.heads import DiffusionLaw, PackedDenoiser
 from bozzetto.targets.mar import MAR, ViTBlock
 
@@ -68,7 +68,7 @@ class _Block:
     """A pre-norm transformer block's weights in the compute dtype."""
 
     def __init__(self, block: ViTBlock, dtype: torch.dtype):
-        self.heads = block.attn.heads
+        self.heads = block.heads
         self.norm1, self.norm2 = (_weights(part, dtype) for part in (block.norm1, block.norm2))
         maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         self.qkv, self.proj, self.fc1, self.fc2 = (Dense.of(part, dtype) for part in maps)
@@ -132,15 +132,14 @@ class MARTarget:
     def _sample_with(self, sampler: MARSampler) -> None:
         self.sampler, self.schedule = sampler, sampler.schedule
         self.counts(sampler.passes)
-        self.stages: Annealed[DiffusionSchedule] | None = None
+        self.stages: list[tuple[DiffusionSchedule, PackedDenoiser]] = []  # by known tokens, where steps grow fewer
         if sampler.last_steps:
             at = (sampler.with_steps, lambda schedule: schedule.time)
-            self.stages = Annealed(self.head, *at, sampler.last_steps, self.length)
+            self.stages = annealed(self.head, *at, sampler.last_steps, self.length)
 
     def use_compiled(self, narrow: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Let serial calls of the head run compiled layers."""
-        every = [] if self.stages is None else [head for _, head in self.stages.stages]
-        for head in (self.head, *every):
+        for head in (self.head, *(head for _, head in self.stages)):
             head.compiled = narrow
 
     def counts(self, passes: int) -> list[int]:
@@ -194,5 +193,5 @@ class MARTarget:
     ) -> DiffusionLaw:
         """Laws of the tokens at places. features [copies B W, dim]; shape: (B, W); guidance: one scale, or float32
         [B W]; done: tokens that are known."""
-        schedule, head = (self.schedule, self.head) if self.stages is None else self.stages.at(done)
+        schedule, head = self.stages[min(done, self.length - 1)] if self.stages else (self.schedule, self.head)
         return DiffusionLaw(schedule, head, features, shape, guidance, temperature)

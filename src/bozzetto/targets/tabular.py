@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bozzetto.drafts import Layout
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.targets.base import Scores, visible
+from bozzetto.targets.base import Scores
+from bozzetto.targets.layers import visible
 
 
 class TabularTarget:

@@ -28,7 +28,7 @@ from bozzetto.decoding.loop import EagerBatch
 from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 METHODS = {"none": ("none", "seed-exact"), "jacobi": ("jacobi", "seed-exact"), "jacobi/exact": ("jacobi", "exact")}

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,10 +27,9 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
-from bozzetto.methods.registry import make_rule
+from bozzetto.methods.table import make_rule
 from bozzetto.rules import exact, traversal, walk
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
 
 VOCAB, LAWS, ROUNDS = 8, 5, 30
@@ -137,7 +136,9 @@ class _Node:
         log_p = self.log_p.repeat(cases, 1)[:, None].expand(-1, self.children + 1, -1)
         slack = None if self.slack is None else torch.full((len(tokens),), self.slack)
         with monotone_redraws():
-            return self.rule.verify(draft, log_p, Noise(torch.zeros_like(log_p), uniforms, slack))
+            return self.rule.verify(
+                draft, log_p, Noise(torch.zeros_like(log_p), uniforms, slack, neighbours=near(self.rule))
+            )
 
     def bisected(self) -> tuple[Tensor, Tensor]:
         """Probability of keeping each child once the earlier ones were refused, float64 [T, C], and the law of the
@@ -185,13 +186,10 @@ def _drawn(q: Tensor, tuples: Tensor) -> Tensor:
     return chance
 
 
-def toy_rule(spec: str) -> Rule:
-    """A rule with the neighbours of a random codebook, if it needs them."""
-    rule = make_rule(spec)
-    if isinstance(rule, Lantern):
-        codebook = torch.randn(VOCAB, 4, generator=torch.Generator().manual_seed(7))
-        rule = replace(rule, neighbours=nearest_codes(codebook, rule.columns))
-    return rule
+def near(rule: Rule) -> Tensor | None:
+    """The neighbours of a random codebook, if the rule needs them."""
+    codebook = torch.randn(VOCAB, 4, generator=torch.Generator().manual_seed(7))
+    return nearest_codes(codebook, rule.columns) if rule.columns else None
 
 
 def toy_laws(number: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +205,7 @@ def measure(specs: Sequence[str] = RULES) -> list[dict[str, Any]]:
     p, q = (torch.stack(laws) for laws in zip(*map(toy_laws, range(LAWS)), strict=True))
     rows = []
     for spec in specs:
-        rule = toy_rule(spec)
+        rule = make_rule(spec)
         row: dict[str, Any] = {"rule": spec}
         for name, children, certain in SETTINGS:
             row[name] = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +20,8 @@ from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import make_drafter, make_rule, read_shape, with_neighbours
+from bozzetto.methods.shapes import read_shape
+from bozzetto.methods.table import make_drafter, make_rule
 from hf_toys import GRID, IMAGE, LINED, NEGATIVE, PROMPTS
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop
@@ -232,15 +232,11 @@ def greedy(family: str, label: int, guidance: float) -> list[int]:
     return greedy_emu3(label, guidance) if family == "emu3" else greedy_alone(family, label, guidance)
 
 
-def table_of(target: PromptedCodes) -> Callable[[int], Tensor]:
+def table_of(target: PromptedCodes, columns: int) -> Tensor:
     """Any table of neighbours in which an end of line has none but itself."""
-
-    def table(columns: int) -> Tensor:
-        near = (torch.arange(target.vocab)[:, None] + torch.arange(1, columns + 1)) % hf_toys.CODES
-        near[hf_toys.CODES :] = hf_toys.CODES
-        return near
-
-    return table
+    near = (torch.arange(target.vocab)[:, None] + torch.arange(1, columns + 1)) % hf_toys.CODES
+    near[hf_toys.CODES :] = hf_toys.CODES
+    return near
 
 
 def decoder_of(family: str, drafter: str, rule: str, law: LawSettings) -> EagerBatch:
@@ -253,7 +249,8 @@ def decoder_of(family: str, drafter: str, rule: str, law: LawSettings) -> EagerB
         made: Any = TreeDrafter("eagle", PromptedEagle(net, target), read_shape("chain-3"))
     else:
         made = make_drafter(drafter, 4)
-    return EagerBatch(target, made, with_neighbours(make_rule(rule), table_of(target)), law)
+    judge = make_rule(rule)
+    return EagerBatch(target, made, judge, law, neighbours=table_of(target, judge.columns))
 
 
 METHODS = [

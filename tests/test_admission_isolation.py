@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bozzetto import load
-from bozzetto.decoding.fused_kind import spelled
+from bozzetto.common.written import spelled
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.scheduler import DONE, DRAWING, FAILED, Scheduler
 from bozzetto.errors import UsageError
+from bozzetto.methods.table import read_drafter
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.settings import GenerateSettings
 
@@ -121,5 +122,8 @@ def test_a_lane_that_cannot_be_made_again_fails_its_own_images_only(
 
 def test_one_drafter_has_one_lane_however_it_is_spelled() -> None:
     spellings = ("jacobi:fill=glance:fresh=2", "jacobi:fresh=002:fill=glance", "jacobi:fill=glance:fresh=2:places=8")
-    assert {spelled(text) for text in spellings} == {"jacobi:fill=glance:fresh=2"}
-    assert spelled("jacobi:fill=glance:fresh=00") == "jacobi:fill=glance" and spelled("none") == "none"
+    assert {spelled(read_drafter(text)) for text in spellings} == {"jacobi:fill=glance:fresh=2"}
+    assert (
+        spelled(read_drafter("jacobi:fill=glance:fresh=00")) == "jacobi:fill=glance"
+        and spelled(read_drafter("none")) == "none"
+    )

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from bozzetto.decoding.loop import EagerBatch
-from bozzetto.drafts import Layout
+from bozzetto.drafts import VECTORS, Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
-from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.methods.table import make_drafter, make_rule, read_drafter
 from bozzetto.runtime.graphs import check_mode
 from bozzetto.targets.compiled import bucket
 from bozzetto.targets.compiled_cache import CompiledSession, compile_target
@@ -203,8 +202,8 @@ def test_vectors_are_those_of_the_eager_target(
 ) -> None:
     drawn = []
     for target in _pair(flow_network, "max"):
-        made = make_path_drafter(drafter, 4, target, lambda folder: None)  # type: ignore[arg-type, return-value]
-        decoder = EagerBatch(target, made, make_path_rule(rule), LawSettings(guidance=2.0))
+        made = read_drafter(drafter, VECTORS).make(4, None, None, target)
+        decoder = EagerBatch(target, made, make_rule(rule, VECTORS), LawSettings(guidance=2.0))
         drawn.append(decoder.run(torch.arange(3), 7, torch.arange(3)).tokens)
     assert torch.allclose(*drawn, atol=1e-3)
 

@@ -50,7 +50,7 @@ def test_auto_takes_the_familys_exact_method_and_a_drafter_or_rule_alone_finds_i
 ) -> None:
     def chosen(pipe: Pipeline, **options: str) -> tuple[str, str]:
         settings = pipe.resolve(bozzetto.GenerateSettings(**options))
-        return settings.drafter, settings.rule
+        return settings.drafter.text, settings.rule.text
 
     assert chosen(flow) == ("jacobi", "chains")
     assert chosen(flow, drafter="none") == chosen(flow, drafter="none", rule="seed-exact") == ("none", "plain")

@@ -24,7 +24,7 @@ from bozzetto.adapters.prompted import cache_argument
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.methods.table import make_drafter, make_rule
 from hf_toys import GRID, NEGATIVE, PROMPTS
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop

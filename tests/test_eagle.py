@@ -17,11 +17,12 @@ from bozzetto.drafters.base import Observation
 from bozzetto.drafters.eagle import CachedEagle, EagleNet, eagle_config
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.drafters.tree import TreeDrafter
-from bozzetto.drafts import Layout, Verdict
+from bozzetto.drafts import CODES, Layout, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import RULES, make_rule, read_shape, with_neighbours
+from bozzetto.methods.shapes import read_shape
+from bozzetto.methods.table import RULES, make_rule
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from toys import PLAIN, decode, tiny_llamagen
@@ -182,22 +183,22 @@ def test_seed_exact_trees_give_the_sequential_tokens(tree: str, guided: bool) ->
 
 METHODS = [
     (rule, tree)
-    for rule, kind in RULES.items()
+    for (tokens, rule), kind in RULES.items()
     for tree in ("chain-4", "mc-sim-25", "dynamic-12-3-4")
-    if (kind.trees or tree == "chain-4") and not (kind.needs_hidden and tree.startswith("dynamic"))
+    if tokens == CODES and (kind.trees or tree == "chain-4") and not (kind.needs_hidden and tree.startswith("dynamic"))
 ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 @pytest.mark.parametrize(("rule", "tree"), METHODS)
 def test_every_rule_decodes_with_the_drafter(rule: str, tree: str, temperature: float) -> None:
-    kind = RULES[rule]
+    kind = RULES[CODES, rule]
     codebook = torch.randn(C.vocab, 4, generator=torch.Generator().manual_seed(2))
     options = ":k=4" if "lantern" in rule else ""
-    made = with_neighbours(make_rule(rule + options), lambda columns: nearest_codes(codebook, columns))
+    made, near = make_rule(rule + options), nearest_codes(codebook, 4)
     settings = LawSettings(guidance=2.0, temperature=temperature, top_k=6)
-    whole = EagerBatch(TARGET, drafter(tree), made, settings).run(LABELS, 0, torch.arange(3))
-    alone = EagerBatch(TARGET, drafter(tree), made, settings).run(LABELS[1:2], 0, torch.tensor([1]))
+    whole = EagerBatch(TARGET, drafter(tree), made, settings, neighbours=near).run(LABELS, 0, torch.arange(3))
+    alone = EagerBatch(TARGET, drafter(tree), made, settings, neighbours=near).run(LABELS[1:2], 0, torch.tensor([1]))
     assert bool(((whole.tokens >= 0) & (whole.tokens < C.vocab)).all())
     assert torch.equal(whole.tokens[1:2], alone.tokens)
     assert bool((whole.passes <= C.length).all())

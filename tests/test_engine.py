@@ -8,9 +8,9 @@ import torch
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Start
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import CODES, Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import DRAFTERS, RULES, make_drafter, make_rule
+from bozzetto.methods.table import DRAFTERS, RULES, make_drafter, make_rule, named
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, decode, tiny_llamagen
@@ -112,6 +112,7 @@ class Oracle:
     """A drafter that knows the answer: every pass is accepted whole."""
 
     name, max_nodes, max_depth, wants_features = "oracle", 2, 2, False
+    draws_fixed = False
 
     def __init__(self, answer: torch.Tensor):
         self.answer = answer
@@ -156,8 +157,8 @@ def test_an_empty_batch_has_no_events() -> None:
 
 def test_the_registry_is_immutable_and_names_what_it_allows() -> None:
     with pytest.raises(TypeError):
-        RULES["new"] = RULES["exact"]
-    for make, table in ((make_rule, RULES), (lambda name: make_drafter(name, 2), DRAFTERS)):
+        RULES[CODES, "new"] = RULES[CODES, "exact"]
+    for make, table in ((make_rule, named(RULES, CODES)), (lambda name: make_drafter(name, 2), named(DRAFTERS, CODES))):
         with pytest.raises(ValueError, match="nonsense") as caught:
             make("nonsense")
         assert all(name in str(caught.value) for name in table)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import CODES, Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import RULES
+from bozzetto.methods.table import RULES
 from bozzetto.rules.base import Noise
 from bozzetto.rules.traversal import Traversal
 from bozzetto.rules.tree import TreeRejection
@@ -35,7 +35,7 @@ SETTINGS = [
 
 
 def fitting(rule: str, tree: str) -> bool:
-    return RULES[rule].trees or (tree.startswith("chain") and ("stop" not in tree or rule == "block"))
+    return RULES[CODES, rule].trees or (tree.startswith("chain") and ("stop" not in tree or rule == "block"))
 
 
 CASES = [(rule, tree) for rule in EXACT_RULES for tree in SHAPES if fitting(rule, tree)]
@@ -95,7 +95,7 @@ def test_the_law_holds_when_every_draft_is_rejected(rule: str, tree: str) -> Non
         assert int(result.accepted.sum()) == 0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in EXACT_RULES if RULES[rule].trees])
+@pytest.mark.parametrize("rule", [rule for rule in EXACT_RULES if RULES[CODES, rule].trees])
 def test_a_tree_that_covers_the_support_always_finds_a_child(rule: str) -> None:
     """Two tokens are possible and both are drafted: the residual of the last sibling is empty."""
     two = LawSettings(top_k=2)

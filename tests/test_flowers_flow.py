@@ -53,5 +53,5 @@ def test_pathwise_at_float_rounding_gives_the_sequential_pixels_with_fewer_passe
 
 def test_the_default_method_is_exact_and_saves_passes(flow: Pipeline) -> None:
     result = flow.generate(["rose"], seed=1, window=8)
-    assert (result.settings.drafter, result.settings.rule) == ("jacobi", "chains")
+    assert result.settings.method == "jacobi/chains"
     assert result.tokens_per_pass > 1.2

@@ -133,12 +133,12 @@ def test_every_rule_reads_a_hosted_model(checkpoints: dict[str, Path], family: s
     pipe = load(checkpoints, family)
     for drafter, rule in (("jacobi", "exact"), ("none", "lantern:k=3")):
         pipe.generate(["a dog"], rule=rule, drafter=drafter)
-    assert pipe.workshop.neighbours(3).shape == (pipe.target.vocab, 3)
+    assert pipe.resources.neighbours(3).shape == (pipe.target.vocab, 3)
 
 
 @pytest.mark.parametrize("family", hf_toys.LINED)
 def test_an_end_of_line_is_nobodys_neighbour_but_its_own(checkpoints: dict[str, Path], family: str) -> None:
-    near = load(checkpoints, family).workshop.neighbours(7)
+    near = load(checkpoints, family).resources.neighbours(7)
     assert bool((near[: hf_toys.CODES] < hf_toys.CODES).all()) and bool((near[hf_toys.CODES :] == hf_toys.CODES).all())
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bozzetto.errors import UsageError
-from bozzetto.methods.workshop import TargetWorkshop, kept_neighbours
-from bozzetto.pipeline.hosted import HostedWorkshop
+from bozzetto.methods.resources import Resources, kept_neighbours
+from bozzetto.pipeline.hosted import HostedResources
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.runtime import graphs, kept, native
 from bozzetto.runtime.graphs import Compiler
@@ -190,8 +190,8 @@ def test_a_graph_that_cannot_be_unpacked_is_no_traceback(tmp_path: Path, monkeyp
 # Neighbours.
 
 
-def workshop(folder: Path | None, codes: torch.Tensor = CODES) -> TargetWorkshop:
-    return TargetWorkshop(SimpleNamespace(device=torch.device("cpu"), vocab=45), codes, folder)  # type: ignore[arg-type]
+def workshop(folder: Path | None, codes: torch.Tensor = CODES) -> Resources:
+    return Resources(SimpleNamespace(device=torch.device("cpu"), vocab=45), codes, folder)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["cut", "permuted", "of another model"])
@@ -221,19 +221,19 @@ def test_a_table_is_kept_for_the_next_run_and_not_beside_the_model(
     monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     first = workshop(tmp_path / "model").neighbours(5)
-    monkeypatch.setattr("bozzetto.methods.workshop.nearest_codes", None)
+    monkeypatch.setattr("bozzetto.methods.resources.nearest_codes", None)
     assert torch.equal(workshop(tmp_path / "model").neighbours(5), first)
     assert list((tmp_path / "model").iterdir()) == []
 
 
 @NO_ROOM
-@pytest.mark.parametrize("kind", [TargetWorkshop, HostedWorkshop])
+@pytest.mark.parametrize("kind", [Resources, HostedResources])
 def test_neighbours_need_no_folder_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, kind: type[TargetWorkshop]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, kind: type[Resources]
 ) -> None:
     monkeypatch.setenv("BOZZETTO_CACHE", str(no_room(tmp_path / "cache", way)))
     target = SimpleNamespace(device=torch.device("cpu"), vocab=40)
-    made_here = kind(target, CODES) if kind is HostedWorkshop else workshop(None)  # type: ignore[arg-type, call-arg]
+    made_here = kind(target, CODES) if kind is HostedResources else workshop(None)  # type: ignore[arg-type, call-arg]
     assert torch.equal(made_here.neighbours(7), nearest_codes(CODES, 39)[:, :7])
 
 

@@ -13,7 +13,7 @@ from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.laws.categorical import LawSettings, coin_margin
-from bozzetto.methods.registry import make_rule
+from bozzetto.methods.table import make_rule
 from bozzetto.targets.tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, decode, sketched
 

@@ -19,8 +19,9 @@ from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStep
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
+from bozzetto.drafts import VECTORS
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
+from bozzetto.methods.table import make_rule, read_drafter
 from bozzetto.rules.base import Rule
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.joint import Joint
@@ -94,7 +95,10 @@ def decode(
     first: int = 0,
 ) -> DecodeState:
     decoder = EagerBatch(
-        target, make_path_drafter(drafter, 4, target, None), make_path_rule(rule), LawSettings(guidance)
+        target,
+        read_drafter(drafter, VECTORS).make(4, None, None, target),
+        make_rule(rule, VECTORS),
+        LawSettings(guidance),
     )
     index = torch.arange(first, first + images)
     return decoder.run(index % 3, seed, index)

@@ -69,7 +69,7 @@ def test_the_first_repositorys_sampler_is_one_of_ours(folders: dict[str, Path], 
     made = pipe.generate(TEXT, guidance=7.5, rule="plain", negative_prompt=NEGATIVE).images[0].tokens
     slow = Slow(folders["1.1"], norm=True).draw(TEXT, NEGATIVE, shifted(0.96, 7, shift), jump=0.04)
     torch.testing.assert_close(made, slow, atol=1e-4, rtol=0)
-    assert pipe.resolve(bozzetto.GenerateSettings()).rule == "coupled"
+    assert pipe.resolve(bozzetto.GenerateSettings()).rule.text == "coupled"
     with pytest.raises(UsageError, match="last step adds no noise"):
         pipe.generate(TEXT, rule="reflection")
     same: dict[str, Any] = {"drafter": "jacobi", "rule": "pathwise:epsilon=1e-6", "window": 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from bozzetto.cli.main import main
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.profile import ProfileSettings
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.path_registry import PATH_DRAFTERS, PATH_RULES, make_path_rule, path_drafter_options
-from bozzetto.methods.registry import DRAFTERS, RULES, drafter_options, make_rule
+from bozzetto.methods.table import DRAFTERS, RULES, make_rule, read_drafter
 from bozzetto.settings import GenerateSettings
 
 NAN, INF, DIGITS = float("nan"), float("inf"), 10**5000  # Python writes no whole number of more than 4,300 digits
@@ -61,14 +61,9 @@ def test_a_profile_has_bounds(name: str, value: float) -> None:
 
 
 METHODS: list[tuple[Callable[[str], object], str, str]] = [
-    (make, name, field.name)
-    for table, make in (
-        (RULES, make_rule),
-        (DRAFTERS, drafter_options),
-        (PATH_RULES, make_path_rule),
-        (PATH_DRAFTERS, path_drafter_options),
-    )
-    for name, kind in table.items()
+    (partial(make, tokens=tokens), name, field.name)
+    for table, make in ((RULES, make_rule), (DRAFTERS, read_drafter))
+    for (tokens, name), kind in table.items()
     for field in dataclasses.fields(kind)
     if field.name != "folder"
 ]

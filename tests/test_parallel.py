@@ -28,7 +28,8 @@ from bozzetto.drafters.tree import TreeDrafter
 from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import make_rule, read_shape
+from bozzetto.methods.shapes import read_shape
+from bozzetto.methods.table import make_rule
 from bozzetto.train.families import train
 from bozzetto.train.recipes import DataSource, ParallelRecipe
 from test_eagle import GUIDED, LABELS, MODEL, TARGET, TOKENS, C, seen, true_features

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from bozzetto.cli.main import main
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianDrafter, GaussianNet, gaussian_config
-from bozzetto.drafts import Verdict
+from bozzetto.drafts import VECTORS, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import Trajectory, sample_trajectory
 from bozzetto.laws.gaussian import AffineChain, GaussianChain
 from bozzetto.laws.noise import NormalField, image_keys
-from bozzetto.methods.path_registry import make_path_drafter, make_path_rule
+from bozzetto.methods.table import make_rule, read_drafter
 from bozzetto.pipeline.pipelines import FlowPipeline
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.flow import FlowConfig, FlowModel
@@ -153,7 +154,7 @@ def test_drafted_paths_carry_the_laws_they_were_drawn_from(guidance: float) -> N
         return drafts[-1]
 
     drafter.propose = spy  # type: ignore[method-assign]
-    EagerBatch(target, drafter, make_path_rule("joint"), LawSettings(guidance=guidance)).run(
+    EagerBatch(target, drafter, make_rule("joint", VECTORS), LawSettings(guidance=guidance)).run(
         torch.tensor([0, 1, 1]), 4, torch.arange(3)
     )
     drafts = [d for d in drafts if d.length]
@@ -175,8 +176,10 @@ def test_images_of_exact_rules_have_the_law_of_the_sequential_sampler(rule: str,
     labels = images % 2
 
     def tokens(drafter: str, rule: str, seed: int) -> torch.Tensor:
-        made = make_path_drafter(drafter, 1, target, lambda _: sketcher_for(target))
-        result = EagerBatch(target, made, make_path_rule(rule), settings).run(labels, seed, images)
+        made = read_drafter(drafter, VECTORS).make(
+            1, None, SimpleNamespace(trained=lambda *_: sketcher_for(target)), target
+        )
+        result = EagerBatch(target, made, make_rule(rule, VECTORS), settings).run(labels, seed, images)
         if drafter != "none":
             assert 0 < result.accepted.sum() < result.drafted.sum()
         return result.tokens

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
+from bozzetto.common.written import spelled
 from bozzetto.drafters.tree import Dynamic
+from bozzetto.drafts import CODES, VECTORS
 from bozzetto.drafts.tree import SHAPES
 from bozzetto.errors import UsageError
-from bozzetto.methods.registry import (
+from bozzetto.methods.options import Trained, Window
+from bozzetto.methods.shapes import read_shape
+from bozzetto.methods.table import (
+    DRAFTERS,
     RULES,
-    check_method,
-    drafter_options,
     make_drafter,
     make_rule,
-    read_shape,
+    named,
+    read_drafter,
+    read_method,
     split_method,
-    tree_nodes,
-    with_neighbours,
 )
 from bozzetto.rules.lantern import Lantern, LanternPlusPlus
 from bozzetto.settings import GenerateSettings
@@ -24,7 +30,7 @@ from bozzetto.settings import GenerateSettings
 
 def test_a_method_is_a_drafter_and_a_rule_with_options() -> None:
     drafter, rule = split_method("eagle:tree=dynamic/lantern:k=500:delta=0.2")
-    assert drafter_options(drafter)[1].tree == "dynamic"
+    assert read_drafter(drafter).tree == "dynamic"
     made = make_rule(rule)
     assert made == Lantern(k=500, delta=0.2, residual="paper")
     assert make_rule("lantern++:k=10:lambda=2") == LanternPlusPlus(k=10, lam=2.0)
@@ -38,16 +44,16 @@ def test_shapes_are_read_by_name_or_rule() -> None:
     assert read_shape("dynamic") == Dynamic(58, 5, 10)
     assert read_shape("dynamic-59-5-10") == Dynamic(58, 5, 10)
     assert all(read_shape(name) == shape for name, shape in SHAPES.items())
-    assert tree_nodes("eagle:tree=extend-57") == 57
-    assert tree_nodes("eagle:tree=dynamic") == 58
-    assert tree_nodes("jacobi") is None
+    assert read_drafter("eagle:tree=extend-57").nodes == 57
+    assert read_drafter("eagle:tree=dynamic").nodes == 58
+    assert read_drafter("jacobi").nodes is None
 
 
 @pytest.mark.parametrize(
     ("drafter", "rule", "named"),
     [
         ("nonsense", "tree", ["unknown drafter 'nonsense'", "eagle"]),
-        ("eagle", "nonsense", ["unknown rule 'nonsense'", *RULES]),
+        ("eagle", "nonsense", ["unknown rule 'nonsense'", *named(RULES, CODES)]),
         ("eagle:odd=1", "tree", ["unknown option 'odd'", "tree, folder, stop"]),
         (
             "jacobi:tree=dynamic",
@@ -78,7 +84,7 @@ def test_shapes_are_read_by_name_or_rule() -> None:
     ],
 )
 def test_what_does_not_exist_or_fit_is_named_with_what_is_allowed(drafter: str, rule: str, named: list[str]) -> None:
-    for check in (check_method, lambda d, r: GenerateSettings(d, r)):
+    for check in (read_method, lambda d, r: GenerateSettings(d, r)):
         with pytest.raises(UsageError) as caught:
             check(drafter, rule)
         assert all(text in str(caught.value) for text in named), str(caught.value)
@@ -86,24 +92,42 @@ def test_what_does_not_exist_or_fit_is_named_with_what_is_allowed(drafter: str, 
 
 def test_what_fits_passes() -> None:
     for drafter in ("eagle", "eagle:tree=1x1x1", "model:folder=a"):
-        for rule in set(RULES):
-            check_method(drafter, rule)
+        for rule in set(named(RULES, CODES)):
+            read_method(drafter, rule)
     for tree in (*SHAPES, "dynamic", "4x2x1"):
-        for rule, kind in RULES.items():
+        for rule, kind in named(RULES, CODES).items():
             if kind.trees and not (kind.needs_hidden and tree == "dynamic"):
-                check_method(f"eagle:tree={tree}", rule)
-    for rule in RULES:
-        check_method("none", rule)
+                read_method(f"eagle:tree={tree}", rule)
+    for rule in named(RULES, CODES):
+        read_method("none", rule)
 
 
-def test_a_drafter_without_a_workshop_and_a_rule_without_neighbours_are_left_alone() -> None:
+def test_drafters_and_rules_say_what_they_need() -> None:
     assert make_drafter("none").max_nodes == 0
-    with pytest.raises(ValueError, match="needs a workshop"):
+    with pytest.raises(ValueError, match="needs the resources"):
         make_drafter("eagle")
-    assert with_neighbours(make_rule("tree"), lambda columns: columns) == make_rule("tree")
-    for rule, columns in (("lantern:k=7", 7), ("lantern++:k=7:residual=released", 8)):
-        made = with_neighbours(make_rule(rule), lambda asked: asked)
-        assert isinstance(made, Lantern) and made.neighbours == columns
+    for rule, columns in (("tree", 0), ("lantern:k=7", 7), ("lantern++:k=7:residual=released", 8)):
+        assert make_rule(rule).columns == columns
+
+
+def test_a_method_is_read_once_and_written_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = GenerateSettings("eagle:tree=chain-05:stop=0.10", "lantern:k=0500")
+    assert (settings.drafter, settings.rule) == (Trained("eagle", "chain-05", stop=0.1), Lantern(500))
+    monkeypatch.setattr("bozzetto.methods.table.split_spec", None)  # nothing is read again
+    again = replace(settings, batch=4)
+    assert again.drafter is settings.drafter and again.rule is settings.rule
+    assert again.method == "eagle:tree=chain-05:stop=0.10/lantern:k=0500"
+    assert json.loads(json.dumps(again.plain()))["drafter"] == "eagle:tree=chain-05:stop=0.10"
+    made = GenerateSettings(Window(fill="glance", fresh=2), LanternPlusPlus(k=3, lam=1.5))
+    assert made.method == "jacobi:fill=glance:fresh=2/lantern++:k=3:lambda=1.5"
+
+
+def test_every_drafter_and_rule_reads_what_it_writes() -> None:
+    for table, read in ((DRAFTERS, read_drafter), (RULES, make_rule)):
+        for (tokens, name), row in table.items():
+            assert row.name == name
+            if name != "model" or tokens == VECTORS:  # a smaller model of codes is always named
+                assert read(spelled(row), tokens) == row
 
 
 @pytest.mark.parametrize("method", ["/tree", "eagle/"])

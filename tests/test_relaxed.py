@@ -17,7 +17,8 @@ from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import make_rule, read_shape
+from bozzetto.methods.shapes import read_shape
+from bozzetto.methods.table import make_rule
 from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.exact import Exact
 from bozzetto.rules.lantern import Lantern
@@ -32,7 +33,7 @@ toy_bias = importlib.util.module_from_spec(_SPEC)
 sys.modules["toy_bias"] = toy_bias
 _SPEC.loader.exec_module(toy_bias)
 vars(toy_bias)["ROUNDS"] = 26  # of bisection: far below the tolerances here
-enumerated, distance, toy_rule = toy_bias.enumerate_decisions, toy_bias.distance, toy_bias.toy_rule
+enumerated, distance = toy_bias.enumerate_decisions, toy_bias.distance
 
 SETTINGS = [(1, False), (2, False), (3, True)]
 each_setting = pytest.mark.parametrize(("children", "certain"), SETTINGS, ids=["drawn", "two drawn", "certain"])
@@ -72,7 +73,7 @@ def test_every_relaxed_rule_is_tested_here_and_says_what_bounds_its_bias() -> No
 def test_exact_rules_and_relaxed_ones_without_leave_give_the_targets_law(
     rule: str, children: int, certain: bool
 ) -> None:
-    made = toy_rule(rule)
+    made = make_rule(rule)
     if made.trees or children == 1:
         assert float(distance(enumerated(made, P, Q, children, certain).law, P).max()) < ROUNDING
 
@@ -80,7 +81,7 @@ def test_exact_rules_and_relaxed_ones_without_leave_give_the_targets_law(
 @pytest.mark.parametrize("rule", ["exact", "block", "tree", "traversal"])
 @each_setting
 def test_the_law_is_exact_at_the_edges_of_the_supports(rule: str, children: int, certain: bool) -> None:
-    made = toy_rule(rule)
+    made = make_rule(rule)
     some = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0])  # fewer than there are children
     for a, b in ((P, P), (P * some, Q), (P, Q * some), (P * some, Q * (1 - some)), (P * some, Q * some)):
         p, q = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
@@ -95,7 +96,7 @@ def test_the_law_is_exact_at_the_edges_of_the_supports(rule: str, children: int,
 def test_a_relaxed_rule_keeps_more_and_is_biased_by_no_more_than_it_records(
     rule: str, children: int, certain: bool
 ) -> None:
-    found, exact = (enumerated(toy_rule(r), P, Q, children, certain) for r in (rule, "tree"))
+    found, exact = (enumerated(make_rule(r), P, Q, children, certain) for r in (rule, "tree"))
     far = distance(found.law, P)
     assert bool((far <= found.bound + ROUNDING).all())
     assert float(far.max()) > 0.01
@@ -107,7 +108,7 @@ def test_a_relaxed_rule_keeps_more_and_is_biased_by_no_more_than_it_records(
 @pytest.mark.parametrize("rule", [*RELAXED, RELEASED, "lantern++:k=3:lambda=3:residual=released"])
 def test_a_budget_bounds_the_distance_and_an_empty_one_leaves_none(rule: str, children: int, certain: bool) -> None:
     for slack in (0.0, 0.05):
-        found = enumerated(toy_rule(rule), P, Q, children, certain, slack)
+        found = enumerated(make_rule(rule), P, Q, children, certain, slack)
         assert float(found.bound.max()) <= slack
         assert float(distance(found.law, P).max()) <= slack + ROUNDING
 
@@ -115,7 +116,7 @@ def test_a_budget_bounds_the_distance_and_an_empty_one_leaves_none(rule: str, ch
 @pytest.mark.parametrize("rule", ["lantern:k=3:delta=0.3", "lantern++:k=3:lambda=3"])
 def test_no_residual_has_less_bias_than_the_optimal_one_for_one_drawn_child(rule: str) -> None:
     p, q = (torch.stack(laws) for laws in zip(*map(toy_bias.toy_laws, range(40)), strict=True))
-    found = {r: enumerated(toy_rule(f"{rule}:residual={r}"), p, q, 1, False) for r in ("paper", "optimal", "released")}
+    found = {r: enumerated(make_rule(f"{rule}:residual={r}"), p, q, 1, False) for r in ("paper", "optimal", "released")}
     far = {r: distance(f.law, p) for r, f in found.items()}
     assert all(torch.allclose(f.kept, found["paper"].kept, atol=ROUNDING) for f in found.values())
     assert bool((far["optimal"] <= torch.minimum(far["paper"], far["released"]) + ROUNDING).all())
@@ -124,8 +125,8 @@ def test_no_residual_has_less_bias_than_the_optimal_one_for_one_drawn_child(rule
 
 @pytest.mark.parametrize("delta", [0.05, 0.2, 0.5])
 def test_lantern_with_one_certain_child_moves_exactly_the_borrowed_mass_so_at_most_delta(delta: float) -> None:
-    rule, x = toy_rule(f"lantern:k=3:delta={delta}"), Q.argmax(1)
-    mass, near, inside = rule.borrowed(P, x, rule.neighbours, torch.full((4,), torch.inf))
+    rule, x = make_rule(f"lantern:k=3:delta={delta}"), Q.argmax(1)
+    mass, near, inside = rule.borrowed(P, x, toy_bias.near(rule), torch.full((4,), torch.inf))
     moved = P.scatter(1, near, P.gather(1, near) * ~inside).scatter_add(1, x[:, None], mass[:, None])
     law = enumerated(rule, P, Q, 1, True).law
     assert torch.allclose(law, moved.double(), atol=ROUNDING)
@@ -133,7 +134,7 @@ def test_lantern_with_one_certain_child_moves_exactly_the_borrowed_mass_so_at_mo
 
 
 def test_lantern_with_a_drawn_child_or_with_several_certain_ones_can_go_beyond_delta() -> None:
-    flat, rule = torch.full((1, 8), 1 / 8), toy_rule("lantern:k=3:delta=0.2")
+    flat, rule = torch.full((1, 8), 1 / 8), make_rule("lantern:k=3:delta=0.2")
     narrow = torch.tensor([[1.0, 1, 1, 1, 0, 0, 0, 0]]) / 4
     drawn = enumerated(rule, flat, narrow, 1, False)  # each of the four borrows one code and is always kept
     assert float(distance(drawn.law, flat)) == pytest.approx(0.5, abs=ROUNDING)
@@ -149,7 +150,7 @@ def test_the_bias_that_a_rule_reports_is_that_of_the_enumerated_law(rule: Keepin
         assert torch.allclose(bias, (Q * keep - P).clamp_min(0).sum(1), atol=ROUNDING)
 
 
-def after_refusals(rule: Rule, p: Tensor, tokens: list[int], log_q: Tensor | None) -> Tensor:
+def after_refusals(rule: Rule, p: Tensor, tokens: list[int], log_q: Tensor | None, table: Tensor) -> Tensor:
     """Law after all children were refused, [V]: draws on a fine grid of uniforms."""
     grid = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     count, children = len(grid), len(tokens)
@@ -159,7 +160,7 @@ def after_refusals(rule: Rule, p: Tensor, tokens: list[int], log_q: Tensor | Non
     law = None if log_q is None else log_q.expand(count, 1, -1)
     draft = Draft(torch.tensor([tokens]).expand(count, -1), law, tree, certain=law is None)
     with toy_bias.monotone_redraws():
-        found = rule.verify(draft, p.log().expand(count, children + 1, -1), Noise(None, uniforms))
+        found = rule.verify(draft, p.log().expand(count, children + 1, -1), Noise(None, uniforms, neighbours=table))
     assert int(found.accepted.sum()) == 0
     return torch.bincount(found.tokens[:, 0], minlength=len(p)) / count
 
@@ -170,21 +171,22 @@ def test_the_released_residual_does_what_the_released_code_does() -> None:
     p = torch.tensor([0.1, 0.05, 0.3, 0.2, 0.15, 0.2])
     table = nearest_codes(line, 3)
     assert table[0].tolist() == [1, 2, 3]
-    released = Lantern(2, 0.1, "released", table)
+    released = Lantern(2, 0.1, "released")
     kept = p * torch.tensor([0, 0, 0, 0, 1, 1])
-    assert torch.allclose(after_refusals(released, p, [0], None), kept / kept.sum(), atol=1e-3)
+    assert torch.allclose(after_refusals(released, p, [0], None, table), kept / kept.sum(), atol=1e-3)
     paper = p * torch.tensor([0, 0, 1, 1, 1, 1]) / 0.85
-    assert torch.allclose(after_refusals(replace(released, residual="paper"), p, [0], None), paper, atol=1e-3)
+    assert torch.allclose(after_refusals(replace(released, residual="paper"), p, [0], None, table), paper, atol=1e-3)
     # Drawn: at the neighbours the draft's law is dropped, so that their whole probability stays.
     q = torch.tensor([0.5, 0.04, 0.16, 0.1, 0.1, 0.1])
     drawn = torch.tensor([0.0, 0.05, 0.3, 0.2, 0.05, 0.1])
-    assert torch.allclose(after_refusals(released, p, [0], q.log()), drawn / drawn.sum(), atol=1e-3)
+    assert torch.allclose(after_refusals(released, p, [0], q.log(), table), drawn / drawn.sum(), atol=1e-3)
     # Nothing left: a uniform law.
     narrow = torch.tensor([0.6, 0.05, 0.35, 0, 0, 0])
-    assert torch.allclose(after_refusals(released, narrow, [0], None), torch.full((6,), 1 / 6), atol=1e-3)
+    assert torch.allclose(after_refusals(released, narrow, [0], None, table), torch.full((6,), 1 / 6), atol=1e-3)
     # Neighbours without probability count as used: even delta = 0 is not exact once a child has been refused.
     assert (
-        float(distance(enumerated(toy_rule("lantern:k=3:delta=0:residual=released"), P, Q, 3, True).law, P).max()) > 0.1
+        float(distance(enumerated(make_rule("lantern:k=3:delta=0:residual=released"), P, Q, 3, True).law, P).max())
+        > 0.1
     )
 
 
@@ -194,9 +196,8 @@ V, IMAGES = 6, 1000
 CODES = torch.randn(V, 3, generator=torch.Generator().manual_seed(4))
 
 
-def with_codes(spec: str) -> Rule:
-    rule = make_rule(spec)
-    return replace(rule, neighbours=nearest_codes(CODES, rule.columns)) if isinstance(rule, Lantern) else rule
+def near(rule: Rule) -> Tensor | None:
+    return nearest_codes(CODES, rule.columns) if rule.columns else None
 
 
 def greedy_verdict(spec: str, shape: str, slack: float | None = None) -> Verdict:
@@ -207,11 +208,11 @@ def greedy_verdict(spec: str, shape: str, slack: float | None = None) -> Verdict
     rank = (tree.child[0, tree.parent[0]] == torch.arange(1, tree.nodes + 1)[:, None]).long().argmax(1)
     hidden = torch.randn(IMAGES, tree.nodes + 1, 4, generator=random)
     draft = Draft(ranked[:, tree.parent[0], rank], None, tree, certain=True, hidden=hidden)
-    uniforms, rule = torch.full((IMAGES, tree.nodes + 1, 2), 0.5, dtype=torch.float64), with_codes(spec)
+    uniforms, rule = torch.full((IMAGES, tree.nodes + 1, 2), 0.5, dtype=torch.float64), make_rule(spec)
     if rule.exact:
         log_p = torch.full_like(log_p, -torch.inf).scatter(-1, log_p.argmax(-1, keepdim=True), 0.0)
     left = None if slack is None else torch.full((IMAGES,), slack)
-    return rule.verify(draft, log_p, Noise(None, uniforms, left, greedy=not rule.exact))
+    return rule.verify(draft, log_p, Noise(None, uniforms, left, not rule.exact, neighbours=near(rule)))
 
 
 @pytest.mark.parametrize("shape", ["1x1x1", "2x2", "3x1x2"])
@@ -260,7 +261,9 @@ def run(
     index: Tensor | range = range(2000),
 ) -> DecodeState:
     index = torch.as_tensor(index if isinstance(index, Tensor) else list(index))
-    return EagerBatch(TARGET, sketched(NEAR, tree), with_codes(spec), settings, budget).run(index % 12, 0, index)
+    rule = make_rule(spec)
+    batch = EagerBatch(TARGET, sketched(NEAR, tree), rule, settings, budget, neighbours=near(rule))
+    return batch.run(index % 12, 0, index)
 
 
 @pytest.mark.parametrize(("rule", "tree"), FITTING)
@@ -302,16 +305,18 @@ WINDOWED = [rule for rule in RELAXED if make_rule(rule).window]
 def run_window(
     spec: str | Rule, budget: float | None = None, settings: LawSettings = PLAIN, count: int = 2000
 ) -> DecodeState:
-    rule = with_codes(spec) if isinstance(spec, str) else spec
+    rule = make_rule(spec) if isinstance(spec, str) else spec
     index = torch.arange(count)
-    return EagerBatch(TARGET, Jacobi(4), rule, settings, budget).run(index % 12, 0, index)
+    return EagerBatch(TARGET, Jacobi(4), rule, settings, budget, neighbours=near(rule)).run(index % 12, 0, index)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in HARMLESS if make_rule(rule).window])
 @pytest.mark.parametrize("settings", [PLAIN, LawSettings(guidance=2.0, top_k=4)], ids=["plain", "guided"])
 def test_a_window_without_leave_follows_the_enumerated_law(rule: str, settings: LawSettings) -> None:
     index, wanted = torch.full((12_000,), 3), TARGET.joint(3, settings)
-    tokens = EagerBatch(TARGET, Jacobi(3), with_codes(rule), settings).run(index, 0, torch.arange(12_000)).tokens
+    made = make_rule(rule)
+    decoder = EagerBatch(TARGET, Jacobi(3), made, settings, neighbours=near(made))
+    tokens = decoder.run(index, 0, torch.arange(12_000)).tokens
     assert fit_p_value(torch.bincount(cells(tokens, V), minlength=V**5), wanted) > 1e-4
 
 
@@ -332,7 +337,8 @@ def test_what_stands_behind_a_refused_token_has_the_law_that_goes_with_it(rule: 
     drafted = log_q[:2].exp().multinomial(rows, replacement=True, generator=generator).T
     uniforms = torch.rand(rows, 3, 2, dtype=torch.float64, generator=generator)
     draft = Draft(drafted, log_q[:2].expand(rows, -1, -1), window=True)
-    verdict = with_codes(rule).verify(draft, log_p.expand(rows, -1, -1), Noise(None, uniforms))
+    made = make_rule(rule)
+    verdict = made.verify(draft, log_p.expand(rows, -1, -1), Noise(None, uniforms, neighbours=near(made)))
     for place in (1, 2):
         there = verdict.tokens[verdict.accepted < place, place]
         assert fit_p_value(torch.bincount(there, minlength=V), log_p[place].exp()) > 1e-4

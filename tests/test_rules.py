@@ -9,7 +9,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import gumbel_argmax, weighted_draw
 from bozzetto.laws.noise import fold, gumbel, image_keys, uniform
-from bozzetto.methods.registry import RULES
+from bozzetto.methods.table import make_rule
 from bozzetto.rules.base import Noise, Rule, leading
 from bozzetto.rules.exact import Exact, residual
 from bozzetto.rules.seed_exact import SeedExact
@@ -111,7 +111,7 @@ def test_leading_counts_the_run_of_true_from_the_left() -> None:
 
 @pytest.mark.parametrize("name", WINDOW_RULES)
 def test_an_empty_draft_gets_the_gumbel_token_and_names_match_the_registry(name: str) -> None:
-    rule = RULES[name]()
+    rule = make_rule(name)
     log_p, noise = torch.randn(6, 1, V).log_softmax(-1), torch.randn(6, 1, V)
     empty = Draft(torch.empty(6, 0, dtype=torch.int64))
     verdict = rule.verify(empty, log_p, Noise(noise, torch.full((6, 1, 2), 0.5, dtype=torch.float64)))

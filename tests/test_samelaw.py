@@ -26,7 +26,7 @@ from bozzetto.evaluate.samelaw import (
 )
 from bozzetto.evaluate.shards import Samples
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.rules.exact import Exact
 
 N = 500
@@ -38,6 +38,7 @@ class Careless:
     are not (0: it tells the truth)."""
 
     name, max_nodes, max_depth, wants_features = "careless", 3, 3, False
+    draws_fixed = False
 
     def __init__(self, vocab: int, declared_k: int):
         logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import comb_tree, make_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, weighted_draw
-from bozzetto.methods.registry import check_method, make_drafter
+from bozzetto.methods.table import make_drafter, read_method
 from bozzetto.rules.base import Noise, leading
 from bozzetto.rules.exact import Exact
 from bozzetto.targets.tabular import TabularTarget
@@ -256,7 +256,7 @@ def test_the_battery_rejects_planted_biases(rule: type[Exact]) -> None:
 )
 def test_bad_combinations_are_named(method: str, rule: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_method(method, rule)
+        read_method(method, rule)
 
 
 def test_a_second_guess_needs_a_drafter() -> None:

@@ -17,7 +17,7 @@ from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceFill, GlanceNet
 from bozzetto.drafters.jacobi import FilledJacobi
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.registry import make_drafter, make_rule
+from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.llamagen_cache import CausalSession, LlamaGenTarget
 from toys import PLAIN, tiny_llamagen

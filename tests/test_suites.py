@@ -12,10 +12,10 @@ import torch
 from bozzetto.checkpoints.folders import load_target, save_drafter
 from bozzetto.cli.main import main
 from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafts import CODES, VECTORS
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.evaluate.suites import SUITES, suite_models
-from bozzetto.methods.path_registry import PATH_RULES
-from bozzetto.methods.registry import RULES, make_rule, split_method
+from bozzetto.methods.table import RULES, make_rule, named, split_method
 from bozzetto.settings import GenerateSettings
 
 
@@ -43,8 +43,12 @@ def test_every_method_of_a_suite_is_one_that_can_be_typed(name: str) -> None:
 def test_followers_hold_every_rule_and_are_run_whole_for_a_shipped_model(model: Path) -> None:
     parts = SUITES["followers"]
     used = [{make_name(method) for method in part.methods} for part in parts]
-    assert all(set(RULES) <= names for part, names in zip(parts, used, strict=True) if part.family == "llamagen")
-    assert set(PATH_RULES) - {"plain", "coupled"} <= set.union(*used)  # plain: none; coupled: for masked models
+    assert all(
+        set(named(RULES, CODES)) <= names for part, names in zip(parts, used, strict=True) if part.family == "llamagen"
+    )
+    assert set(named(RULES, VECTORS)) - {"plain", "coupled"} <= set.union(
+        *used
+    )  # plain: none; coupled: for masked models
     names = [part.model for part in parts]
     for shipped in names:
         assert [name for name, _ in suite_models("followers", shipped)] == names
@@ -138,10 +142,8 @@ def test_the_bench_of_a_suite_wants_one_cell(capsys: pytest.CaptureFixture[str])
 def test_every_rule_names_its_paper() -> None:
     import inspect
 
-    from bozzetto.methods.registry import RULES
-
-    for rule in RULES.values():
-        assert "arXiv" in (inspect.getmodule(rule).__doc__ or "") + (rule.__doc__ or "")
+    for rule in named(RULES, CODES).values():
+        assert "arXiv" in (inspect.getmodule(type(rule)).__doc__ or "") + (rule.__doc__ or "")
         assert make_rule(rule.name).name == rule.name
 
 

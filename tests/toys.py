@@ -10,18 +10,20 @@ from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Drafter, Start
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.drafters.tree import TreeDrafter
+from bozzetto.drafts import CODES
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import GumbelField
-from bozzetto.methods.registry import RULES, make_drafter, make_rule, read_shape
+from bozzetto.methods.shapes import read_shape
+from bozzetto.methods.table import RULES, make_drafter, make_rule, named
 from bozzetto.rules.base import Rule
 from bozzetto.targets.base import Target
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.targets.tabular import TabularTarget
 
 PLAIN = LawSettings()
-WINDOW_RULES = [name for name, rule in RULES.items() if rule.window and rule.exact]
-EXACT_RULES = [name for name, rule in RULES.items() if rule.exact]
-RELAXED_RULES = [name for name, rule in RULES.items() if not rule.exact]
+WINDOW_RULES = [name for name, rule in named(RULES, CODES).items() if rule.window and rule.exact]
+EXACT_RULES = [name for name, rule in named(RULES, CODES).items() if rule.exact]
+RELAXED_RULES = [name for name, rule in named(RULES, CODES).items() if not rule.exact]
 
 
 def start_of(noise: GumbelField, with_laws: bool = True, settings: LawSettings = PLAIN) -> Start:

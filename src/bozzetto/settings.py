@@ -5,38 +5,47 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.common.options import LawOptions, MethodOptions
+from bozzetto.common.written import Written
+from bozzetto.drafts import CODES
 from bozzetto.errors import UsageError, brief, check_number, check_text
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.path_registry import (
-    ALONE,
-    PATH_DRAFTERS,
-    PATH_RULES,
-    check_path_method,
-    is_path_method,
-    make_path_rule,
-    path_drafter_options,
-)
-from bozzetto.methods.registry import DRAFTERS, RULES, check_method, drafter_options, make_rule, split_spec, tree_nodes
-from bozzetto.rules.reflection import Plain
+from bozzetto.methods.options import Drafting
+from bozzetto.methods.table import AUTO, read_method
 from bozzetto.rules.seed_exact import SeedExact
 from bozzetto.runtime.graphs import check_mode
 from bozzetto.runtime.native import cheap_rows
 
-AUTO = "auto"
 SCHEDULES = ("", "linear", "constant")
 _MOST, _MOST_BATCH = 100_000, 65_536  # of a window, of steps and of passes; of images decoded together
 _HUGE = sys.float_info.max
+P = TypeVar("P")
+
+
+class _Read(Generic[P]):
+    """A field that takes a drafter or a rule, or the text of one, and holds what was read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, settings: Any, owner: Any = None) -> P:
+        return AUTO if settings is None else vars(settings)[self.name]
+
+    def __set__(self, settings: Any, value: P | str) -> None:
+        vars(settings)[self.name] = value
 
 
 @dataclass(frozen=True)
 class GenerateSettings(LawOptions, MethodOptions):
-    """How to generate. drafter, rule: NAME or NAME:key=value:... (see methods/), or `auto`: what suits the model and
-    the other of the two, without bias; what is None, 0 or "": as the model says. Raises UsageError for a value out of
-    range."""
+    """How to generate. drafter, rule: given as text, NAME or NAME:key=value:... (see methods/), or as objects, which
+    they are afterwards (methods/options.py, rules/); `auto`: what suits the model and the other of the two, without
+    bias; what is None, 0 or "": as the model says. Raises UsageError for a value out of range."""
+
+    drafter: _Read[Drafting] = _Read()  # type: ignore[assignment]
+    rule: _Read[Any] = _Read()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.tv_budget is not None:
@@ -47,51 +56,55 @@ class GenerateSettings(LawOptions, MethodOptions):
             allowed = f"a whole number >= 1, at most {_MOST}, or 0: the model's"
             check_number(name, getattr(self, name), 0, _MOST, allowed, whole=True)
         for name in ("drafter", "rule", "negative_prompt", "guidance_schedule", "compile"):
-            check_text(name, getattr(self, name) or "")
+            if not isinstance(value := getattr(self, name), Written):
+                check_text(name, value or "")
         if self.guidance_schedule not in SCHEDULES:
             allowed = ", ".join(s for s in SCHEDULES if s)
             raise UsageError(f"guidance_schedule = {brief(self.guidance_schedule)} is not allowed: {allowed}")
         if check_mode(self.compile) == "off" and self.deterministic:
             raise UsageError("deterministic is not allowed with compile = 'off': default, max")
-        self._check_method()
+        vars(self).update(zip(("drafter", "rule"), read_method(self.drafter, self.rule), strict=True))
         LawSettings(**{name: value for name, value in self._numbers().items() if value is not None})
 
-    def _check_method(self) -> None:
-        """What can be said before the model is known; `auto` is checked when it is replaced."""
-        for what, spec, codes, vectors in (
-            ("drafter", self.drafter, DRAFTERS, PATH_DRAFTERS),
-            ("rule", self.rule, RULES, PATH_RULES),
-        ):
-            name = split_spec(spec)[0]
-            if name != AUTO and name not in codes and name not in vectors:
-                allowed = f"{AUTO}; for codes {', '.join(codes)}; for continuous tokens {', '.join(vectors)}"
-                raise UsageError(f"unknown {what} {name!r} (allowed: {allowed})")
-        if AUTO not in (self.drafter, self.rule):
-            path = is_path_method(self.drafter, self.rule)
-            (check_path_method if path else check_method)(self.drafter, self.rule)
-        elif self.drafter != AUTO:
-            path = split_spec(self.drafter)[0] not in DRAFTERS
-            (path_drafter_options if path else drafter_options)(self.drafter)
-        elif self.rule != AUTO:
-            path = split_spec(self.rule)[0] not in RULES
-            (make_path_rule if path else make_rule)(self.rule)
+    def plain(self) -> dict[str, Any]:
+        """All of it, ready for JSON: drafter and rule as they were written."""
+        return {**vars(self), "drafter": self.drafter.text, "rule": self.rule.text}
 
     def with_method(self, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:
         """With `auto` replaced. drafter: the model's default; rules: the default rule by the drafter's name. Raises
         UsageError for what does not go together."""
-        chosen = self.drafter
-        if chosen == AUTO:
-            alone = split_spec(self.rule)[0] in ALONE
-            chosen = "none" if alone else drafter
-        rule = self.rule
-        if rule == AUTO:
-            rule = rules.get(split_spec(chosen)[0], rules[drafter])
+        chosen: Any = self.drafter
+        if chosen is AUTO:
+            chosen = "none" if self.rule.alone else drafter
+        name = chosen if isinstance(chosen, str) else chosen.name
+        rule = rules.get(name, rules[drafter]) if self.rule is AUTO else self.rule
         return replace(self, drafter=chosen, rule=rule)
 
     @property
     def sequential(self) -> bool:
         """Whether this is the sequential sampler: no drafts, and no speculation inside a token."""
-        return self.drafter == "none" and self.rule in (SeedExact.name, Plain.name)
+        return not self.drafter.drafts and self.rule.sequential
+
+    @property
+    def verifier(self) -> Any:
+        """The rule that decides. Without drafts every rule of codes is the sequential sampler; the seed-exact one also
+        records its margins."""
+        return SeedExact() if not self.drafter.drafts and self.rule.tokens == CODES else self.rule
+
+    @property
+    def follows_window(self) -> bool:
+        """Whether images depend on the window, which then must not depend on the images drawn beside them."""
+        return self.drafter.window and not self.rule.seed_exact
+
+    @property
+    def any_window(self) -> bool:
+        """Whether the window may change from pass to pass: none is asked for, and tokens do not depend on it."""
+        return self.window == 0 and self.drafter.drafts and self.rule.seed_exact
+
+    @property
+    def method(self) -> str:
+        """DRAFTER/RULE, as written."""
+        return f"{self.drafter.text}/{self.rule.text}"
 
     def with_own(self, own: OwnSampling) -> GenerateSettings:
         """With the model's own values in place of what is not set."""
@@ -114,12 +127,10 @@ class GenerateSettings(LawOptions, MethodOptions):
 
     def window_for(self, batch: int, length: int, dtype: str, widest: int = 16) -> int:
         """Places scored in a pass for a batch of this size; widest: the most that are chosen for a batch of one."""
-        if self.drafter == "none":
+        if not self.drafter.drafts:
             return 1
-        window_kind = self.drafter == AUTO or is_path_method(self.drafter, self.rule)
-        nodes = None if window_kind else tree_nodes(self.drafter)
-        if nodes is not None:
-            return nodes + 1
+        if self.drafter.nodes is not None:
+            return self.drafter.nodes + 1
         sequences = batch * (2 if self.law.guided else 1)
         return min(self.window or default_window(sequences, dtype, widest, self.compile != "off"), length)
 

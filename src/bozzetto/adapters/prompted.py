@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from bozzetto.drafts import Layout
+from bozzetto.drafts import CODES, Layout
 from bozzetto.errors import UsageError
 from bozzetto.targets.base import Scores
 from bozzetto.targets.layers import additive, copied, visible, whole_blocks
@@ -191,7 +191,7 @@ class PromptedCodes(PromptedTarget):
     elsewhere, so that every drafter has it for nothing. The head has no row for it.
     """
 
-    tokens = "codes"
+    tokens = CODES
 
     @torch.no_grad()
     def __init__(

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from bozzetto.common.written import spelled
 from bozzetto.decoding.fused import FusedBatch
 from bozzetto.decoding.widths import MeasuredWidth, PassTimes
-from bozzetto.methods.registry import drafter_options, make_rule
+from bozzetto.rules.base import Rule
 from bozzetto.runtime.graphs import digest_of
 from bozzetto.runtime.kept import cache_folder
 from bozzetto.settings import GenerateSettings
 
-_RULES = ("seed-exact", "exact")
-_FILLERS = ("", "glance")
-
 
 def fuses(settings: GenerateSettings) -> bool:
     """Whether decoding/fused.py can do what resolved settings ask for."""
-    return settings.tv_budget is None and (settings.drafter == "none" or _in_windows(settings))
-
-
-def _in_windows(settings: GenerateSettings) -> bool:
-    name, options = drafter_options(settings.drafter)
-    return name == "jacobi" and settings.rule in _RULES and options.fill in _FILLERS and not options.second
-
-
-def spelled(drafter: str) -> str:
-    """A drafter in one spelling: numbers as they are read, and nothing that is left out anyway. (Whoever asks for
-    fresh=2, 02, 002, ... would else be given batches and files of times without end.)"""
-    name, options = drafter_options(drafter)
-    values = [(part.name, getattr(options, part.name), part.default) for part in fields(options)]
-    return ":".join([name, *(f"{key}={value}" for key, value, usual in values if value != usual)])
+    return settings.tv_budget is None and settings.drafter.fused and settings.verifier.fused
 
 
 @dataclass(frozen=True)
@@ -42,7 +27,7 @@ class FusedKind:
     compile: str
     deterministic: bool
     drafter: str
-    rule: str
+    rule: Rule
     window: int
     measured: bool
     guided: bool
@@ -52,9 +37,8 @@ class FusedKind:
 def fused_kind(settings: GenerateSettings, length: int, dtype: str) -> FusedKind:
     """Of resolved settings; length: tokens of an image. Without a window of their own the tokens of a seed-exact image
     do not depend on it: it may follow the load, up to what suits one image."""
-    law, rule = settings.law, "seed-exact" if settings.drafter == "none" else settings.rule
+    law, rule, measured = settings.law, settings.verifier, settings.any_window
     filtered = bool(law.top_k) or law.top_p != 1 or not law.temperature
-    measured = settings.drafter != "none" and settings.window == 0 and rule == "seed-exact"
     window = settings.window_for(1 if measured else settings.batch, length, dtype)
     drafter = spelled(settings.drafter)
     return FusedKind(settings.compile, settings.deterministic, drafter, rule, window, measured, law.guided, filtered)
@@ -62,8 +46,8 @@ def fused_kind(settings: GenerateSettings, length: int, dtype: str) -> FusedKind
 
 def make_fused(kind: FusedKind, slots: int, target: Any, dtype: str, filler: Any) -> FusedBatch:
     """dtype: of the target's passes; filler: of the kind's drafter, for this target."""
-    rule, window = make_rule(kind.rule), kind.window
-    batch = FusedBatch(target, rule, slots, lambda images: window, window, kind.guided, kind.filtered, filler)
+    window = kind.window
+    batch = FusedBatch(target, kind.rule, slots, lambda images: window, window, kind.guided, kind.filtered, filler)
     if kind.measured:
         # Where the seconds of passes are kept, if anywhere; they depend on shapes, not on weights.
         name, folder = f"times-{digest_of(target.config, dtype, str(target.device), kind)}.json", cache_folder()

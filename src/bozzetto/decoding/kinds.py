@@ -14,7 +14,7 @@ from torch import Tensor
 from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Observation
-from bozzetto.drafts import Draft
+from bozzetto.drafts import VECTORS, Draft
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
 from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
@@ -73,12 +73,15 @@ def _place_keys(state: DecodeState, places: int) -> Tensor:
 
 @dataclass
 class Codes:
-    """Tokens of a codebook. budget: see `EagerBatch`."""
+    """Tokens of a codebook. budget, neighbours: see `EagerBatch`; noisy: whether drafts are drawn with the fixed noise,
+    whatever the rule asks for."""
 
     target: Target
     rule: Rule
     settings: LawSettings
     budget: float | None = None
+    neighbours: Tensor | None = None
+    noisy: bool = True
 
     def __post_init__(self) -> None:
         # A relaxed rule makes its greedy choice from the plain law.
@@ -93,7 +96,7 @@ class Codes:
         return torch.zeros(batch, self.target.length, dtype=torch.int64, device=device)
 
     def fill(self, noise: NoiseField, upto: int) -> None:
-        if self.rule.needs_fixed or self.rule.window:  # places that enter a window are drawn with it
+        if self.rule.needs_fixed or self.noisy:
             noise.fill(upto)
 
     def law(self, scores: Scores, done: int) -> Tensor:
@@ -115,7 +118,7 @@ class Codes:
             )
         if self.budget is not None:
             slack = (self.budget - state.spent).clamp_min(0)
-        return Noise(fixed, uniforms, slack, self.greedy)
+        return Noise(fixed, uniforms, slack, self.greedy, neighbours=self.neighbours)
 
     def record(
         self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor
@@ -192,10 +195,11 @@ def check_continuous(law: LawSettings) -> None:
         )
 
 
-def kind_of(target: Any, rule: Any, settings: LawSettings, budget: float | None) -> TokenKind:
-    """The kind of a target's tokens. Raises UsageError for a rule of the other kind."""
-    vectors = target.tokens == "vectors"
+def kind_of(target: Any, rule: Any, settings: LawSettings, *more: Any) -> TokenKind:
+    """The kind of a target's tokens. more: what `Codes` is given besides. Raises UsageError for a rule of the other
+    kind."""
+    vectors = target.tokens == VECTORS
     if target.tokens != rule.tokens:
         drawn = "continuous tokens" if vectors else "codes"
         raise UsageError(f"rule {rule.name!r} is not allowed here: the model draws {drawn}")
-    return Vectors(target, rule, settings) if vectors else Codes(target, rule, settings, budget)
+    return Vectors(target, rule, settings) if vectors else Codes(target, rule, settings, *more)

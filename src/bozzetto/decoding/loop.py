@@ -25,9 +25,9 @@ from bozzetto.targets.flow_cache import FlowTarget
 class EagerBatch(RowBatch):
     """Images decoded with one target, drafter, rule and law.
 
-    target, rule: of the same kind of tokens. budget: most bias (total
-    variation, summed over the tokens of an image) that a relaxed rule may spend; it decides exactly from then on. None:
-    no limit.
+    target, rule: of the same kind of tokens. budget: most bias (total variation, summed over the tokens of an image)
+    that a relaxed rule may spend; it decides exactly from then on. None: no limit. neighbours: the table of nearest
+    codes that some rules read.
     """
 
     def __init__(
@@ -39,9 +39,11 @@ class EagerBatch(RowBatch):
         budget: float | None = None,
         slots: int = 1 << 30,
         window: int = 1,
+        neighbours: Tensor | None = None,
     ):
         super().__init__(target, slots, window)
-        self.drafter, self.settings, self.kind = drafter, settings, kind_of(target, rule, settings, budget)
+        self.drafter, self.settings = drafter, settings
+        self.kind = kind_of(target, rule, settings, budget, neighbours, drafter.draws_fixed)
 
     @torch.no_grad()
     def begin(self, labels: Tensor, seed: int, index: Tensor) -> None:

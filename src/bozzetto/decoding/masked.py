@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,7 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import ChainLaw, Trajectory, sample_trajectory
 from bozzetto.laws.noise import STREAM_ORDER, STREAM_TOKEN, fold, image_keys, normal_rows
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.rules.cspd import Cspd
-from bozzetto.rules.pathwise import Pathwise
-from bozzetto.rules.reflection import Coupled, Plain
+from bozzetto.rules.reflection import Plain
 from bozzetto.targets.mar_target import MARTarget
 
 # What a draft model has in common with its target: fields of MARConfig and of MARSampler.
@@ -104,7 +103,7 @@ class MaskedBatch(RowBatch):
         self.starts = [0, *accumulate(target.counts(self.last))]  # [steps + 1]: step s draws from starts[s] on
         self.guidances = target.guidances(settings.guidance, self.last)
         self.alone = self.last if drafter is None else round(self.drafts.prefill * self.last)
-        self.blind = isinstance(rule, Cspd) and rule.variant == "released"
+        self.blind = rule.blind
 
     @torch.no_grad()
     def begin(self, labels: Tensor, seed: int, index: Tensor) -> None:
@@ -176,7 +175,7 @@ class MaskedBatch(RowBatch):
         features = self._features(self.target, images, step, step + 1)
         self.meter.lap("target")
         law = self._law(self.target, features, len(places), self.guidances[step], self.starts[step])
-        sampler = self.rule if isinstance(self.rule, Plain | Coupled) else Plain()
+        sampler: Any = self.rule if self.rule.alone else Plain()
         tokens = sampler.sample(law, self._fixed(images, places).flatten(0, 1), self._fresh(images, places).flatten())
         self.meter.count(law)
         return _Outcome(places, tokens.unflatten(0, places.shape), torch.ones_like(places[:, 0]), 1)
@@ -251,8 +250,8 @@ def _commit(state: DecodeState, rows: Tensor, outcome: _Outcome, count: Tensor) 
 def _check(target: MARTarget, rule: Rule, settings: LawSettings, drafter: MARTarget | None) -> None:
     """Raises UsageError for what does not go together."""
     check_continuous(settings)
-    drafted = isinstance(rule, Cspd | Pathwise)
-    if rule.isotropic or not (drafted or isinstance(rule, Plain | Coupled)):
+    drafted = not rule.alone
+    if not rule.masked:
         raise UsageError(f"rule {rule.name!r} is not allowed for a masked model: plain, coupled, cspd, pathwise")
     if drafted != (drafter is not None):
         needs = "verifies drafts: it needs a draft model" if drafted else "needs no draft model: none is allowed"

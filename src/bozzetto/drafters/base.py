@@ -69,14 +69,16 @@ class Drafter:
     """begin, then propose / observe in turn. All tensors are batched over the images still being decoded.
 
     model: the draft model that is asked, if any; dim: numbers of a token (None: codes); stop: where drafts end early
-    (drafters/early_stop.py; 0: nowhere). What is held between passes: `start`; `keys` int64 [B], of the images; `seen`,
-    what the last pass taught (None: there was none); `early`.
+    (drafters/early_stop.py; 0: nowhere); draws_fixed: whether drafts are drawn with the fixed noise, whatever the rule
+    asks for. What is held between passes: `start`; `keys` int64 [B], of the images; `seen`, what the last pass taught
+    (None: there was none); `early`.
     """
 
     name = "none"
     model: Any = None
     dim: int | None = None
     stop = 0.0
+    draws_fixed = False
 
     @property
     def tokens(self) -> str:

@@ -50,6 +50,7 @@ class Jacobi(Drafter):
     """
 
     name = "jacobi"
+    draws_fixed = True  # places that enter the window
 
     def __init__(self, window: int, widen: Callable[[int], int] | None = None):
         self.window, self.widen = window, widen

@@ -1,6 +1,8 @@
-"""Drafts: what a drafter proposes and what a rule decides. Pure tensors."""
+"""Drafts: what a drafter proposes and what a rule decides. Pure tensors. There are two kinds of token."""
 
 from bozzetto.drafts.draft import Draft, Verdict
 from bozzetto.drafts.tree import Layout, Tree
 
-__all__ = ["Draft", "Layout", "Tree", "Verdict"]
+CODES, VECTORS = "codes", "vectors"  # of a codebook; continuous ones
+
+__all__ = ["CODES", "VECTORS", "Draft", "Layout", "Tree", "Verdict"]

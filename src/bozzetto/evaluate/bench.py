@@ -22,12 +22,12 @@ from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.common.options import BenchOptions
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.meter import Meter, now
+from bozzetto.drafts import CODES
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.evaluate.columns import BARE, BENCH, SEQUENTIAL, table_of
 from bozzetto.evaluate.provenance import on_threads, provenance
 from bozzetto.evaluate.sampling import WARM_UP_PASSES, method_settings
-from bozzetto.methods.registry import make_rule
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
 _MOST = 1_000_000
@@ -93,7 +93,7 @@ class BenchSettings(BenchOptions):
             if method == SEQUENTIAL:
                 continue
             settings = [method_settings(method, replace(cell, window=w)) for w in self.windows]
-            windowed = settings[0].drafter.startswith("jacobi") and "@window=" not in method
+            windowed = settings[0].drafter.window and "@window=" not in method
             rows += [(method, s) for s in (settings if windowed else settings[:1])]
         return rows
 
@@ -209,11 +209,12 @@ def _ceiling(
 ) -> tuple[float | None, float | None]:
     """Mean 1 - TV over the window and at its first position, from one untimed batch; None without a window."""
     window = 1 if entry is None else pipe.window(entry)
-    if entry is None or entry.drafter != "jacobi" or window == 1 or pipe.target.tokens != "codes":
+    plain = entry is not None and entry.drafter.window and not entry.drafter.trained
+    if entry is None or not plain or window == 1 or pipe.target.tokens != CODES:
         return None, None
     probe = CeilingProbe(window, pipe.target.length)
     labels, index = _images(pipe, cell.batch, 0)
-    EagerBatch(pipe.target, probe, make_rule(entry.rule), entry.law).run(labels, seed, torch.tensor(index))
+    EagerBatch(pipe.target, probe, entry.rule, entry.law).run(labels, seed, torch.tensor(index))
     by_offset = probe.by_offset()
     return float(by_offset.mean()), float(by_offset[0])
 

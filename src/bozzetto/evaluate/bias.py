@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bozzetto.drafts import CODES
 from bozzetto.evaluate.columns import Column
 from bozzetto.evaluate.metrics import interval
 from bozzetto.evaluate.shards import Samples
@@ -49,7 +50,7 @@ def bias_figures(
     `impossible`, the share of tokens outside the support of the law."""
     means: dict[str, Tensor] = {}
     found: dict[str, dict[str, Any]] = {}
-    if pipe.target.tokens != "codes":
+    if pipe.target.tokens != CODES:
         return distance_figures(samples, counts)
     for method, drawn in samples.items():
         nats = surprisal(pipe, drawn, law, batch=8, progress=progress)

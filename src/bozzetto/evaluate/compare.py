@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bozzetto.drafts import CODES
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.bias import surprisal
 from bozzetto.evaluate.columns import table
@@ -115,7 +116,7 @@ def _tests(
 ) -> tuple[list[torch.Tensor], list[SwapTest]]:
     """Surprisals of A and B (codes only) and the tests on tokens."""
     a, b = (torch.from_numpy(s.tokens) for s in drawn)
-    if pipe.target.tokens != "codes":
+    if pipe.target.tokens != CODES:
         return [], vector_tests(a, b)
     law = LawSettings(*(drawn[0].settings[k] for k in ("guidance", "temperature", "top_k", "top_p")))
     surprise = [surprisal(pipe, s, law, settings.base.batch, progress) for s in drawn]

@@ -148,7 +148,7 @@ def _run(
     result: GenerateResult, settings: Mapping[str, object], sampling: Mapping[str, object] | None
 ) -> dict[str, Any]:
     """What manifest.json says of the whole run."""
-    own = {**vars(result.settings), "window": result.windows[0], "windows": result.windows}
+    own = {**result.settings.plain(), "window": result.windows[0], "windows": result.windows}
     figures = {name: getattr(result, name) for name in ("tokens_per_pass", "seconds", "head_calls", "head_rows")}
     used = {} if sampling is None else {"sampling": dict(sampling)}
     return {**figures, "settings": {**own, **settings}, **used, **provenance()}

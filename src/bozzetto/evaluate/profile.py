@@ -79,7 +79,7 @@ def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Ca
         tick()
     methods = {SEQUENTIAL: pipe.resolve(replace(method, drafter=SEQUENTIAL, rule="auto"))}
     if not method.sequential:
-        methods[f"{method.drafter}/{method.rule}"] = method
+        methods[method.method] = method
     decoding = _decoding(pipe, methods, labels, seconds, tick)
     return Figures(machine, passes, parts, decoding, method.compile)
 
@@ -120,7 +120,7 @@ def _decoded(
         drafting=median(m.parts["draft"] / max(1e-12, m.total) for *_, m in found),
         speedup=median(slow / fast for (slow, *_), (fast, *_) in zip(sequential, found, strict=True)),
         head_calls=meter.head_calls / meter.passes,
-        jacobi=method.drafter.startswith("jacobi"),
+        jacobi=method.drafter.window,
         adaptive=batch.window > 1 and method.window == 0 and batch.joins,
     )
 

@@ -15,7 +15,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ from bozzetto.evaluate.shards import (
     shard_files,
     write_shard,
 )
-from bozzetto.methods.registry import split_method, split_spec
+from bozzetto.methods.table import split_method
 from bozzetto.pipeline.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
 
 WARM_UP_PASSES = 4
@@ -109,17 +109,17 @@ class SampleRun:
         # What asks for the same in any process: a prompt has a number in this one only, a name may be of two classes.
         self.classes: list[str | int] = [pipe.classes[i] for i in labels] if pipe.takes_prompts else list(labels)
         settings = pipe.resolve(settings)
-        if split_spec(settings.drafter)[0] == "jacobi" and settings.rule != "seed-exact":
+        if settings.follows_window:
             # The window is part of such a rule's law of noise: it must not follow the size of the last batch.
             settings = replace(settings, window=pipe.window(settings))
         self.settings = settings
-        self.method = method or ("none" if settings.sequential else f"{settings.drafter}/{settings.rule}")
+        self.method = method or ("none" if settings.sequential else settings.method)
         plan_batches([0], 1, seed, 0, settings.batch)  # refuses a seed out of range
         self._check_folder()
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""
-        law = {k: v for k, v in asdict(self.settings).items() if k != "batch" and (k, v) not in _PLAIN}
+        law = {k: v for k, v in self.settings.plain().items() if k != "batch" and (k, v) not in _PLAIN}
         model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
         grid, size = (pair[0] if pair[0] == pair[1] else list(pair) for pair in (self.pipe.grid, self.pipe.size))
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}

@@ -22,8 +22,7 @@ from bozzetto.evaluate.photographs import data_path, photographs
 from bozzetto.evaluate.quality import QUALITY
 from bozzetto.evaluate.sampling import slug
 from bozzetto.evaluate.shards import Samples, read_samples
-from bozzetto.methods.path_registry import is_path_method, make_path_rule
-from bozzetto.methods.registry import make_rule, split_method
+from bozzetto.methods.table import read_method, split_method
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
 
 Methods = Mapping[str, str]
@@ -185,9 +184,8 @@ def _joined(pipe: Pipeline, methods: Methods, timed: dict[str, Any], judged: dic
 def _exact(method: str, timed: dict[str, Any]) -> bool:
     """Whether a method draws from the law of the sequential sampler of the model as it is."""
     name, *own = method.split("@")
-    drafter, rule = split_method(name)
-    exact = (make_path_rule if is_path_method(drafter, rule) else make_rule)(rule).exact
-    return exact and not any(part.startswith(_OTHER_LAW) for part in own)
+    _, rule = read_method(*split_method(name))
+    return rule.exact and not any(part.startswith(_OTHER_LAW) for part in own)
 
 
 _OTHER_LAW = ("steps=", "last_steps=", "passes=", "guidance_schedule=")

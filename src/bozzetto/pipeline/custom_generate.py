@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -21,11 +22,10 @@ from torch import Tensor
 from bozzetto.adapters import chameleon, emu3, glm_image
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.decoding.loop import EagerBatch
+from bozzetto.drafts import CODES
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.path_registry import is_path_method
-from bozzetto.methods.registry import TREES, drafter_options, make_drafter, make_rule
-from bozzetto.rules.lantern import Lantern
+from bozzetto.methods.table import USUAL_RULES
 from bozzetto.settings import GenerateSettings
 
 _GUIDANCE, _PREFIX = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "PrefixConstrainedLogitsProcessor"
@@ -119,18 +119,17 @@ def generate_fn(
 
 def _settings(settings: GenerateSettings) -> GenerateSettings:
     """With `auto` replaced. Raises UsageError for methods that need more than the model: they are a pipeline's."""
-    rules = {"none": "seed-exact", "jacobi": "seed-exact", **dict.fromkeys(TREES, "block")}
-    settings = settings.with_method("jacobi", rules)
-    if is_path_method(settings.drafter, settings.rule):
-        raise UsageError(f"{settings.drafter}/{settings.rule} is not allowed here: it is for continuous tokens")
-    name, options = drafter_options(settings.drafter)
-    if name in TREES or getattr(options, "trained", None):
+    settings = settings.with_method("jacobi", USUAL_RULES)
+    drafter, rule = settings.drafter, settings.rule
+    if rule.tokens != CODES:
+        raise UsageError(f"{settings.method} is not allowed here: it is for continuous tokens")
+    if drafter.trained or drafter.smaller:
         raise UsageError(
-            f"drafter = {settings.drafter!r} is not allowed here: jacobi, none (bozzetto.load has trained drafters)"
+            f"drafter = {drafter.text!r} is not allowed here: jacobi, none (bozzetto.load has trained drafters)"
         )
-    if name != "none" and isinstance(make_rule(settings.rule), Lantern):
+    if settings.verifier.columns:
         raise UsageError(
-            f"rule = {settings.rule!r} is not allowed here: it reads a table of nearest codes (bozzetto.load has it)"
+            f"rule = {rule.text!r} is not allowed here: it reads a table of nearest codes (bozzetto.load has it)"
         )
     return settings
 
@@ -179,10 +178,9 @@ _TARGETS: Mapping[str, Callable[[Any, int, int, dict[str, Any]], PromptedCodes]]
 
 
 def _batch(target: PromptedCodes, settings: GenerateSettings, law: LawSettings, images: int) -> EagerBatch:
-    dtype = str(target.dtype).removeprefix("torch.")
-    places = settings.window or max(2, min(16, (128 if dtype != "float32" else 64) // (2 * images)))
-    rule = "seed-exact" if settings.drafter == "none" else settings.rule  # without drafts all rules are one
-    return EagerBatch(target, make_drafter(settings.drafter, places), make_rule(rule), law)
+    settings = replace(settings, **vars(law))
+    window = settings.window_for(images, target.length, str(target.dtype).removeprefix("torch."))
+    return EagerBatch(target, settings.drafter.make(window, None, None, target), settings.verifier, law)
 
 
 def _drawn(batch: EagerBatch, labels: Tensor, seed: int, words: Callable[[Tensor], Tensor], streamer: Any) -> Tensor:

@@ -24,9 +24,10 @@ from bozzetto.common.files import digest
 from bozzetto.common.hub import model_name
 from bozzetto.common.images import Origin
 from bozzetto.drafters.base import DraftModel
+from bozzetto.drafts import VECTORS
 from bozzetto.errors import UsageError
-from bozzetto.methods.path_registry import make_path_rule, make_sampler
-from bozzetto.methods.workshop import TargetWorkshop
+from bozzetto.methods.resources import Resources
+from bozzetto.methods.table import make_sampler
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.pipeline.pipelines import CodePipeline, FlowPipeline
 from bozzetto.pipeline.prompts import EXAMPLES, PromptBook
@@ -35,7 +36,7 @@ from bozzetto.rules.reflection import Coupled
 from bozzetto.settings import GenerateSettings
 
 
-class HostedWorkshop(TargetWorkshop):
+class HostedResources(Resources):
     """Drafters and neighbours for a target of another library."""
 
     target: Any
@@ -126,7 +127,7 @@ class HostedPipeline(_Prompted, CodePipeline):
 
     def __init__(self, name: str, hosted: Hosted, dtype: str, source: Path):
         super().__init__(name, hosted.target, hosted.pictures, [], dtype)
-        self.workshop = HostedWorkshop(hosted.target, hosted.pictures.codebook)
+        self.resources = HostedResources(hosted.target, hosted.pictures.codebook)
         self.take_prompts(hosted, source)
 
     @property
@@ -171,9 +172,9 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
-        if make_path_rule(settings.rule).isotropic and not self.target.schedule.moving:
+        if settings.rule.isotropic and not self.target.schedule.moving:
             raise UsageError(
-                f"rule {settings.rule!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
+                f"rule {settings.rule.text!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
             )
         return settings
 
@@ -183,6 +184,6 @@ def load_prompted(model: str | Path, wanted: LoadSettings, folder: Path) -> Pipe
     `adapters.load.load_hosted` does, and for options that are not for it."""
     name, hosted = model_name(model), load_hosted(model, wanted, folder)
     dtype = name_of(hosted.target.dtype)
-    if hosted.target.tokens == "vectors":
+    if hosted.target.tokens == VECTORS:
         return HostedFlowPipeline(name, hosted, dtype, folder, wanted.sampler, wanted.vae)
     return HostedPipeline(name, hosted, dtype, folder)

@@ -39,7 +39,7 @@ from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError, brief
-from bozzetto.methods.registry import split_spec
+from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.results import ROUNDING as ROUNDING
 from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
 from bozzetto.pipeline.results import settings_of as settings_of
@@ -58,6 +58,7 @@ class Pipeline(ABC):
 
     default_methods: tuple[str, ...]
     undecoded = ""  # why its tokens cannot become pictures here, where they cannot
+    resources: Any  # its drafters, see methods/resources.py
     takes_prompts = False  # any text, not only the names of classes
 
     def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
@@ -165,8 +166,7 @@ class Pipeline(ABC):
         """Settings as they are for one image drawn alone: resolved, batch 1, and with the window of that where the
         rule's noise depends on the window."""
         settings = replace(self.resolve(settings), batch=1)
-        windowed = split_spec(settings.drafter)[0] == "jacobi"  # whatever fills it
-        if settings.window == 0 and windowed and settings.rule != "seed-exact":
+        if settings.window == 0 and settings.follows_window:
             settings = replace(settings, window=self.window(settings))
         return settings
 
@@ -196,9 +196,10 @@ class Pipeline(ABC):
         more = () if self.captions is None else (self.captions,)
         return "unknown" if self.folder is None else digest(*model_files(self.folder), *more)
 
-    def drafter_weights(self, drafter: str) -> str | None:
+    def drafter_weights(self, drafter: Drafting) -> str | None:
         """Digest of a trained drafter's weights, None for drafters without."""
-        return None
+        path = self.resources.weights(drafter)
+        return None if path is None else digest(path)
 
     def stream(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.folders import FLOW, MASKED, SKETCH, Tokenizer, load_drafter, load_target, target_digest
+from bozzetto.checkpoints.folders import FLOW, MASKED, Tokenizer, load_target
 from bozzetto.checkpoints.own_sampling import HEAD
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
@@ -24,13 +23,11 @@ from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.fused_kind import fused_kind, fuses, make_fused
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.masked import MaskedBatch
-from bozzetto.drafters.drift import CachedDrift
-from bozzetto.drafters.gaussian import CachedGaussian
-from bozzetto.drafters.masked_window import DraftWindow
+from bozzetto.drafts import CODES, VECTORS
 from bozzetto.errors import UsageError
-from bozzetto.methods.path_registry import is_path_method, make_path_drafter, make_path_rule, path_drafter_options
-from bozzetto.methods.registry import TREES, drafter_options, make_drafter, make_rule, with_neighbours
-from bozzetto.methods.workshop import TargetWorkshop
+from bozzetto.methods.options import Drafting
+from bozzetto.methods.resources import Resources, VectorResources
+from bozzetto.methods.table import USUAL_RULES
 from bozzetto.pipeline.pipeline import DTYPES, Pipeline, model_files
 from bozzetto.rules.reflection import Plain
 from bozzetto.runtime.graphs import Compiler
@@ -74,7 +71,7 @@ class CodePipeline(_CausalPipeline):
     """A target that draws codes of a codebook."""
 
     default_methods = ("none", "jacobi/seed-exact", "jacobi/exact")
-    default_rules: ClassVar = {"none": "seed-exact", "jacobi": "seed-exact", **dict.fromkeys(TREES, "block")}
+    default_rules = USUAL_RULES
 
     def __init__(
         self,
@@ -88,21 +85,17 @@ class CodePipeline(_CausalPipeline):
     ):
         super().__init__(name, target, tokenizer, classes, dtype, folder)
         self.network, self.compiled = network, {}
-        self.workshop = TargetWorkshop(target, tokenizer.codebook, folder)
+        self.resources = Resources(target, tokenizer.codebook, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings).with_method("jacobi", self.default_rules)
-        if is_path_method(settings.drafter, settings.rule):
-            raise UsageError(f"rule {settings.rule!r} is for continuous tokens: {self.name} draws codes")
+        if settings.rule.tokens != CODES:
+            raise UsageError(f"rule {settings.rule.text!r} is for continuous tokens: {self.name} draws codes")
         self.refuse_negative(settings)
         for option in ("steps", "last_steps", "passes", "guidance_schedule"):
             if getattr(settings, option):
                 raise UsageError(f"{option} is not allowed here: {self.name} draws codes, without a denoising head")
         return settings
-
-    def drafter_weights(self, drafter: str) -> str | None:
-        name, options = drafter_options(drafter)
-        return self.workshop.drafter_digest(getattr(options, "trained", "") or name, getattr(options, "folder", ""))
 
     def fuses(self, settings: GenerateSettings, closed: bool = True) -> bool:
         return fuses(settings) and not (closed and settings.compile == "off")
@@ -117,23 +110,14 @@ class CodePipeline(_CausalPipeline):
         target = self.target_in(settings.compile, settings.deterministic)
         if self.fuses(settings, closed):
             kind = fused_kind(settings, target.length, self.dtype)
-            return make_fused(kind, settings.batch, target, self.dtype, self._filler(settings.drafter, target))
+            return make_fused(kind, settings.batch, target, self.dtype, self.resources.filler(settings.drafter, target))
         window = settings.window_for(settings.batch, target.length, self.dtype)
         widen = None
-        if settings.window == 0 and settings.rule == "seed-exact":  # tokens do not depend on the window
+        if settings.any_window:
             widen = partial(settings.window_for, length=target.length, dtype=self.dtype)
-        drafter = make_drafter(settings.drafter, window, widen, self.workshop)
-        # Without drafts every rule is the sequential sampler; the seed-exact one also records its margins.
-        rule = make_rule("seed-exact" if settings.drafter == "none" else settings.rule)
-        rule = with_neighbours(rule, self.workshop.neighbours)
-        return EagerBatch(target, drafter, rule, settings.law, settings.tv_budget, settings.batch, window)
-
-    def _filler(self, drafter: str, target: Any) -> Any:
-        """What draws the places that enter a window of a fused batch, for a target of this model."""
-        _, options = drafter_options(drafter)
-        if not getattr(options, "fill", ""):
-            return None
-        return self.workshop.filler(options.fill, options.folder, options.fresh, target)
+        drafter, rule = settings.drafter.make(window, widen, self.resources, self.target), settings.verifier
+        near = self.resources.neighbours(rule.columns) if rule.columns else None
+        return EagerBatch(target, drafter, rule, settings.law, settings.tv_budget, settings.batch, window, near)
 
 
 class FlowPipeline(_CausalPipeline):
@@ -155,7 +139,7 @@ class FlowPipeline(_CausalPipeline):
     ):
         self.network, self.compiled = network, {}
         super().__init__(name, target, tokenizer, classes, dtype, folder)
-        self._sketcher = functools.cache(self._load_sketcher)
+        self.resources = VectorResources(self.target, name, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
@@ -175,34 +159,14 @@ class FlowPipeline(_CausalPipeline):
 
     def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         settings = self.resolve(settings)
-        rule, target = make_path_rule(settings.rule), self.target_in(settings.compile, settings.deterministic)
+        rule, target = settings.rule, self.target_in(settings.compile, settings.deterministic)
         window = settings.window_for(settings.batch, target.length, self.dtype, rule.widest)
         asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
         if asked and asked != {"steps": target.sampler.steps}:
             target = copy.copy(target)
             target.sample_with(replace(target.sampler, **asked))
-        drafter = make_path_drafter(settings.drafter, window, target, self._sketch)
+        drafter = settings.drafter.make(window, None, self.resources, target)
         return EagerBatch(target, drafter, rule, settings.law, None, settings.batch, drafter.max_nodes + 1)
-
-    def drafter_weights(self, drafter: str) -> str | None:
-        name, options = path_drafter_options(drafter)
-        return digest(self._sketch_folder(options.folder) / WEIGHTS) if name == "sketch" else None
-
-    def _sketch_folder(self, folder: str) -> Path:
-        """Where a trained drafter lies; "": the model's own. Raises UsageError where there is none."""
-        if folder:
-            return fetched(folder)
-        if self.folder is None or not (self.folder / SKETCH).is_dir():
-            raise UsageError(f"{self.name} comes without a trained drafter (write sketch:folder=DIR, or train one)")
-        return self.folder / SKETCH
-
-    def _sketch(self, folder: str) -> CachedGaussian:
-        return self._sketcher(self._sketch_folder(folder))
-
-    def _load_sketcher(self, folder: Path) -> CachedGaussian:
-        weights = "" if self.folder is None else target_digest(self.folder)
-        net = load_drafter(folder, SKETCH, self.target.whole, weights).to(self.target.device)
-        return CachedGaussian(net, self.target.embedding)
 
 
 class DriftPipeline(FlowPipeline):
@@ -217,32 +181,20 @@ class DriftPipeline(FlowPipeline):
         self.drift, self.base = model, base
         target = DriftTarget(model, DTYPES[dtype])
         super().__init__(name, target, tokenizer, classes, dtype, folder, lambda: model.flow)
+        self.resources = VectorResources(target, name, folder, base, bool(model.config.tuned))
 
     def _fingerprint(self) -> str:
         return "unknown" if self.folder is None else digest(*model_files(self.folder), *model_files(self.base))
-
-    def _sketch_folder(self, folder: str) -> Path:
-        """The variant's own drafter, else the base model's, unless another one is named."""
-        own = self.folder is not None and (self.folder / SKETCH).is_dir()
-        if not (folder or own) and (self.base / SKETCH).is_dir():
-            return self.base / SKETCH
-        return super()._sketch_folder(folder)
-
-    def _load_sketcher(self, folder: Path) -> CachedGaussian:
-        if self.drift.config.tuned:
-            raise UsageError(f"drafter 'sketch' is not allowed here: {self.name} changed the body it was trained for")
-        net = load_drafter(folder, SKETCH, self.target.whole, target_digest(self.base)).to(self.target.device)
-        return CachedDrift(net, self.target.embedding)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         for option in ("steps", "last_steps"):
             if (count := getattr(settings, option)) > 1:
                 raise UsageError(f"{option} = {count} is not allowed here: {self.name} draws a token in one step")
         settings = super().resolve(settings)
-        rule = make_path_rule(settings.rule)
-        if not (rule.fixed_noise or rule.name == Plain.name):
+        rule = settings.rule
+        if not (rule.fixed_noise or rule.sequential):
             raise UsageError(
-                f"rule {settings.rule!r} is not allowed here: {self.name} maps noise to a token and has no density "
+                f"rule {rule.text!r} is not allowed here: {self.name} maps noise to a token and has no density "
                 "(plain, pathwise)"
             )
         return settings
@@ -266,6 +218,7 @@ class MaskedPipeline(Pipeline):
         self.sampler, self.own_folder = target.sampler, folder
         self.made: dict[tuple[str, MARSampler, str], MARTarget] = {}
         super().__init__(name, target, tokenizer, classes, dtype, folder)
+        self.resources: Any = self
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         settings = super().resolve(settings)
@@ -291,20 +244,19 @@ class MaskedPipeline(Pipeline):
 
     def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         settings = self.resolve(settings)
-        name, options = path_drafter_options(settings.drafter)
-        if name not in ("none", "model"):
-            raise UsageError(f"drafter {settings.drafter!r} is not allowed here: {self.name} is masked (none, model)")
-        sampler, rule = self.sampler_for(settings), make_path_rule(settings.rule)
+        asked: Any = settings.drafter
+        if not asked.masked:
+            raise UsageError(f"drafter {asked.text!r} is not allowed here: {self.name} is masked (none, model)")
+        sampler, rule = self.sampler_for(settings), settings.rule
         target = self._target("", sampler, settings.compile)
-        if name == "none":
+        if not asked.drafts:
             return MaskedBatch(target, rule, settings.law, slots=settings.batch)
-        window = DraftWindow(options.length, options.prefill)
-        drafter = self._target(str(self._draft_folder(options.folder)), sampler, settings.compile)
-        return MaskedBatch(target, rule, settings.law, drafter, window, settings.batch)
+        drafter = self._target(str(self._draft_folder(asked.folder)), sampler, settings.compile)
+        return MaskedBatch(target, rule, settings.law, drafter, asked.steps, settings.batch)
 
-    def drafter_weights(self, drafter: str) -> str | None:
-        name, options = path_drafter_options(drafter)
-        return digest(self._draft_folder(options.folder) / WEIGHTS) if name == "model" else None
+    def weights(self, drafter: Drafting) -> Path | None:
+        """As of `Resources`."""
+        return self._draft_folder(drafter.folder) / WEIGHTS if drafter.smaller else None
 
     def _draft_folder(self, folder: str) -> Path:
         """Where a smaller model lies; "": the model's own. Raises UsageError where there is none."""
@@ -356,8 +308,8 @@ class MaskedPipeline(Pipeline):
 
 
 def _check_annealed(settings: GenerateSettings) -> None:
-    if settings.last_steps and settings.drafter != "none":
-        raise UsageError(f"last_steps is not allowed with drafts: drafter {settings.drafter!r} (allowed: none)")
+    if settings.last_steps and settings.drafter.drafts:
+        raise UsageError(f"last_steps is not allowed with drafts: drafter {settings.drafter.text!r} (allowed: none)")
 
 
 def vector_settings(name: str, settings: GenerateSettings, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:
@@ -365,8 +317,8 @@ def vector_settings(name: str, settings: GenerateSettings, drafter: str, rules: 
     settings = settings.with_method(drafter, rules)
     if settings.sequential:
         settings = replace(settings, rule=Plain.name)
-    if not is_path_method(settings.drafter, settings.rule):
-        raise UsageError(f"rule {settings.rule!r} is for codes: {name} draws continuous tokens")
+    if settings.rule.tokens != VECTORS:
+        raise UsageError(f"rule {settings.rule.text!r} is for codes: {name} draws continuous tokens")
     if settings.tv_budget is not None:
         raise UsageError(f"tv_budget is not allowed here: {name} draws continuous tokens")
     return settings

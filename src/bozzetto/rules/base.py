@@ -7,7 +7,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.common.written import Written
+from bozzetto.drafts import CODES, Draft, Verdict
 
 T = TypeVar("T")
 
@@ -23,7 +24,8 @@ class Noise:
     slack: float32 [B], what is left of each image's budget of bias (None: no limit);
     greedy: decoding is greedy and the laws given are the plain ones, from which a relaxed rule makes its choice;
     keys: int64 [B, M + 1], of vectors, fresh in every pass and at every place, from which a rule derives whatever else
-    it needs (laws/noise.py: fold, uniform, normal).
+    it needs (laws/noise.py: fold, uniform, normal);
+    neighbours: int [V, columns], of codes: the nearest other ones of each, for rules that read them.
     """
 
     fixed: Tensor | None = None
@@ -31,9 +33,11 @@ class Noise:
     slack: Tensor | None = None
     greedy: bool = False
     keys: Tensor | None = None
+    neighbours: Tensor | None = None
 
 
-class Rule:
+@dataclass(frozen=True)
+class Rule(Written):
     """A verification rule. Parameters are fields of a frozen dataclass, traits are class variables.
 
     tokens: what it verifies, `codes` or `vectors` (denoising chains); exact: the output has exactly the target's law;
@@ -44,13 +48,16 @@ class Rule:
     needs_uniforms: noise that the rule itself asks for;
     window: every place of a chain gets a token of the target's law given its context, so that a window can be carried
     on; widest: places per pass that pay for one image on a two-core CPU (docs/log.md has the measurements); beside:
-    windows may have second guesses; trees: trees are welcome, not just chains; isotropic: only for laws with equal
-    fixed deviations;
+    windows may have second guesses; trees: trees are welcome, not just chains; ragged: chains may be of different
+    lengths; isotropic: only for laws with equal fixed deviations;
+    sequential: without drafts it is the sequential sampler by name; fused: it may be fused into a compiled step;
+    masked: masked models may use it; blind: drafts are verified without seeing each other; columns: of the table of
+    nearest codes, that it reads (0: none);
     bias: for rules that are not exact, what bounds the bias, in words.
     """
 
     name: ClassVar[str]
-    tokens: ClassVar[str] = "codes"
+    tokens: ClassVar[str] = CODES
     exact: ClassVar[bool] = False
     seed_exact: ClassVar[bool] = False
     alone: ClassVar[bool] = False
@@ -63,8 +70,20 @@ class Rule:
     widest: ClassVar[int] = 16
     beside: ClassVar[bool] = False
     trees: ClassVar[bool] = True
+    ragged: ClassVar[bool] = False
     isotropic: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+    fused: ClassVar[bool] = False
+    masked: ClassVar[bool] = False
     bias: ClassVar[str] = ""
+
+    @property
+    def columns(self) -> int:
+        return 0
+
+    @property
+    def blind(self) -> bool:
+        return False
 
     def verify(self, draft: Draft, law: Any, noise: Noise) -> Verdict:
         """law: the target's at the root and at every drafted node: log-laws float32 [B, M + 1, V] of codes; of vectors

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, sample_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
@@ -38,7 +38,7 @@ class Chains(Rule):
     any reach is exact; inf: all are coupled."""
 
     name: ClassVar[str] = "chains"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
     exact: ClassVar[bool] = True
     window: ClassVar[bool] = True
     widest: ClassVar[int] = 20

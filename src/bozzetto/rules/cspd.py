@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, log_density, sample_trajectory
 from bozzetto.laws.noise import fold, normal, uniform
@@ -41,9 +41,10 @@ class Cspd(Rule):
     sampler itself adds no noise there (the default is that of a 100-step cosine sampler)."""
 
     name: ClassVar[str] = "cspd"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
     fixed_noise: ClassVar[bool] = True
     needs_fixed: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
     bias: ClassVar[str] = (
         "no bound: the test weighs the target by a ratio of deviations that the redraw does not undo, and `released` "
         "keeps tokens drafted after a rejected one; the distance to the target's own sample is recorded"
@@ -61,6 +62,11 @@ class Cspd(Rule):
         require(0 <= heat < math.inf, "inner_temperature", heat, "a number >= 0")
         require(self.tries >= 0, "tries", self.tries, "a whole number >= 0")
         require(0 < self.last_std < math.inf, "last_std", self.last_std, "a number > 0")
+
+    @property
+    def blind(self) -> bool:
+        """As released."""
+        return self.variant == "released"
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         batch, length = draft.tokens.shape[:2]

@@ -34,6 +34,7 @@ class Exact(Rule):
     window: ClassVar[bool] = True
     beside: ClassVar[bool] = True
     trees: ClassVar[bool] = False
+    fused: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         if noise.fixed is None or (draft.tree is not None and not draft.beside):

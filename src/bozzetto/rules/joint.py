@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_trajectory, score_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
@@ -37,7 +37,7 @@ class Joint(Rule):
     that the result does not depend on it. Serial head calls cost more than rows: a few more than are needed pay."""
 
     name: ClassVar[str] = "joint"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
     exact: ClassVar[bool] = True
 
     tries: int = 8

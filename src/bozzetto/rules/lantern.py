@@ -31,15 +31,11 @@ _ROUNDING = 1e-6  # a budget is not refused for a rounding error
 
 @dataclass(frozen=True)
 class Lantern(Rule):
-    """k: neighbours looked at; delta: largest mass borrowed per candidate, in [0, 1]; residual: see above.
-
-    neighbours: int [V, >= k (+ 1 for `released`)], the nearest other codes of each code (set by `with_neighbours`).
-    """
+    """k: neighbours looked at; delta: largest mass borrowed per candidate, in [0, 1]; residual: see above."""
 
     k: int = 1000
     delta: float = 0.1
     residual: str = "paper"
-    neighbours: Tensor | None = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "lantern"
     window: ClassVar[bool] = True
@@ -63,7 +59,7 @@ class Lantern(Rule):
         return torch.full_like(px, self.delta)
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
-        table = given(self.neighbours, self, "the table of neighbours")
+        table = given(noise.neighbours, self, "the table of neighbours")
 
         def judge(family: Family) -> Judgement:
             if noise.greedy:
@@ -141,7 +137,8 @@ class LanternPlusPlus(Lantern):
     """k: neighbours looked at; lambda (`lam`): a candidate may count up to lambda times its own probability, >= 1."""
 
     k: int = 10
-    lam: float = 2.0
+    delta: float = field(default=0.1, init=False, repr=False)  # LANTERN's
+    lam: float = field(default=2.0, metadata={"option": "lambda"})
 
     name: ClassVar[str] = "lantern++"
     bias: ClassVar[str] = "each decision's distance from the exact one; a probability is raised at most lambda times"

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, score_trajectory
 from bozzetto.laws.noise import fold, fresh_noise, uniform
@@ -43,7 +43,7 @@ class PathBlock(Rule):
     """Block verification of denoising paths; no parameters."""
 
     name: ClassVar[str] = "block"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
     exact: ClassVar[bool] = True
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.laws.chain import ChainLaw, sample_trajectory
 from bozzetto.rules.base import Noise, Rule, given, leading
@@ -29,11 +29,13 @@ class Pathwise(Rule):
     `run`, of all numbers of all tokens kept in a pass together, the sum of their distances."""
 
     name: ClassVar[str] = "pathwise"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
     needs_law: ClassVar[bool] = False
     fixed_noise: ClassVar[bool] = True
     needs_fixed: ClassVar[bool] = True
     window: ClassVar[bool] = True
+    ragged: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
     widest: ClassVar[int] = 32
     bias: ClassVar[str] = "every number of a token is within epsilon of the target's own sample from the same noise"
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Draft, Verdict
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, log_ratio, sample_trajectory
 from bozzetto.laws.noise import fold, uniform
@@ -139,7 +139,8 @@ class Coupled(Rule):
     call; spread: deviation of a token given its context, in token units, that the drafts assume."""
 
     name: ClassVar[str] = "coupled"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
+    masked: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     alone: ClassVar[bool] = True
     needs_law: ClassVar[bool] = False
@@ -169,6 +170,7 @@ class Reflection(Coupled):
 
     name: ClassVar[str] = "reflection"
     isotropic: ClassVar[bool] = True
+    masked: ClassVar[bool] = False
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
         if not law.isotropic:
@@ -181,7 +183,9 @@ class Plain(Rule):
     """The sequential sampler: T serial head calls with the position's own noise."""
 
     name: ClassVar[str] = "plain"
-    tokens: ClassVar[str] = "vectors"
+    tokens: ClassVar[str] = VECTORS
+    sequential: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     seed_exact: ClassVar[bool] = True
     alone: ClassVar[bool] = True

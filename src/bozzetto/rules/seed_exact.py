@@ -27,6 +27,8 @@ class SeedExact(Rule):
     exact: ClassVar[bool] = True
     seed_exact: ClassVar[bool] = True
     fixed_noise: ClassVar[bool] = True
+    sequential: ClassVar[bool] = True
+    fused: ClassVar[bool] = True
     needs_law: ClassVar[bool] = False
     needs_fixed: ClassVar[bool] = True
     needs_uniforms: ClassVar[bool] = False

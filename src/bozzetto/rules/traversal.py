@@ -66,6 +66,7 @@ class Block(Traversal):
 
     name: ClassVar[str] = "block"
     trees: ClassVar[bool] = False
+    ragged: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         if draft.tree is not None and max(draft.tree.widths) > 1:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from bozzetto.drafts import VECTORS
 from bozzetto.errors import UsageError
-from bozzetto.methods.path_registry import PATH_DRAFTERS, PATH_RULES
-from bozzetto.methods.registry import DRAFTERS, RULES
+from bozzetto.methods.table import DRAFTERS, RULES, named, read_drafter
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.pipeline.pipelines import CodePipeline
 from bozzetto.settings import GenerateSettings
 
 
 def methods_of(pipe: Pipeline) -> dict[str, list[str]]:
     """Rules by drafter, without options: what a request can name and the model has."""
-    codes = isinstance(pipe, CodePipeline)
+    tokens = pipe.target.tokens
     found: dict[str, list[str]] = {}
-    for drafter in DRAFTERS if codes else PATH_DRAFTERS:
+    for drafter in named(DRAFTERS, tokens):
         if not _has(pipe, drafter):
             continue
-        for rule in RULES if codes else PATH_RULES:
-            # Without drafts every rule for codes is sequential decoding.
-            sequential = codes and drafter == "none" and rule != "seed-exact"
-            if not sequential and _goes(pipe, drafter, rule):
+        for rule in named(RULES, tokens):
+            if _goes(pipe, drafter, rule):
                 found.setdefault(drafter, []).append(rule)
     return found
 
@@ -30,7 +27,7 @@ def methods_of(pipe: Pipeline) -> dict[str, list[str]]:
 def own_sampling(pipe: Pipeline) -> dict[str, Any]:
     """How the model is sampled where a request says nothing, in the words of requests, and where that was published."""
     told = pipe.sampling()
-    codes = () if isinstance(pipe, CodePipeline) else ("top_k", "top_p")
+    codes = ("top_k", "top_p") if pipe.target.tokens == VECTORS else ()
     unused = {"asked", "suffix", "negative_prompt", "quality_words", *codes}
     found = {"guidance_scale" if k == "guidance" else k: v for k, v in told.items() if k not in unused}
     words = {"quality_words": pipe.own.suffix, "negative_prompt": pipe.own.negative_prompt}
@@ -48,24 +45,25 @@ def takes_negative(pipe: Pipeline) -> bool:
 
 def lossy(rules: dict[str, list[str]]) -> list[str]:
     """Names of rules that are not exact."""
-    exact: dict[str, bool] = {name: rule.exact for name, rule in RULES.items()}
-    exact |= {name: rule.exact for name, rule in PATH_RULES.items()}
+    exact = {name: rule.exact for (_, name), rule in RULES.items()}
     return sorted({name for names in rules.values() for name in names if not exact[name]})
 
 
 def _has(pipe: Pipeline, drafter: str) -> bool:
     """Whether what a trained drafter needs lies beside the model."""
     try:
-        pipe.drafter_weights(drafter)
+        pipe.drafter_weights(read_drafter(drafter, pipe.target.tokens))
     except (UsageError, OSError):
         return False
     return True
 
 
 def _goes(pipe: Pipeline, drafter: str, rule: str) -> bool:
-    """Whether the method can be asked for, and decoded."""
+    """Whether the method can be asked for, and decoded, and is no other one by another name (without drafts every rule
+    of codes is sequential decoding)."""
     try:
-        pipe.make_batch(GenerateSettings(drafter, rule))
+        settings = pipe.resolve(GenerateSettings(drafter, rule))
+        pipe.make_batch(settings)
     except UsageError:
         return False
-    return True
+    return settings.verifier == settings.rule

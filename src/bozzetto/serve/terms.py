@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bozzetto.errors import UsageError
+from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.answers import Form
 from bozzetto.serve.methods import lossy, own_sampling, takes_negative
 from bozzetto.serve.orders import Order
 from bozzetto.serve.problems import ApiError
-from bozzetto.serve.schema import Drawing, ImageGeneration, Speculation
+from bozzetto.serve.schema import Drawing, ImageGeneration
 from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
 
@@ -89,7 +90,7 @@ class Terms:
             )
         except UsageError as error:
             raise refused(str(error), "speculation") from error
-        self._check_drafter(name, spoken)
+        self._check_drafter(name, settings.drafter)
         pipe = worker.pipes[name]
         _check_words(pipe, asked)
         drawn, form = self._form(pipe, images)
@@ -97,12 +98,10 @@ class Terms:
         size = None if drawn == pipe.size else drawn
         return Order(name, asked.prompt, settings.with_own(pipe.own), seed, count, partials, watched, size), form
 
-    def _check_drafter(self, name: str, spoken: Speculation) -> None:
+    def _check_drafter(self, name: str, asked: Drafting) -> None:
         """Raises ApiError for a trained drafter that the model comes without."""
-        drafter, *options = spoken.drafter.split(":")
-        pairs = dict(option.split("=", 1) for option in options)
         there = ["auto", *self.worker.rules[name]]
-        for wanted in (drafter, *(pairs[key] for key in ("fill", "second") if key in pairs)):
+        for wanted in filter(None, (asked.name, asked.trained)):
             if wanted not in there:
                 message = f"drafter {wanted!r} is not allowed for {name} (allowed: {', '.join(there)})"
                 raise refused(message, "speculation.drafter")

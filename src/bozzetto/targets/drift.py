@@ -164,6 +164,7 @@ class DriftTarget(FlowTarget):
     """A drift model ready to decode: a flow target whose passes also measure the entropy, with another law."""
 
     centre: Dense
+    one_step = True
 
     @torch.no_grad()
     def __init__(self, model: DriftModel, dtype: torch.dtype = torch.float32):

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bozzetto.common.checks import Count, Steps
+from bozzetto.drafts import VECTORS
 from bozzetto.errors import require
 from bozzetto.laws.schedules import FlowSchedule, euler_schedule, flow_schedule, flow_sde_schedule
 from bozzetto.runtime.dense import Dense
@@ -91,7 +92,8 @@ class Sampled:
     """What causal targets with a flow head share: the head, sampled in some way, and the laws of its tokens. narrow:
     compiled layers of the head, where there are; time_scale: the denoiser's times at the end of the path."""
 
-    tokens = "vectors"
+    tokens = VECTORS
+    one_step = False  # a token is one call of a network, not a chain
     narrow: Any = None
     stages: Sequence[tuple[FlowSchedule, PackedDenoiser]] = ()  # by known tokens, where steps grow fewer
     time_scale = TIME_SCALE

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.drafts import Layout
+from bozzetto.drafts import CODES, Layout
 from bozzetto.errors import UsageError
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
@@ -73,7 +73,7 @@ class CausalTarget:
 class LlamaGenTarget(CausalTarget):
     """A LlamaGen network ready to decode."""
 
-    tokens = "codes"
+    tokens = CODES
 
     @torch.no_grad()
     def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):

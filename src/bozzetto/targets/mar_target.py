@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Steps
+from bozzetto.drafts import VECTORS
 from bozzetto.errors import require
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.runtime.dense import Dense
@@ -100,7 +101,7 @@ class MARTarget:
     Raises UsageError if the sampler makes more passes than there are tokens.
     """
 
-    tokens = "vectors"
+    tokens = VECTORS
 
     @torch.no_grad()
     def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):

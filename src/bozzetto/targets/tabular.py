@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from bozzetto.drafts import Layout
+from bozzetto.drafts import CODES, Layout
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.targets.base import Scores
 from bozzetto.targets.layers import visible
@@ -20,7 +20,7 @@ class TabularTarget:
     """tables: float32 [labels + 1, prefixes, V]; the last label is the unconditional one. A prefix of length n with
     tokens x is row offset(n) + sum_i x_i V^(n - 1 - i)."""
 
-    tokens = "codes"
+    tokens = CODES
 
     def __init__(self, vocab: int, length: int, labels: int = 2, spread: float = 1.5, seed: int = 0):
         self.vocab, self.length, self.labels = vocab, length, labels

@@ -13,21 +13,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bozzetto.checkpoints.folders import LLAMAGEN, TOKENIZER_WEIGHTS, load_drafter, load_target, target_digest
+from bozzetto.checkpoints.folders import LLAMAGEN, SKETCH, TOKENIZER_WEIGHTS, load_drafter, load_target, target_digest
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
 from bozzetto.drafters.base import DraftModel
+from bozzetto.drafters.drift import CachedDrift
+from bozzetto.drafters.gaussian import CachedGaussian
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.drafters.trained import TRAINED
 from bozzetto.errors import UsageError
+from bozzetto.methods.options import Drafting
 from bozzetto.rules.neighbours import MOST, nearest_codes
 from bozzetto.runtime.graphs import digest_of
 from bozzetto.runtime.kept import cache_folder, find, keep
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 
-class TargetWorkshop:
+class Resources:
     """Makes drafters for one target. folder: the model's, if it has one; codebook: float [V, d]."""
 
     def __init__(self, target: LlamaGenTarget, codebook: Tensor, folder: Path | None):
@@ -58,13 +61,15 @@ class TargetWorkshop:
     def _load_trained(self, name: str, folder: str) -> Any:
         return TRAINED[name].cached(self._load_net(name, folder), self.target)
 
-    def filler(self, name: str, folder: str, fresh: int, target: Any) -> Any:
-        """A trained drafter as a part of a step, for slots of `target`, this one or this one compiled. Raises as
-        `trained`."""
-        net = self._net(name, str(self.trained_folder(name, folder)))
+    def filler(self, drafter: Any, target: Any) -> Any:
+        """What draws the places that enter a window of fused steps, for `target`, which is this one or this one
+        compiled; None for a drafter that has none. Raises as `trained`."""
+        if not drafter.trained:
+            return None
+        net = self._net(drafter.trained, str(self.trained_folder(drafter.trained, drafter.folder)))
         step = getattr(target, "step", None)
         output = None if step is None else step.step.head
-        return TRAINED[name].fused(net, self.target.embedding, self.target.head, fresh, output)
+        return TRAINED[drafter.trained].fused(net, self.target.embedding, self.target.head, drafter.fresh, output)
 
     def smaller(self, folder: str) -> DraftModel:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
@@ -96,11 +101,45 @@ class TargetWorkshop:
     def _all_neighbours(self, most: int) -> Tensor:
         return kept_neighbours(self.codebook, most)
 
-    def drafter_digest(self, name: str, folder: str) -> str | None:
-        """Digest of the weights of a tree drafter, None for the others."""
-        if name == "model":
-            return digest(fetched(folder) / WEIGHTS)
-        return digest(self.trained_folder(name, folder) / WEIGHTS) if name in TRAINED else None
+    def weights(self, drafter: Drafting) -> Path | None:
+        """The file of weights that a drafter reads, None for those without. Raises as `trained`."""
+        if drafter.smaller:
+            return fetched(drafter.folder) / WEIGHTS
+        return self.trained_folder(drafter.trained, drafter.folder) / WEIGHTS if drafter.trained else None
+
+
+class VectorResources:
+    """The same for a causal target of continuous tokens. name: the model's; base: folder of the model that a drift
+    variant is one of; tuned: whether the variant changed the body that the base model's drafter was trained for."""
+
+    def __init__(self, target: Any, name: str, folder: Path | None, base: Path | None = None, tuned: bool = False):
+        self.target, self.name, self.folder, self.base, self.tuned = target, name, folder, base, tuned
+        self._sketcher = functools.cache(self._load)
+
+    def trained_folder(self, folder: str) -> Path:
+        """Where the trained drafter lies: in a folder, or under a name on the hub; "": the model's own, else its base
+        model's. Raises UsageError where there is none."""
+        if folder:
+            return fetched(folder)
+        for own in (self.folder, self.base):
+            if own is not None and (own / SKETCH).is_dir():
+                return own / SKETCH
+        raise UsageError(f"{self.name} comes without a trained drafter (write {SKETCH}:folder=DIR, or train one)")
+
+    def trained(self, name: str, folder: str) -> CachedGaussian:
+        """The trained drafter. Raises UsageError as `trained_folder`, and where it was trained for another target."""
+        return self._sketcher(self.trained_folder(folder))
+
+    def _load(self, folder: Path) -> CachedGaussian:
+        if self.tuned:
+            raise UsageError(f"drafter {SKETCH!r} is not allowed here: {self.name} changed the body it was trained for")
+        own = self.base or self.folder
+        net = load_drafter(folder, SKETCH, self.target.whole, "" if own is None else target_digest(own))
+        return (CachedDrift if self.base else CachedGaussian)(net.to(self.target.device), self.target.embedding)
+
+    def weights(self, drafter: Drafting) -> Path | None:
+        """As of `Resources`."""
+        return self.trained_folder(drafter.folder) / WEIGHTS if drafter.trained else None
 
 
 def kept_neighbours(codebook: Tensor, k: int) -> Tensor:

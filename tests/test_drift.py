@@ -308,7 +308,7 @@ def test_a_stop_drafts_less_and_numbers_left_over_are_never_kept(drafted: Path) 
 @torch.no_grad()
 def test_the_draft_model_measures_its_own_attention_and_takes_over_the_targets_entropy(drafted: Path) -> None:
     pipe = load(drafted)
-    sketcher = pipe._sketch("")
+    sketcher = pipe.resources.trained("sketch", "")
     sketcher.begin(torch.tensor([0, 1]), True, 4)
     features = torch.randn(4, 3, pipe.target.whole.dim + 1)
     count = torch.tensor([3, 2])

@@ -17,15 +17,17 @@ from tqdm import tqdm
 
 from bozzetto.autoencoders.latents import TINY, LatentDecoder, tiny_latents
 from bozzetto.autoencoders.tiny import load_tiny
-from bozzetto.checkpoints.folders import FLOW, MASKED, load_latents, write_model, write_tokenizer
+from bozzetto.checkpoints.folders import CONFIG, FLOW, MASKED, load_latents, read_config, write_model, write_tokenizer
+from bozzetto.common.checks import config_from
 from bozzetto.data import evaluation_view
 from bozzetto.errors import UsageError
-from bozzetto.laws.schedules import noised_tables
+from bozzetto.laws.schedules import FlowSchedule, noised_tables
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler
 from bozzetto.targets.mar import MAR, MARConfig
 from bozzetto.targets.mar_target import MARSampler
 from bozzetto.train.fit import Fit, autocast, channels_last, encoded, mean_over
+from bozzetto.train.pictures import class_names
 from bozzetto.train.recipes import FlowRecipe, MARRecipe
 
 LATENTS = "latents.safetensors"
@@ -78,14 +80,6 @@ def mar_loss(
     return error + bound[times > 0].mean() / math.log(2)
 
 
-def target_latents(folder: Path, image_size: int) -> LatentDecoder:
-    """The decoder of a trained target. Raises UsageError where it is not for pictures of `image_size` pixels."""
-    found = load_latents(folder)
-    if found.config.image_size != image_size:
-        raise UsageError(f"image_size = {image_size} is not allowed: {folder} draws {found.config.image_size} pixels")
-    return found
-
-
 def _flow(r: FlowRecipe, shape: dict[str, int]) -> FlowModel:
     head = {"head_width": r.head_width, "head_depth": r.head_depth}
     return FlowModel(FlowConfig(r.dim, r.layers, r.heads, **shape, **head), r.dropout)
@@ -132,6 +126,21 @@ class LatentFit(Fit):
     recipe: Any
     model: Any
     latents_of_target: LatentDecoder | None = None  # of the target that this one is made for
+
+    def take_over(self, target: FlowModel, folder: Path) -> FlowSchedule:
+        """From the flow model in a folder that this one is made for: classes, how tokens are scaled, the schedule.
+        Raises UsageError where it is not for pictures of the recipe's size."""
+        self.known = class_names(folder, target.config.classes)
+        self.latents_of_target = load_latents(folder)
+        drawn = self.latents_of_target.config.image_size
+        if drawn != self.image_size:
+            raise UsageError(f"image_size = {self.image_size} is not allowed: {folder} draws {drawn} pixels")
+        return config_from(FlowSampler, read_config(folder).get("sampler", {}), folder / CONFIG).schedule
+
+    def scales(self, count: int, generator: torch.Generator) -> Tensor:
+        """Guidance scales from the recipe's range, [count]."""
+        low, high = self.recipe.guidance
+        return low + (high - low) * torch.rand(count, generator=generator)
 
     def load_data(self) -> None:
         """Scaled latents: self.latents float16 [n, views, N, D] (not scaled yet), self.test float32 [n', N, D]."""

@@ -14,17 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bozzetto.checkpoints.folders import CONFIG, load_base, read_config, save_drift
-from bozzetto.common.checks import config_from
+from bozzetto.checkpoints.folders import load_base, save_drift
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.drift import DriftConfig, DriftModel, guided_features
 from bozzetto.targets.flow import TIME_SCALE
-from bozzetto.targets.flow_cache import FlowSampler
 from bozzetto.targets.heads import PackedDenoiser, flow_coefficients
-from bozzetto.train.continuous import LatentFit, target_latents
+from bozzetto.train.continuous import LatentFit
 from bozzetto.train.fit import autocast, compute_dtype, mean_over
-from bozzetto.train.pictures import class_names
 from bozzetto.train.recipes import DriftRecipe
 
 _ROWS = 16
@@ -92,12 +89,9 @@ class DriftFit(LatentFit):
 
     def load_target(self) -> None:
         self.target_folder = model_folder(self.recipe.model)
-        content = read_config(self.target_folder)
         self.teacher = load_base(self.target_folder)
-        self.schedule = config_from(FlowSampler, content.get("sampler", {}), self.target_folder / CONFIG).schedule
+        self.schedule = self.take_over(self.teacher, self.target_folder)
         self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, compute_dtype())
-        self.known = class_names(self.target_folder, self.teacher.config.classes)
-        self.latents_of_target = target_latents(self.target_folder, self.recipe.image_size)
 
     def make_model(self) -> nn.Module:
         r = self.recipe
@@ -116,8 +110,7 @@ class DriftFit(LatentFit):
         """alpha; guidance scale [B]; places int64 [B, n]; noise of the context [B, N, D], of the teacher [T + 1, B n,
         K, D] and of the decoder [B n, G, D]."""
         r, (batch, length, dim) = self.recipe, tokens.shape
-        low, high = r.guidance
-        scale = low + (high - low) * torch.rand(batch, generator=generator)
+        scale = self.scales(batch, generator)
         places = torch.rand(batch, length, generator=generator).argsort(1)[:, : r.places]
         width = r.context_noise * torch.rand(batch, 1, 1, generator=generator)
         context = width * torch.randn(tokens.shape, generator=generator)

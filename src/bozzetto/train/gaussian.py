@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.checkpoints.folders import (
-    CONFIG,
     FLOW,
     MASKED,
     SKETCH,
@@ -25,15 +24,12 @@ from bozzetto.checkpoints.folders import (
     save_drafter,
     target_digest,
 )
-from bozzetto.common.checks import config_from
 from bozzetto.drafters.gaussian import GaussianNet, gaussian_config
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.flow import FlowModel
-from bozzetto.targets.flow_cache import FlowSampler
-from bozzetto.train.continuous import LatentFit, target_latents
+from bozzetto.train.continuous import LatentFit
 from bozzetto.train.fit import autocast, mean_over
-from bozzetto.train.pictures import class_names
 from bozzetto.train.recipes import SketchRecipe
 
 _ROWS = 16
@@ -49,16 +45,13 @@ class GaussianFit(LatentFit):
 
     def load_target(self) -> None:
         self.target_folder = model_folder(self.recipe.model)
-        content = read_config(self.target_folder)
         target = load_target(self.target_folder, FLOW, MASKED)
         if not isinstance(target, FlowModel):
             raise UsageError(f"{self.target_folder}: a drafter of continuous tokens is for a flow model")
         self.target = target
-        schedule = config_from(FlowSampler, content.get("sampler", {}), self.target_folder / CONFIG).schedule
+        schedule = self.take_over(target, self.target_folder)
         self.ancestry, self.times = schedule.ancestry(torch.device("cpu")), schedule.time.float()
         self.weights = (self.ancestry.of_token / schedule.std.float()).square()  # [T]
-        self.known = class_names(self.target_folder, target.config.classes)
-        self.latents_of_target = target_latents(self.target_folder, self.recipe.image_size)
 
     def make_model(self) -> nn.Module:
         net = GaussianNet(gaussian_config(self.target.config))
@@ -70,8 +63,7 @@ class GaussianFit(LatentFit):
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Guidance scale [B]; steps int64 [B, N] and noise [B, N, D] of the states at which the laws are compared."""
-        low, high = self.recipe.guidance
-        scale = low + (high - low) * torch.rand(len(tokens), generator=generator)
+        scale = self.scales(len(tokens), generator)
         steps = torch.randint(len(self.times), tokens.shape[:2], generator=generator)
         return scale, steps, torch.randn(tokens.shape, generator=generator)
 

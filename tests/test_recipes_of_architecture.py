@@ -258,3 +258,70 @@ def test_a_model_family_is_an_adapter_file_and_a_row(house: House, tmp_path: Pat
     house.row("adapters/families.py", "MappingProxyType(\n    {\n", '        "llama": ("toyline", "load"),\n')
     assert house.touched() == ["adapters/families.py", "adapters/toyline.py"]
     house.run(LOAD_AND_DRAW, folder)
+
+
+RULE = '''
+"""A toy: what seed-exact keeps, one draft at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.categorical import gumbel_argmax
+from bozzetto.rules.base import Noise, Rule, given, leading
+
+
+@dataclass(frozen=True)
+class AtMost(Rule):
+    """most: drafts kept."""
+
+    name: ClassVar[str] = "at-most"
+    exact: ClassVar[bool] = True
+    seed_exact: ClassVar[bool] = True
+    needs_law: ClassVar[bool] = False
+    needs_fixed: ClassVar[bool] = True
+    fixed_noise: ClassVar[bool] = True
+    needs_uniforms: ClassVar[bool] = False
+    window: ClassVar[bool] = True
+    trees: ClassVar[bool] = False
+
+    most: int = 1
+
+    def verify(self, draft: Draft, log_p, noise: Noise) -> Verdict:
+        tokens = gumbel_argmax(log_p, given(noise.fixed, self, "the positions' Gumbel noise"))
+        agreed = leading(tokens[:, : draft.length] == draft.tokens)
+        return Verdict(tokens, agreed.clamp_max(self.most))
+'''
+GENERATE_SERVE_VERIFY = """
+import json
+import sys
+from pathlib import Path
+
+from bozzetto import load
+from bozzetto.cli.main import main
+from bozzetto.serve.methods import lossy, methods_of
+from bozzetto.targets.tabular import TabularTarget
+from toys import EXACT_RULES, PLAIN, WINDOW_RULES, decode, p_value
+
+model = sys.argv[1]
+asked = ["rose", "--model", model, "--seed", "1"]
+for out, method in (("plain", ["--drafter", "none"]), ("toy", ["--drafter", "jacobi", "--rule", "at-most:most=2"])):
+    assert main(["generate", *asked, *method, "--out", out]) == 0
+plain, toy = (json.loads(Path(out, "manifest.json").read_text()) for out in ("plain", "toy"))
+assert toy["images"][0]["sha256"] == plain["images"][0]["sha256"]
+methods = methods_of(load(model))
+assert "at-most" in methods["jacobi"] and "at-most" not in lossy(methods)
+assert "at-most" in EXACT_RULES and "at-most" in WINDOW_RULES  # so that the batteries take it
+target = TabularTarget(4, 5)
+assert p_value(decode(target, "at-most", index=range(20000)).tokens, target.joint(1, PLAIN)) > 1e-3
+"""
+
+
+def test_a_rule_is_a_file_and_a_row(house: House, tiny_model: Path) -> None:
+    house.file("rules/at_most.py", RULE)
+    behind = "            *(SeedExact(), Exact(), TreeRejection(), Traversal(), Block()),\n"
+    house.row("methods/table.py", behind, "            AtMost(),\n", "from bozzetto.rules.at_most import AtMost\n")
+    assert house.touched() == ["methods/table.py", "rules/at_most.py"]
+    house.run(GENERATE_SERVE_VERIFY, tiny_model)

@@ -48,8 +48,7 @@ def drawing() -> str:
         names = "; ".join(f'{r.strip("_")}["{r}{"/" if (PACKAGE / r).is_dir() else ".py"}"]' for r in rooms)
         lines.append(f'  subgraph floor{number} ["{number}"]; {names}; end')
     for room in reversed(reach):
-        needed = uses[room].difference(*(reach[other] for other in uses[room]))
-        if needed:
+        if needed := uses[room].difference(*(reach[other] for other in uses[room])):
             lines.append(f"  {room.strip('_')} --> {' & '.join(r.strip('_') for r in floor if r in needed)}")
     return "\n".join([*lines, "```"]) + "\n"
 

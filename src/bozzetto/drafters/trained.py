@@ -1,4 +1,5 @@
-"""The trained draft models of codes by name. A new one is its file in this room, a row here and a recipe of train/."""
+"""The trained draft models of codes by name. A new one is its file in this room, a row here and one in
+train/families.py."""
 
 from __future__ import annotations
 

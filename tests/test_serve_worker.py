@@ -17,7 +17,8 @@ from bozzetto.decoding.fused import FusedBatch
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.pipeline.prompts import PromptBook
-from bozzetto.serve.orders import Busy, Failed, Finished, Order, Partial, Progress
+from bozzetto.serve.orders import Finished, Order, Partial, Progress
+from bozzetto.serve.problems import ApiError
 from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
 from serving import slowed, until
@@ -52,7 +53,7 @@ def collected(worker: Worker, asked: Order) -> list[Any]:
     while left:
         events.append(told.get(timeout=20))
         left -= isinstance(events[-1], Finished)
-        if isinstance(events[-1], Failed):
+        if isinstance(events[-1], Exception):
             break
     return events
 
@@ -82,7 +83,7 @@ def test_two_who_watch_lanes_of_their_own_both_see_their_pictures(worker: Worker
             worker.submit(order(seed=seed, settings=batches, watched=True), events.put)
     for events in told:
         found = [events.get(timeout=20)]
-        while not isinstance(found[-1], Failed | Finished):
+        while not isinstance(found[-1], Exception | Finished):
             found.append(events.get(timeout=20))
         assert isinstance(found[0], Progress) and found[0].done > 0 and isinstance(found[-1], Finished)
 
@@ -96,7 +97,7 @@ def test_partial_pictures_come_once_each(worker: Worker) -> None:
 @pytest.mark.parametrize("bad", [order(prompt="cactus"), order(settings=GenerateSettings("eagle", "block"))])
 def test_an_order_that_cannot_be_drawn_fails_alone(worker: Worker, bad: Order) -> None:
     (event,) = collected(worker, bad)
-    assert isinstance(event, Failed) and isinstance(event.error, UsageError)
+    assert isinstance(event, UsageError)
     assert isinstance(collected(worker, order())[-1], Finished)
     until(lambda: worker.held == 0)
 
@@ -116,10 +117,10 @@ def test_what_is_accepted_is_finished_before_the_end(pipe: Pipeline) -> None:
 def test_no_more_is_accepted_than_slots_and_queue_hold(pipe: Pipeline) -> None:
     idle = Worker(lambda: {"tiny": pipe}, slots=2, queue=3)  # never started: nothing leaves
     idle.submit(order(count=4), print)
-    with pytest.raises(Busy):
+    with pytest.raises(ApiError):
         idle.submit(order(count=2), print)
     idle.submit(order(), print)
-    with pytest.raises(Busy, match="try again in"):
+    with pytest.raises(ApiError, match="try again in"):
         idle.submit(order(), print)
 
 
@@ -182,12 +183,12 @@ def test_a_model_that_draws_nothing_any_more_is_told_from_one_request_that_faile
 ) -> None:
     monkeypatch.setattr("bozzetto.serve.worker._AGAIN", 0.05)
     monkeypatch.setattr(worker.loops["tiny"], "step", lambda: 1 / 0)
-    assert isinstance(collected(worker, order())[-1], Failed)
+    assert isinstance(collected(worker, order())[-1], ZeroDivisionError)
     until(lambda: not worker.doubted)  # a pass of ours went well
     assert worker.complaint() is None and "ZeroDivisionError" in caplog.text
     with monkeypatch.context() as broken:
         broken.setattr("bozzetto.decoding.scheduler.Scheduler.step", lambda self: 1 / 0)
-        assert isinstance(collected(worker, order())[-1], Failed)
+        assert isinstance(collected(worker, order())[-1], ZeroDivisionError)
         until(lambda: worker.complaint() == "passes of tiny fail: ZeroDivisionError, see the server's log")
     until(lambda: worker.complaint() is None)  # found out without a request
     assert isinstance(collected(worker, order())[-1], Finished)
@@ -204,10 +205,10 @@ def test_a_thread_that_ends_tells_everyone_who_waits_and_who_comes_later(
     for seed in range(2):
         worker.submit(order(seed=seed, count=2), told.put)
     worker.join(20)
-    assert [type(told.get(timeout=1)) for _ in range(3)] == [Failed, Failed, str]
+    assert [type(told.get(timeout=1)) for _ in range(3)] == [ZeroDivisionError, ZeroDivisionError, str]
     assert worker.complaint() == "drawing has ended: ZeroDivisionError, see the server's log"
     worker.submit(order(), told.put)
-    assert isinstance(told.get(timeout=1), Failed) and "ZeroDivisionError" in caplog.text
+    assert isinstance(told.get(timeout=1), ZeroDivisionError) and "ZeroDivisionError" in caplog.text
 
 
 def test_painting_leaves_the_number_of_threads_as_it_was(pipe: Pipeline) -> None:
@@ -297,7 +298,7 @@ def test_an_order_whose_pass_fails_fails_alone(worker: Worker, pipe: Pipeline, m
     until(lambda: worker.loops["tiny"].active == 2)
     monkeypatch.setattr(pipe, "make_batch", broken)
     (event,) = collected(worker, order(seed=1, count=3, settings=GenerateSettings("jacobi", "exact", window=4)))
-    assert isinstance(event, Failed) and isinstance(event.error, ZeroDivisionError)
+    assert isinstance(event, ZeroDivisionError)
     found = sorted((told.get(timeout=20) for _ in range(2)), key=lambda event: event.index)
     for event, image in zip(found, alone, strict=True):
         assert np.array_equal(np.asarray(event.picture), np.asarray(image.image))
@@ -341,5 +342,5 @@ def test_a_picture_on_the_way_that_fails_is_its_orders_own_matter(
     told: queue.Queue[Any] = queue.Queue()
     worker.submit(order(seed=3), told.put)
     (event,) = collected(worker, order(seed=4, partials=2, settings=GenerateSettings("none")))
-    assert isinstance(event, Failed) and isinstance(told.get(timeout=20), Finished) and worker.is_alive()
+    assert isinstance(event, Exception) and isinstance(told.get(timeout=20), Finished) and worker.is_alive()
     until(lambda: worker.held == 0)

@@ -6,12 +6,11 @@ A kind says what the noise is, what a pass's law is, what a rule is given and wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Observation
 from bozzetto.drafts import VECTORS, Draft
@@ -21,40 +20,6 @@ from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, unif
 from bozzetto.rules.base import Noise, Rule
 from bozzetto.targets.base import Scores, Target
 from bozzetto.targets.flow_cache import FlowTarget
-
-
-class TokenKind(Protocol):
-    """rule: what verifies."""
-
-    rule: Rule
-
-    def begin(self, seed: int, index: Tensor) -> NoiseField:
-        """Fixed noise of the images int64 [B]."""
-        ...
-
-    def blank(self, batch: int, device: torch.device) -> Tensor:
-        """Tokens [B, N, ...] before there are any."""
-        ...
-
-    def fill(self, noise: NoiseField, upto: int) -> None:
-        """Make fixed noise available for positions < upto."""
-        ...
-
-    def law(self, scores: Scores, done: int) -> Any:
-        """The laws at the scored places. done: tokens of the image that is furthest."""
-        ...
-
-    def given(self, noise: NoiseField, state: DecodeState, draft: Any) -> Any:
-        """What the rule may use besides draft and law."""
-        ...
-
-    def record(self, state: DecodeState, draft: Any, seen: Observation, given: Any, fresh: Tensor) -> dict[str, Tensor]:
-        """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
-        ...
-
-    def count_work(self, meter: Meter, law: Any, draft: Any) -> None:
-        """Count what the head did in this pass."""
-        ...
 
 
 def along(path: Tensor | None, values: Tensor, count: int) -> Tensor:
@@ -90,16 +55,20 @@ class Codes:
         self.lead: Tensor | None = None  # in greedy decoding: margins of the choices at the scored places
 
     def begin(self, seed: int, index: Tensor) -> GumbelField:
+        """Fixed noise of the images int64 [B]."""
         return GumbelField(seed, index, self.target.length, self.target.vocab)
 
     def blank(self, batch: int, device: torch.device) -> Tensor:
+        """Tokens [B, N, ...] before there are any."""
         return torch.zeros(batch, self.target.length, dtype=torch.int64, device=device)
 
     def fill(self, noise: NoiseField, upto: int) -> None:
+        """Make fixed noise available for positions < upto."""
         if self.rule.needs_fixed or self.noisy:
             noise.fill(upto)
 
     def law(self, scores: Scores, done: int) -> Tensor:
+        """The laws at the scored places. done: tokens of the image that is furthest."""
         if scores.logits is None:
             raise UsageError("this target draws continuous tokens: a rule for codes cannot verify them")
         if self.settings.temperature == 0 and not self.greedy:
@@ -107,6 +76,7 @@ class Codes:
         return law_of(scores.logits, self.scored)
 
     def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> Noise:
+        """What the rule may use besides draft and law."""
         fixed = uniforms = slack = None
         if self.rule.needs_fixed:
             place = torch.arange(draft.length + 1, device=state.count.device)
@@ -123,6 +93,7 @@ class Codes:
     def record(
         self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor
     ) -> dict[str, Tensor]:
+        """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
         out, verdict = {}, seen.verdict
         inf = float("inf")
         if self.lead is not None:
@@ -140,13 +111,10 @@ class Codes:
             out["spent"] = state.spent + verdict.spent
         return out
 
-    def count_work(self, meter: Meter, law: Any, draft: Any) -> None:
-        pass
-
 
 @dataclass
 class Vectors:
-    """Continuous tokens of a causal model."""
+    """Continuous tokens of a causal model; methods as of Codes."""
 
     target: FlowTarget
     rule: Rule
@@ -182,9 +150,6 @@ class Vectors:
         moved = verdict.distance[:, : seen.longest].masked_fill(~fresh, 0.0)
         return {"moved": state.moved + moved.sum(1), "farthest": torch.maximum(state.farthest, moved.amax(1))}
 
-    def count_work(self, meter: Meter, law: Any, draft: Draft) -> None:
-        meter.count(*([law] if draft.law is None else [law, draft.law]))
-
 
 def check_continuous(law: LawSettings) -> None:
     """Raise UsageError for what a law of continuous tokens cannot have."""
@@ -195,7 +160,7 @@ def check_continuous(law: LawSettings) -> None:
         )
 
 
-def kind_of(target: Any, rule: Any, settings: LawSettings, *more: Any) -> TokenKind:
+def kind_of(target: Any, rule: Any, settings: LawSettings, *more: Any) -> Codes | Vectors:
     """The kind of a target's tokens. more: what `Codes` is given besides. Raises UsageError for a rule of the other
     kind."""
     vectors = target.tokens == VECTORS

@@ -85,12 +85,13 @@ class EagerBatch(RowBatch):
             session.compact(verdict.path[:, :longest], state.count)
         features = _features(verdict.path, scores, longest) if drafter.wants_features else None
         log_p = law if isinstance(law, Tensor) else None
+        if log_p is None:
+            meter.count(law, draft.law)
         seen = Observation(log_p, verdict, committed, longest, state.count, features)
         self.state = self._commit(state, draft, seen, given)
         drafter.observe(seen)
         self.over = [i for i, count in enumerate(self.counts) if count == target.length]
         self.places, meter.passes = draft.length + 1, meter.passes + 1
-        kind.count_work(meter, law, draft)
         meter.lap("draft")
 
     def _commit(self, state: DecodeState, draft: Draft, seen: Observation, given: Any) -> DecodeState:

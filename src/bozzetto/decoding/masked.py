@@ -26,7 +26,7 @@ from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.kinds import check_continuous
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.masked_window import DraftWindow
-from bozzetto.drafts import Draft
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import ChainLaw, Trajectory, sample_trajectory
@@ -64,20 +64,6 @@ class _Images:
         """With tokens [B, W, D] at places [B, W]."""
         table = self.tokens.scatter(1, places[..., None].expand_as(tokens), tokens)
         return replace(self, tokens=table)
-
-
-@dataclass
-class _Outcome:
-    """What a round gives: places int64 [B, W] in order; their tokens float32 [B, W, D]; steps: int64 [B], how many to
-    commit; passes: of the target; kept: bool [B, W], drafts that stay (None: nothing was drafted); distance: float32
-    [B, W], how far tokens are from the target's own (None: not measured)."""
-
-    places: Tensor
-    tokens: Tensor
-    steps: Tensor
-    passes: int
-    kept: Tensor | None = None
-    distance: Tensor | None = None
 
 
 class MaskedBatch(RowBatch):
@@ -127,14 +113,11 @@ class MaskedBatch(RowBatch):
         behind = [i for i, step in enumerate(self.steps) if step == first]
         rows = torch.tensor(behind, device=self.begins.device)
         images = replace(self.begun, tokens=self.state.tokens).rows(rows)
-        outcome = self._alone(images, first) if first < self.alone else self._drafted(images, first)
-        self.state = self.final = _commit(self.state, rows, outcome, self.begins[first + outcome.steps])
-        for i, more in zip(behind, outcome.steps.tolist(), strict=True):
-            self.steps[i] += more
+        drawn = self._alone(images, first) if first < self.alone else self._drafted(images, first)
+        for i, done in zip(behind, self._commit(rows, first, *drawn).tolist(), strict=True):
+            self.steps[i] = done
         self.counts = [self.starts[step] for step in self.steps]
         self.over = [i for i in behind if self.steps[i] == self.last]
-        self.places = outcome.places.shape[1]
-        self.meter.passes += outcome.passes
         self.meter.lap("draft")
 
     def leave(self) -> None:
@@ -169,8 +152,8 @@ class MaskedBatch(RowBatch):
         the key may be used again.)"""
         return fold(images.keys[:, None], places)
 
-    def _alone(self, images: _Images, step: int) -> _Outcome:
-        """One step by the target."""
+    def _alone(self, images: _Images, step: int) -> tuple[Tensor, int, Verdict, None]:
+        """One step by the target: its places int64 [B, W], passes and what it drew there."""
         places = self._places(images, step, step + 1)
         features = self._features(self.target, images, step, step + 1)
         self.meter.lap("target")
@@ -178,7 +161,7 @@ class MaskedBatch(RowBatch):
         sampler: Any = self.rule if self.rule.alone else Plain()
         tokens = sampler.sample(law, self._fixed(images, places).flatten(0, 1), self._fresh(images, places).flatten())
         self.meter.count(law)
-        return _Outcome(places, tokens.unflatten(0, places.shape), torch.ones_like(places[:, 0]), 1)
+        return places, 1, Verdict(tokens.unflatten(0, places.shape), torch.zeros_like(places[:, 0])), None
 
     def _draft(self, images: _Images, first: int, last: int) -> tuple[Draft, _Images]:
         """Steps first..last - 1 by the drafter, one after another, with the noise of the target's own sampler; and the
@@ -196,8 +179,9 @@ class MaskedBatch(RowBatch):
         path = Trajectory(*(torch.cat(parts, 1) for parts in zip(*paths, strict=True)))
         return Draft(path.token, trajectory=path), images
 
-    def _drafted(self, images: _Images, first: int) -> _Outcome:
-        """A window of steps from `first` on: drafted, then verified."""
+    def _drafted(self, images: _Images, first: int) -> tuple[Tensor, int, Verdict, Draft]:
+        """A window of steps from `first` on, drafted and verified: its places int64 [B, W], passes, the verdict and the
+        draft."""
         last = min(self.last, first + self.drafts.draft_length)
         draft, filled = self._draft(images, first, last)
         self.meter.lap("draft")
@@ -214,37 +198,40 @@ class MaskedBatch(RowBatch):
         noise = Noise(self._fixed(images, at), keys=self._fresh(images, at))
         verdict = self.rule.verify(draft, law, noise)
         self.meter.count(law)
-        tokens = verdict.tokens[:, :-1]
+        return places, len(parts), verdict, draft
+
+    def _commit(
+        self, rows: Tensor, first: int, places: Tensor, passes: int, verdict: Verdict, draft: Draft | None
+    ) -> Tensor:
+        """Note the round of the images `rows` int64 [B] that began at step `first`; returns the steps that they then
+        have done, int64 [B]."""
+        state, self.places, self.meter.passes = self.state, places.shape[1], self.meter.passes + passes
         # The step of the first rejected place is the last one that is committed.
-        ahead = torch.tensor(self.starts[first:last], device=places.device) - self.starts[first]
-        steps = (ahead <= verdict.accepted[:, None]).sum(1)
-        distance = None if verdict.distance is None else verdict.distance[:, :-1]
-        return _Outcome(places, tokens, steps, len(parts), (tokens == draft.tokens).all(-1), distance)
+        ahead = self.begins[first:-1] - self.begins[first]
+        steps = first + (ahead <= verdict.accepted.clamp_max(self.places - 1)[:, None]).sum(1)
+        count = self.begins[steps]
+        fresh = torch.arange(self.places, device=rows.device) < (count - state.count[rows])[:, None]
+        owner, tokens = rows[:, None].expand_as(fresh), verdict.tokens[:, : self.places]
+        new = vars(state).copy()
+        new["tokens"] = state.tokens.index_put((owner[fresh], places[fresh]), tokens[fresh])
+        new["count"] = state.count.index_put((rows,), count)
+        new["passes"] = state.passes.index_add(0, rows, torch.full_like(rows, passes))
+        if draft is not None:
+            kept = (tokens == draft.tokens).all(-1)
+            new["drafted"] = state.drafted.index_add(0, rows, torch.full_like(rows, self.places))
+            new["accepted"] = state.accepted.index_add(0, rows, (kept & fresh).sum(1))
+        if verdict.distance is not None:
+            moved = verdict.distance[:, : self.places].masked_fill(~fresh, 0.0)
+            new["moved"] = state.moved.index_add(0, rows, moved.sum(1))
+            new["farthest"] = state.farthest.index_put((rows,), torch.maximum(state.farthest[rows], moved.amax(1)))
+        self.state = self.final = DecodeState(**new)
+        return steps
 
     def _scales(self, first: int, last: int, device: torch.device) -> Tensor:
         """Guidance at each place of steps first..last - 1, float32 [W]."""
         counts = [self.starts[step + 1] - self.starts[step] for step in range(first, last)]
         scales = torch.tensor(self.guidances[first:last], dtype=torch.float32)
         return scales.repeat_interleave(torch.tensor(counts)).to(device)
-
-
-def _commit(state: DecodeState, rows: Tensor, outcome: _Outcome, count: Tensor) -> DecodeState:
-    """The state after a round of the images `rows` int64 [b], which then have `count` int64 [b] tokens."""
-    width = outcome.places.shape[1]
-    fresh = torch.arange(width, device=rows.device) < (count - state.count[rows])[:, None]
-    owner = rows[:, None].expand_as(fresh)
-    new = vars(state).copy()
-    new["tokens"] = state.tokens.index_put((owner[fresh], outcome.places[fresh]), outcome.tokens[fresh])
-    new["count"] = state.count.index_put((rows,), count)
-    new["passes"] = state.passes.index_add(0, rows, torch.full_like(rows, outcome.passes))
-    if outcome.kept is not None:
-        new["drafted"] = state.drafted.index_add(0, rows, torch.full_like(rows, width))
-        new["accepted"] = state.accepted.index_add(0, rows, (outcome.kept & fresh).sum(1))
-    if outcome.distance is not None:
-        moved = outcome.distance.masked_fill(~fresh, 0.0)
-        new["moved"] = state.moved.index_add(0, rows, moved.sum(1))
-        new["farthest"] = state.farthest.index_put((rows,), torch.maximum(state.farthest[rows], moved.amax(1)))
-    return DecodeState(**new)
 
 
 def _check(target: MARTarget, rule: Rule, settings: LawSettings, drafter: MARTarget | None) -> None:

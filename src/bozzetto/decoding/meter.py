@@ -35,7 +35,7 @@ class Meter:
 
     def count(self, *laws: Any) -> None:
         """Add the work of the head behind laws of continuous tokens."""
-        for law in laws:
+        for law in (law for law in laws if law is not None):
             self.head_calls, self.head_rows = self.head_calls + law.calls, self.head_rows + law.rows
 
     @property

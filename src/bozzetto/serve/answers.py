@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image
 
 from bozzetto.errors import UsageError
-from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, TooLong
+from bozzetto.serve.orders import Event, Finished, Job, Order, Partial, Progress
 from bozzetto.serve.problems import ApiError, error_body, without_places
-from bozzetto.serve.worker import Job, Worker
+from bozzetto.serve.worker import Worker
 
 KEEP_ALIVE = 5.0  # seconds without an event after which a stream says that it is there: proxies cut silent ones
 STILL_HERE = b": keep-alive\n\n"  # a comment, which readers of events pass over
@@ -65,10 +65,6 @@ def as_api_error(error: Exception, worker: Worker) -> ApiError:
     """What a client is told of an order that came to nothing: nothing of where files lie here."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, Busy):
-        return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(error.seconds)})
-    if isinstance(error, TooLong):
-        return ApiError(504, str(error), code="timeout")
     if isinstance(error, UsageError):
         folders = [(str(pipe.folder), name) for name, pipe in worker.pipes.items() if pipe.folder is not None]
         return ApiError(400, without_places(str(error), folders), code="invalid_value")
@@ -88,16 +84,13 @@ class Events:
                 loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
         self.worker = worker
-        try:
-            self.job: Job = worker.submit(order, post, lambda: post(None))
-        except Busy as error:
-            raise as_api_error(error, worker) from error
+        self.job: Job = worker.submit(order, post, lambda: post(None))
 
     async def next(self) -> Event | None:
         """The next event."""
         event = await self.queue.get()
-        if isinstance(event, Failed):
-            raise as_api_error(event.error, self.worker)
+        if isinstance(event, Exception):
+            raise as_api_error(event, self.worker)
         return event
 
     async def next_or_silence(self) -> Event | None:
@@ -232,6 +225,26 @@ async def streamed(events: Events, order: Order, form: Form) -> AsyncIterator[by
                 yield STILL_HERE
                 continue
             yield sse(f"image_generation.{kind}", content | await asyncio.to_thread(form.pictured, event.picture))
+    except ApiError as error:
+        yield failed(error)
+
+
+async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:
+    """An image as it is drawn, for the page: `progress` now and then, `done` with what every pass committed."""
+    try:
+        while True:
+            event = await events.next_or_silence()
+            if isinstance(event, Progress):
+                picture = None if event.picture is None else base64.b64encode(encoded(event.picture, "jpeg")).decode()
+                told = {"seconds": round(event.seconds, 4), "tokens": event.done, "passes": event.passes}
+                yield sse("progress", {**told, "jpeg": picture})
+            elif isinstance(event, Finished):
+                picture = base64.b64encode(encoded(event.picture, "png")).decode()
+                final = {**about(event, order), "tokens": event.image.count, "committed": event.image.trace.committed}
+                yield sse("done", {**final, "png": picture})
+                return
+            else:
+                yield STILL_HERE
     except ApiError as error:
         yield failed(error)
 

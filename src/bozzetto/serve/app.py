@@ -15,11 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from bozzetto import __version__
-from bozzetto.serve.answers import Events, accepted, streamed, while_connected, whole
+from bozzetto.serve.answers import Events, accepted, shown, streamed, while_connected, whole
 from bozzetto.serve.guard import Guard
 from bozzetto.serve.problems import ApiError, error_body, misread
 from bozzetto.serve.schema import Drawing, ImageGeneration
-from bozzetto.serve.show import shown
 from bozzetto.serve.terms import Terms
 from bozzetto.serve.worker import Worker
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from bozzetto.decoding.images import ImageRequest
 
+_IMAGES = (1, 2, 4, 8, 16, 32)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -14,31 +17,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        at = {"registry": self.registry}
-        self.queue = Gauge("bozzetto_images_in_system", "Images that wait or are drawn", **at)  # type: ignore[arg-type]
-        self.requests = Counter("bozzetto_requests", "Requests by answer", ["path", "status"], **at)  # type: ignore[arg-type]
-        self.latency = Histogram(
-            "bozzetto_request_seconds",
-            "From a request to the end of its answer",
-            ["path"],
-            buckets=_SECONDS,
-            **at,  # type: ignore[arg-type]
-        )
-        self.batch = Histogram(
-            "bozzetto_batch_images",
-            "Images in a target pass",
-            ["model"],
-            buckets=(1, 2, 4, 8, 16, 32),
-            **at,  # type: ignore[arg-type]
-        )
-        self.pass_seconds = Counter("bozzetto_pass_seconds", "Time in target passes", ["model"], **at)  # type: ignore[arg-type]
-        self.image_seconds = Histogram(
-            "bozzetto_image_seconds",
-            "From an image's first pass to its last",
-            ["model"],
-            buckets=_SECONDS,
-            **at,  # type: ignore[arg-type]
-        )
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self.queue = Gauge("bozzetto_images_in_system", "Images that wait or are drawn", registry=self.registry)
+        self.requests = counter("bozzetto_requests", "Requests by answer", ["path", "status"])
+        about = "From a request to the end of its answer"
+        self.latency = histogram("bozzetto_request_seconds", about, ["path"], buckets=_SECONDS)
+        self.batch = histogram("bozzetto_batch_images", "Images in a target pass", ["model"], buckets=_IMAGES)
+        self.pass_seconds = counter("bozzetto_pass_seconds", "Time in target passes", ["model"])
+        about = "From an image's first pass to its last"
+        self.image_seconds = histogram("bozzetto_image_seconds", about, ["model"], buckets=_SECONDS)
         named = {
             "images": "Images finished",
             "tokens": "Tokens of finished images",
@@ -46,10 +33,7 @@ class Metrics:
             "drafted": "Drafted tokens of finished images",
             "accepted": "Accepted tokens among them",
         }
-        self.totals = {
-            name: Counter(f"bozzetto_{name}", about, ["model"], **at)  # type: ignore[arg-type]
-            for name, about in named.items()
-        }
+        self.totals = {name: counter(f"bozzetto_{name}", about, ["model"]) for name, about in named.items()}
 
     def waiting(self, images: int) -> None:
         """Images in the system now."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from PIL import Image
 
 from bozzetto.decoding.images import ImageRequest
+from bozzetto.serve.problems import ApiError
 from bozzetto.settings import GenerateSettings
 
 
@@ -65,23 +68,38 @@ class Finished:
         return self.image.index
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The order comes to nothing."""
-
-    error: Exception
+Event = Partial | Progress | Finished | Exception  # an exception: the order comes to nothing, and why
 
 
-class Busy(Exception):
+@dataclass(eq=False)
+class Job:
+    """An order on its way. post: is told events, from any thread; accept: called before them, once it is known that
+    the order can be drawn; left: images that are not finished."""
+
+    order: Order
+    post: Callable[[Event], None]
+    accept: Callable[[], None]
+    due: float
+    left: int
+    images: list[Drawn] = field(default_factory=list)
+    over: bool = False
+
+
+@dataclass(eq=False)
+class Drawn:
+    """An image of an order on its way. began: when its first pass did; told: partial pictures so far; shown: when it
+    was watched last; painting: the last picture of it that was handed to the painters."""
+
+    job: Job
+    image: ImageRequest
+    began: float | None = None
+    told: int = 0
+    shown: float = 0.0
+    watching: bool = False  # a picture for who watches is being made
+    painting: Future[None] | None = None
+
+
+def busy(seconds: int) -> ApiError:
     """The queue is full. seconds: after which it is worth trying again."""
-
-    def __init__(self, seconds: int):
-        super().__init__(f"the server is busy: try again in {seconds} s")
-        self.seconds = seconds
-
-
-class TooLong(Exception):
-    """An order took longer than a request may."""
-
-
-Event = Partial | Progress | Finished | Failed
+    message, headers = f"the server is busy: try again in {seconds} s", {"retry-after": str(seconds)}
+    return ApiError(429, message, code="queue_full", headers=headers)

@@ -22,11 +22,10 @@ from bozzetto.common.images import Origin, one_core
 from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
-from bozzetto.serve.jobs import Drawn
-from bozzetto.serve.jobs import Job as Job
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
-from bozzetto.serve.orders import Busy, Event, Failed, Finished, Order, Partial, Progress, TooLong
+from bozzetto.serve.orders import Drawn, Event, Finished, Job, Order, Partial, Progress, busy
+from bozzetto.serve.problems import ApiError
 from bozzetto.settings import GenerateSettings
 
 _PAINTERS = 2
@@ -81,14 +80,14 @@ class Worker(threading.Thread):
     # Called from any thread.
 
     def submit(self, order: Order, post: Callable[[Event], None], accept: Callable[[], None] = lambda: None) -> Job:
-        """Take an order. Raises Busy where the queue is full."""
+        """Take an order. Raises ApiError where the queue is full."""
         job = Job(order, post, accept, time.monotonic() + self.limit, order.count)
         with self.wake:
             if self.failure is not None:
-                post(Failed(self.failure))
+                post(self.failure)
                 return job
             if self.held + order.count > self.slots + self.queue:
-                raise Busy(max(1, round(self.held * self.pace)))
+                raise busy(max(1, round(self.held * self.pace)))
             self.held += order.count
             self.metrics.waiting(self.held)
             self.inbox.append(job)
@@ -141,7 +140,7 @@ class Worker(threading.Thread):
             left = [*self.jobs, *self.inbox]
         self.settled.set()
         for job in left:
-            job.post(Failed(error))
+            job.post(error)
         self.failed()
 
     def _prepare(self) -> None:
@@ -213,7 +212,8 @@ class Worker(threading.Thread):
         for job in gone:
             self._drop(job, None)
         for job in [job for job in self.jobs if job.due < now]:
-            self._drop(job, TooLong(f"the images took longer than the {self.limit:g} s that a request may"))
+            late = f"the images took longer than the {self.limit:g} s that a request may"
+            self._drop(job, ApiError(504, late, code="timeout"))
         for name, loop in self.loops.items():
             if loop.busy:
                 self._pass(name, loop)
@@ -270,7 +270,7 @@ class Worker(threading.Thread):
         self._over(job, job.left)
         job.left = 0
         if error is not None:
-            job.post(Failed(error))
+            job.post(error)
 
     def _over(self, job: Job, images: int) -> None:
         """Images leave; the order ends with its last one."""
@@ -369,7 +369,7 @@ class Worker(threading.Thread):
                 work()
             except Exception as error:
                 _say("a picture could not be made", error)
-                drawn.job.post(Failed(error))
+                drawn.job.post(error)
 
         drawn.painting = self.painters.submit(safely)
 

@@ -219,7 +219,7 @@ class FusedBatch(Batch):
     @torch.no_grad()
     def time_pass(self, size: int, width: int, rounds: int = 7) -> float:
         """Seconds of a pass of `width` places for `size` images (a power of two) halfway through, the quickest of some.
-        The lane's own images are not touched."""
+        The batch's own images are not touched."""
         middle = self.target.length // 2
         labels = torch.zeros(size, dtype=torch.int64, device=self.target.device)
         session, state = self.target.begin(labels, self.guided, self.window), self._blank(size, width)

@@ -1,1 +1,1 @@
-"""Serving: the OpenAI Images API over the admission loop, a page to look at, and replicas on several machines."""
+"""Serving: the OpenAI Images API over a scheduler, a page to look at, and replicas on several machines."""

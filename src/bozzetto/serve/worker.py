@@ -1,4 +1,4 @@
-"""The thread that decodes: takes the images of requests into the admission loop and tells what becomes of them.
+"""The thread that decodes: takes the images of requests into a scheduler and tells what becomes of them.
 
 Only this thread touches models, so that nothing is shared but the inbox. Pictures are made by other threads, each on
 one core, in float32: their bytes are those of an image drawn alone.

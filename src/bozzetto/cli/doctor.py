@@ -48,6 +48,11 @@ class Finding:
     fix: str = ""
 
 
+def checked(what: str, good: object, how: str, fix: str, bad: Verdict = "fail") -> Finding:
+    """What was looked at, fine or not; how it is; and what to do where it is not."""
+    return Finding(what, "ok", how) if good else Finding(what, bad, how, fix)
+
+
 def examine() -> list[Finding]:
     """Look at everything."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -77,17 +82,15 @@ def shown(findings: list[Finding]) -> str:
 
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    good = sys.version_info >= (3, 10)
     yield Finding("bozzetto", "ok", __version__)
-    yield Finding("Python", "ok" if good else "fail", version, "" if good else "use Python 3.10 or newer")
+    yield checked("Python", sys.version_info >= (3, 10), version, "use Python 3.10 or newer")
 
 
 def _torch() -> Iterator[Finding]:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    good = (major, minor) >= (2, 6)
     ability = torch.backends.cpu.get_cpu_capability()
     how = f"{torch.__version__}, {'CUDA ' + str(torch.version.cuda) if torch.version.cuda else 'CPU build'}, {ability}"
-    yield Finding("PyTorch", "ok" if good else "fail", how, "" if good else "pip install 'torch>=2.6'")
+    yield checked("PyTorch", (major, minor) >= (2, 6), how, "pip install 'torch>=2.6'")
     if not torch.backends.mkldnn.is_available():
         yield Finding("oneDNN", "note", "not in this build: bfloat16 is slow", "install a build of PyTorch with oneDNN")
 
@@ -95,13 +98,11 @@ def _torch() -> Iterator[Finding]:
 def _matrix_unit() -> Iterator[Finding]:
     if torch.cuda.is_available():
         return
-    if has_matrix_unit():
-        yield Finding("matrix unit", "ok", "AMX, for bfloat16")
-    elif products_prefer_bfloat16():
-        yield Finding("matrix unit", "ok", "none, but products in bfloat16 are faster than in float32")
-    else:
-        how = "none: in bfloat16, passes of many places take longer than in float32"
-        yield Finding("matrix unit", "note", how, "use --dtype float32, or windows of 4 to 8 places in bfloat16")
+    how = "none: in bfloat16, passes of many places take longer than in float32"
+    if good := has_matrix_unit() or products_prefer_bfloat16():
+        how = "AMX, for bfloat16" if has_matrix_unit() else "none, but products in bfloat16 are faster than in float32"
+    fix = "use --dtype float32, or windows of 4 to 8 places in bfloat16"
+    yield checked("matrix unit", good, how, fix, "note")
 
 
 def _threads() -> Iterator[Finding]:
@@ -109,12 +110,11 @@ def _threads() -> Iterator[Finding]:
     used = torch.get_num_threads()
     named = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
     how = f"{used} of {able} processors" + (f" ({', '.join(named)})" if named else "")
+    few = 2 * used < able and named
+    fix = f"unset {' and '.join(n.partition('=')[0] for n in named)} to use all" if few else ""
     if used > able:
-        yield Finding("threads", "note", how, f"set OMP_NUM_THREADS={able}: more threads than processors are slow")
-    elif 2 * used < able and named:
-        yield Finding("threads", "note", how, f"unset {' and '.join(n.partition('=')[0] for n in named)} to use all")
-    else:
-        yield Finding("threads", "ok", how)
+        fix = f"set OMP_NUM_THREADS={able}: more threads than processors are slow"
+    yield checked("threads", not fix, how, fix, "note")
 
 
 def _device() -> Iterator[Finding]:
@@ -130,13 +130,10 @@ def _device() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    found = next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
-    if found:
-        yield Finding("C++ compiler", "ok", found)
-    else:
-        yield Finding("C++ compiler", "note", "none: --compile will not work", "install g++ (Debian: apt install g++)")
+    named = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    found = next(filter(None, map(shutil.which, named)), None)
+    how = found or "none: --compile will not work"
+    yield checked("C++ compiler", found, how, "install g++ (Debian: apt install g++)", "note")
 
 
 def _cache() -> Iterator[Finding]:
@@ -154,7 +151,7 @@ def _cache() -> Iterator[Finding]:
         yield Finding("cache", "fail", f"{folder}: {error.strerror}: nothing is kept", fix)
         return
     how = f"{folder}, {_bytes_in(folder) / 2**20:.0f} MiB in it, {left / 2**30:.1f} GiB free"
-    yield Finding("cache", "ok" if left > _ROOM else "note", how, "" if left > _ROOM else "make room on this disk")
+    yield checked("cache", left > _ROOM, how, "make room on this disk", "note")
     if bad := damaged(folder):
         more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""
         how = f"{len(bad)} damaged: {', '.join(path.name for path in bad[:3])}{more}"
@@ -184,11 +181,9 @@ def _assets() -> Iterator[Finding]:
         yield Finding("models", "fail", "none shipped", "install bozzetto again: its assets are missing")
     for name in names:
         damaged = [path.name for path in sorted((ASSETS / name).rglob("*.safetensors")) if not _readable(path)]
-        if damaged:
-            yield Finding(f"model {name}", "fail", f"damaged: {', '.join(damaged)}", "install bozzetto again")
-        else:
-            size = sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file())
-            yield Finding(f"model {name}", "ok", f"{size / 2**20:.0f} MiB")
+        size = sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file())
+        how = f"damaged: {', '.join(damaged)}" if damaged else f"{size / 2**20:.0f} MiB"
+        yield checked(f"model {name}", not damaged, how, "install bozzetto again")
 
 
 def _readable(path: Path) -> bool:
@@ -203,8 +198,5 @@ def _readable(path: Path) -> bool:
 def _extras() -> Iterator[Finding]:
     for extra, modules in EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        if missing:
-            fix = f"pip install 'bozzetto[{extra}]', if you need it"
-            yield Finding(f"extra {extra}", "note", f"without {', '.join(missing)}", fix)
-        else:
-            yield Finding(f"extra {extra}", "ok", "installed")
+        how, fix = f"without {', '.join(missing)}" if missing else "installed", f"pip install 'bozzetto[{extra}]'"
+        yield checked(f"extra {extra}", not missing, how, f"{fix}, if you need it", "note")

@@ -119,13 +119,15 @@ def evaluate(
     reference = Reference(pipe, path, settings.references, extractor, progress)
     sample_rounds(runs, settings.count, progress=progress)
     samples = {run.method: read_samples(run.folder, settings.count) for run in runs}
-    study = _Study(pipe, settings, reference, samples, progress)
+    features = {method: reference.features_of(method, s.pixels) for method, s in samples.items()}
+    reference.notes += filter(None, [few(settings.count, "samples")])
     speed = speeds(samples, settings.bootstrap)
     counts = resamples(settings.count, settings.bootstrap, seed=1)
     bias = bias_figures(pipe, samples, settings.base.law, SEQUENTIAL, counts, progress)
-    figures = {method: {**speed[method], **bias[method]} for method in samples}
-    results = [row for split in settings.references for row in study.rows(split, figures)]
-    recited = study.recited(out / NEAREST) if settings.recitation else []
+    rows = [row for split in settings.references for row in _results(reference, split, settings, samples, features)]
+    recited = []
+    if settings.recitation:
+        recited = _recited(reference, settings.bootstrap, features, samples[SEQUENTIAL], out / NEAREST)
     report: dict[str, Any] = {
         "kind": "evaluation",
         "settings": {
@@ -141,89 +143,81 @@ def evaluate(
             "class_probe_accuracy": reference.accuracy,
             **provenance(),
         },
-        "results": results,
+        "results": [{**row, **speed.get(row["method"], {}), **bias.get(row["method"], {})} for row in rows],
         "memorisation": recited,
         "identity": identities(samples, ROUNDING[pipe.dtype]),
-        "notes": study.notes,
+        "notes": reference.notes,
     }
     report = plain(report)
     write_report(out / EVALUATION, report, indent=1)
     return report
 
 
-class _Study:
-    """Features of the samples, and the figures made from them. notes: what is to be known about the figures."""
+def _yardsticks(reference: Reference, split: str, count: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Features and labels of photographs of a split, and of their reconstructions."""
+    pipe, real = reference.pipe, reference.photographs[split]
+    chosen = real.balanced(len(pipe.classes), count)
+    if len(chosen) < LEAST:
+        reference.notes.append(f"{split} has {len(chosen)} photographs for the rows of photographs: they are left out.")
+        return {}
+    labels = torch.from_numpy(real.labels[chosen])
+    found = {PHOTOGRAPHS: (reference.features[split][chosen], labels)}
+    if hasattr(pipe.tokenizer, "encode"):  # a decoder of latents has no encoder
+        again = reconstructions(pipe, real.images[chosen])
+        found[RECONSTRUCTIONS] = (reference.features_of(RECONSTRUCTIONS, again), labels)
+    return found
 
-    def __init__(
-        self,
-        pipe: Pipeline,
-        settings: EvaluateSettings,
-        reference: Reference,
-        samples: dict[str, Samples],
-        progress: bool,
-    ):
-        self.pipe, self.settings, self.samples, self.progress = pipe, settings, samples, progress
-        self.reference, self.real, self.features = reference, reference.photographs, reference.features
-        self.drawn = {method: reference.features_of(method, s.pixels) for method, s in samples.items()}
-        self.notes = [*reference.notes, *filter(None, [few(settings.count, "samples")])]
 
-    def _yardsticks(self, other: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Features and labels of photographs of the split that is not compared with, and of their reconstructions."""
-        chosen = self.real[other].balanced(len(self.pipe.classes), self.settings.count)
-        if len(chosen) < LEAST:
-            self.notes.append(f"{other} has {len(chosen)} photographs for the rows of photographs: they are left out.")
-            return {}
-        labels = torch.from_numpy(self.real[other].labels[chosen])
-        found = {PHOTOGRAPHS: (self.features[other][chosen], labels)}
-        if hasattr(self.pipe.tokenizer, "encode"):  # a decoder of latents has no encoder
-            again = reconstructions(self.pipe, self.real[other].images[chosen])
-            found[RECONSTRUCTIONS] = (self.reference.features_of(RECONSTRUCTIONS, again), labels)
-        return found
+def _results(
+    reference: Reference,
+    split: str,
+    settings: EvaluateSettings,
+    samples: dict[str, Samples],
+    features: dict[str, Tensor],
+) -> list[dict[str, Any]]:
+    """Photographs of the other split, their reconstructions, then every method, against one split."""
+    other = next(name for name in SPLITS if name != split)
+    sets = _yardsticks(reference, other, settings.count)
+    sets |= {method: (features[method], torch.from_numpy(s.label)) for method, s in samples.items()}
+    target, rows, sequential = reference.features[split], [], None
+    v = resamples(len(target), settings.bootstrap, seed=2)
+    for method, (mine, asked) in tqdm(sets.items(), desc=f"against {split}", disable=not reference.progress):
+        # The same draws for every method.
+        w, drawn = resamples(len(mine), settings.bootstrap, seed=1), samples.get(method)
+        right = reference.consistency(mine, asked, w)
+        identical = None if drawn is None else float(same_tokens(drawn, samples[SEQUENTIAL]).mean())
+        found = Comparison(mine, target, w, v, right=right, identical=identical, base=sequential)
+        sequential = found if method == SEQUENTIAL else sequential
+        whole = {"method": method, "reference": split, "count": len(mine), "reference_count": len(target)}
+        rows.append({**whole, **{column.key: column.measure(found) for column in QUALITY if column.measure}})
+    return rows
 
-    def rows(self, reference: str, speed: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-        """Photographs of the other split, their reconstructions, then every method, against one split."""
-        other = next(split for split in SPLITS if split != reference)
-        sets = {
-            **self._yardsticks(other),
-            **{m: (self.drawn[m], torch.from_numpy(s.label)) for m, s in self.samples.items()},
-        }
-        target = self.features[reference]
-        v = resamples(len(target), self.settings.bootstrap, seed=2)
-        rows, sequential = [], None
-        for method, (features, asked) in tqdm(sets.items(), desc=f"against {reference}", disable=not self.progress):
-            # The same draws for every method.
-            w, drawn = resamples(len(features), self.settings.bootstrap, seed=1), self.samples.get(method)
-            right = self.reference.consistency(features, asked, w)
-            identical = None if drawn is None else float(same_tokens(drawn, self.samples[SEQUENTIAL]).mean())
-            found = Comparison(features, target, w, v, right=right, identical=identical, base=sequential)
-            row = {column.key: column.measure(found) for column in QUALITY if column.measure}
-            sequential = found if method == SEQUENTIAL else sequential
-            whole = {"method": method, "reference": reference, "count": len(features), "reference_count": len(target)}
-            rows.append({**whole, **row, **speed.get(method, {})})
-        return rows
 
-    def recited(self, picture: Path) -> list[dict[str, Any]]:
-        """Nearest training images of every method's samples; writes the closest pairs of sequential samples."""
-        # Training also saw mirror images.
-        mirrored = self.reference.features_of("train, mirrored", self.real["train"].images[:, :, ::-1])
-        training = torch.cat([self.features["train"], mirrored])
-        unseen, _ = nearest(self.features["test"], training)
-        v = resamples(len(unseen), self.settings.bootstrap, seed=2)
-        rows = []
-        for method, features in self.drawn.items():
-            apart, row = nearest(features, training)
-            w = resamples(len(apart), self.settings.bootstrap, seed=1)
-            rows.append({"method": method, **memorisation(apart, unseen, w, v)})
-            if method == SEQUENTIAL:
-                self._draw_nearest(picture, apart, row % len(self.features["train"]))
-        return rows
+def _recited(
+    reference: Reference, bootstrap: int, features: dict[str, Tensor], sequential: Samples, picture: Path
+) -> list[dict[str, Any]]:
+    """Nearest training images of every method's samples; draws the closest pairs of sequential samples."""
+    photographs = reference.photographs["train"].images
+    # Training also saw mirror images.
+    mirrored = reference.features_of("train, mirrored", photographs[:, :, ::-1])
+    training = torch.cat([reference.features["train"], mirrored])
+    unseen, _ = nearest(reference.features["test"], training)
+    v = resamples(len(unseen), bootstrap, seed=2)
+    rows = []
+    for method, mine in features.items():
+        apart, row = nearest(mine, training)
+        rows.append({"method": method, **memorisation(apart, unseen, resamples(len(apart), bootstrap, seed=1), v)})
+        if method == SEQUENTIAL:
+            _draw_nearest(picture, sequential.pixels, photographs, apart, row % len(photographs))
+    return rows
 
-    def _draw_nearest(self, picture: Path, apart: Tensor, row: Tensor) -> None:
-        closest = apart.argsort()[:_SHOWN].tolist()
-        images = [[self.samples[SEQUENTIAL].pixels[i], self.real["train"].images[int(row[i])]] for i in closest]
-        captions = [[f"sample {i}", f"at {float(apart[i]):.1f}"] for i in closest]
-        sheet = contact_sheet(np.concatenate(images), 8, [c for pair in captions for c in pair])
-        write_whole(picture, lambda name: sheet.save(name, format="PNG"))
+
+def _draw_nearest(picture: Path, pixels: np.ndarray, photographs: np.ndarray, apart: Tensor, row: Tensor) -> None:
+    closest = apart.argsort()[:_SHOWN].tolist()
+    images = [[pixels[i], photographs[int(row[i])]] for i in closest]
+    captions = [[f"sample {i}", f"at {float(apart[i]):.1f}"] for i in closest]
+    sheet = contact_sheet(np.concatenate(images), 8, [c for pair in captions for c in pair])
+    write_whole(picture, lambda name: sheet.save(name, format="PNG"))
 
 
 def same_tokens(a: Samples, b: Samples) -> np.ndarray:

@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	@echo "Contact sheet: $(abspath $(OUT))/sheet.png"
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Make the package importable from a checkout that is not installed; a model with random weights for every test."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,15 +10,20 @@ from typing import Any
 
 import pytest
 
+# Models this small gain nothing from a second thread, which burns a processor waiting; other workers need it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if importlib.util.find_spec("bozzetto") is None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests compile is not kept beside what the user compiled."""
+    """What tests compile is not kept beside what the user compiled; all workers of pytest-xdist share it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BOZZETTO_CACHE", str(tmp_path_factory.mktemp("graphs")))
+        patch.setenv("BOZZETTO_CACHE", str(folder))
         yield
 
 
@@ -34,6 +40,14 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Compiler, "graph", plain)
     return asked
+
+
+@pytest.fixture
+def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sheets of samples in training hold one picture of each class: drawing them is most of a tiny run's time."""
+    from bozzetto.train.samples import sample_sheet
+
+    monkeypatch.setattr(sample_sheet, "__defaults__", (1, *sample_sheet.__defaults__[1:]))
 
 
 def write_tiny_model(folder: Path) -> Path:

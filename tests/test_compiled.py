@@ -213,7 +213,7 @@ def test_deterministic_passes_of_any_width_and_batch_agree_to_the_last_bit_in_bf
     target = LlamaGenTarget(network, torch.bfloat16)
     compile_target(target, network, "default", deterministic=True)
     tokens = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(3))
-    for batch, width in ((1, 1), (1, 4), (2, 2)):
+    for batch, width in ((1, 1), (2, 4)):  # each pair is a graph, which takes ten seconds to compile
         session, laws = target.begin(torch.arange(batch), True, width), []
         for start in range(0, 8, width):
             inputs = tokens[:batch, start : start + width].contiguous()

@@ -31,14 +31,14 @@ def pipe() -> Pipeline:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_prompts_are_drawn_alike_alone_in_a_batch_and_with_speculation(pipe: Pipeline, guidance: float) -> None:
-    settings = {"seed": 5, "count": 8, "guidance": guidance}
-    plain = pipe.generate(PROMPTS, drafter="none", batch=8, **settings).images
-    fast = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=8, **settings).images
+    settings = {"seed": 5, "guidance": guidance}
+    plain = pipe.generate(PROMPTS, drafter="none", batch=4, **settings).images
+    fast = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=4, **settings).images
     alone = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=1, **settings).images
     for ours in (fast, alone):
         for a, b in zip(ours, plain, strict=True):
             assert a.sha256 == b.sha256 or a.near_tie or b.near_tie
-    assert sum(a.sha256 == b.sha256 for a, b in zip(fast, plain, strict=True)) >= 7
+    assert sum(a.sha256 == b.sha256 for a, b in zip(fast, plain, strict=True)) >= 3
     assert sum(i.target_passes for i in alone) < 0.4 * sum(i.target_passes for i in plain)
 
 
@@ -75,12 +75,12 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_evaluation_asks_for_the_captions_of_the_test_split(pipe: Pipeline, drawings: Path, tmp_path: Path) -> None:
     settings = EvaluateSettings(
-        ("none",), count=8, bootstrap=4, base=GenerateSettings(batch=8), data=drawings, recitation=False
+        ("none",), count=4, bootstrap=4, base=GenerateSettings(batch=4), data=drawings, recitation=False
     )
     report = evaluate(pipe, settings, Means(), tmp_path)
     asked = read_run(tmp_path / "samples" / "none")["settings"]["classes"]
-    assert len(set(asked)) == 8 and set(asked) <= {f"face {i}, 3d" for i in range(0, 24, 2)}
-    assert asked == prompts_for(pipe, drawings)[:8] != sorted(asked)
+    assert len(set(asked)) == 4 and set(asked) <= {f"face {i}, 3d" for i in range(0, 24, 2)}
+    assert asked == prompts_for(pipe, drawings)[:4] != sorted(asked)
     rows = {row["method"]: row for row in report["results"]}
     assert rows.keys() == {"photographs", "reconstructions", "none"}
     assert all(row["consistency"] is None and row["frechet"]["value"] > 0 for row in rows.values())

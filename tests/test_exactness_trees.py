@@ -18,7 +18,7 @@ from bozzetto.rules.tree import TreeRejection
 from bozzetto.targets.tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, alternating_target, cells, constant_target, decode, p_value, sketched
 
-IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9
+IMAGES, ACCEPTABLE, DAMNING = 15_000, 1e-3, 1e-9
 V, N = 4, 5
 TARGET = TabularTarget(V, N)
 SKETCH = TabularTarget(V, N, seed=1)  # another law, not even close

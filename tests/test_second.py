@@ -24,7 +24,7 @@ from bozzetto.rules.exact import Exact
 from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value, p_value
 
-IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9
+IMAGES, ACCEPTABLE, DAMNING = 15_000, 1e-3, 1e-9
 V, N = 4, 5
 TARGET = TabularTarget(V, N)
 NEAR = TabularTarget(V, N)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -162,11 +161,8 @@ def test_images_of_compiled_steps_are_the_same(target: LlamaGenTarget, rule: str
         agree(target, image, rule, window)
 
 
-def test_a_compiled_step_with_a_glance_draws_the_images_of_the_readable_twin(
-    target: LlamaGenTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_step_with_a_glance_draws_the_images_of_the_readable_twin(target: LlamaGenTarget) -> None:
     """Really compiled: the glance changes what it keeps in place, inside the graph."""
-    monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path))
     network = tiny_llamagen()
     compiled = LlamaGenTarget(network)
     compile_target(compiled, network, "default")

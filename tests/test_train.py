@@ -27,6 +27,8 @@ from bozzetto.train.fit import WeightAverage, cosine, encoded
 from bozzetto.train.recipes import DataSource, DrafterRecipe, TargetRecipe, TokenizerRecipe, TokenizerStage
 from bozzetto.train.tokenizer import psnr
 
+pytestmark = pytest.mark.usefixtures("small_sheets")
+
 
 def tokenizer_recipe(out: Path, pictures: Path, tiny_weights: Path) -> TokenizerRecipe:
     data = DataSource(str(pictures))

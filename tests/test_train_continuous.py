@@ -19,6 +19,7 @@ from bozzetto.train.continuous import LatentFit, flow_loss, mar_loss
 from bozzetto.train.families import read_recipe, train
 from bozzetto.train.recipes import DataSource, FlowRecipe, MARRecipe
 
+pytestmark = pytest.mark.usefixtures("small_sheets")
 SHARED = {
     "image_size": 32, "views": 2, "heads": 2, "head_width": 16, "head_depth": 1, "batch": 4, "warmup": 2,
     "evaluate_every": 2, "steps": 4, "lr": 1e-3,

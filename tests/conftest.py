@@ -45,7 +45,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def small_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sheets of samples in training hold one picture of each class: drawing them is most of a tiny run's time."""
-    from bozzetto.train.samples import sample_sheet
+    from bozzetto.train.fit import sample_sheet
 
     monkeypatch.setattr(sample_sheet, "__defaults__", (1, *sample_sheet.__defaults__[1:]))
 

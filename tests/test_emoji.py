@@ -75,12 +75,12 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_evaluation_asks_for_the_captions_of_the_test_split(pipe: Pipeline, drawings: Path, tmp_path: Path) -> None:
     settings = EvaluateSettings(
-        ("none",), count=4, bootstrap=4, base=GenerateSettings(batch=4), data=drawings, recitation=False
+        ("none",), count=8, bootstrap=4, base=GenerateSettings(batch=8), data=drawings, recitation=False
     )
     report = evaluate(pipe, settings, Means(), tmp_path)
     asked = read_run(tmp_path / "samples" / "none")["settings"]["classes"]
-    assert len(set(asked)) == 4 and set(asked) <= {f"face {i}, 3d" for i in range(0, 24, 2)}
-    assert asked == prompts_for(pipe, drawings)[:4] != sorted(asked)
+    assert len(set(asked)) == 8 and set(asked) <= {f"face {i}, 3d" for i in range(0, 24, 2)}
+    assert asked == prompts_for(pipe, drawings)[:8] != sorted(asked)
     rows = {row["method"]: row for row in report["results"]}
     assert rows.keys() == {"photographs", "reconstructions", "none"}
     assert all(row["consistency"] is None and row["frechet"]["value"] > 0 for row in rows.values())

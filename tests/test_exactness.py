@@ -18,7 +18,7 @@ from bozzetto.rules.exact import Exact, residual
 from bozzetto.targets.tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, p_value
 
-IMAGES, ACCEPTABLE, DAMNING = 20_000, 1e-3, 1e-9
+IMAGES, ACCEPTABLE, DAMNING = 40_000, 1e-3, 1e-9
 V, N = 4, 5
 EXACT_RULES = WINDOW_RULES
 TARGET = TabularTarget(V, N)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ Base = Annotated[float, Field(ge=1, le=1e9)]  # of rotary positions
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Levels = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=8)]
 _MOST_BYTES, _MOST_KEYS = 2**20, 1000
+_reader = functools.cache(TypeAdapter)  # to make one takes longer than to use it
 _SHOWN = reprlib.Repr()  # aliases may make a short file's content endless
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
 
@@ -42,7 +44,7 @@ def config_from(kind: type, values: object, source: str | Path) -> Any:
     if unknown := sorted(set(values) - set(allowed)):
         raise UsageError(f"{source}: unknown config key {brief(unknown[0])} (allowed: {', '.join(allowed)})")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)  # JSON's arrays may be our tuples
+        return _reader(kind).validate_json(json.dumps(values), strict=True)  # JSON's arrays may be our tuples
     except ValidationError as error:
         raise UsageError(f"{source}: {_said(error.errors()[:4], kind, 'config key')}") from error
 
@@ -94,7 +96,7 @@ def read_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
 def checked_as(kind: type, content: dict[str, Any], path: Path) -> Any:
     """The content as this dataclass. Raises UsageError naming the file, the key, its value and what is allowed."""
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return _reader(kind).validate_python(content)
     except ValidationError as error:
         raise UsageError(f"{path}: {_said(error.errors(), kind, 'key')}") from error
 

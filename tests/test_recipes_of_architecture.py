@@ -65,13 +65,11 @@ def house(tmp_path: Path) -> House:
 SHIFT = '''
 """A toy: the next features are one linear map of the last pair."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from bozzetto.targets.layers import copied
 from bozzetto.common.checks import Grid, Layers, Size
 from bozzetto.drafters.base import gather_rows
 from bozzetto.drafters.parallel import CachedParallel
@@ -103,19 +101,11 @@ class ShiftNet(nn.Module):
 
 
 class CachedShift(CachedParallel):
-    def __init__(self, net, embedding, head):
-        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
+    def shape(self, length):
+        return self.rows, 1
 
-    def open(self, length):
-        pass
-
-    def places(self, seen, at):
-        embedded = copied(self.embedding[seen.verdict.tokens[:, : seen.longest]], self.copies)
-        last = (gather_rows(part, at)[:, 0] for part in (seen.features.to(self.dtype), embedded))
-        return self.net.of(*last)
-
-    def kept(self, rows):
-        pass
+    def places(self, features, tokens, start, at):
+        return self.net.of(*(gather_rows(part, at)[:, 0] for part in (features, self.embedding[tokens])))
 '''
 TRAIN_AND_DRAFT = """
 import sys

@@ -10,7 +10,6 @@ one product with the head. It keeps two rows of narrow numbers, so that it can b
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Grid, Layers, Size
-from bozzetto.drafters.base import Observation, gather_rows
-from bozzetto.drafters.parallel import CachedParallel, check_counts
+from bozzetto.drafters.base import gather_rows
+from bozzetto.drafters.parallel import CachedParallel, check_counts, gated
 from bozzetto.errors import require
 from bozzetto.runtime.linear import TorchMap, fixed_map
-from bozzetto.targets.layers import RMSNorm, copied
+from bozzetto.targets.layers import RMSNorm
 
 TOKENS_ABOVE = (-1, 0, 1, 2)  # columns of the row above, relative to a place's own
 FEATURES_ABOVE = (0, 1, 2)  # a feature knows the tokens before its own
@@ -84,8 +83,7 @@ class GlanceNet(nn.Module):
         [..., K], the places in raster order -> features [..., K, d]."""
         seen = torch.cat([last.expand(*around.shape[:-1], -1), around], -1)
         h = self.last(feature) * self.gain + self.shift + self.column[number % self.config.grid] + self.around(seen)
-        gate, up = self.gate_up(self.norm(h)).chunk(2, -1)
-        return h + self.down(F.silu(gate) * up)
+        return gated(h, self.norm(h), self.gate_up, self.down)
 
     def after(self, features: Tensor, embedded: Tensor, anchors: Tensor) -> Tensor:
         """Over whole sequences: pairs [R, n, d], anchors int64 [R, A] -> [R, A, K, d], features of anchors + 1 .. + K
@@ -122,37 +120,25 @@ def known_around(number: Tensor, distances: tuple[int, ...], last: Tensor) -> tu
 
 
 class CachedGlance(CachedParallel):
-    """What is kept of tokens and features, narrow, one row for each committed pair."""
+    """held: what is kept of tokens and of features, narrow, one row for each committed pair."""
 
-    net: GlanceNet
+    axis = 1
 
     @torch.no_grad()
     def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor):
-        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
+        super().__init__(net, embedding, head)
         self.narrow = self.net.of_token(embedding)  # [V, narrow]
 
-    def open(self, length: int) -> None:
-        shape = (2, self.rows, length, self.config.narrow)  # of tokens, of features
-        self.kept_of = torch.zeros(shape, dtype=self.dtype, device=self.device)
+    def shape(self, length: int) -> tuple[int, ...]:
+        return 2, self.rows, length, self.config.narrow
 
-    def places(self, seen: Observation, at: Tensor) -> Tensor:
-        assert seen.features is not None
-        count, c = seen.longest, self.config
-        features = seen.features[:, :count].to(self.dtype)
-        start = copied(seen.start[:, None], self.copies)
-        row = torch.arange(self.rows, device=self.device)[:, None]
-        # What lies beyond an image's committed pairs is written again before it is read.
-        new = start + torch.arange(count, device=self.device)
-        self.kept_of[0, row, new] = copied(self.narrow[seen.verdict.tokens[:, :count]], self.copies)
-        self.kept_of[1, row, new] = self.net.of_feature(features)
-        last = start + at
-        number = last + 1 + torch.arange(c.places, device=self.device)
-        looked = [surroundings(k, number, far, last) for k, far in zip(self.kept_of, c.around, strict=True)]
-        feature, end = gather_rows(features, at), self.kept_of[0, row, last]
-        return self.net.places(feature, end, torch.cat(looked, -1), number)
-
-    def kept(self, rows: Tensor) -> None:
-        self.kept_of = self.kept_of[:, rows]
+    def places(self, features: Tensor, tokens: Tensor, start: Tensor, at: Tensor) -> Tensor:
+        c, new, last = self.config, start + self.step[: tokens.shape[1]], start + at
+        self.held[0, self.row, new] = self.narrow[tokens]
+        self.held[1, self.row, new] = self.net.of_feature(features)
+        number = last + 1 + self.step[: c.places]
+        looked = [surroundings(held, number, far, last) for held, far in zip(self.held, c.around, strict=True)]
+        return self.net.places(gather_rows(features, at), self.held[0, self.row, last], torch.cat(looked, -1), number)
 
 
 class GlanceFill(nn.Module):

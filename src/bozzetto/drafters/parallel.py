@@ -75,6 +75,12 @@ class BlockConfig:
         return self.dim // self.heads
 
 
+def gated(h: Tensor, seen: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
+    """h + SwiGLU(seen), gate and up in one map."""
+    gate, up = gate_up(seen).chunk(2, -1)
+    return h + down(F.silu(gate) * up)
+
+
 class _Head(nn.Module):
     """h = W z + SwiGLU(RMSNorm(W z)), one neighbour's feature from z = [f; e(x)]."""
 
@@ -87,8 +93,7 @@ class _Head(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.fc(z)
-        gate, up = self.gate_up(self.norm(h)).chunk(2, -1)
-        return h + self.down(F.silu(gate) * up)
+        return gated(h, self.norm(h), self.gate_up, self.down)
 
 
 class PlaneNet(nn.Module):
@@ -118,12 +123,9 @@ class PlaneNet(nn.Module):
         (beyond the sequence: of nothing)."""
         grid, count = self.config.grid, self.config.places
         below = F.pad(self.guesses_below(features, embedded), (0, 0, grid, count))  # at i: the guess for feature i
-        each = anchors[..., None].expand(-1, -1, features.shape[-1])
         place = anchors[..., None] + torch.arange(1, count + 1, device=anchors.device)  # [R, A, K]
-        above = below.gather(1, place.flatten(1)[..., None].expand(-1, -1, below.shape[-1])).unflatten(
-            1, place.shape[1:]
-        )
-        return self.places(features.gather(1, each), embedded.gather(1, each), above)
+        above = gather_rows(below, place.flatten(1)).unflatten(1, place.shape[1:])
+        return self.places(gather_rows(features, anchors), gather_rows(embedded, anchors), above)
 
     def bias(self, tokens: Tensor) -> Tensor | None:
         """What a law learns from the token before: nothing."""
@@ -141,8 +143,7 @@ class _BlockLayer(nn.Module):
         self.down = nn.Linear(config.ffn, d, bias=False)
 
     def feed(self, h: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.post_attention_layernorm(h)).chunk(2, -1)
-        return h + self.down(F.silu(gate) * up)
+        return gated(h, self.post_attention_layernorm(h), self.gate_up, self.down)
 
 
 class BlockNet(nn.Module):
@@ -158,9 +159,8 @@ class BlockNet(nn.Module):
         self.layers = nn.ModuleList(_BlockLayer(config) for _ in range(config.layers))
         self.before = nn.Embedding(config.vocab, config.rank)
         self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
-        self.register_buffer(
-            "rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False
-        )  # [N, hd/2, 2]
+        self.register_buffer("rope", None, persistent=False)  # [N, hd/2, 2]
+        self.reset_rope()
         _small(self)
         nn.init.normal_(self.marks, std=0.02)
         nn.init.zeros_(self.to_logits.weight)
@@ -185,8 +185,7 @@ class BlockNet(nn.Module):
         context = self.fc(torch.cat([embedded, features], -1))  # [R, n, d]
         cell = torch.arange(n, device=anchors.device)
         place = (anchors[..., None] + torch.arange(1, c.places + 1, device=anchors.device)).flatten(1)  # [R, A K]
-        h = context.gather(1, anchors[..., None].expand(-1, -1, c.dim))[:, :, None] + self.marks
-        h = h.flatten(1, 2)
+        h = (gather_rows(context, anchors)[:, :, None] + self.marks).flatten(1, 2)
         past = (cell <= anchors[..., None]).repeat_interleave(c.places, 1)[:, None]  # [R, 1, A K, n]
         block = torch.ones(c.places, c.places, dtype=torch.bool, device=anchors.device).tril()
         for layer in self.blocks:
@@ -223,14 +222,20 @@ def _small(net: nn.Module) -> None:
 class CachedParallel(DraftModel):
     """The cached form: all laws of a draft after one call of the network. Trees grow as with any draft model, except
     that a law knows its depth and the token before it, no more. embedding, head: the target's rows [V, d] for tokens,
-    in the dtype to compute in. A kind says what its places are."""
+    in the dtype to compute in.
+
+    A kind says what its places are and what is `held` of committed pairs (what lies beyond these is written again
+    before it is read); axis: of `held`, that of the rows.
+    """
 
     wants_features = True
     at_once = True
+    axis = 0
+    held: Tensor
 
     @torch.no_grad()
     def __init__(self, net: Any, embedding: Tensor, head: Tensor):
-        self.net, self.config = net, net.config
+        self.net, self.config = copy.deepcopy(net).to(head.dtype), net.config
         self.dtype, self.device = head.dtype, head.device
         self.embedding, self.output = embedding, Dense(head, None, head.dtype)
 
@@ -239,19 +244,22 @@ class CachedParallel(DraftModel):
         """For a LlamaGen target that is ready to decode."""
         return cls(net, target.embedding, target.head)
 
+    def shape(self, length: int) -> tuple[int, ...]:
+        """Of `held`, with room for that many pairs of each row."""
+        raise NotImplementedError
+
+    def places(self, features: Tensor, tokens: Tensor, start: Tensor, at: Tensor) -> Tensor:
+        """Take in pairs of features [R, n, d] and tokens int64 [R, n], from start int64 [R, 1] on -> the features of
+        the next K places, [R, K, d]. at: int64 [R, 1], the last committed of these pairs."""
+        raise NotImplementedError
+
     def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
         self.copies = 2 if guided else 1
         self.rows = len(labels) * self.copies
-        self.open(self.config.grid**2 + self.config.places + max_nodes + 2)
-
-    def open(self, length: int) -> None:
-        """Room for that many pairs of each row."""
-        raise NotImplementedError
-
-    def places(self, seen: Observation, at: Tensor) -> Tensor:
-        """Take in what a pass committed -> the features of the next K places, [R, K, d]. at: int64 [R, 1], the last
-        committed column."""
-        raise NotImplementedError
+        shape = self.shape(self.config.grid**2 + self.config.places + max_nodes + 2)
+        self.held = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.row = torch.arange(self.rows, device=self.device)[:, None]
+        self.step = torch.arange(shape[self.axis + 1], device=self.device)
 
     def after(self, tokens: Tensor) -> Tensor | float:
         bias = self.net.bias(tokens)
@@ -259,7 +267,13 @@ class CachedParallel(DraftModel):
 
     @torch.no_grad()
     def bases(self, seen: Observation) -> Tensor:
-        self.hidden = self.places(seen, (seen.committed[:, None] - 1).repeat(self.copies, 1))
+        assert seen.features is not None
+        count = seen.longest
+        tokens, start, last = (
+            copied(part, self.copies)
+            for part in (seen.verdict.tokens[:, :count], seen.start[:, None], seen.committed[:, None] - 1)
+        )
+        self.hidden = self.places(seen.features[:, :count].to(self.dtype), tokens, start, last)
         self.base = self.output(self.hidden).float()
         return self.base
 
@@ -277,79 +291,47 @@ class CachedParallel(DraftModel):
 
     def keep(self, rows: Tensor) -> None:
         batch = self.rows // self.copies
-        self.kept(torch.cat([rows + i * batch for i in range(self.copies)]))
+        self.held = self.held.index_select(self.axis, torch.cat([rows + i * batch for i in range(self.copies)]))
         self.rows = len(rows) * self.copies
-
-    def kept(self, rows: Tensor) -> None:
-        """Keep the given rows of what `open` made."""
-        raise NotImplementedError
+        self.row = self.row[: self.rows]
 
 
 class CachedPlane(CachedParallel):
-    """Heads for the right neighbours and the one below."""
+    """Heads for the right neighbours and the one below. held: at i, the guess for feature i from a row above."""
 
-    net: PlaneNet
+    def shape(self, length: int) -> tuple[int, ...]:
+        return self.rows, length + self.config.grid, self.config.dim
 
-    @torch.no_grad()
-    def __init__(self, net: PlaneNet, embedding: Tensor, head: Tensor):
-        super().__init__(copy.deepcopy(net).to(head.dtype), embedding, head)
-
-    def open(self, length: int) -> None:
-        shape = (self.rows, length + self.config.grid, self.config.dim)
-        self.below = torch.zeros(shape, dtype=self.dtype, device=self.device)  # at i: the guess for feature i
-
-    def places(self, seen: Observation, at: Tensor) -> Tensor:
-        assert seen.features is not None
-        count, c = seen.longest, self.config
-        features = seen.features[:, :count].to(self.dtype)
-        embedded = copied(self.embedding[seen.verdict.tokens[:, :count]], self.copies)
-        start = copied(seen.start[:, None], self.copies)
-        row = torch.arange(self.rows, device=self.device)[:, None]
-        # What lies beyond an image's committed pairs is written again before it is read.
-        self.below[row, start + torch.arange(count, device=self.device) + c.grid] = self.net.guesses_below(
-            features, embedded
-        )
-        place = start + at + 1 + torch.arange(c.places, device=self.device)
-        return self.net.places(
-            gather_rows(features, at)[:, 0],
-            gather_rows(embedded, at)[:, 0],
-            self.below[row, place],
-        )
-
-    def kept(self, rows: Tensor) -> None:
-        self.below = self.below[rows]
+    def places(self, features: Tensor, tokens: Tensor, start: Tensor, at: Tensor) -> Tensor:
+        c, net, embedded = self.config, self.net, self.embedding[tokens]
+        new = start + self.step[: tokens.shape[1]]
+        self.held[self.row, new + c.grid] = net.guesses_below(features, embedded)
+        above = self.held[self.row, start + at + 1 + self.step[: c.places]]
+        return net.places(gather_rows(features, at)[:, 0], gather_rows(embedded, at)[:, 0], above)
 
 
 class CachedBlock(CachedParallel):
-    """Marked places over cached contexts. Slot i of a row's cache holds pair i; the places lie behind the committed
-    pairs and are written over by the next pass."""
+    """Marked places over cached contexts. held: keys and values of every layer; slot i of a row is pair i, the places
+    lie behind the committed pairs."""
 
-    net: BlockNet
+    axis = 2
 
     @torch.no_grad()
     def __init__(self, net: BlockNet, embedding: Tensor, head: Tensor):
-        cast = copy.deepcopy(net).to(head.dtype)
-        cast.rope = net.rope.float()
-        super().__init__(cast, embedding, head)
+        super().__init__(net, embedding, head)
+        self.net.rope = net.rope.float()
 
-    def open(self, length: int) -> None:
+    def shape(self, length: int) -> tuple[int, ...]:
         c = self.config
-        shape = (c.layers, 2, self.rows, length, c.heads, c.head_dim)
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.columns = torch.arange(length, device=self.device)
+        return c.layers, 2, self.rows, length, c.heads, c.head_dim
 
-    def places(self, seen: Observation, at: Tensor) -> Tensor:
-        assert seen.features is not None
-        c, net, count = self.config, self.net, seen.longest
-        embedded = copied(self.embedding[seen.verdict.tokens[:, :count]], self.copies)
-        context = net.fc(torch.cat([embedded, seen.features[:, :count].to(self.dtype)], -1))
-        start = copied(seen.start[:, None], self.copies)
-        row = torch.arange(self.rows, device=self.device)[:, None]
-        old, new = start + self.columns[:count], start + at + 1 + self.columns[: c.places]
+    def places(self, features: Tensor, tokens: Tensor, start: Tensor, at: Tensor) -> Tensor:
+        c, net, row = self.config, self.net, self.row
+        context = net.fc(torch.cat([self.embedding[tokens], features], -1))
+        old, new = start + self.step[: tokens.shape[1]], start + at + 1 + self.step[: c.places]
         h = gather_rows(context, at) + net.marks
-        shown = visible(self.columns, (start + at + 1)[:, 0], c.places, None)
-        mask = additive(shown, self.dtype)[:, None]
-        for layer, (keys, values) in zip(net.blocks, self.cache, strict=True):
+        mask = additive(visible(self.step, (start + at + 1)[:, 0], c.places, None), self.dtype)[:, None]
+        for layer, (keys, values) in zip(net.blocks, self.held, strict=True):
             input_ = layer.input_layernorm(h)
             for slot, part in ((old, context), (new, input_)):
                 k, v = layer.kv_proj(part).chunk(2, -1)
@@ -358,6 +340,3 @@ class CachedBlock(CachedParallel):
             mixed = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
             h = layer.feed(h + layer.o_proj(mixed.transpose(1, 2).flatten(2)))
         return h
-
-    def kept(self, rows: Tensor) -> None:
-        self.cache = self.cache[:, :, rows]

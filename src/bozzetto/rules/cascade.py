@@ -20,7 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule, given
-from bozzetto.rules.walk import Child, Family, Judgement, exact_rest, greedy_choice, siblings, step_bias, walk
+from bozzetto.rules.walk import Child, Children, Judgement, exact_rest, greedy_choice, siblings, step_bias, walk
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Cascade(Rule):
         hidden = given(draft.hidden, self, "the drafter's hidden states") if draft.length else log_p[..., :1]
         states = F.normalize(hidden.float(), dim=-1)  # without drafts nobody asks for them
 
-        def judge(family: Family) -> Judgement:
+        def judge(family: Children) -> Judgement:
             rows = torch.arange(len(log_p), device=log_p.device)[:, None]
             own = states[rows, family.kids]  # [B, C, d]
             pool = own @ own.transpose(1, 2) > self.alike
@@ -78,7 +78,7 @@ class Cascade(Rule):
         dear = bias > child.left
         return child.u, torch.where(dear, exact, keep), after, torch.where(dear, 0.0, bias)
 
-    def _greedy(self, family: Family, pool: Tensor, lift: Tensor) -> Judgement:
+    def _greedy(self, family: Children, pool: Tensor, lift: Tensor) -> Judgement:
         own = family.p.gather(1, family.tokens)
         pooled = (own[:, None] * pool).sum(2).clamp_max(1)
         return greedy_choice(family, (pooled + lift * (own > 0)).clamp_max(1))

@@ -23,7 +23,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule, given
-from bozzetto.rules.walk import Child, Family, Judgement, exact_rest, no_coin, normalised, siblings, step_bias, walk
+from bozzetto.rules.walk import Child, Children, Judgement, exact_rest, no_coin, normalised, siblings, step_bias, walk
 
 RESIDUALS = ("paper", "optimal", "released")
 _ROUNDING = 1e-6  # a budget is not refused for a rounding error
@@ -61,7 +61,7 @@ class Lantern(Rule):
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         table = given(noise.neighbours, self, "the table of neighbours")
 
-        def judge(family: Family) -> Judgement:
+        def judge(family: Children) -> Judgement:
             if noise.greedy:
                 return self._greedy(family, table)
             return siblings(family, lambda child: self._decide(child, table))
@@ -117,7 +117,7 @@ class Lantern(Rule):
         most = torch.minimum(self.budget(p), slack[:, None])
         return (mass * (mass <= most[..., None])).amax(2)
 
-    def _greedy(self, family: Family, table: Tensor) -> Judgement:
+    def _greedy(self, family: Children, table: Tensor) -> Judgement:
         """Keep the first child that is the likeliest code after borrowing; no coin is thrown."""
         p = family.p
         pick, spent = torch.full_like(family.node, -1), torch.zeros_like(family.slack)

@@ -47,7 +47,7 @@ class _Rows:
         return _Rows(**{name: value[rows] for name, value in vars(self).items()})
 
 
-class Speculation:
+class DraftedSteps:
     """Samples chains of a law with drafted steps. depth: drafted steps per head call, M; spread: see above."""
 
     def __init__(self, law: ChainLaw, depth: int, spread: float):
@@ -154,9 +154,9 @@ class Coupled(Rule):
         require(0 <= self.spread <= WIDEST, "spread", self.spread, f"a number from 0 to {WIDEST}")
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D] of all R places of a law; noise and keys as in `Speculation.run`."""
+        """Tokens float32 [R, D] of all R places of a law; noise and keys as in `DraftedSteps.run`."""
         place = torch.arange(len(keys), device=keys.device)
-        return Speculation(law, min(self.depth, law.steps), self.spread).run(place, noise, keys)
+        return DraftedSteps(law, min(self.depth, law.steps), self.spread).run(place, noise, keys)
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         if draft.length:
@@ -193,7 +193,7 @@ class Plain(Rule):
     needs_fixed: ClassVar[bool] = True
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D] of all R places of a law; noise as in `Speculation.run`."""
+        """Tokens float32 [R, D] of all R places of a law; noise as in `DraftedSteps.run`."""
         return sample_trajectory(law, None, noise).token
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:

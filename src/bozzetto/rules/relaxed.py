@@ -20,7 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.rules.walk import Child, Family, Judgement, greedy_choice, normalised, siblings, walk
+from bozzetto.rules.walk import Child, Children, Judgement, greedy_choice, normalised, siblings, walk
 
 _MOST = 1 << 20  # codes in a group: no model has more
 
@@ -53,7 +53,7 @@ class KeepingRule(Rule):
         keep, rest = torch.where(dear, exact, keep), torch.where(dear, plain, rest)
         return keep, rest, torch.where(dear[:, 0], 0.0, bias)
 
-    def _judge(self, family: Family) -> Judgement:
+    def _judge(self, family: Children) -> Judgement:
         def decide(child: Child) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             q = torch.zeros_like(child.p).scatter_(1, child.x, 1.0) if child.q is None else child.q
             keep, rest, bias = self.decide(child.p, q, family.depth, child.left)
@@ -61,7 +61,7 @@ class KeepingRule(Rule):
 
         return siblings(family, decide)
 
-    def _greedy(self, family: Family) -> Judgement:
+    def _greedy(self, family: Children) -> Judgement:
         """a(x) of every child as if it had been certain."""
         keep = []
         for x in family.tokens[..., None].unbind(1):

@@ -20,7 +20,7 @@ from bozzetto.rules.exact import couple
 
 
 @dataclass
-class Family:
+class Children:
     """A node's children, as its judge sees them. p: float32 [B, V], the target's law there; q: [B, V], the law the
     children were drawn from without replacement, None where the draft is certain; tokens: int64 [B, C] in draw order;
     present: bool [B, C]; u: float64 [B, C], a fresh uniform each; depth: of the children, from 1; slack: float32 [B];
@@ -48,11 +48,11 @@ class Judgement:
     margin: Tensor
 
 
-Judge = Callable[[Family], Judgement]  # a rule at one node
+Judge = Callable[[Children], Judgement]  # a rule at one node
 
 
 class Child(NamedTuple):
-    """A node's child when its turn comes: rank; x: int64 [B, 1], its token; p, q: as in Family, with what its elder
+    """A node's child when its turn comes: rank; x: int64 [B, 1], its token; p, q: as in Children, with what its elder
     siblings have left of them; px, qx: [B], of x; u: float64 [B]; left: float32 [B], of the budget."""
 
     rank: int
@@ -70,7 +70,7 @@ class Child(NamedTuple):
 Decide = Callable[[Child], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-def siblings(family: Family, decide: Decide) -> Judgement:
+def siblings(family: Children, decide: Decide) -> Judgement:
     """The children of a node one by one, in draw order, until one is kept."""
     p, q = family.p, family.q
     pick, spent, margin = torch.full_like(family.node, -1), torch.zeros_like(family.slack), no_coin(family)
@@ -121,7 +121,7 @@ def walk(draft: Draft, log_p: Tensor, noise: Noise, judge: Judge) -> Verdict:
             present = (kids > 0) & going[:, None]
             u = noise.uniforms[..., 0].gather(1, kids)
             p = log_p[rows, node].exp() if depth > 1 else rest
-            found = judge(Family(p, q, tokens.gather(1, kids), present, u, depth, slack - spent, node, kids))
+            found = judge(Children(p, q, tokens.gather(1, kids), present, u, depth, slack - spent, node, kids))
             moved = going & (found.pick >= 0)
             rest = torch.where(going[:, None], found.rest, rest)
             spent = torch.where(going, spent + found.spent, spent)
@@ -172,7 +172,7 @@ def toss(u: Tensor, chance: Tensor, tried: Tensor, margin: Tensor) -> tuple[Tens
     return tried & (u < chance), torch.where(tried, torch.minimum(margin, coin), margin)
 
 
-def no_coin(family: Family) -> Tensor:
+def no_coin(family: Children) -> Tensor:
     """The margin [B] of a decision without coins."""
     return torch.full_like(family.slack, torch.inf)
 
@@ -188,7 +188,7 @@ def step_bias(x: Tensor, keep: Tensor, rest: Tensor, keep_exact: Tensor, rest_ex
     return apart.scatter_add(1, x, (keep - keep_exact)[:, None]).abs().sum(1) / 2
 
 
-def greedy_choice(family: Family, keep: Tensor) -> Judgement:
+def greedy_choice(family: Children, keep: Tensor) -> Judgement:
     """No coin is thrown: the first child whose probability of being kept, keep [B, C], is 1 / 2 or more, or that is the
     likeliest token. Keeping another one costs what that probability exceeds the child's own by."""
     best = family.tokens == family.p.argmax(1, keepdim=True)

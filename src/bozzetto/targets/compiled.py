@@ -20,7 +20,7 @@ from bozzetto.runtime.graphs import Compiler, Graph
 from bozzetto.runtime.linear import fixed_map
 from bozzetto.runtime.native import HEAD_UNIT, load_kernels
 from bozzetto.targets.layers import attention_entropy
-from bozzetto.targets.llamagen import Block, LlamaGenConfig
+from bozzetto.targets.llamagen import LlamaGenConfig, TransformerBlock
 
 Caches = Sequence[Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ class _Layer(nn.Module):
     """A block's maps, w1 and w3 side by side. The numbers of a query or key head that are rotated together, neighbours
     in the checkpoint, lie half a head apart here: their products stay the same, and vector code can rotate them."""
 
-    def __init__(self, layer: Block, config: LlamaGenConfig, dtype: torch.dtype):
+    def __init__(self, layer: TransformerBlock, config: LlamaGenConfig, dtype: torch.dtype):
         super().__init__()
         a, f = layer.attention, layer.feed_forward
         pairs = a.wqkv.weight.view(3, config.heads, config.head_dim // 2, 2, config.dim)
@@ -59,7 +59,7 @@ class CausalStep(nn.Module):
     def __init__(
         self,
         config: LlamaGenConfig,
-        blocks: Iterable[Block],
+        blocks: Iterable[TransformerBlock],
         gain: Tensor,
         rope: Tensor,
         embed: nn.Module,

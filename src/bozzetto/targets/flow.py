@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Count, Grid, Layers, Size
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
 from bozzetto.targets.layers import RMSNorm
-from bozzetto.targets.llamagen import Block, ClassEmbedding, LlamaGenConfig
+from bozzetto.targets.llamagen import ClassEmbedding, LlamaGenConfig, TransformerBlock
 
 TIME_SCALE = 1000.0  # the denoiser's times run from 0 to 1000
 
@@ -71,7 +71,7 @@ class FlowModel(nn.Module):
         self.token_embedding = nn.Linear(config.token_dim, config.dim)
         self.positions = nn.Parameter(torch.zeros(config.length, config.dim))
         self.drop = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Block(body, dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(TransformerBlock(body, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, body.norm_eps)
         self.register_buffer("rope", body.rope(), persistent=False)
         for module in self.modules():
@@ -85,12 +85,12 @@ class FlowModel(nn.Module):
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = self.config.body.rope()
 
-    def each_block(self) -> Iterator[Block]:
+    def each_block(self) -> Iterator[TransformerBlock]:
         """The layers in turn, typed."""
-        return (layer for layer in self.layers if isinstance(layer, Block))
+        return (layer for layer in self.layers if isinstance(layer, TransformerBlock))
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TransformerBlock]:
         """The layers, typed."""
         return list(self.each_block())
 

@@ -121,7 +121,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-norm transformer block; its second half is SwiGLU, w2(silu(w1 x) * w3 x)."""
 
     feed_forward: Any
@@ -206,7 +206,7 @@ class LlamaGen(nn.Module):
         self.cls_embedding = CaptionEmbedding(config) if config.captioned else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.drop = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
         self.register_buffer("rope", config.rope(), persistent=False)
@@ -217,12 +217,12 @@ class LlamaGen(nn.Module):
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = self.config.rope()
 
-    def each_block(self) -> Iterator[Block]:
+    def each_block(self) -> Iterator[TransformerBlock]:
         """The layers in turn, typed."""
-        return (layer for layer in self.layers if isinstance(layer, Block))
+        return (layer for layer in self.layers if isinstance(layer, TransformerBlock))
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TransformerBlock]:
         """The layers, typed."""
         return list(self.each_block())
 

@@ -24,7 +24,7 @@ from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.base import Scores
 from bozzetto.targets.layers import additive, attention_entropy, copied, rotate_pairs, visible, whole_blocks
-from bozzetto.targets.llamagen import Block, CaptionEmbedding, LlamaGen, LlamaGenConfig, caption_sight
+from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, TransformerBlock, caption_sight
 
 Table = tuple[Tensor, Tensor]  # keys and values of a layer, a row per slot of every sequence: [R S, d] each
 
@@ -32,7 +32,7 @@ Table = tuple[Tensor, Tensor]  # keys and values of a layer, a row per slot of e
 class PackedLayer:
     """One block's maps in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f]; gains [d]."""
 
-    def __init__(self, layer: Block, dtype: torch.dtype):
+    def __init__(self, layer: TransformerBlock, dtype: torch.dtype):
         a, f = layer.attention, layer.feed_forward
         self.wqkv, self.wo, self.w2 = (Dense.of(part, dtype) for part in (a.wqkv, a.wo, f.w2))
         self.w13 = Dense(torch.cat([f.w1.weight, f.w3.weight]), None, dtype)
@@ -48,7 +48,9 @@ class CausalTarget:
     step: Any = None  # compiled passes, where there are (targets/compiled.py)
     probed: int | None = None  # the block whose attention's entropy a pass adds to the features (targets/entropy.py)
 
-    def __init__(self, blocks: Iterable[Block], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype):
+    def __init__(
+        self, blocks: Iterable[TransformerBlock], gain: Tensor, conditions: nn.Module, rope: Tensor, dtype: torch.dtype
+    ):
         self.dtype, self.device, self.session = dtype, gain.device, CausalSession
         self.conditions = copy.deepcopy(conditions).to(dtype)
         self.layers = [PackedLayer(layer, dtype) for layer in blocks]

@@ -6,6 +6,7 @@ that the latent stage costs no image convolutions. Pixel stages decode random ha
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -28,19 +29,15 @@ from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 _CHUNK = 64
 
 
-class Critic(nn.Module):
-    """A small patch discriminator: image [B, 3, H, W] -> logits [B, 1, H/8, W/8] (Isola et al., arXiv 1611.07004)."""
-
-    def __init__(self, width: int = 48):
-        super().__init__()
-        widths = [3, width, 2 * width, 4 * width]
-        layers: list[nn.Module] = []
-        for inner, outer in pairwise(widths):
-            layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(inner, outer, 4, 2, 1)), nn.LeakyReLU(0.2)]
-        self.net = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x * 2 - 1)
+def patch_critic(width: int = 48) -> nn.Module:
+    """A small patch discriminator: [B, 3, H, W] in [-1, 1] -> logits [B, 1, H/8, W/8] (Isola et al., arXiv
+    1611.07004)."""
+    widths = [3, width, 2 * width, 4 * width]
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise(widths):
+        layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(inner, outer, 4, 2, 1)), nn.LeakyReLU(0.2)]
+    layers.append(nn.Conv2d(4 * width, 1, 3, padding=1))
+    return nn.Sequential(OrderedDict(net=nn.Sequential(*layers)))  # called so in checkpoints
 
 
 @torch.no_grad()
@@ -86,7 +83,7 @@ class TokenizerFit:
         self.model.decoder.load_state_dict(decoder.state_dict())
         self.model.encoder.requires_grad_(False)
         self.codebook = CodebookEMA(self.model.codebook)
-        self.critic = channels_last(Critic())
+        self.critic = channels_last(patch_critic())
         self.held_out = evaluation_view(test.images, size)
         self._encode(sets)
 
@@ -144,7 +141,7 @@ class TokenizerFit:
     def critic_step(self, y: Tensor, x: Tensor) -> float:
         """Hinge loss step of the critic."""
         with autocast():
-            real, fake = self.critic(x), self.critic(y.detach())
+            real, fake = self.critic(x * 2 - 1), self.critic(y.detach() * 2 - 1)
         loss = F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
         self.critic_optimizer.zero_grad()
         loss.backward()
@@ -157,7 +154,7 @@ class TokenizerFit:
         if stage.adversarial_weight and y is not None and x is not None:
             self.critic.requires_grad_(False)
             with autocast():
-                loss = loss - stage.adversarial_weight * self.critic(y).float().mean()
+                loss = loss - stage.adversarial_weight * self.critic(y * 2 - 1).float().mean()
             self.critic.requires_grad_(True)
         self.optimizer.zero_grad()
         loss.backward()

@@ -141,6 +141,14 @@ def test_an_image_given_up_while_it_is_drawn_frees_its_slot_and_has_no_tokens(pi
     assert torch.equal(second.tokens, drawn_alone(pipe, second))
 
 
+def test_the_old_names_still_work_and_say_what_they_are_called_now(pipe: Pipeline) -> None:
+    with pytest.warns(DeprecationWarning, match="called Scheduler now"):
+        from bozzetto.decoding.scheduler import Admission
+    image = Admission(pipe).submit(1, index=2)
+    with pytest.warns(DeprecationWarning, match="its own request"):
+        assert image.request.label == 1 and Admission is Scheduler
+
+
 def test_nothing_to_do_is_no_pass(pipe: Pipeline) -> None:
     assert Scheduler(pipe).step() == []
 

@@ -60,9 +60,7 @@ class FusedBatch(Batch):
         self.numbers = torch.arange(target.vocab, device=target.device)
         self.ring = 2 * widest + 2 * _AHEAD
         self.step_of: Any = getattr(target, "step", None)  # compiled passes
-        self.draw_noise: Callable[[Tensor, Tensor], Tensor] = gumbel_rows
-        if self.step_of is not None:
-            self.draw_noise = self.step_of.noise
+        self.draw_noise = gumbel_rows if self.step_of is None else self.step_of.noise  # int64 [n], [V] -> [n, V]
         self.runs: dict[int, Run] = {}
 
     @property
@@ -168,11 +166,7 @@ class FusedBatch(Batch):
             assert self.state is not None
             row, position = torch.tensor([rows, positions], dtype=torch.int64, device=self.target.device)
             keys = fold(self.noise_keys[row], position)
-            self.state.noise[row, position % self.ring] = self._draw(keys)
-
-    def _draw(self, keys: Tensor) -> Tensor:
-        """int64 [n] -> float32 [n, V]."""
-        return self.draw_noise(keys, self.numbers)
+            self.state.noise[row, position % self.ring] = self.draw_noise(keys, self.numbers)
 
     def _fit(self, width: int) -> None:
         """Have inputs of `width` places. Drafts beyond are dropped; places without one only fill up."""

@@ -18,6 +18,7 @@ from bozzetto.serve.problems import ApiError
 
 KEYS_VARIABLE = "BOZZETTO_API_KEYS"
 MOST_BYTES = 64 * 1024
+TOO_LARGE = f"the body is too large: at most {MOST_BYTES} bytes are allowed"
 MOST_HEAD = 32 * 1024
 BODY_SECONDS = 30.0  # for all of a body, from its head on
 _ONCE = (b"host", b"authorization", b"content-type", b"content-length")  # of two, others may believe the other one
@@ -119,7 +120,7 @@ class Guard:
         if not length.isdigit():
             raise ApiError(400, "content-length is not a number")
         if int(length[:20]) > MOST_BYTES:
-            raise _too_large()
+            raise ApiError(413, TOO_LARGE, code="body_too_large")
         if scope["method"] == "POST" and scope["path"] in _JSON:
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":
@@ -135,15 +136,6 @@ class Guard:
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"the body is too large: at most {MOST_BYTES} bytes are allowed", code="body_too_large")
-
-
-def _too_slow() -> ApiError:
-    message = f"the body did not come within {BODY_SECONDS:g} s"
-    return ApiError(408, message, code="body_too_slow", headers={"connection": "close"})
-
-
 def _capped(receive: Receive) -> Receive:
     """A body is counted as it comes, and has to come in time."""
     seen, whole, end = 0, False, time.monotonic() + BODY_SECONDS
@@ -153,11 +145,12 @@ def _capped(receive: Receive) -> Receive:
         try:
             message = await (receive() if whole else asyncio.wait_for(receive(), end - time.monotonic()))
         except asyncio.TimeoutError:
-            raise _too_slow() from None
+            late = f"the body did not come within {BODY_SECONDS:g} s"
+            raise ApiError(408, late, code="body_too_slow", headers={"connection": "close"}) from None
         whole = whole or not message.get("more_body", False)
         seen += len(message.get("body", b""))
         if seen > MOST_BYTES:
-            raise _too_large()
+            raise ApiError(413, TOO_LARGE, code="body_too_large")
         return message
 
     return counted

@@ -185,7 +185,7 @@ def test_tokens_are_patches_of_latents() -> None:
     rows, columns, channels, patch = 2, 3, 3, 2
     wide = NextStepTarget(TARGET.body, NextStepParts(channels * patch**2, DIM, 16, 1), rows, columns, EulerSampler())
     pictures = NextStepPictures(wide, lambda latents: latents, patch, 8, scale=2.0, shift=0.25)
-    assert (pictures.config.width, pictures.config.height) == (16 * columns, 16 * rows)
+    assert pictures.config.size == (16 * columns, 16 * rows)
     tokens = torch.arange(rows * columns * channels * patch**2).float().view(1, rows * columns, -1)
     found = pictures.latents(tokens)
     for r, c, channel, y, x in itertools.product(*map(range, (rows, columns, channels, patch, patch))):

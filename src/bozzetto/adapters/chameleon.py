@@ -44,7 +44,6 @@ from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.published import family_of
 from bozzetto.checkpoints.states import check_finite, read_state
 from bozzetto.common.hub import model_name
-from bozzetto.common.images import size_of
 from bozzetto.errors import UsageError
 
 _VQGANS = ("vqgan.safetensors", "vqgan.ckpt", "tokenizer/vqgan.ckpt")
@@ -88,14 +87,14 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     """Chameleon's architecture as transformers' conversion lays it out; Lumina-mGPT says what it is."""
     if family_of(source.config) == "lumina-mgpt":
         return load_lumina(source, wanted)
-    source.refuse(wanted, "tokenizer")
+    wanted.refuse(f"{source.name} has its own", "tokenizer")
     processor, files = source.processor(), chameleon_files(source)
     pictured = vqgan_pictures(source, wanted, files)
     network = chameleon_network(source, wanted, files)
     grid = math.isqrt(processor.image_seq_length)
     drawn = target(network, grid, grid)
     pictures = pictured(grid, grid, network.device)
-    fixed_size(source, wanted, size_of(pictures.config))
+    fixed_size(source, wanted, pictures.config.size)
     begin, first = processor.image_start_token_id, processor.tokenizer.bos_token_id
 
     def tokens(text: str) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ def target(model: Any, rows: int, columns: int) -> PromptedCodes:
 
 def load(source: Source, wanted: LoadSettings) -> Hosted:
     """Emu3 as transformers' conversion lays it out."""
-    source.refuse(wanted, "tokenizer", "vqgan")
+    wanted.refuse(f"{source.name} has its own", "tokenizer", "vqgan")
     if wanted.size:  # what can be said before weights are read
         check_multiple(wanted.size, _FACTOR)
     source.check(Emu3ForConditionalGeneration)

@@ -115,7 +115,7 @@ def _decoder(spec: AdapterSpec, found: Path, path: Path) -> Any:
 def _decoder_file(spec: AdapterSpec, source: Source, wanted: LoadSettings, path: Path) -> Path | None:
     """Where the decoder is: as asked for, beside the adapter, in the model's folder, on the hub; None without one."""
     if spec.decoder.kind == "none":
-        source.refuse(wanted, "vqgan")
+        wanted.refuse(f"{source.name} has its own", "vqgan")
         return None
     if wanted.vqgan:
         return Path(wanted.vqgan)

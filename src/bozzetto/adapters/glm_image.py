@@ -83,7 +83,7 @@ def _offsets(*grids: tuple[int, int]) -> Tensor:
 
 def load(source: Source, wanted: LoadSettings) -> Hosted:
     """GLM-Image's first stage, and its second where the whole pipeline's folder was asked for."""
-    source.refuse(wanted, "tokenizer", "vqgan")
+    wanted.refuse(f"{source.name} has its own", "tokenizer", "vqgan")
     if wanted.size:  # before weights are read
         check_multiple(wanted.size, _FACTOR)
     source.check(GlmImageDrawing)
@@ -132,8 +132,9 @@ class GlmImagePictures(HostedPictures):
         prior = codes.repeat_interleave(_TWICE, 0).repeat_interleave(_TWICE, 1).reshape(1, -1)
         with self.lock:
             latents = _noise(self.stage, origin, self.config).to(tokens.device)
-            size = {"height": self.config.height, "width": self.config.width}
-            made = self.stage(prompt=origin.text, prior_token_ids=prior, latents=latents, **size)
+            width, height = self.config.size
+            asked = {"prompt": origin.text, "prior_token_ids": prior, "latents": latents}
+            made = self.stage(**asked, height=height, width=width)
         picture: Image.Image = made.images[0]
         return picture
 
@@ -141,7 +142,8 @@ class GlmImagePictures(HostedPictures):
 def _noise(stage: Any, origin: Origin, config: PictureConfig) -> Tensor:
     """Where the second stage starts, float [1, C, h, w]."""
     scale = stage.vae_scale_factor
-    shape = (1, stage.transformer.config.in_channels, config.height // scale, config.width // scale)
+    width, height = config.size
+    shape = (1, stage.transformer.config.in_channels, height // scale, width // scale)
     key = image_keys(origin.seed, STREAM_PICTURE, torch.tensor([origin.index]))
     drawn = normal(fold(key, torch.arange(torch.Size(shape).numel()))).view(shape)
     return drawn.to(stage.text_encoder.dtype)

@@ -40,7 +40,6 @@ from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.common.files import read_json
 from bozzetto.common.hub import model_name
-from bozzetto.common.images import size_of
 from bozzetto.errors import UsageError, require
 
 # Names of weights, theirs and transformers'; a name that none of these begins or that becomes "" is not needed.
@@ -97,7 +96,7 @@ def _pictures(model: Any, grid: int) -> HostedPictures:
 
 def load(source: Source, wanted: LoadSettings) -> Hosted:
     """Janus as transformers' conversion lays it out."""
-    source.refuse(wanted, "tokenizer", "vqgan")
+    wanted.refuse(f"{source.name} has its own", "tokenizer", "vqgan")
     source.check(JanusDrawing)
     processor, network = source.processor(), source.network(JanusDrawing, wanted)
     drawn = target(network)
@@ -107,7 +106,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         raise UsageError(f"{source.folder / CONFIG}: {what}")
     first, padding = (_known(source, network, processor.tokenizer, name) for name in ("bos_token_id", "pad_token_id"))
     pictures = _pictures(network, grid)
-    fixed_size(source, wanted, size_of(pictures.config))
+    fixed_size(source, wanted, pictures.config.size)
     begin = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
 
     def tokens(text: str) -> list[int]:
@@ -130,7 +129,7 @@ def _known(source: Source, network: Any, tokenizer: Any, name: str) -> int:
 
 def load_original(source: Source, wanted: LoadSettings) -> Hosted:
     """Janus as its authors publish it."""
-    source.refuse(wanted, "vqgan")
+    wanted.refuse(f"{source.name} has its own", "vqgan")
     state = drawing_part(source.tensors())
     config = janus_config(source, state)
     source.check(JanusDrawing, config)
@@ -138,7 +137,7 @@ def load_original(source: Source, wanted: LoadSettings) -> Hosted:
     network = source.network(JanusDrawing, wanted, config, state)
     drawn = target(network)
     pictures = _pictures(network, config.vq_config.num_patches)
-    fixed_size(source, wanted, size_of(pictures.config))
+    fixed_size(source, wanted, pictures.config.size)
     return Hosted(drawn, pictures, _grammar(source, tokenizer), source.sampling("janus"), tokenizer)
 
 

@@ -134,7 +134,7 @@ class NextStepPictures:
 
     def latents(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, C, h, w]."""
-        p, grid = self.patch, (self.config.rows, self.config.columns)
+        p, grid = self.patch, self.config.shape
         x = self.target.settled(tokens).unflatten(2, (-1, p, p)).unflatten(1, grid)  # [B, row, column, C, p, p]
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
         return x / self.scale + self.shift
@@ -146,7 +146,7 @@ class NextStepPictures:
 
 def load(source: Source, wanted: LoadSettings) -> Hosted:
     """NextStep-1 as published. Raises UsageError for files that are missing or do not fit together."""
-    source.refuse(wanted, "tokenizer", "vqgan")
+    wanted.refuse(f"{source.name} has its own", "tokenizer", "vqgan")
     require(not wanted.device_map, "device_map", wanted.device_map, "NextStep-1 runs on one device here")
     shapes = _shapes(source)
     token_dim = shapes.get(f"{_HEAD}input_proj.weight", Held("", (0, 0))).shape[-1]

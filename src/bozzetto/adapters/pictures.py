@@ -39,12 +39,14 @@ class PictureConfig:
     scale: int
 
     @property
-    def width(self) -> int:
-        return self.columns * self.scale
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        return self.rows, self.columns
 
     @property
-    def height(self) -> int:
-        return self.rows * self.scale
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.columns * self.scale, self.rows * self.scale
 
 
 class HostedPictures:
@@ -67,7 +69,7 @@ class HostedPictures:
     ):
         self.config, self.codebook, self.lined, self.skipped, self.missing = config, codebook, lined, skipped, missing
         self.decoder = self._map if decoder is None else decoder
-        self.mark = _marked(config.width, config.height) if missing else None
+        self.mark = _marked(*config.size) if missing else None
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -131,11 +131,6 @@ class Source:
             raise UsageError(f"{wanted.tokenizer or self.name}: no tokenizer.json: {hint}")
         return self.read("tokenizer", PreTrainedTokenizerFast.from_pretrained, folder)
 
-    def refuse(self, wanted: LoadSettings, *names: str) -> None:
-        """Raise UsageError for options that mean nothing to this model."""
-        for name in names:
-            require(not getattr(wanted, name), name, str(getattr(wanted, name)), f"{self.name} has its own")
-
 
 def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
     """Raise UsageError naming the file for a shard that is missing, cut, or a Git LFS pointer, for an index that names

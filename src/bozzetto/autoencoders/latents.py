@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder
 from bozzetto.common.checks import Pixels, Size
+from bozzetto.common.images import SquareConfig
 from bozzetto.errors import require
 
 TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder
 
 
 @dataclass(frozen=True)
-class LatentConfig:
+class LatentConfig(SquareConfig):
     """image_size: pixels a side; token_dim: D, channels of the latent; downsample: pixels per token and side."""
 
     image_size: Pixels = 128

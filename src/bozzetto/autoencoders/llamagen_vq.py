@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.decoder import GROUPS, levels_of, renamed
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
+from bozzetto.common.images import SquareConfig
 from bozzetto.errors import UsageError, require
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.
@@ -33,7 +34,7 @@ USED = "quantize.codebook_used"  # the last 65536 codes of the tokenizer's own t
 
 
 @dataclass(frozen=True)
-class LlamaGenVQConfig:
+class LlamaGenVQConfig(SquareConfig):
     """codes: codebook size V; code_dim: length of a code vector; channels, multipliers, blocks: width of the first
     level, the levels' multiples of it, residual blocks per level; latent: channels between the networks and the codes;
     image_size: side of the pictures in pixels."""

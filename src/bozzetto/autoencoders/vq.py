@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder, tiny_encoder
 from bozzetto.common.checks import Layers, Pixels, Size
+from bozzetto.common.images import SquareConfig
 from bozzetto.errors import require
 
 _GROUPS = 8  # of every group norm
 
 
 @dataclass(frozen=True)
-class VQConfig:
+class VQConfig(SquareConfig):
     """codes: codebook size V; code_dim: length of a code vector; width, pre_blocks, post_blocks: the two conv nets."""
 
     codes: Size = 4096

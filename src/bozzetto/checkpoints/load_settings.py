@@ -47,6 +47,11 @@ class LoadSettings(LoadOptions):
         """Whether the passes run on a processor only."""
         return torch.device(self.device).type == "cpu" and not (self.device_map and torch.cuda.is_available())
 
+    def refuse(self, why: str, *names: str) -> None:
+        """Raise UsageError where one of these options is given, which means nothing to a model."""
+        for name in names:
+            require(not getattr(self, name), name, str(getattr(self, name)), why)
+
     def for_weights(self, stored: Callable[[], str]) -> LoadSettings:
         """With dtype `auto` replaced. stored: tells the type of the weights in their files."""
         if self.dtype != AUTO:

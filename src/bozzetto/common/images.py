@@ -28,16 +28,18 @@ class Origin:
     index: int
 
 
-def grid_of(config: Any) -> tuple[int, int]:
-    """Rows and columns of codes of a picture, of a tokenizer's config (`rows` and `columns`, or `grid` of a square)."""
-    return (config.rows, config.columns) if hasattr(config, "rows") else (config.grid, config.grid)
+class SquareConfig:
+    """What the config of a tokenizer of square pictures says as all do, of its `grid` and `image_size`."""
 
+    @property
+    def shape(self: Any) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.grid, self.grid
 
-def size_of(config: Any) -> tuple[int, int]:
-    """Width and height of a picture in pixels, of a tokenizer's config (`width` and `height`, or `image_size`)."""
-    if hasattr(config, "width") and hasattr(config, "height"):
-        return config.width, config.height
-    return config.image_size, config.image_size
+    @property
+    def size(self: Any) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image_size, self.image_size
 
 
 def one_core() -> None:

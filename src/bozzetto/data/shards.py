@@ -38,7 +38,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise UsageError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
 
 
-def parquet_source(root: Path, files: Sequence[Path], left_out: Sequence[tuple[str | None, str]] = ()) -> Source:
+def parquet_source(root: Path, files: Sequence[Path]) -> Source:
     """The rows of parquet files: one that was asked for by name, or the shards below a folder.
 
     Raises UsageError for a file that is no parquet or lacks a column with pictures.
@@ -51,7 +51,7 @@ def parquet_source(root: Path, files: Sequence[Path], left_out: Sequence[tuple[s
         if names is not None and declared is not None and declared != names:
             raise UsageError(f"{file}: its names of classes are not those of {files[0]}")
         names, rows = declared if names is None else names, rows + found
-    return Source(root, rows, _pictures, names, [*left_out, *_missing(root, files)])
+    return Source(root, rows, _pictures, names, _missing(root, files))
 
 
 def _open(path: Path) -> ParquetFile:

@@ -61,15 +61,11 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
     folder = model_folder(fetched(model) if on_hub(model) else model)
     config = read_config(folder)
     refuse_flow_options(wanted, str(folder))
-    for name in ("tokenizer", "vqgan"):
-        if getattr(wanted, name):
-            raise UsageError(f"{name} = {str(getattr(wanted, name))!r} is not allowed: {folder} has its own")
+    wanted.refuse(f"{folder} has its own", "tokenizer", "vqgan")
     own = own_from(config, folder / CONFIG)
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
-    for name in ("device_map", "adapter"):
-        if said := getattr(wanted, name):
-            raise UsageError(f"{name} = {str(said)!r} is not allowed: {folder} is no model of transformers")
+    wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
     if config.get("family") in (FLOW, MASKED, DRIFT):
         _refuse_text(folder, wanted)

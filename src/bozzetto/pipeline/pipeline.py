@@ -33,7 +33,7 @@ from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.classes import labels_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
-from bozzetto.common.images import Origin, grid_of, one_core, size_of, to_picture
+from bozzetto.common.images import Origin, one_core, to_picture
 from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter
@@ -53,7 +53,7 @@ _WAVES = 64  # of images that follow each other into slots, before pictures are 
 class Pipeline(ABC):
     """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `make_batch`, `resolve`.
 
-    target: has length and device; tokenizer: has decode and config (`grid_of` and `size_of` read it).
+    target: has length and device; tokenizer: has decode and config, with its shape and size.
     """
 
     default_methods: tuple[str, ...]
@@ -72,12 +72,12 @@ class Pipeline(ABC):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the codes of a picture."""
-        return grid_of(self.tokenizer.config)
+        return self.tokenizer.config.shape
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of a picture in pixels."""
-        return size_of(self.tokenizer.config)
+        return self.tokenizer.config.size
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -101,7 +101,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         return (*numbers(processor(text=text, return_tensors="pt")), begin)
 
     ask = prompts_of(tokens, lambda given: (first, begin))
-    return Hosted(drawn, pictures, ask, source.sampling("chameleon"), processor.tokenizer)
+    return Hosted(drawn, pictures, ask, source.sampling(), processor.tokenizer)
 
 
 def chameleon_files(source: Source, mapped: bool = True) -> ChameleonFiles:
@@ -194,7 +194,7 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
     lumina_prompts(tokenizer, wanted.size or sizes[0])  # what it refuses is refused before weights are read
     files = chameleon_files(source)
     pictured = vqgan_pictures(source, wanted, files, lined=True)
-    network, own = chameleon_network(source, wanted, files), source.sampling("lumina-mgpt")
+    network, own = chameleon_network(source, wanted, files), source.sampling()
 
     def made(size: tuple[int, int]) -> Hosted:
         ask, end = lumina_prompts(tokenizer, size)

@@ -33,7 +33,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         check_multiple(wanted.size, _FACTOR)
     source.check(Emu3ForConditionalGeneration)
     processor, network = source.processor(), source.network(Emu3ForConditionalGeneration, wanted)
-    own = source.sampling("emu3")
+    own = source.sampling()
 
     def made(size: tuple[int, int]) -> Hosted:
         columns, rows = (pixels // _FACTOR for pixels in size)

@@ -92,7 +92,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     processor = lies.read("processor", GlmImageProcessor.from_pretrained)
     besides = () if source.whole or lies is source else (beside / "tokenizer.json",)
     network = source.network(GlmImageDrawing, wanted)
-    stage, own = second_stage(source, wanted), source.sampling("glm-image")
+    stage, own = second_stage(source, wanted), source.sampling()
     if own.top_k >= network.config.vq_config.num_embeddings:  # as published: all words of the head
         own = replace(own, top_k=0)
 

@@ -116,7 +116,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         return numbers(processor(text=text, generation_mode="image", return_tensors="pt"))
 
     ask = prompts_of(tokens, lambda given: janus_prompt(given, first, begin, padding).without)
-    return Hosted(drawn, pictures, ask, source.sampling("janus"), processor.tokenizer)
+    return Hosted(drawn, pictures, ask, source.sampling(), processor.tokenizer)
 
 
 def _known(source: Source, network: Any, tokenizer: Any, name: str) -> int:
@@ -138,7 +138,7 @@ def load_original(source: Source, wanted: LoadSettings) -> Hosted:
     drawn = target(network)
     pictures = _pictures(network, config.vq_config.num_patches)
     fixed_size(source, wanted, pictures.config.size)
-    return Hosted(drawn, pictures, _grammar(source, tokenizer), source.sampling("janus"), tokenizer)
+    return Hosted(drawn, pictures, _grammar(source, tokenizer), source.sampling(), tokenizer)
 
 
 def drawing_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,6 @@ from bozzetto.autoencoders.decoder import numbered
 from bozzetto.autoencoders.kl16 import KL16Config, from_published, kl16_autoencoder
 from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.published import family_of
 from bozzetto.checkpoints.states import read_state
 from bozzetto.checkpoints.weights import Held, header_of, on_meta, open_tensors, weight_files
 from bozzetto.common.checks import config_from
@@ -165,7 +164,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     body, parts = _network(source, shapes, token_dim, wanted)
     tokenizer = source.read("tokenizer", AutoTokenizer.from_pretrained, config=body.config)
     # NextStep-1.1's config.json is of another make than its predecessors'.
-    own = source.sampling(family_of(source.config))
+    own = source.sampling()
     side = factor * _number(source, 64, "latent_size", "image_size")
 
     def made(size: tuple[int, int]) -> Hosted:

@@ -18,7 +18,7 @@ from bozzetto.adapters.prompted import Prompt, PromptedTarget
 from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.own_sampling import OwnSampling
-from bozzetto.checkpoints.published import sampling_of
+from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.states import open_state
 from bozzetto.checkpoints.weights import FLOATS, WEIGHT, Held, finite, header_of, open_tensors, usual_type, weight_files
 from bozzetto.common.files import pointer_note
@@ -67,9 +67,9 @@ class Source:
         except Exception as error:  # tokenizers raises no class of its own, safetensors one that is none of Python's
             raise UsageError(f"{self.name}: its {what} could not be read: {one_line(error)}") from error
 
-    def sampling(self, family: str) -> OwnSampling:
-        """How the authors of a family sample it: see `sampling_of`."""
-        return sampling_of(family, self.folder)
+    def sampling(self) -> OwnSampling:
+        """How the authors of its family sample it: see `sampling_of`."""
+        return sampling_of(family_of(self.config), self.folder)
 
     def stored(self) -> str:
         """The type of the weights: what config.json says of the whole or of its language model, else what most weights

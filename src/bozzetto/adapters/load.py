@@ -22,7 +22,7 @@ from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checkpoints.folders import CONFIG, FIRST_STAGE, PIPELINE, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
 from bozzetto.common.files import digest, read_json
-from bozzetto.common.hub import described, fetched, on_hub, split_name
+from bozzetto.common.hub import described, fetched, local_folder, on_hub
 from bozzetto.errors import UsageError, brief
 
 Reader = Callable[[Source, LoadSettings], Hosted]
@@ -95,16 +95,9 @@ def checkpoint_digest(model: str | Path) -> str:
     may read (weights, configurations, tokenizer), or of those in the hub's cache. Code and notes do not count, nor
     sub-folders but those of a diffusers pipeline; files of the cache that are called by the sha256 of their bytes are
     taken at their word. "unknown" without files."""
-    folder = Path(model)
-    if not folder.is_dir():
-        import huggingface_hub
-
-        where, revision = split_name(str(model))
-        known = [huggingface_hub.try_to_load_from_cache(where, name, revision=revision) for name in (CONFIG, PIPELINE)]
-        found = next((path for path in known if isinstance(path, str)), None)
-        if found is None:
-            return "unknown"
-        folder = Path(found).parent
+    folder = local_folder(model, CONFIG, PIPELINE)
+    if folder is None:
+        return "unknown"
     total = hashlib.sha256()
     parts = folder.glob("*/*") if (folder / PIPELINE).is_file() else ()
     for path in sorted(p for p in (*folder.iterdir(), *parts) if p.suffix in _COUNTED and not p.name.startswith(".")):

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bozzetto.adapters.load import checkpoint_digest
+from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.common.files import digest
-from bozzetto.common.hub import split_name
+from bozzetto.common.hub import local_folder, split_name
 from bozzetto.errors import UsageError, one_line
 from bozzetto.runtime.kept import cache_folder, find, keep, thin_out
 from bozzetto.targets.caption_text import clean_caption
@@ -48,7 +49,7 @@ class T5Encoder:
 
         self.source, self.tokens, self.dim, self.device = str(source), tokens, dim, device
         self.dtype = dtype if dtype == torch.float32 else torch.bfloat16
-        config = self._read("config.json", AutoConfig)
+        config = self._read(CONFIG, AutoConfig)
         kind, have = getattr(config, "model_type", None), getattr(config, "d_model", None)
         if kind not in ("t5", "mt5", "umt5") or have != dim:
             raise UsageError(
@@ -73,7 +74,7 @@ class T5Encoder:
         self._network = None
 
     def fingerprint(self) -> str:
-        return checkpoint_digest(_folder(self.source) or self.source)
+        return checkpoint_digest(self.source)
 
     def _kept(self, text: str) -> Tensor:
         """Features [n, C] of a cleaned caption of n <= T tokens."""
@@ -140,7 +141,7 @@ class T5Encoder:
 def encoder_digest(source: str) -> str:
     """What tells one encoder from another on this machine. Of large files their name, size and time; a snapshot of the
     hub's is called by its commit."""
-    folder, total = _folder(source), hashlib.sha256()
+    folder, total = local_folder(source, CONFIG), hashlib.sha256()
     if folder is None or not Path(source).is_dir():
         return f"{source} {folder and folder.name}"
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
@@ -148,14 +149,3 @@ def encoder_digest(source: str) -> str:
         known = digest(path) if about.st_size <= _SMALL else f"{about.st_size} {about.st_mtime_ns}"
         total.update(f"{path.name} {known}\n".encode())
     return total.hexdigest()
-
-
-def _folder(source: str) -> Path | None:
-    """Where the files lie: in the folder itself, or in the hub's cache, where they are there."""
-    if Path(source).is_dir():
-        return Path(source)
-    import huggingface_hub
-
-    name, revision = split_name(source)
-    known = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(known).parent if isinstance(known, str) else None

@@ -66,6 +66,18 @@ def _snapshot(model: str, *patterns: str) -> Path:
         raise UsageError(f"{model}: {why}") from error
 
 
+def local_folder(model: str | Path, *names: str) -> Path | None:
+    """A folder itself, or that of the hub's cache which holds one of these files of a name; None where neither is."""
+    if Path(model).is_dir():
+        return Path(model)
+    import huggingface_hub
+
+    where, revision = split_name(str(model))
+    known = (huggingface_hub.try_to_load_from_cache(where, name, revision=revision) for name in names)
+    found = next((path for path in known if isinstance(path, str)), None)
+    return None if found is None else Path(found).parent
+
+
 def fetched_file(repository: str, name: str, otherwise: str) -> Path:
     """One file of a repository on the hub. otherwise: what is said to do where it cannot be fetched (UsageError)."""
     import huggingface_hub

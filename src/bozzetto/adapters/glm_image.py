@@ -39,7 +39,7 @@ from bozzetto.adapters.source import (
 )
 from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.weights import header_of, open_tensors
+from bozzetto.checkpoints.weights import read_header
 from bozzetto.common.images import Origin
 from bozzetto.errors import UsageError, one_line
 from bozzetto.laws.noise import STREAM_PICTURE, fold, image_keys, normal
@@ -177,8 +177,7 @@ def second_stage(source: Source, wanted: LoadSettings) -> Any:
         """With all its weights, which diffusers 0.42 and transformers 5.24 draw at random where they are missing."""
         check_counts(read_config(whole / name), whole / name / CONFIG)
         for path in (whole / name).glob("*.safetensors"):
-            with open_tensors(path) as content:
-                check_types(path, header_of(content), _TYPES)
+            check_types(path, read_header(path), _TYPES)
         made, notes = part(name, kind, use_safetensors=True, output_loading_info=True, **{called: dtype}, **options)
         check_weights(f"{source.name}: {name}", made, notes)
         return made.to(wanted.device).eval().requires_grad_(False)

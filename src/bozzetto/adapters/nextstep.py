@@ -39,7 +39,7 @@ from bozzetto.autoencoders.kl16 import KL16Config, from_published, kl16_autoenco
 from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.states import read_state
-from bozzetto.checkpoints.weights import Held, header_of, on_meta, open_tensors, weight_files
+from bozzetto.checkpoints.weights import TensorHeader, on_meta, open_tensors, read_header, weight_files
 from bozzetto.common.checks import config_from
 from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError, require
@@ -148,7 +148,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     wanted.refuse(f"{source.name} has its own", "tokenizer", "vqgan")
     require(not wanted.device_map, "device_map", wanted.device_map, "NextStep-1 runs on one device here")
     shapes = _shapes(source)
-    token_dim = shapes.get(f"{_HEAD}input_proj.weight", Held("", (0, 0))).shape[-1]
+    token_dim = shapes.get(f"{_HEAD}input_proj.weight", TensorHeader("", (0, 0))).shape[-1]
     if not token_dim:
         raise UsageError(f"{source.name}: {_HEAD}input_proj.weight is missing in its weights")
     vae, decoder, scale, shift = _autoencoder(source, wanted)
@@ -195,14 +195,13 @@ def _positions(source: Source, rows: int, columns: int, dim: int) -> Tensor | No
     return grid_positions(rows, columns, dim)
 
 
-def _shapes(source: Source) -> dict[str, Held]:
+def _shapes(source: Source) -> dict[str, TensorHeader]:
     """What the headers of the weights say."""
-    found: dict[str, Held] = {}
+    found: dict[str, TensorHeader] = {}
     for path in weight_files(source.folder):
         if path.suffix != ".safetensors":
             raise UsageError(f"{path}: not a safetensors file")
-        with open_tensors(path) as content:
-            found |= header_of(content)
+        found |= read_header(path)
     return found
 
 
@@ -218,7 +217,9 @@ def _body(source: Source) -> Any:
     return LlamaModel(LlamaConfig.from_dict(said))
 
 
-def _network(source: Source, shapes: Mapping[str, Held], token_dim: int, wanted: LoadSettings) -> tuple[Any, Any]:
+def _network(
+    source: Source, shapes: Mapping[str, TensorHeader], token_dim: int, wanted: LoadSettings
+) -> tuple[Any, Any]:
     """Decoder and parts with the published weights, each read once, into the dtype and onto the device that run."""
     depth = numbered(shapes, f"{_HEAD}res_blocks.")
 

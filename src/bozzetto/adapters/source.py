@@ -20,7 +20,7 @@ from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.states import open_state
-from bozzetto.checkpoints.weights import FLOATS, WEIGHT, Held, finite, header_of, open_tensors, usual_type, weight_files
+from bozzetto.checkpoints.weights import FLOATS, WEIGHT, TensorHeader, finite, read_header, usual_type, weight_files
 from bozzetto.common.files import pointer_note
 from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError, brief, one_line, require
@@ -143,8 +143,7 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
     files = weight_files(folder)
     for path in files:
         if path.suffix == ".safetensors":
-            with open_tensors(path) as content:  # its header says how long it must be
-                check_types(path, header_of(content))
+            check_types(path, read_header(path))
         elif note := pointer_note(path):
             raise UsageError(f"{path}: {note}")
     try:
@@ -157,7 +156,7 @@ def check_folder(folder: Path, make: Callable[[], nn.Module]) -> None:
         raise UsageError(f"{folder / CONFIG}: describes {wanted} weights, but its files hold {held} bytes")
 
 
-def check_types(path: Path, held: Mapping[str, Held], allowed: Sequence[str] = FLOATS) -> None:
+def check_types(path: Path, held: Mapping[str, TensorHeader], allowed: Sequence[str] = FLOATS) -> None:
     """Raise UsageError for weights of types that mean nothing without scales (int8, float8), which transformers 5.24
     casts as they are."""
     for key, (kind, _) in held.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.weights import FLOATS, WHOLE, Held, header_of, open_tensors, save_tensors
+from bozzetto.checkpoints.weights import FLOATS, WHOLE, TensorHeader, header_of, open_tensors, save_tensors
 from bozzetto.common.files import parse_json
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import LlamaGenConfig, left_pad
@@ -49,7 +49,7 @@ def write_captions(path: str | Path, captions: Sequence[str], features: Tensor, 
     save_tensors(path, tensors, {"captions": json.dumps(list(captions))})
 
 
-def _check_header(path: Path, held: Mapping[str, Held], config: LlamaGenConfig) -> None:
+def _check_header(path: Path, held: Mapping[str, TensorHeader], config: LlamaGenConfig) -> None:
     """Before anything is read: what there is, of which type and shape."""
     if missing := sorted({"features", "mask"} - held.keys()):
         raise UsageError(f"{path}: missing {', '.join(missing)} (wanted: features [K, T, C] and mask [K, T])")

@@ -216,18 +216,11 @@ def tokenizer_weights(folder: Path, content: Mapping[str, Any]) -> Path:
     return (folder.parent / name if "same_as" in content else folder) / TOKENIZER_WEIGHTS
 
 
-def save_drafter(
-    folder: str | Path,
-    net: Any,
-    target: Path,
-    notes: Mapping[str, Any],
-    compact: bool = False,
-    store: str = "float16",
-) -> None:
-    """Write a drafter folder for the target in the model folder `target`. compact, store: see `save_state`."""
+def save_drafter(folder: str | Path, net: Any, target: Path, notes: Mapping[str, Any], compact: bool = False) -> None:
+    """Write a drafter folder for the target in the model folder `target`. compact: see `save_state`."""
     family = next(name for name, kind in DRAFTERS.items() if type(net.config) is kind.config)
     made_for = {"target_weights": target_digest(target)}
-    write_model(folder, family, net.config, net.state_dict(), {**made_for, **notes}, compact, store)
+    write_model(folder, family, net.config, net.state_dict(), {**made_for, **notes}, compact)
 
 
 def load_drafter(folder: str | Path, family: str, target: Any, weights: str) -> Any:

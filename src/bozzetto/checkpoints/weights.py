@@ -34,7 +34,7 @@ FLOATS, WHOLE = ("F16", "BF16", "F32", "F64"), ("I64", "I32", "I16", "I8", "U8",
 M = TypeVar("M", bound=nn.Module)
 
 
-class Held(NamedTuple):
+class TensorHeader(NamedTuple):
     """What the header of a safetensors file says of a tensor. type: as F16."""
 
     type: str
@@ -83,18 +83,23 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         raise UsageError(f"{path}: not a readable safetensors file: {pointer_note(path) or error}") from error
 
 
-def header_of(content: Any) -> dict[str, Held]:
+def header_of(content: Any) -> dict[str, TensorHeader]:
     """The tensors of an open safetensors file."""
     parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118  (not a dict)
-    return {key: Held(part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
+    return {key: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
+
+
+def read_header(path: str | Path) -> dict[str, TensorHeader]:
+    """The tensors of a safetensors file, by its header, which says how long the file must be. Raises UsageError."""
+    with open_tensors(path) as content:
+        return header_of(content)
 
 
 def usual_type(path: str | Path) -> str:
     """The type that most weights of a file have; int8 rows have no more digits than bfloat16. Raises UsageError."""
     counts: Counter[str] = Counter()
-    with open_tensors(path) as content:
-        for kind, shape in header_of(content).values():
-            counts[_NAMED.get(kind, "float32")] += math.prod(shape)
+    for kind, shape in read_header(path).values():
+        counts[_NAMED.get(kind, "float32")] += math.prod(shape)
     return max(counts, key=lambda name: counts[name], default="float32")
 
 
@@ -124,7 +129,7 @@ def read_weights(
         return {key: _read(content, key, key in compact, path, dtype) for key in held if key in names and chosen(key)}
 
 
-def _is_compact(matrix: Held, scale: Held) -> bool:
+def _is_compact(matrix: TensorHeader, scale: TensorHeader) -> bool:
     """Whether they fit; otherwise a product could be much larger than the file."""
     rows = (*matrix.shape[:1], 1)
     return matrix.type == "I8" and len(matrix.shape) == 2 and scale.type in FLOATS and scale.shape == rows

@@ -25,7 +25,7 @@ from bozzetto.checkpoints.folders import (
 )
 from bozzetto.checkpoints.own_sampling import brief_law, own_from
 from bozzetto.checkpoints.published import family_of, sampling_of
-from bozzetto.checkpoints.weights import SCALE, WEIGHTS, header_of, open_tensors
+from bozzetto.checkpoints.weights import SCALE, WEIGHTS, read_header
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.columns import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
@@ -103,7 +103,6 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _parameters(folder: Path) -> int:
-    with open_tensors(folder / WEIGHTS) as content:
-        held = header_of(content)
+    held = read_header(folder / WEIGHTS)
     scales = {key for key in held if key.endswith(SCALE) and key.removesuffix(SCALE) in held}
     return sum(math.prod(held[key].shape) for key in held.keys() - scales)

@@ -210,7 +210,7 @@ from bozzetto.adapters.source import Hosted, prompts_of
 
 
 def load(source, wanted):
-    source.refuse(wanted, "tokenizer", "vqgan")
+    wanted.refuse(f"{source.name} has its own", "tokenizer", "vqgan")
     source.check(LlamaForCausalLM)
     tokenizer = source.tokenizer(wanted, "put it there")
     network = source.network(LlamaForCausalLM, wanted)

@@ -60,8 +60,8 @@ def features_of(
             part = images[start : start + batch]
             features[start : start + len(part)] = extractor(part).numpy()
             bar.update(len(part))
-    if not np.isfinite(features).all():
-        raise UsageError(f"{extractor.name}: image {_first_not_finite(features)} has features that are not finite")
+    if len(odd := np.flatnonzero(~np.isfinite(features).all(axis=1))):
+        raise UsageError(f"{extractor.name}: image {odd[0]} has features that are not finite")
     return features
 
 
@@ -90,7 +90,8 @@ class TorchScriptInception:
         self.path = Path(path)
         self.name = f"Inception ({self.path.name})"
         self.module = _load_script(self.path)
-        self.options = {"return_features": True} if _takes(self.module, "return_features") else {}
+        takes = any(argument.name == "return_features" for argument in self.module.forward.schema.arguments)
+        self.options = {"return_features": True} if takes else {}
         self.dim = self._probe()
 
     @torch.no_grad()
@@ -128,12 +129,3 @@ def _load_script(path: Path) -> Any:
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from error
     return module.eval()
-
-
-def _takes(module: Any, argument: str) -> bool:
-    """Whether a loaded module's forward has an argument of that name."""
-    return any(a.name == argument for a in module.forward.schema.arguments)
-
-
-def _first_not_finite(features: np.ndarray) -> int:
-    return int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])

@@ -21,7 +21,7 @@ from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter, now
 from bozzetto.errors import UsageError, check_number
-from bozzetto.evaluate.advice import Decoding, Figures, Hint, Part, advise
+from bozzetto.evaluate.advice import Decoding, Figures, Part, advise
 from bozzetto.evaluate.columns import SEQUENTIAL, table
 from bozzetto.evaluate.passes import BarePass
 from bozzetto.evaluate.provenance import on_threads, provenance
@@ -59,7 +59,7 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
     Raises UsageError for a masked model, whose passes are all different, and for one that transformers runs.
     """
     if not isinstance(pipe.target, CausalTarget):
-        prompted = hasattr(pipe.target, "prompts")
+        prompted = pipe.takes_prompts
         why = "its passes are those of transformers" if prompted else "it is masked, its passes are all different"
         raise UsageError(f"model = {pipe.name!r} is not allowed: {why} (causal models of ours; `bench` is for all)")
     method = pipe.resolve(settings.generation)
@@ -206,8 +206,7 @@ def _decoding_table(report: dict[str, Any]) -> str:
 
 
 def _advice_text(advice: list[dict[str, Any]]) -> str:
-    hints = [Hint(**hint) for hint in advice]
-    if not hints:
+    if not advice:
         return "No rule finds anything that would help."
-    lines = [f"  {hint.gain:.2f}x  {hint.text}" for hint in hints]
+    lines = [f"  {hint['gain']:.2f}x  {hint['text']}" for hint in advice]
     return "\n".join(["What would help most, by estimate:", *lines])

@@ -25,6 +25,8 @@ from bozzetto.decoding.loop import EagerBatch
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import make_drafter, make_rule
+from bozzetto.pipeline.custom_generate import _batch
+from bozzetto.settings import GenerateSettings
 from hf_toys import GRID, NEGATIVE, PROMPTS
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop
@@ -299,3 +301,12 @@ def test_a_chameleon_draws_squares() -> None:
     ids = torch.tensor(PROMPTS[:1])
     with pytest.raises(UsageError, match="draws squares"):
         model_of("chameleon").generate(ids, custom_generate=bozzetto.generate_fn(GRID, GRID + 1))
+
+
+def test_windows_are_those_of_the_settings_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a matrix unit every row of a pass costs, inside of generate too."""
+    monkeypatch.setattr("bozzetto.settings.cheap_rows", lambda: 8)
+    target, law = target_of("chameleon"), LawSettings(guidance=2.0)
+    batch = _batch(target, GenerateSettings("jacobi", "exact"), law, 8)
+    wanted = GenerateSettings("jacobi", "exact", **vars(law)).window_for(8, target.length, "float32")
+    assert batch.drafter.max_nodes + 1 == wanted == 2

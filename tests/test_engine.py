@@ -13,7 +13,7 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import DRAFTERS, RULES, make_drafter, make_rule, named
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.targets.tabular import TabularTarget
-from toys import PLAIN, WINDOW_RULES, decode, tiny_llamagen
+from toys import PLAIN, WINDOW_RULES, decode, sketched, tiny_llamagen
 
 TARGET = TabularTarget(4, 5, spread=1.0, seed=2)
 N = TARGET.length
@@ -162,6 +162,17 @@ def test_the_registry_is_immutable_and_names_what_it_allows() -> None:
         with pytest.raises(ValueError, match="nonsense") as caught:
             make("nonsense")
         assert all(name in str(caught.value) for name in table)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule", "filled"),
+    [("tree", "grouped", False), ("tree", "tree", False), ("tree", "seed-exact", True), ("window", "grouped", True)],
+)
+def test_fixed_noise_is_made_for_methods_that_read_it_only(drafter: str, rule: str, filled: bool) -> None:
+    made = sketched(TARGET, "2x2") if drafter == "tree" else make_drafter("jacobi", 3)
+    batch = EagerBatch(TARGET, made, make_rule(rule), LawSettings())
+    batch.run(torch.zeros(2, dtype=torch.int64), 0, torch.arange(2))
+    assert bool(batch.noise.filled) == filled
 
 
 def test_seconds_are_reported_by_part() -> None:

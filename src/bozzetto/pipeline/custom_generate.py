@@ -23,7 +23,7 @@ from bozzetto.adapters import chameleon, emu3, glm_image
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafts import CODES
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import USUAL_RULES
 from bozzetto.settings import GenerateSettings
@@ -73,10 +73,8 @@ def generate_fn(
     would have to ignore.
     """
     for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} = {value!r} is not allowed: a whole number >= 1, of tokens")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UsageError(f"seed = {seed!r} is not allowed: a whole number from 0 to 2^63 - 1")
+        require(isinstance(value, int) and value >= 1, name, value, "a whole number >= 1, of tokens")
+    require(isinstance(seed, int) and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2^63 - 1")
     settings = _settings(GenerateSettings(drafter, rule, window))
 
     def run(

@@ -15,8 +15,8 @@ from bozzetto import load
 from bozzetto.decoding.batch import RowBatch
 from bozzetto.decoding.fused import FusedBatch
 from bozzetto.errors import UsageError
+from bozzetto.pipeline.conditions import PromptBook
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.pipeline.prompts import PromptBook
 from bozzetto.serve.orders import Finished, Order, Partial, Progress
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.worker import Worker

@@ -132,16 +132,16 @@ def test_a_long_caption_is_cut_as_published_and_said(encoder: T5Encoder, caplog:
 def test_the_encoder_is_there_only_while_prompts_are_read(model: Path) -> None:
     pipe: Any = bozzetto.load(model)
     pipe.labels(["a white dog"])
-    assert pipe.encoder._network is None
+    assert pipe.conditions.encoder._network is None
     pipe.remember(8)  # as a server does
     folder = cache_folder()
     kept = folder and sorted(folder.glob("caption-*"))
     pipe.labels(["a white house"])
-    assert pipe.encoder._network is not None
+    assert pipe.conditions.encoder._network is not None
     assert folder and kept and kept == sorted(folder.glob("caption-*"))  # clients' words stay in memory
     again: Any = bozzetto.load(model)
     again.labels(["a white dog"])  # kept: nothing is loaded
-    assert again.encoder._network is None and again.encoder._tokenizer is None
+    assert again.conditions.encoder._network is None and again.conditions.encoder._tokenizer is None
 
 
 def test_a_prompt_is_drawn_alike_alone_and_among_others(model: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,11 @@ from bozzetto.drafts import VECTORS
 from bozzetto.errors import UsageError
 from bozzetto.methods.resources import Resources
 from bozzetto.methods.table import make_sampler
+from bozzetto.pipeline.conditions import EXAMPLES, PromptBook
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.pipeline.pipelines import CodePipeline, FlowPipeline
-from bozzetto.pipeline.prompts import EXAMPLES, PromptBook
 from bozzetto.rules.pathwise import Pathwise
 from bozzetto.rules.reflection import Coupled
-from bozzetto.settings import GenerateSettings
 
 
 class HostedResources(Resources):
@@ -66,24 +64,26 @@ class HostedResources(Resources):
         return torch.cat([near, others[:, None].expand(-1, most)])
 
 
-class _Prompted(Pipeline):
-    """What pipelines of prompts share. source: the folder that the model was loaded from."""
+def prompts_of(hosted: Hosted) -> PromptBook:
+    """Prompts of a model, as its processor reads them."""
+    target: Any = hosted.target
 
-    takes_prompts = True
+    def add(text: str, negative: str, label: int | None) -> int:
+        # Texts that are the same tokens (of words that the model does not know) are called what they are.
+        return target.add(hosted.ask(text, negative), len(target.prompts) if label is None else label)
+
+    book = PromptBook([], add)
+    for text in EXAMPLES:
+        book.label(text, "")
+    return book
+
+
+class _Hosted(Pipeline):
+    """What pipelines of models share that another library runs. source: the folder that the model was loaded from."""
+
     target: Any
+    hosted: Hosted
     source: Path
-
-    def take_prompts(self, hosted: Hosted, source: Path) -> None:
-        """Draw what texts say."""
-        self.source, self.hosted, self.own = source, hosted, hosted.own
-
-        def add(text: str, negative: str, label: int | None) -> int:
-            # Texts that are the same tokens (of words that the model does not know) are called what they are.
-            return self.target.add(hosted.ask(text, negative), len(self.target.prompts) if label is None else label)
-
-        self.book = PromptBook(self.classes, add)
-        for text in EXAMPLES:
-            self.book.label(text, "")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -102,33 +102,19 @@ class _Prompted(Pipeline):
         own, besides = checkpoint_digest(self.source), self.hosted.besides
         return hashlib.sha256(f"{own} {digest(*besides)}".encode()).hexdigest()[:16] if besides else own
 
-    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
-        words = (settings or GenerateSettings()).with_own(self.own)
-        suffix = self.own.suffix if words.quality_words else ""
-        return self.book.labels(asked, words.negative_prompt or "", suffix)
-
-    def prompt_of(self, label: int) -> str:
-        return self.book.asked[label]
-
-    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
-        self.book.remember(prompts, busy)
-
-    def refuse_negative(self, settings: GenerateSettings) -> None:
-        """It is not refused."""
-
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         if mode != "off":
             raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is run by transformers (off)")
         return self.target
 
 
-class HostedPipeline(_Prompted, CodePipeline):
+class HostedPipeline(_Hosted, CodePipeline):
     """A model of another library that draws codes."""
 
     def __init__(self, name: str, hosted: Hosted, dtype: str, source: Path):
-        super().__init__(name, hosted.target, hosted.pictures, [], dtype)
+        super().__init__(name, hosted.target, hosted.pictures, prompts_of(hosted), dtype)
         self.resources = HostedResources(hosted.target, hosted.pictures.codebook)
-        self.take_prompts(hosted, source)
+        self.source, self.hosted, self.own = source, hosted, hosted.own
 
     @property
     def undecoded(self) -> str:  # type: ignore[override]
@@ -145,7 +131,7 @@ class HostedPipeline(_Prompted, CodePipeline):
         return self.tokenizer.codes_drawn(count)  # type: ignore[attr-defined]
 
 
-class HostedFlowPipeline(_Prompted, FlowPipeline):
+class HostedFlowPipeline(_Hosted, FlowPipeline):
     """A model of another library that draws continuous tokens (NextStep-1). sampler: as written ("": as published);
     vae: where its autoencoder was loaded from ("": beside the weights)."""
 
@@ -153,8 +139,8 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         self._sampler, self._vae = sampler, vae
         made, target = make_sampler(sampler) if sampler else hosted.target.sampler, hosted.target
         target.sample_with(made)
-        super().__init__(name, target, hosted.pictures, [], dtype, None, None)
-        self.take_prompts(hosted, source)
+        super().__init__(name, target, hosted.pictures, prompts_of(hosted), dtype, None, None)
+        self.source, self.hosted, self.own = source, hosted, hosted.own
         if sampler:  # with steps of its own
             self.own = replace(self.own, steps=made.steps, source=f"{sampler}; {self.own.source}")
         if not self.target.schedule.moving:  # then drafts of whole tokens are hardly ever kept
@@ -169,14 +155,6 @@ class HostedFlowPipeline(_Prompted, FlowPipeline):
         folder = autoencoder_folder(self.source, self._vae)
         parts = (super()._fingerprint(), checkpoint_digest(folder), self._sampler)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        settings = super().resolve(settings)
-        if settings.rule.isotropic and not self.target.schedule.moving:
-            raise UsageError(
-                f"rule {settings.rule.text!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
-            )
-        return settings
 
 
 def load_prompted(model: str | Path, wanted: LoadSettings, folder: Path) -> Pipeline:

@@ -29,11 +29,11 @@ from bozzetto.common.checks import config_from, naming
 from bozzetto.common.classes import distinct
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
 from bozzetto.errors import UsageError, brief
+from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes, TextEncoder
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
-from bozzetto.pipeline.pipelines import CodePipeline, DriftPipeline, FlowPipeline, MaskedPipeline
-from bozzetto.pipeline.prompts import ENCODER, EXAMPLES, CaptionPipeline, TextEncoder
+from bozzetto.pipeline.pipelines import CodePipeline, FlowPipeline, MaskedPipeline
 from bozzetto.settings import GenerateSettings
-from bozzetto.targets.drift import DriftModel
+from bozzetto.targets.drift import DriftModel, DriftTarget
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from bozzetto.targets.llamagen import LlamaGenConfig
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
@@ -126,7 +126,9 @@ def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> C
         if captions is None:
             encoder, prompts = _encoder(folder, config, target, wanted)
             _check_codes(folder, tokenizer.config, target.config)
-            return CaptionPipeline(_name(folder, config), target, tokenizer, prompts, dtype, folder, network, encoder)
+            twins: dict[tuple[str, bool], Any] = {}
+            said = Captions(encoder, prompts, lambda: (target, *twins.values()))
+            return CodePipeline(_name(folder, config), target, tokenizer, said, dtype, folder, network, twins)
         if wanted.text_encoder:
             raise UsageError("give either --captions, the features of captions, or --text-encoder, which makes them")
         names, *given = read_captions(captions, target.config)
@@ -135,7 +137,7 @@ def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> C
         _refuse_text(folder, wanted)
         names = _class_names(folder, config, target.config.classes)
     _check_codes(folder, tokenizer.config, target.config)
-    classes = distinct([str(n) for n in names])
+    classes = Classes(distinct([str(n) for n in names]))
     pipe = CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
     pipe.captions = None if captions is None else Path(captions)
     return pipe
@@ -201,7 +203,7 @@ def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) ->
     again = partial(load_target, folder, FLOW, MASKED, dtype=wanted.torch_dtype, device=device)
     network = again() if drift is None else drift.flow
     tokenizer = load_latents(folder).to(device)
-    classes = distinct([str(n) for n in _class_names(folder, config, network.config.classes)])
+    classes = Classes(distinct([str(n) for n in _class_names(folder, config, network.config.classes)]))
     have, want = tokenizer.config, network.config
     if (have.token_dim, have.grid) != (want.token_dim, want.grid):
         raise UsageError(
@@ -209,7 +211,8 @@ def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) ->
             f"{want.token_dim} on {want.grid}x{want.grid}"
         )
     if drift is not None:
-        return DriftPipeline(name, drift, tokenizer, classes, dtype, own, folder)
+        whole, tuned = DriftTarget(drift, wanted.torch_dtype), bool(drift.config.tuned)
+        return FlowPipeline(name, whole, tokenizer, classes, dtype, own, lambda: network, folder, tuned)
     sampler, source = config.get("sampler", {}), folder / CONFIG
     if isinstance(network, MAR):
         with naming(source):

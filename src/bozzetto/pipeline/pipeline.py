@@ -30,7 +30,6 @@ from bozzetto.checkpoints.folders import (
 from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.checkpoints.weights import WEIGHTS
-from bozzetto.common.classes import labels_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
 from bozzetto.common.images import Origin, one_core, to_picture
@@ -40,8 +39,9 @@ from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError, brief
 from bozzetto.methods.options import Drafting
+from bozzetto.pipeline.conditions import Classes
 from bozzetto.pipeline.results import ROUNDING as ROUNDING
-from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, listed, plan_batches
+from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, plan_batches
 from bozzetto.pipeline.results import settings_of as settings_of
 from bozzetto.settings import GenerateSettings
 
@@ -59,11 +59,10 @@ class Pipeline(ABC):
     default_methods: tuple[str, ...]
     undecoded = ""  # why its tokens cannot become pictures here, where they cannot
     resources: Any  # its drafters, see methods/resources.py
-    takes_prompts = False  # any text, not only the names of classes
 
-    def __init__(self, name: str, target: Any, tokenizer: Any, classes: list[str], dtype: str, folder: Path | None):
+    def __init__(self, name: str, target: Any, tokenizer: Any, conditions: Classes, dtype: str, folder: Path | None):
         self.name, self.target, self.tokenizer = name, target, tokenizer
-        self.classes, self.dtype, self.folder = classes, dtype, folder
+        self.conditions, self.classes, self.dtype, self.folder = conditions, conditions.names, dtype, folder
         self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
         self.own = OwnSampling()  # how its authors sample it
         self._known = ""
@@ -132,19 +131,27 @@ class Pipeline(ABC):
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for one that is
         unknown, or that does not say which of several classes is meant."""
-        return labels_of(self.classes, listed(asked))
+        words = (settings or GenerateSettings()).with_own(self.own)
+        suffix = self.own.suffix if words.quality_words else ""
+        return self.conditions.labels(asked, words.negative_prompt or "", suffix)
 
     def prompt_of(self, label: int) -> str:
         """What the model is asked for a label."""
-        return self.classes[label]
+        return self.conditions.prompt_of(label)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it takes any text, not only the names of classes."""
+        return self.conditions.takes_prompts
 
     def refuse_negative(self, settings: GenerateSettings) -> None:
         """Raise UsageError for a negative prompt, which models of other libraries have."""
-        if settings.negative_prompt:
+        if settings.negative_prompt and not self.conditions.takes_negative:
             raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
 
-    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:  # noqa: B027  (of classes: nothing)
+    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
         """Keep what belongs to so many prompts, asked for last, and to `busy` labels (a server would only grow)."""
+        self.conditions.remember(prompts, busy)
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         """The target with its passes compiled as asked."""
@@ -189,7 +196,8 @@ class Pipeline(ABC):
     def fingerprint(self) -> str:
         """A digest of the model's files, so that samples of two states of one model are not mixed up; taken once, for
         large files take seconds. "unknown" for a model that has none."""
-        self._known = self._known or self._fingerprint()
+        if not self._known:
+            self._known = "-".join(filter(None, (self._fingerprint(), self.conditions.fingerprint())))
         return self._known
 
     def _fingerprint(self) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,13 +27,13 @@ from bozzetto.errors import UsageError
 from bozzetto.methods.options import Drafting
 from bozzetto.methods.resources import Resources, VectorResources
 from bozzetto.methods.table import USUAL_RULES
-from bozzetto.pipeline.pipeline import DTYPES, Pipeline, model_files
+from bozzetto.pipeline.conditions import Classes
+from bozzetto.pipeline.pipeline import Pipeline, model_files
 from bozzetto.rules.reflection import Plain
 from bozzetto.runtime.graphs import Compiler
 from bozzetto.settings import GenerateSettings
 from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.compiled_head import CompiledNarrow
-from bozzetto.targets.drift import DriftModel, DriftTarget
 from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.targets.mar import MAR
@@ -68,7 +67,7 @@ def _say(line: str) -> None:
 
 
 class CodePipeline(_CausalPipeline):
-    """A target that draws codes of a codebook."""
+    """A target that draws codes of a codebook. compiled: where its compiled twins are kept."""
 
     default_methods = ("none", "jacobi/seed-exact", "jacobi/exact")
     default_rules = USUAL_RULES
@@ -78,13 +77,14 @@ class CodePipeline(_CausalPipeline):
         name: str,
         target: LlamaGenTarget,
         tokenizer: Tokenizer,
-        classes: list[str],
+        conditions: Classes,
         dtype: str,
         folder: Path | None = None,
         network: Callable[[], LlamaGen] | None = None,
+        compiled: dict[tuple[str, bool], Any] | None = None,
     ):
-        super().__init__(name, target, tokenizer, classes, dtype, folder)
-        self.network, self.compiled = network, {}
+        super().__init__(name, target, tokenizer, conditions, dtype, folder)
+        self.network, self.compiled = network, {} if compiled is None else compiled
         self.resources = Resources(target, tokenizer.codebook, folder)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
@@ -121,10 +121,9 @@ class CodePipeline(_CausalPipeline):
 
 
 class FlowPipeline(_CausalPipeline):
-    """A causal target that draws continuous tokens. network: reads what it was made from again."""
+    """A causal target that draws continuous tokens. network: reads what it was made from again; base: folder of the
+    model that a drift variant is one of; tuned: see VectorResources."""
 
-    default_methods: tuple[str, ...] = ("none", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1")
-    default_rules: Mapping[str, str] = MappingProxyType({"none": "plain", "jacobi": "chains", "sketch": "joint"})
     default_drafter = "jacobi"
 
     def __init__(
@@ -132,16 +131,30 @@ class FlowPipeline(_CausalPipeline):
         name: str,
         target: Any,
         tokenizer: Any,
-        classes: list[str],
+        conditions: Classes,
         dtype: str,
         folder: Path | None,
         network: Callable[[], Any] | None,
+        base: Path | None = None,
+        tuned: bool = False,
     ):
         self.network, self.compiled = network, {}
-        super().__init__(name, target, tokenizer, classes, dtype, folder)
-        self.resources = VectorResources(self.target, name, folder)
+        super().__init__(name, target, tokenizer, conditions, dtype, folder)
+        self.resources = VectorResources(target, name, folder, base, tuned)
+        exact = () if target.one_step else ("none/reflection", "jacobi/chains")  # one call has no density
+        rules = ("pathwise", "pathwise") if target.one_step else ("chains", "joint")
+        self.default_methods: tuple[str, ...] = ("none", *exact, "jacobi/pathwise:epsilon=0.1")
+        self.default_rules = {"none": "plain", "jacobi": rules[0], "sketch": rules[1]}
+
+    def _fingerprint(self) -> str:
+        if self.folder is None or self.resources.base is None:
+            return super()._fingerprint()
+        return digest(*model_files(self.folder), *model_files(self.resources.base))
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
+        for option in ("steps", "last_steps") if self.target.one_step else ():
+            if (count := getattr(settings, option)) > 1:
+                raise UsageError(f"{option} = {count} is not allowed here: {self.name} draws a token in one step")
         settings = super().resolve(settings)
         self.refuse_negative(settings)
         settings = vector_settings(self.name, settings, self.default_drafter, self.default_rules)
@@ -149,6 +162,16 @@ class FlowPipeline(_CausalPipeline):
             if getattr(settings, option):
                 raise UsageError(f"{option} is not allowed here: {self.name} is causal, not masked")
         _check_annealed(settings)
+        rule = settings.rule
+        if self.target.one_step and not (rule.fixed_noise or rule.sequential):
+            raise UsageError(
+                f"rule {rule.text!r} is not allowed here: {self.name} maps noise to a token and has no density "
+                "(plain, pathwise)"
+            )
+        if rule.isotropic and not self.target.schedule.moving:
+            raise UsageError(
+                f"rule {rule.text!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
+            )
         return settings
 
     def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
@@ -169,37 +192,6 @@ class FlowPipeline(_CausalPipeline):
         return EagerBatch(target, drafter, rule, settings.law, None, settings.batch, drafter.max_nodes + 1)
 
 
-class DriftPipeline(FlowPipeline):
-    """A drift variant of a causal target: one call of a decoder per token (targets/drift.py)."""
-
-    default_methods = ("none", "jacobi/pathwise:epsilon=0.1")
-    default_rules = MappingProxyType({"none": "plain", "jacobi": "pathwise", "sketch": "pathwise"})
-
-    def __init__(
-        self, name: str, model: DriftModel, tokenizer: Any, classes: list[str], dtype: str, folder: Path, base: Path
-    ):
-        self.drift, self.base = model, base
-        target = DriftTarget(model, DTYPES[dtype])
-        super().__init__(name, target, tokenizer, classes, dtype, folder, lambda: model.flow)
-        self.resources = VectorResources(target, name, folder, base, bool(model.config.tuned))
-
-    def _fingerprint(self) -> str:
-        return "unknown" if self.folder is None else digest(*model_files(self.folder), *model_files(self.base))
-
-    def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        for option in ("steps", "last_steps"):
-            if (count := getattr(settings, option)) > 1:
-                raise UsageError(f"{option} = {count} is not allowed here: {self.name} draws a token in one step")
-        settings = super().resolve(settings)
-        rule = settings.rule
-        if not (rule.fixed_noise or rule.sequential):
-            raise UsageError(
-                f"rule {rule.text!r} is not allowed here: {self.name} maps noise to a token and has no density "
-                "(plain, pathwise)"
-            )
-        return settings
-
-
 class MaskedPipeline(Pipeline):
     """A masked target that draws continuous tokens. sampler: the model's."""
 
@@ -211,13 +203,13 @@ class MaskedPipeline(Pipeline):
         name: str,
         target: MARTarget,
         tokenizer: Any,
-        classes: list[str],
+        conditions: Classes,
         dtype: str,
         folder: Path,
     ):
         self.sampler, self.own_folder = target.sampler, folder
         self.made: dict[tuple[str, MARSampler, str], MARTarget] = {}
-        super().__init__(name, target, tokenizer, classes, dtype, folder)
+        super().__init__(name, target, tokenizer, conditions, dtype, folder)
         self.resources: Any = self
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bozzetto.checkpoints.folders import LLAMAGEN, load_target, load_tokenizer, save_llamagen
 from bozzetto.data import evaluation_view, read_captions
 from bozzetto.errors import UsageError
-from bozzetto.pipeline.prompts import ENCODER
+from bozzetto.pipeline.conditions import ENCODER
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.targets.sentence import SentenceEncoder
 from bozzetto.train.fit import Fit, autocast, channels_last, encoded, mean_over, pass_over

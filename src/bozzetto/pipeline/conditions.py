@@ -1,22 +1,17 @@
-"""Prompts as conditions: any text may be asked for, and becomes a label when it first is."""
+"""What images are drawn of: classes, or prompts, any text, which becomes a label when it is first asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ
-from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.common.classes import labels_of
 from bozzetto.errors import UsageError
-from bozzetto.pipeline.pipelines import CodePipeline
 from bozzetto.pipeline.results import listed
-from bozzetto.settings import GenerateSettings
-from bozzetto.targets.llamagen import LlamaGen, left_pad
-from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.llamagen import left_pad
 
 ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through targets/sentence.py
 EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrait of an old sailor")
@@ -39,15 +34,43 @@ class TextEncoder(Protocol):
         ...
 
 
-class PromptBook:
+class Classes:
+    """Classes by name. Labels are their numbers. takes_prompts: any text may be asked for; takes_negative: and what
+    guidance leads away from."""
+
+    takes_prompts = takes_negative = False
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def labels(self, asked: str | int | Sequence[str | int], negative: str = "", suffix: str = "") -> list[int]:
+        """See Pipeline.labels. negative, suffix: words around prompts."""
+        return labels_of(self.names, listed(asked))
+
+    def prompt_of(self, label: int) -> str:
+        """What the model is asked for a label."""
+        return self.names[label]
+
+    def remember(self, most: int, busy: Callable[[], set[int]]) -> None:
+        """See Pipeline.remember."""
+
+    def fingerprint(self) -> str:
+        """A digest of what makes conditions of words, besides the model's own files."""
+        return ""
+
+
+class PromptBook(Classes):
     """Prompts and their labels. names: what is listed as classes, grown here; add(text, negative, None): makes a label
     for a new prompt, which has to be the next number or that of an equal one; add(text, negative, label): puts it in
     the place of an old one. asked: what was added for each label, which ends in the suffix that it was given. most:
     prompts that are remembered (None: all); beyond, the one that was asked for longest ago gives way, unless `busy`
     says that it is still drawn."""
 
+    takes_prompts = takes_negative = True
+
     def __init__(self, names: list[str], add: Callable[[str, str, int | None], int]):
-        self.names, self.add = names, add
+        super().__init__(names)
+        self.add = add
         self.most: int | None = None
         self.busy: Callable[[], set[int]] = set
         self.asked: list[str] = []
@@ -83,10 +106,9 @@ class PromptBook:
         return next((label for label in self.used if label not in busy), None)
 
     def remember(self, most: int, busy: Callable[[], set[int]]) -> None:
-        """See Pipeline.remember."""
         self.most, self.busy = most, busy
 
-    def labels(self, asked: str | int | Sequence[str | int], negative: str, suffix: str = "") -> list[int]:
+    def labels(self, asked: str | int | Sequence[str | int], negative: str = "", suffix: str = "") -> list[int]:
         """Labels of prompts, or of numbers of known ones; none given: all known ones in turn."""
         found = []
         for item in listed(asked):
@@ -97,54 +119,47 @@ class PromptBook:
             found.append(self.label(item, negative, suffix))
         return found or [self.label(name, negative, suffix) for name in list(self.names)]
 
+    def prompt_of(self, label: int) -> str:
+        return self.asked[label]
 
-class CaptionPipeline(CodePipeline):
-    """A text-conditional model whose text encoder is at hand, so that any prompt can be asked for. prompts: those that
-    stand for the classes where none is asked for. The encoder is let go of when prompts have become labels, unless a
-    server will be asked for more (`remember`)."""
 
-    takes_prompts = True
+class Captions(PromptBook):
+    """Prompts of a text-conditional model whose text encoder is at hand. prompts: those that stand for classes where
+    none is asked; targets: the model's target and its compiled twins. The encoder is let go of when prompts have become
+    labels, unless a server will be asked for more (`remember`)."""
 
-    def __init__(
-        self,
-        name: str,
-        target: LlamaGenTarget,
-        tokenizer: VQTokenizer | LlamaGenVQ,
-        prompts: Sequence[str],
-        dtype: str,
-        folder: Path,
-        network: Callable[[], LlamaGen],
-        encoder: TextEncoder,
-    ):
-        super().__init__(name, target, tokenizer, [], dtype, folder, network)
-        self.encoder, self.serving = encoder, False
-        self.book = PromptBook(self.classes, self._add)
-        self.book.labels(prompts, "")
+    takes_negative = False
 
-    def _fingerprint(self) -> str:
-        return "-".join(filter(None, (super()._fingerprint(), self.encoder.fingerprint())))
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], targets: Callable[[], Sequence[Any]]):
+        super().__init__([], self._add)
+        self.encoder, self.targets, self.serving = encoder, targets, False
+        for text in prompts:
+            self.label(text, "")
 
-    def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
+    def labels(self, asked: str | int | Sequence[str | int], negative: str = "", suffix: str = "") -> list[int]:
         try:
-            return self.book.labels(asked, "")
+            return super().labels(asked)
         finally:
             if not self.serving:
                 self.encoder.release()
 
-    def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
+    def remember(self, most: int, busy: Callable[[], set[int]]) -> None:
         self.serving, self.encoder.keeps = True, False  # words of other people
-        self.book.remember(prompts, busy)
+        super().remember(most, busy)
+
+    def fingerprint(self) -> str:
+        return self.encoder.fingerprint()
 
     def _add(self, text: str, negative: str, label: int | None) -> int:
         """Features of one more caption, or of another one for a label, in the target and in its compiled twins."""
-        new, had = left_pad(*self.encoder([text])), self.target.captions
+        new, had = left_pad(*self.encoder([text])), self.targets()[0].captions
         parts: tuple[Tensor, ...] = new
         if had is not None and label is None:
             parts = tuple(torch.cat([a, b.to(a)]) for a, b in zip(had, new, strict=True))
         elif had is not None:
             row = torch.tensor([label], device=had[0].device)
             parts = tuple(a.index_copy(0, row, b.to(a)) for a, b in zip(had, new, strict=True))
-        grown = self.target.with_captions(*parts).captions
-        for target in (self.target, *self.compiled.values()):
+        grown = self.targets()[0].with_captions(*parts).captions
+        for target in self.targets():
             target.captions = grown
         return len(parts[0]) - 1 if label is None else label

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Grid, Size
 from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet
-from bozzetto.drafts import Draft, Layout
+from bozzetto.drafts import Draft
+from bozzetto.drafts.tree import link
 from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import AffineChain, gaussian_tables
 from bozzetto.laws.noise import fold, fresh_noise
@@ -143,9 +144,8 @@ class GaussianDrafter(Drafter):
             if not self._goes_on(place, hidden):
                 break
             if place + 1 < length:
-                at = torch.full((1, 1), place, device=self.keys.device)
-                sees = torch.ones(1, 1, place + 1, dtype=torch.bool, device=self.keys.device)
-                hidden = self.model.put_out(paths[-1].token[:, None], at, Layout(at, at, sees))
+                layout = link(place, self.keys.device)
+                hidden = self.model.put_out(paths[-1].token[:, None], layout.slot, layout)
         path = Trajectory(*(torch.stack(parts, 1) for parts in zip(*paths, strict=True)))
         if self.start.with_laws:
             return Draft(path.token, trajectory=path, law=self._together(laws, batch))

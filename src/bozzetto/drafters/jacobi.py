@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bozzetto.drafters.base import Drafter, DraftModel, Observation, Start
 from bozzetto.drafts import Draft, Layout
-from bozzetto.drafts.tree import comb_tree
+from bozzetto.drafts.tree import comb_tree, link
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
 from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import GaussianChain
@@ -124,9 +124,8 @@ class FilledJacobi(Jacobi):
             drawn = gumbel_argmax(laws[-1], noise[:, slot : slot + 1])
             tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
             if slot + 1 < length:
-                at = torch.full((1, 1), slot, device=old.device)
-                sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=old.device)
-                logits, _ = self.model.grow(tokens[-1], at, slot, Layout(at, at, sees))
+                layout = link(slot, old.device)
+                logits, _ = self.model.grow(tokens[-1], layout.slot, slot, layout)
         law = torch.cat(laws, 1)
         return torch.cat(tokens, 1), law, gumbel_margin(law, noise)
 
@@ -209,9 +208,8 @@ class SecondGuess(Jacobi):
         place, logits = torch.arange(count, device=chain.device), []
         logits.append(self.model.extend(seen)[0])
         for slot in range(count - 1):
-            at = place[None, slot : slot + 1]
-            sees = torch.ones(1, 1, slot + 1, dtype=torch.bool, device=chain.device)
-            logits.append(self.model.grow(chain[:, slot : slot + 1], at, slot, Layout(at, at, sees))[0])
+            layout = link(slot, chain.device)
+            logits.append(self.model.grow(chain[:, slot : slot + 1], layout.slot, slot, layout)[0])
         after, tokens, laws, margins = torch.cat(logits, 1), [], [], []
         parent, sees = place[None], place < place[:, None]  # the window's tokens before each place
         sees = sees[:, : count - 1]

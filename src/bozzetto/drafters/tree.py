@@ -152,81 +152,56 @@ class TreeDrafter(Drafter):
 
     def _dynamic(self, shape: Dynamic, logits: Tensor) -> Draft:
         batch, device, beam = len(self.keys), self.keys.device, min(shape.beam, logits.shape[-1])
-        pool = _Pool(batch, device)
+        # All candidates, level by level, `beam` to each expanded node. Their numbers count from 1; 0 is the root.
+        tokens: list[Tensor] = []
+        scores: list[Tensor] = []
+        mothers: list[Tensor] = []
         joint = torch.zeros(batch, 1, device=device)  # log-probability of the path to each expanded node
-        expanded = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # their numbers in the pool (0: the root)
+        expanded = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # their numbers among the candidates
         sees = torch.zeros(batch, 0, 0, dtype=torch.bool, device=device)  # among the grown nodes
-        number = expanded  # of the expanded nodes among the grown ones (0: the root)
+        number, before = expanded, 1  # number: of the expanded nodes among the grown ones (0: the root)
         margin = torch.full((batch,), torch.inf, device=device)
         for depth in range(shape.depth):
             laws = self._law(logits)
-            likely, tokens = laws.topk(beam, -1)  # [B, n, beam]
-            pool.add(tokens, joint[..., None] + likely, expanded)
+            likely, likeliest = laws.topk(beam, -1)  # [B, n, beam]
+            level = (joint[..., None] + likely).flatten(1)
+            tokens.append(likeliest.flatten(1))
+            scores.append(level)
+            mothers.append(expanded)
             margin = self._nearer(margin, laws, beam)
             if depth + 1 == shape.depth:
                 break
-            chosen = pool.level_scores.topk(min(beam, pool.level_scores.shape[1]), -1).indices  # [B, n']
-            margin = self._nearer(margin, pool.level_scores[:, None], chosen.shape[1])
-            joint, expanded = pool.level_scores.gather(1, chosen), pool.first + chosen
+            chosen = level.topk(min(beam, level.shape[1]), -1).indices  # [B, n']
+            margin = self._nearer(margin, level[:, None], chosen.shape[1])
+            joint, expanded, before = level.gather(1, chosen), before + chosen, before + level.shape[1]
             parent, first = number.gather(1, chosen // beam), sees.shape[1]
             sees = _with_children(sees, parent)
             number = torch.arange(first + 1, sees.shape[1] + 1, device=device).expand(batch, -1)
             at = number[:1] - 1
             layout = Layout(at, torch.full_like(at, depth), sees[:, first:])
-            logits, _ = self.model.grow(pool.level_tokens.gather(1, chosen), parent, first, layout)
-        return pool.best(shape, beam, margin)
+            logits, _ = self.model.grow(tokens[-1].gather(1, chosen), parent, first, layout)
+        return _best(shape.nodes, beam, torch.cat(tokens, 1), torch.cat(scores, 1), mothers, margin)
 
 
-class _Pool:
-    """All candidates of a dynamic tree. Numbers: 0 is the root, candidates follow level by level."""
-
-    def __init__(self, batch: int, device: torch.device):
-        self.tokens: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self.parents: list[Tensor] = []
-        self.ranks: list[Tensor] = []
-        self.first, self.batch, self.device = 1, batch, device
-
-    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
-        """tokens, scores [B, n, beam]: the children of pool nodes parents [B, n]."""
-        if self.tokens:
-            self.first += self.tokens[-1].shape[1]
-        beam = tokens.shape[2]
-        self.level_tokens, self.level_scores = tokens.flatten(1), scores.flatten(1)
-        self.tokens.append(self.level_tokens)
-        self.scores.append(self.level_scores)
-        self.parents.append(parents.repeat_interleave(beam, 1))
-        rank = torch.arange(beam, device=self.device).repeat(parents.shape[1])
-        self.ranks.append(rank.expand(self.batch, -1))
-
-    def best(self, shape: Dynamic, beam: int, margin: Tensor) -> Draft:
-        """The nodes of largest joint probability. Ancestors are at least as likely as their descendants and come
-        earlier in the pool, and the sort is stable, so the chosen nodes hang together; of siblings a leading run is
-        chosen."""
-        scores, parents = torch.cat(self.scores, 1), torch.cat(self.parents, 1)
-        nodes = min(shape.nodes, scores.shape[1])
-        ranked, order = scores.sort(dim=1, descending=True, stable=True)
-        chosen = order[:, :nodes].sort(1).values  # [B, M]
-        if nodes < scores.shape[1]:
-            margin = torch.minimum(margin, ranked[:, nodes - 1] - ranked[:, nodes])
-        # New numbers of the pool's nodes; those left out go to a spare number that nothing asks for.
-        number = torch.zeros(self.batch, scores.shape[1] + 1, dtype=torch.int64, device=self.device)
-        number.scatter_(1, chosen + 1, torch.arange(1, nodes + 1, device=self.device).expand(self.batch, -1))
-        parent = number.gather(1, parents.gather(1, chosen))
-        rank = torch.cat(self.ranks, 1).gather(1, chosen)
-        families = [self._mothers(number, parents, nodes) for parents in self._expanded(beam)]
-        row = torch.zeros(self.batch, nodes + 1, dtype=torch.int64, device=self.device)
-        tree = make_tree(parent, rank, row, families, [beam] * len(self.tokens))
-        return Draft(torch.cat(self.tokens, 1).gather(1, chosen), None, tree, certain=True, margin=margin)
-
-    def _expanded(self, beam: int) -> list[Tensor]:
-        """Pool numbers of the nodes expanded at each depth."""
-        return [parents[:, ::beam] for parents in self.parents]
-
-    def _mothers(self, number: Tensor, pool: Tensor, nodes: int) -> Tensor:
-        """Expanded nodes by their new numbers; those not chosen become nobody."""
-        new = number.gather(1, pool)
-        return torch.where((new == 0) & (pool > 0), nodes + 1, new)
+def _best(most: int, beam: int, tokens: Tensor, scores: Tensor, mothers: list[Tensor], margin: Tensor) -> Draft:
+    """The at most `most` candidates of largest joint probability: tokens, scores [B, P], `beam` to each of the expanded
+    nodes `mothers`, int64 [B, n] by level. Ancestors are at least as likely as their descendants and come earlier, and
+    the sort is stable, so the chosen nodes hang together; of siblings a leading run is chosen."""
+    (batch, pool), device = scores.shape, scores.device
+    nodes = min(most, pool)
+    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    chosen = order[:, :nodes].sort(1).values  # [B, M]
+    if nodes < pool:
+        margin = torch.minimum(margin, ranked[:, nodes - 1] - ranked[:, nodes])
+    # New numbers of the candidates; those left out go to a spare number that nothing asks for.
+    number = torch.zeros(batch, pool + 1, dtype=torch.int64, device=device)
+    number.scatter_(1, chosen + 1, torch.arange(1, nodes + 1, device=device).expand(batch, -1))
+    parent = number.gather(1, torch.cat(mothers, 1).gather(1, chosen // beam))
+    families = [number.gather(1, level) for level in mothers]
+    families = [torch.where((new == 0) & (old > 0), nodes + 1, new) for new, old in zip(families, mothers, strict=True)]
+    row = torch.zeros(batch, nodes + 1, dtype=torch.int64, device=device)
+    tree = make_tree(parent, chosen % beam, row, families, [beam] * len(mothers))
+    return Draft(tokens.gather(1, chosen), None, tree, certain=True, margin=margin)
 
 
 def _with_children(sees: Tensor, parent: Tensor) -> Tensor:

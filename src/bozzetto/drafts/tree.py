@@ -30,6 +30,12 @@ class Layout:
     sees: Tensor
 
 
+def link(slot: int, device: torch.device) -> Layout:
+    """The next input of a chain, `slot` after the first: it sees those before."""
+    at = torch.full((1, 1), slot, device=device)
+    return Layout(at, at, torch.ones(1, 1, slot + 1, dtype=torch.bool, device=device))
+
+
 @dataclass(frozen=True)
 class Tree:
     """parent: int64 [b, M], scored index of each node's parent; depth: int64 [b, M + 1]; sees: bool [b, M + 1, M + 1],

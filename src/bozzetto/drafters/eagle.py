@@ -91,7 +91,8 @@ class EagleLayer(nn.Module):
         dim, ffn, heads = config.dim, config.ffn, (config.heads, config.head_dim)
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(dim, dim, bias=False) for name in "qkvo"})
         for name in "qk" if config.head_norms else "":
-            self.self_attn[f"{name}_norm"] = nn.ParameterDict({"weight": torch.ones(heads), "bias": torch.zeros(heads)})
+            both = [("weight", torch.ones(heads)), ("bias", torch.zeros(heads))]  # a mapping would be sorted
+            self.self_attn[f"{name}_norm"] = nn.ParameterDict(both)
         sizes = {"gate_proj": (dim, ffn), "up_proj": (dim, ffn), "down_proj": (ffn, dim)}
         self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.input_layernorm = None if first and not config.first_norm else RMSNorm(config.dim, config.norm_eps)

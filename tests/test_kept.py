@@ -128,6 +128,22 @@ def test_many_at_once_get_whole_files(tmp_path: Path) -> None:
     assert all(len(path.read_text()) == 50_000 for path in found)
 
 
+def test_threads_that_make_the_same_file_together_all_get_it(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+    paths: list[Path] = []
+
+    def make(at: str) -> None:
+        together.wait(10)  # nobody is first
+        Path(at).write_text("the same")
+
+    threads = [threading.Thread(target=lambda: paths.append(made("same.so", make, tmp_path))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [path.read_text() for path in paths] == ["the same"] * 4 and {path.parent for path in paths} == {tmp_path}
+
+
 def test_half_copied_graphs_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, age in ((".a.x.pt2", 10**6), (".b.x.pt2", 10)):
         (tmp_path / name).write_text("half")

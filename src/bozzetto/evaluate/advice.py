@@ -73,10 +73,11 @@ def _window(figures: Figures) -> Iterator[Hint]:
         return width**power / max(1e-12, 1 - slope * (last["width"] - width))
 
     best = max((w for w in (2, 4, 8, 16, 32) if w < last["width"]), key=rate, default=last["width"])
+    times = last["median"] / one["median"]
     yield (
         rate(best) / rate(last["width"]),
-        f"--window {best}: a pass of {last['width']} places takes {last['median'] / one['median']:.1f}x one of a single "
-        f"place and keeps {used['tokens_per_pass']:.2f} tokens",
+        f"--window {best}: a pass of {last['width']} places takes {times:.1f}x one of a single place "
+        f"and keeps {used['tokens_per_pass']:.2f} tokens",
     )
 
 

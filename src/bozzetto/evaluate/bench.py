@@ -98,19 +98,7 @@ class BenchSettings(BenchOptions):
         return rows
 
 
-@dataclass
-class Timing:
-    """One decoded batch. seconds: wall time; passes: target passes of the batch; tokens and image_passes: summed over
-    its images (their ratio is tokens per pass); draft: share of the time spent drafting and verifying; head_calls,
-    head_rows: of a denoising head, serial calls and rows in them."""
-
-    seconds: float
-    passes: int
-    tokens: int
-    image_passes: int
-    draft: float
-    head_calls: int = 0
-    head_rows: int = 0
+Timing = dict[str, Any]  # one decoded batch: see `_timed`
 
 
 def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) -> dict[str, Any]:
@@ -153,7 +141,7 @@ def measure_cell(
         law = {"batch": cell.batch, "guidance": cell.law.guidance, "window": window, "top_k": cell.law.top_k}
         over = median(_times(sequential, bare)) - 1 if found is sequential else None
         limits = {"overhead_vs_bare": over, "ceiling": ceiling, "ceiling_next": following}
-        heads = {key: sum(getattr(t, key) for t in found) / len(found) for key in ("head_calls", "head_rows")}
+        heads = {key: sum(t[key] for t in found) / len(found) for key in ("head_calls", "head_rows")}
         rows.append({"method": method, **law, **_figures(found, sequential, pipe.target.length), **limits, **heads})
     return rows
 
@@ -161,19 +149,19 @@ def measure_cell(
 def _figures(timings: Sequence[Timing], sequential: Sequence[Timing], length: int) -> dict[str, Any]:
     """Figures of speed of a method's rounds; length: tokens of an image."""
     return {
-        "tokens_per_pass": sum(t.tokens for t in timings) / sum(t.image_passes for t in timings),
-        "passes": sum(t.passes for t in timings),
-        **_spread("ms_per_pass", [1000 * t.seconds / t.passes for t in timings]),
-        **_spread("images_per_second", [t.tokens / length / t.seconds for t in timings]),
+        "tokens_per_pass": sum(t["tokens"] for t in timings) / sum(t["image_passes"] for t in timings),
+        "passes": sum(t["passes"] for t in timings),
+        **_spread("ms_per_pass", [1000 * t["seconds"] / t["passes"] for t in timings]),
+        **_spread("images_per_second", [t["tokens"] / length / t["seconds"] for t in timings]),
         **_spread("speedup", _times(sequential, timings)),
-        "draft_share": median(t.draft for t in timings),
+        "draft_share": median(t["draft"] for t in timings),
         "rounds": len(timings),
     }
 
 
 def _times(slow: Sequence[Timing], fast: Sequence[Timing]) -> list[float]:
     """How many times as fast, by round."""
-    return [a.seconds / b.seconds for a, b in zip(slow, fast, strict=True)]
+    return [a["seconds"] / b["seconds"] for a, b in zip(slow, fast, strict=True)]
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -222,23 +210,30 @@ def _ceiling(
 def _timed(
     pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, settings: BenchSettings, number: int
 ) -> Timing:
-    """A round: `waves` batches of images, together where the engine refills its batch."""
+    """A round: `waves` batches of images, together where the engine refills its batch. Returns {seconds: wall time;
+    passes: target passes of the batch; tokens, image_passes: summed over its images (their ratio is tokens per pass);
+    draft: share of the time spent drafting and verifying; head_calls, head_rows: of a denoising head}."""
     labels, index = _images(pipe, cell.batch * settings.waves, number)
     tokens, began, device = len(index) * pipe.target.length, now(pipe.target.device), pipe.target.device
+    meters, passes, image_passes, names = list[Meter](), 0, tokens, labels.tolist()
     if entry is None:
         passes = sum(1 for part in labels.split(cell.batch) for _ in pipe.bare_passes(part, cell))
-        return Timing(now(device) - began, passes, tokens, tokens, 0.0)
-    size = len(index) if pipe.fuses(pipe.resolve(entry)) else cell.batch
-    meters, image_passes, names = list[Meter](), 0, labels.tolist()
-    for first in range(0, len(index), size):
-        some = slice(first, first + size)
-        images, batch = pipe.decoded(names[some], settings.seed, index[some], entry)
-        meters.append(batch.meter)
-        image_passes += sum(image.passes for image in images)
-    seconds = now(device) - began
-    share = sum(m.parts["draft"] for m in meters) / max(1e-12, sum(m.total for m in meters))
-    work = (sum(m.head_calls for m in meters), sum(m.head_rows for m in meters))
-    return Timing(seconds, sum(m.passes for m in meters), tokens, image_passes, share, *work)
+    else:
+        size, image_passes = len(index) if pipe.fuses(pipe.resolve(entry)) else cell.batch, 0
+        for first in range(0, len(index), size):
+            some = slice(first, first + size)
+            images, batch = pipe.decoded(names[some], settings.seed, index[some], entry)
+            meters.append(batch.meter)
+            image_passes += sum(image.passes for image in images)
+    return {
+        "seconds": now(device) - began,
+        "passes": passes + sum(m.passes for m in meters),
+        "tokens": tokens,
+        "image_passes": image_passes,
+        "draft": sum(m.parts["draft"] for m in meters) / max(1e-12, sum(m.total for m in meters)),
+        "head_calls": sum(m.head_calls for m in meters),
+        "head_rows": sum(m.head_rows for m in meters),
+    }
 
 
 def _provenance(pipe: Pipeline, settings: BenchSettings) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def compare(
             "level": LEVEL,
             **provenance(),
         },
-        "tests": [asdict(t) for t in tests],
+        "tests": tests,
         "mean_surprisal": [float(s[s.isfinite()].mean()) for s in surprise],
         "outside_support": [int((~s.isfinite()).sum()) for s in surprise],
         "identity": _identity(pipe, settings, drawn, out, progress),

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.errors import UsageError
-from bozzetto.evaluate.efficientnet import EfficientNetLite0, image_tensor
+from bozzetto.evaluate.efficientnet import efficientnet_lite0, image_tensor
 
 DEFAULT = "efficientnet-lite0"
 _PROBE_SIDE = 128
@@ -71,7 +71,7 @@ def make_extractor(spec: str = DEFAULT) -> FeatureExtractor:
     Raises UsageError for anything else, and when the extractor's weights are missing or broken.
     """
     if spec == DEFAULT:
-        return EfficientNetLite0()
+        return efficientnet_lite0()
     if Path(spec).is_file():
         return TorchScriptInception(spec)
     raise UsageError(f"unknown feature extractor {spec!r} (allowed: {DEFAULT!r}, or the path of a TorchScript file)")

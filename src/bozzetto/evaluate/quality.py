@@ -3,6 +3,8 @@ training images recited?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,26 +33,22 @@ _SHRINKAGE = 0.2  # towards a round covariance: there are more features than a c
 _CLOSE = 0.05
 
 
-class ClassProbe:
+def class_probe(features: Tensor, labels: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Linear discriminant analysis on features of real images: which class does a picture show? One covariance for all
     classes, shrunk; every class is as likely as the others, however many images it has.
 
-    features: float64 [N, d]; labels: int64 [N]; classes: those that have images, int64 [K].
+    features: float64 [N, d]; labels: int64 [N]. Returns the classes that have images, int64 [K], and what tells the
+    likeliest of them: features [n, d] -> int64 [n].
     """
-
-    def __init__(self, features: Tensor, labels: Tensor):
-        x = features.double()
-        self.classes, rows = labels.unique(return_inverse=True)
-        means = torch.stack([x[rows == k].mean(0) for k in range(len(self.classes))])
-        within = x - means[rows]
-        covariance = within.T @ within / max(1, len(x) - len(self.classes))
-        round_part = covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(x.shape[1], dtype=torch.float64)
-        self.weight = torch.linalg.solve((1 - _SHRINKAGE) * covariance + _SHRINKAGE * round_part, means.T)
-        self.bias = -0.5 * (means.T * self.weight).sum(0)
-
-    def predict(self, features: Tensor) -> Tensor:
-        """Likeliest class: int64 [n]."""
-        return self.classes[(features.double() @ self.weight + self.bias).argmax(1)]
+    x = features.double()
+    classes, rows = labels.unique(return_inverse=True)
+    means = torch.stack([x[rows == k].mean(0) for k in range(len(classes))])
+    within = x - means[rows]
+    covariance = within.T @ within / max(1, len(x) - len(classes))
+    round_part = covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve((1 - _SHRINKAGE) * covariance + _SHRINKAGE * round_part, means.T)
+    bias = -0.5 * (means.T * weight).sum(0)
+    return classes, lambda seen: classes[(seen.double() @ weight + bias).argmax(1)]
 
 
 def nearest(features: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:

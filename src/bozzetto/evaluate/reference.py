@@ -3,7 +3,7 @@ anything is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bozzetto.errors import UsageError
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Interval, mean_interval
 from bozzetto.evaluate.photographs import SPLITS, photographs
-from bozzetto.evaluate.quality import ClassProbe
+from bozzetto.evaluate.quality import class_probe
 from bozzetto.pipeline.pipeline import Pipeline
 
 LEAST = 8  # pictures that figures are made of
@@ -25,9 +25,9 @@ _NAMED = 5
 
 
 class Reference:
-    """Two splits of photographs for a model. features: by split, float64 [N, d]; probe: None where fewer than two
-    classes have training photographs; accuracy: of the probe on test photographs (None: of classes that it does not
-    know, or without one); notes: what is to be known about figures made from these.
+    """Two splits of photographs for a model. features: by split, float64 [N, d]; probe: see `class_probe`, None where
+    fewer than two classes have training photographs; accuracy: of the probe on test photographs (None: of classes that
+    it does not know, or without one); notes: what is to be known about figures made from these.
 
     references: the splits that samples are to be compared with. Raises UsageError where one holds too few.
     """
@@ -46,7 +46,7 @@ class Reference:
                     f"wanted, and {FEW} or more for figures that mean something"
                 )
         self.features = {split: self.features_of(split, found.images) for split, found in self.photographs.items()}
-        self.probe: ClassProbe | None = None
+        self.probe: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
         self.accuracy: float | None = None
         if self.photographs["train"].classed:
             self._learn_classes()
@@ -71,16 +71,20 @@ class Reference:
             self.notes.append(f"no training photographs of {names}{more}: the share of right classes leaves these out.")
         if len(train[known].unique()) < 2:
             return
-        self.probe = ClassProbe(self.features["train"][known], train[known])
+        self.probe = class_probe(self.features["train"][known], train[known])
         found = self.consistency(self.features["test"], labels["test"], torch.zeros(0, len(labels["test"])).double())
         self.accuracy = None if found is None else found.value
 
     def consistency(self, features: Tensor, asked: Tensor, counts: Tensor) -> Interval | None:
         """Share of pictures in which the probe sees the class asked for, int64 [n], over those whose class it knows;
         counts: float64 [R, n] from `resamples`. None where there is nothing to see."""
-        if self.probe is None or not bool((seen := torch.isin(asked, self.probe.classes)).any()):
+        if self.probe is None:
             return None
-        hits = (self.probe.predict(features[seen]) == asked[seen]).double()
+        classes, shown = self.probe
+        seen = torch.isin(asked, classes)
+        if not bool(seen.any()):
+            return None
+        hits = (shown(features[seen]) == asked[seen]).double()
         return mean_interval(hits, counts[:, seen])
 
     def about(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ weighted one-hot tokens it is a two-sample chi-square.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,12 @@ _GROUPS = 24
 _CHUNK = 1 << 16
 _PROJECTIONS = 64
 
-
-@dataclass(frozen=True)
-class SwapTest:
-    """name: what is compared; statistic: in units of its spread under swaps; p_value: share of swaps that reach it."""
-
-    name: str
-    statistic: float
-    p_value: float
+SwapTest = dict[str, Any]  # see `swap_test`
 
 
 def swap_test(name: str, h: Tensor, permutations: int = PERMUTATIONS, seed: int = 0) -> SwapTest:
-    """h: float64 [n, n], symmetric; its diagonal is the same under all swaps and is left out."""
+    """h: float64 [n, n], symmetric; its diagonal is the same under all swaps and is left out. Returns {name: what is
+    compared; statistic: in units of its spread under swaps; p_value: share of swaps that reach it}."""
     h = h.double() - torch.diag(h.double().diagonal())
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (permutations, len(h)), generator=generator).double() * 2 - 1
@@ -44,8 +38,8 @@ def swap_test(name: str, h: Tensor, permutations: int = PERMUTATIONS, seed: int 
     # A tie counts against rejection; rounding must not decide it.
     reach = (swapped >= observed - 1e-9 * h.abs().sum()).sum()
     spread = swapped.std().clamp_min(1e-300)
-    p_value = (1 + int(reach)) / (1 + permutations)
-    return SwapTest(name, float((observed - swapped.mean()) / spread) if h.abs().sum() else 0.0, p_value)
+    statistic = float((observed - swapped.mean()) / spread) if h.abs().sum() else 0.0
+    return {"name": name, "statistic": statistic, "p_value": (1 + int(reach)) / (1 + permutations)}
 
 
 def kernel_differences(a: Tensor, b: Tensor) -> Tensor:
@@ -173,4 +167,4 @@ def surprisal_test(a: Tensor, b: Tensor, permutations: int = PERMUTATIONS) -> Sw
 
 def rejected(tests: list[SwapTest], level: float = LEVEL) -> bool:
     """Whether the laws differ at this level over all tests together (Bonferroni)."""
-    return any(t.p_value < level / len(tests) for t in tests)
+    return any(test["p_value"] < level / len(tests) for test in tests)

@@ -13,6 +13,7 @@ import torch
 
 from bozzetto import load
 from bozzetto.checkpoints.folders import save_drafter
+from bozzetto.decoding import scheduler
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.scheduler import CANCELLED, DONE, QueueFull, Scheduler
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
@@ -142,8 +143,9 @@ def test_an_image_given_up_while_it_is_drawn_frees_its_slot_and_has_no_tokens(pi
 
 
 def test_the_old_names_still_work_and_say_what_they_are_called_now(pipe: Pipeline) -> None:
-    with pytest.warns(DeprecationWarning, match="called Scheduler now"):
-        from bozzetto.decoding.scheduler import Admission
+    with pytest.warns(DeprecationWarning, match="Scheduler now"):
+        from bozzetto.admission import DONE, Admission
+    assert DONE == scheduler.DONE
     image = Admission(pipe).submit(1, index=2)
     with pytest.warns(DeprecationWarning, match="its own request"):
         assert image.request.label == 1 and Admission is Scheduler

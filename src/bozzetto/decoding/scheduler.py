@@ -8,7 +8,6 @@ batch fails, its images are drawn again, each in one of its own, and only those 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
@@ -212,11 +211,3 @@ class Scheduler:
         self.batches = {key: batch for key, batch in self.batches.items() if batch.joins}
         for batch in self.batches.values():
             batch.clear()
-
-
-def __getattr__(name: str) -> Any:
-    """The scheduler under its old name."""
-    if name == "Admission":
-        warnings.warn("Admission is called Scheduler now; the old name will go", DeprecationWarning, stacklevel=2)
-        return Scheduler
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

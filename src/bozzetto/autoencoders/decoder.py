@@ -1,5 +1,5 @@
-"""What published convolutional autoencoders share (VQGAN, Esser et al., arXiv 2012.09841): their half that draws, and
-how their states are read."""
+"""What autoencoders share: the shape of their pictures; of published convolutional ones (VQGAN, Esser et al., arXiv
+2012.09841) their half that draws, and how their states are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,33 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.errors import require
+
 GROUPS = 32  # of every group norm
+
+
+class SquareConfig:
+    """What configs of tokenizers of square pictures say as all do, of their `image_size` and `downsample`, pixels per
+    token and side. Raises UsageError for pictures that are not of whole tokens."""
+
+    def __post_init__(self: Any) -> None:
+        fine = self.image_size >= 1 and self.image_size % self.downsample == 0
+        require(fine, "image_size", self.image_size, f"a multiple of {self.downsample}")
+
+    @property
+    def grid(self: Any) -> int:
+        """Tokens a side."""
+        return int(self.image_size // self.downsample)
+
+    @property
+    def shape(self: Any) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.grid, self.grid
+
+    @property
+    def size(self: Any) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image_size, self.image_size
 
 
 class PublishedDecoder(nn.Module):

@@ -60,7 +60,6 @@ class KL16Config(LatentConfig):
     blocks: Layers = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if not self.widths or any(width < 1 or width % GROUPS for width in self.widths):
             raise UsageError(f"widths of the levels {self.widths} are not allowed: multiples of {GROUPS}")
         if self.downsample != 2 ** (len(self.widths) - 1):

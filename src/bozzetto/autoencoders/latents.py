@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bozzetto.autoencoders.decoder import SquareConfig
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder
 from bozzetto.common.checks import Pixels, Size
-from bozzetto.common.images import SquareConfig
-from bozzetto.errors import require
 
 TINY, KL16 = "latent-tiny", "latent-kl16"  # kinds of decoder
 
@@ -27,15 +26,6 @@ class LatentConfig(SquareConfig):
     image_size: Pixels = 128
     token_dim: Size = LATENT_CHANNELS
     downsample: Size = DOWNSAMPLE
-
-    def __post_init__(self) -> None:
-        fine = self.image_size % self.downsample == 0
-        require(fine, "image_size", self.image_size, f"a multiple of {self.downsample}")
-
-    @property
-    def grid(self) -> int:
-        """Tokens a side."""
-        return self.image_size // self.downsample
 
 
 class LatentDecoder(nn.Module):

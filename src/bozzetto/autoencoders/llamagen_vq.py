@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.autoencoders.decoder import GROUPS, levels_of, renamed
+from bozzetto.autoencoders.decoder import GROUPS, SquareConfig, levels_of, renamed
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
-from bozzetto.common.images import SquareConfig
 from bozzetto.errors import UsageError, require
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.
@@ -48,18 +47,13 @@ class LlamaGenVQConfig(SquareConfig):
     image_size: Pixels = 256
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name, factor in (("channels", GROUPS), ("image_size", self.downsample)):
-            require(getattr(self, name) % factor == 0, name, getattr(self, name), f"a multiple of {factor}")
+        require(self.channels % GROUPS == 0, "channels", self.channels, f"a multiple of {GROUPS}")
+        super().__post_init__()
 
     @property
     def downsample(self) -> int:
         """Pixels per token and side: 16 for VQ-16, 8 for VQ-8."""
         return 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // self.downsample
 
 
 class LlamaGenVQ(nn.Module):

@@ -21,26 +21,21 @@ _WIDTH = 64
 class Block(nn.Module):
     """conv-relu-conv-relu-conv plus skip; at the lowest resolution a GroupNorm bottleneck comes first."""
 
-    def __init__(self, width: int = _WIDTH, pooled: bool = False):
+    def __init__(self, pooled: bool = False):
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        first, *others = (nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, *[layer for conv in others for layer in (nn.ReLU(), conv)])
+        self.pool = None
         if pooled:
             self.pool = nn.Sequential(
-                nn.Conv2d(width, 4 * width, 1, bias=False),
-                nn.GroupNorm(4, 4 * width),
+                nn.Conv2d(_WIDTH, 4 * _WIDTH, 1, bias=False),
+                nn.GroupNorm(4, 4 * _WIDTH),
                 nn.ReLU(),
-                nn.Conv2d(4 * width, width, 1, bias=False),
+                nn.Conv2d(4 * _WIDTH, _WIDTH, 1, bias=False),
             )
-        self.pooled = pooled
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pooled:
+        if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + x)
 

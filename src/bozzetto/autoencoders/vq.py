@@ -10,14 +10,15 @@ codebook is fitted by exponential moving averages (van den Oord et al., arXiv 17
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bozzetto.autoencoders.decoder import SquareConfig
 from bozzetto.autoencoders.tiny import DOWNSAMPLE, LATENT_CHANNELS, tiny_decoder, tiny_encoder
 from bozzetto.common.checks import Layers, Pixels, Size
-from bozzetto.common.images import SquareConfig
 from bozzetto.errors import require
 
 _GROUPS = 8  # of every group norm
@@ -33,15 +34,11 @@ class VQConfig(SquareConfig):
     pre_blocks: Layers = 2
     post_blocks: Layers = 4
     image_size: Pixels = 128
+    downsample: ClassVar[int] = DOWNSAMPLE
 
     def __post_init__(self) -> None:
-        for name, factor in (("width", _GROUPS), ("image_size", DOWNSAMPLE)):
-            value = getattr(self, name)
-            require(value >= 1 and value % factor == 0, name, value, f"a multiple of {factor}")
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // DOWNSAMPLE
+        require(self.width >= 1 and self.width % _GROUPS == 0, "width", self.width, f"a multiple of {_GROUPS}")
+        super().__post_init__()
 
 
 class ResBlock(nn.Module):

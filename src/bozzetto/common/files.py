@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,12 @@ def write_digested(path: Path, write: Callable[[str], object]) -> Path:
 
 def _write(path: Path, write: Callable[[str], object], place: Callable[[str], Path]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    name = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}{path.suffix}"))
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666))
     try:
         write(name)
         with open(name, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(name, 0o666 & ~_umask())
         final = place(name)
         os.replace(name, final)
     except BaseException as error:
@@ -142,9 +141,3 @@ def digest(*paths: str | Path) -> str:
             while chunk := f.read(1 << 20):
                 total.update(chunk)
     return total.hexdigest()[:16]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,7 +6,6 @@ import ctypes
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +25,6 @@ class Origin:
     text: str
     seed: int
     index: int
-
-
-class SquareConfig:
-    """What the config of a tokenizer of square pictures says as all do, of its `grid` and `image_size`."""
-
-    @property
-    def shape(self: Any) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.grid, self.grid
-
-    @property
-    def size(self: Any) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.image_size, self.image_size
 
 
 def one_core() -> None:

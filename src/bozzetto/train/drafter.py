@@ -27,7 +27,7 @@ from bozzetto.drafters.trained import new_net
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.sentence import SentenceEncoder
-from bozzetto.train.fit import autocast, compute_dtype, pass_over
+from bozzetto.train.fit import autocast, compute_dtype, decayed_mean, pass_over
 from bozzetto.train.pictures import Condition, class_names, conditions_of, dropped, nothing, of_rows, together
 from bozzetto.train.recipes import DrafterRecipe
 from bozzetto.train.target import TokenFit
@@ -65,17 +65,15 @@ class DrafterFit(TokenFit):
         self.head = self.target.output.weight.to(compute_dtype())
 
     def make_model(self) -> Any:
-        return new_net(self.family, self.target.config, asdict(self.recipe))
-
-    def begin(self) -> None:
-        """Take over a trained drafter of no more layers; those that it has not begin as the identity."""
-        if not self.recipe.init:
-            return
-        trained = load_drafter(self.recipe.init, self.family, self.target.config, target_digest(self.target_folder))
-        layers = asdict(trained.config).get("layers", 0)
-        if layers > self.recipe.layers:
-            raise UsageError(f"{self.recipe.init}: {layers} layers, layers = {self.recipe.layers} is too few")
-        load_strict(self.model, {**self.model.state_dict(), **trained.state_dict()}, self.recipe.init)
+        """What a trained drafter of fewer layers has not begins as the identity."""
+        r, net = self.recipe, new_net(self.family, self.target.config, asdict(self.recipe))
+        if r.init:
+            trained = load_drafter(r.init, self.family, self.target.config, target_digest(self.target_folder))
+            layers = asdict(trained.config).get("layers", 0)
+            if layers > r.layers:
+                raise UsageError(f"{r.init}: {layers} layers, layers = {r.layers} is too few")
+            load_strict(net, {**net.state_dict(), **trained.state_dict()}, r.init)
+        return net
 
     def draws(self, batch: int) -> tuple[Tensor, ...]:
         """What else the loss of a batch of pictures needs."""
@@ -128,15 +126,13 @@ class DrafterFit(TokenFit):
         with autocast():
             steps = self.model.roll_out(fed[:, :-1], self.rows[tokens[:, :-1]], r.rollout)
         wanted = features[:, 1:]
-        log_p = self.laws(wanted, scale)
-        total, weights = torch.zeros(()), 0.0
+        log_p, losses = self.laws(wanted, scale), []
         for k, predicted in enumerate(steps):
-            apart = self.apart(log_p[:, k:], self.laws(predicted, scale)[:, k:])
-            loss = apart.mean()
+            loss = self.apart(log_p[:, k:], self.laws(predicted, scale)[:, k:]).mean()
             if r.feature_weight:
                 loss = loss + r.feature_weight * F.smooth_l1_loss(predicted[:, k:].float(), wanted[:, k:].float())
-            total, weights = total + r.decay**k * loss, weights + r.decay**k
-        return total / weights
+            losses.append(loss)
+        return decayed_mean(losses, r.decay)
 
     def apart(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The recipe's losses of draft laws, [B, n]: log-laws [B, n, V] of the target and of the drafter."""

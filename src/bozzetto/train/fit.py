@@ -27,6 +27,7 @@ from bozzetto.train.pictures import DataSource, by_name, note_overlap
 
 M = TypeVar("M", bound=nn.Module)
 _CHUNK = 64
+_FLOOR = 0.05  # of the peak, where a learning rate ends
 
 
 def compute_dtype() -> torch.dtype:
@@ -87,12 +88,20 @@ def adamw(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.05) -> float:
-    """Linear warm-up to `peak`, then a half cosine down to `floor * peak` at `steps`."""
+def cosine(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up to `peak`, then a half cosine down to a twentieth of it at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def decayed_mean(losses: Iterable[Tensor], decay: float) -> Tensor:
+    """Mean over the steps of a roll-out, step k weighs decay^k."""
+    total, weights = torch.zeros(()), 0.0
+    for k, loss in enumerate(losses):
+        total, weights = total + decay**k * loss, weights + decay**k
+    return total / weights
 
 
 def channels_last(module: M) -> M:
@@ -155,7 +164,6 @@ class Fit:
         self.run = RunFolder(recipe, {"train": train, "test": test}, restart)
         self.load_data()
         self.model = self.make_model()
-        self.begin()
         self.optimizer = adamw(self.model, recipe.lr, recipe.weight_decay)
         self.compiled = torch.compile(self.loss) if recipe.compile else self.loss
         self.average = WeightAverage(self.model.parameters(), recipe.ema)
@@ -193,10 +201,8 @@ class Fit:
         raise NotImplementedError
 
     def make_model(self) -> nn.Module:
+        """The network as training begins, with the weights that the recipe takes over."""
         raise NotImplementedError
-
-    def begin(self) -> None:
-        """Bring the new model to where training begins."""
 
     def loss(self, *batch: Any) -> Tensor:
         """Mean loss of a batch."""

@@ -29,7 +29,7 @@ from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.flow import FlowModel
 from bozzetto.train.continuous import LatentFit
-from bozzetto.train.fit import autocast, mean_over
+from bozzetto.train.fit import autocast, decayed_mean, mean_over
 from bozzetto.train.recipes import SketchRecipe
 
 _ROWS = 16
@@ -70,8 +70,7 @@ class GaussianFit(LatentFit):
     def loss(self, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> Tensor:
         """Mean over roll-out steps (step k weighs decay^(k-1)) of the errors per token."""
         parts = self.errors(self.recipe.rollout, labels, tokens, *drawn)
-        share = [self.recipe.decay**k for k in range(len(parts))]
-        return sum((w * part.mean() for w, part in zip(share, parts, strict=True)), torch.zeros(())) / sum(share)
+        return decayed_mean((part.mean() for part in parts), self.recipe.decay)
 
     def errors(
         self, steps: int, labels: Tensor, tokens: Tensor, scale: Tensor, at: Tensor, noise: Tensor

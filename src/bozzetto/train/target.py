@@ -104,17 +104,14 @@ class CodeFit(TokenFit):
         if self.encoder:
             condition = {"classes": 0, "condition_tokens": self.encoder.tokens, "caption_dim": self.encoder.dim}
         shape = {"vocab": tokens.codes, "grid": tokens.grid, **condition}
-        return LlamaGen(LlamaGenConfig(r.dim, r.layers, r.heads, **shape), r.dropout)
-
-    def begin(self) -> None:
-        """Take over the weights of a trained target, if the recipe names one."""
-        if not self.recipe.init:
-            return
-        trained = load_target(Path(self.recipe.init), LLAMAGEN)
-        pass_over(trained)
-        if trained.config != self.model.config:
-            raise UsageError(f"{self.recipe.init}: {trained.config} is not the recipe's {self.model.config}")
-        self.model.load_state_dict(trained.state_dict())
+        model = LlamaGen(LlamaGenConfig(r.dim, r.layers, r.heads, **shape), r.dropout)
+        if r.init:
+            trained = load_target(Path(r.init), LLAMAGEN)
+            pass_over(trained)
+            if trained.config != model.config:
+                raise UsageError(f"{r.init}: {trained.config} is not the recipe's {model.config}")
+            model.load_state_dict(trained.state_dict())
+        return model
 
     def first_views(self) -> list[Tensor]:
         """The last one may be of whole pictures."""

@@ -4,7 +4,7 @@ import torch
 
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafters.jacobi import Jacobi
-from bozzetto.evaluate.ceiling import CeilingProbe
+from bozzetto.evaluate.bench import CeilingProbe
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.rules.seed_exact import SeedExact
 from bozzetto.targets.tabular import TabularTarget

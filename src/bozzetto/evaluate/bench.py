@@ -16,15 +16,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.common.options import BenchOptions
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.meter import Meter, now
-from bozzetto.drafts import CODES
+from bozzetto.drafters.base import Observation, Start
+from bozzetto.drafters.jacobi import Jacobi
+from bozzetto.drafts import CODES, Draft
 from bozzetto.errors import UsageError, check_number
-from bozzetto.evaluate.ceiling import CeilingProbe
 from bozzetto.evaluate.columns import BARE, BENCH, SEQUENTIAL, table_of
 from bozzetto.evaluate.provenance import on_threads, provenance
 from bozzetto.evaluate.sampling import WARM_UP_PASSES, method_settings
@@ -108,7 +110,7 @@ def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) ->
     images_per_second, draft_share: medians over rounds (*_low, *_high: lowest and highest); speedup: sequential time
     over this method's time, same images, same round; rounds; overhead_vs_bare: extra time of sequential decoding over
     the bare loop (row `none`, else None); ceiling, ceiling_next: mean 1 - TV between a position's successive laws, over
-    the whole window and at the position next to be committed (see evaluate/ceiling.py; None: no window); head_calls,
+    the whole window and at the position next to be committed (see `CeilingProbe`; None: no window); head_calls,
     head_rows: of a denoising head, per batch."""
     settings = settings.with_own(pipe.own)
     cells = [cell.with_own(pipe.own) for cell in settings.cells()]
@@ -172,7 +174,7 @@ def _rounds(settings: BenchSettings, cell: GenerateSettings) -> int:
     return max(settings.rounds, -(-settings.count // (cell.batch * settings.waves)))
 
 
-def _images(pipe: Pipeline, batch: int, number: int) -> tuple[torch.Tensor, range]:
+def _images(pipe: Pipeline, batch: int, number: int) -> tuple[Tensor, range]:
     """Labels int64 [B] and indices of the images of a round: all classes in turn."""
     index = range(number * batch, (number + 1) * batch)
     return torch.tensor(index, device=pipe.target.device) % len(pipe.classes), index
@@ -205,6 +207,40 @@ def _ceiling(
     EagerBatch(pipe.target, probe, entry.rule, entry.law).run(labels, seed, torch.tensor(index))
     by_offset = probe.by_offset()
     return float(by_offset.mean()), float(by_offset[0])
+
+
+class CeilingProbe(Jacobi):
+    """A Jacobi drafter that records the ceiling of its window, 1 - TV between successive laws by offset; it changes no
+    token. A position's draft was drawn from its law under the last pass's context; any rule that keeps it must pay for
+    TV(new law, old law). 1 - TV is the largest probability of keeping it (the exact rule reaches it; seed-exact reaches
+    at least (1 - TV) / (1 + TV), DISD, arXiv 2408.07978)."""
+
+    def __init__(self, window: int, length: int):
+        super().__init__(window)
+        self.length = length
+        self.total = torch.zeros(max(1, window - 1), dtype=torch.float64)
+        self.count = torch.zeros(max(1, window - 1), dtype=torch.float64)
+
+    def begin(self, start: Start) -> None:
+        super().begin(replace(start, with_laws=True))
+
+    def propose(self, batch: int, limit: int) -> Draft:
+        self.proposed = super().propose(batch, limit)
+        return self.proposed
+
+    def observe(self, seen: Observation) -> None:
+        law = self.proposed.log_q
+        if law is not None and law.shape[1]:
+            width = law.shape[1]
+            overlap = torch.minimum(law.exp(), seen.laws[:, :width].exp()).sum(-1).double()  # [B, L]
+            inside = seen.start[:, None] + torch.arange(width, device=overlap.device) < self.length
+            self.total[:width] += (overlap * inside).sum(0).cpu()
+            self.count[:width] += inside.sum(0).cpu()
+        super().observe(seen)
+
+    def by_offset(self) -> Tensor:
+        """Mean 1 - TV at each offset in the window, float64 [L]; offset 0 is the position next to be committed."""
+        return self.total / self.count.clamp_min(1)
 
 
 def _timed(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bozzetto.drafts import CODES
 from bozzetto.evaluate.columns import Column
-from bozzetto.evaluate.metrics import interval
+from bozzetto.evaluate.metrics import mean_interval
 from bozzetto.evaluate.shards import Samples
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.pipeline.pipeline import Pipeline
@@ -60,7 +60,7 @@ def bias_figures(
         change = means[method] - means[base]
         spent = torch.tensor([sum(t.spent) / drawn.tokens.shape[1] for t in drawn.traces], dtype=torch.float64)
         for name, values in (("surprisal_change", change), ("tv_spent", spent)):
-            found[method][name] = interval(float(values.mean()), counts @ values / counts.sum(1))
+            found[method][name] = mean_interval(values, counts, share=False)
     return found
 
 
@@ -70,7 +70,6 @@ def distance_figures(samples: dict[str, Samples], counts: Tensor) -> dict[str, d
     and `farthest`, the largest of all."""
     found = {}
     for method, drawn in samples.items():
-        moved = torch.from_numpy(drawn.moved).double()
-        mean = interval(float(moved.mean()), counts @ moved / counts.sum(1))
-        found[method] = {"moved": mean, "farthest": float(drawn.farthest.max())}
+        moved = mean_interval(torch.from_numpy(drawn.moved).double(), counts, share=False)
+        found[method] = {"moved": moved, "farthest": float(drawn.farthest.max())}
     return found

@@ -78,8 +78,12 @@ def compare(
     folders = sorted((out / "samples").glob("*"))
     settings = replace(settings, base=settings.base.with_own(own_for(pipe, folders)))
     seeds = _seeds(settings)
-    for folder in filter(is_folder, (settings.a, settings.b)):
-        _check_weights(pipe, _settings_of(folder))
+    for theirs in map(_settings_of, filter(is_folder, (settings.a, settings.b))):  # before anything is sampled
+        if theirs["weights"] != pipe.fingerprint():
+            raise UsageError(
+                f"samples of {theirs['model']!r} with weights {theirs['weights']} cannot be compared here: "
+                f"--model is {pipe.name!r} with weights {pipe.fingerprint()}"
+            )
     drawn = [
         _samples(pipe, settings, spec, seed, out, progress)
         for spec, seed in zip((settings.a, settings.b), seeds, strict=True)
@@ -153,15 +157,6 @@ def _samples(pipe: Pipeline, settings: CompareSettings, spec: str, seed: int, ou
     run = SampleRun(folder, pipe, method_settings(spec, settings.base), seed=seed, method=spec)
     sample(run, settings.count, progress=progress)
     return read_samples(folder, settings.count)
-
-
-def _check_weights(pipe: Pipeline, theirs: dict[str, Any]) -> None:
-    """Before anything is sampled: a folder's samples must be of this very model."""
-    if theirs["weights"] != pipe.fingerprint():
-        raise UsageError(
-            f"samples of {theirs['model']!r} with weights {theirs['weights']} cannot be compared here: "
-            f"--model is {pipe.name!r} with weights {pipe.fingerprint()}"
-        )
 
 
 def _identity(

@@ -92,19 +92,16 @@ class TorchScriptInception:
         self.module = _load_script(self.path)
         takes = any(argument.name == "return_features" for argument in self.module.forward.schema.arguments)
         self.options = {"return_features": True} if takes else {}
-        self.dim = self._probe()
+        # Two different images: a module that ignores the batch, or returns one vector, shows itself.
+        probe = torch.arange(2 * 3 * _PROBE_SIDE**2).remainder(251).to(torch.uint8)
+        with torch.no_grad():
+            self.dim = self._run(probe.view(2, 3, _PROBE_SIDE, _PROBE_SIDE)).shape[1]
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Tensor:
         """uint8 images [B, H, W, 3] -> features, float32 [B, dim]; UsageError for any other array."""
         pixels = image_tensor(images).contiguous()
         return self._run(pixels).float() if len(pixels) else torch.empty(0, self.dim)
-
-    def _probe(self) -> int:
-        # Two different images: a module that ignores the batch, or returns one vector, shows itself.
-        probe = torch.arange(2 * 3 * _PROBE_SIDE**2).remainder(251).to(torch.uint8)
-        with torch.no_grad():
-            return self._run(probe.view(2, 3, _PROBE_SIDE, _PROBE_SIDE)).shape[1]
 
     def _run(self, x: Tensor) -> Tensor:
         try:

@@ -172,9 +172,9 @@ def _covered(points: Tensor, centres: Tensor) -> Tensor:
     return (torch.cdist(points, centres) <= radius).any(1).double()
 
 
-def mean_interval(hits: Tensor, counts: Tensor) -> Interval:
-    """A share, the mean of zeros and ones [n], with its interval; counts: float64 [R, n] from `resamples`."""
-    return interval(float(hits.mean()), counts @ hits / counts.sum(1), share=True)
+def mean_interval(values: Tensor, counts: Tensor, share: bool = True) -> Interval:
+    """The mean of figures [n] with its interval; counts: float64 [R, n] from `resamples`; share: of zeros and ones."""
+    return interval(float(values.mean()), counts @ values / counts.sum(1), share)
 
 
 def median_interval(values: Tensor, counts: Tensor) -> Interval:

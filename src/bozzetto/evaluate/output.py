@@ -157,6 +157,9 @@ def _run(
 def _entry(image: GeneratedImage) -> dict[str, Any]:
     """What manifest.json says of an image. A margin is null where it was not measured (continuous tokens, greedy
     relaxed rules) or where no second candidate had any probability; so is any figure that is not finite."""
+    tokens: dict[str, Any] = {"tokens": image.tokens.tolist()}
+    if image.tokens.ndim > 1:  # continuous tokens lie in a file of their own
+        tokens = {"distance_mean": image.moved, "distance_max": image.farthest, "tokens": VECTORS}
     content = {
         "file": file_name(image.index, image.class_name),
         "class": image.class_name,
@@ -171,15 +174,10 @@ def _entry(image: GeneratedImage) -> dict[str, Any]:
         "near_tie": image.near_tie,
         "tv_spent": image.spent,
         "trace": vars(image.trace),
-        **({"tokens": image.tokens.tolist()} if image.tokens.ndim == 1 else _vectors(image)),
+        **tokens,
     }
     entry: dict[str, Any] = plain(content)
     return entry
-
-
-def _vectors(image: GeneratedImage) -> dict[str, Any]:
-    """Continuous tokens lie in a file of their own."""
-    return {"distance_mean": image.moved, "distance_max": image.farthest, "tokens": VECTORS}
 
 
 def _members(content: Mapping[str, Any], depth: int, deepest: int) -> str:

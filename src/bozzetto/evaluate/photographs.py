@@ -83,11 +83,6 @@ def _shuffled(count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(count)
 
 
-def as_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """float [B, 3, S, S] in [0, 1] -> uint8 [B, S, S, 3]."""
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 @torch.no_grad()
 def reconstructions(pipe: Pipeline, images: np.ndarray, batch: int = 32) -> np.ndarray:
     """What the tokenizer keeps of images uint8 [N, S, S, 3]: encoded to tokens and decoded again, same shape."""
@@ -95,5 +90,6 @@ def reconstructions(pipe: Pipeline, images: np.ndarray, batch: int = 32) -> np.n
     tokenizer, parts = whole.to(pipe.target.device), []
     for i in range(0, len(images), batch):
         x = evaluation_view(images[i : i + batch], images.shape[1]).to(pipe.target.device)
-        parts.append(as_bytes(tokenizer.decode(tokenizer.encode(x))))
+        pixels = (tokenizer.decode(tokenizer.encode(x)).clamp(0, 1) * 255).round().byte()
+        parts.append(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     return np.concatenate(parts)

@@ -142,7 +142,9 @@ def profile_table(report: dict[str, Any]) -> str:
     """The figures for people."""
     machine = Machine(**report["machine"])
     sections = [_machine_text(machine), _pass_table(report, machine), _part_table(report), _decoding_table(report)]
-    return "\n\n".join([*(s for s in sections if s), _advice_text(report["advice"])])
+    advice = [f"  {hint['gain']:.2f}x  {hint['text']}" for hint in report["advice"]]
+    found = "What would help most, by estimate:" if advice else "No rule finds anything that would help."
+    return "\n\n".join([*(s for s in sections if s), "\n".join([found, *advice])])
 
 
 def _machine_text(m: Machine) -> str:
@@ -207,10 +209,3 @@ def _decoding_table(report: dict[str, Any]) -> str:
     if slow and not heads and report["settings"]["compile"] == "off":
         text += "\npasses take far longer here than alone: something else may keep this machine busy"
     return text
-
-
-def _advice_text(advice: list[dict[str, Any]]) -> str:
-    if not advice:
-        return "No rule finds anything that would help."
-    lines = [f"  {hint['gain']:.2f}x  {hint['text']}" for hint in advice]
-    return "\n".join(["What would help most, by estimate:", *lines])

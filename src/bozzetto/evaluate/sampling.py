@@ -236,9 +236,9 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def check_count(count: int, most: int = _MOST) -> None:
+def check_count(count: int) -> None:
     """Raise UsageError for a number of images out of range."""
-    check_number("count", count, 1, most, f"a whole number from 1 to {most}", whole=True)
+    check_number("count", count, 1, _MOST, f"a whole number from 1 to {_MOST}", whole=True)
 
 
 def sample(run: SampleRun, count: int, *, rank: int = 0, world: int = 1, progress: bool = False) -> int:
@@ -302,7 +302,7 @@ def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
 
 def _pack(images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
     """The arrays of a shard; traces are padded with zeros to the longest."""
-    passes = max(len(i.trace.committed) for i in images)
+    passes, tokens = max(len(i.trace.committed) for i in images), np.stack([i.tokens.numpy() for i in images])
     traces = {
         name: np.array([[*getattr(i.trace, name), *[0] * (passes - len(i.trace.committed))] for i in images], kind)
         for name, kind in TRACE.items()
@@ -310,15 +310,10 @@ def _pack(images: Sequence[GeneratedImage]) -> dict[str, np.ndarray]:
     return {
         "index": np.array([i.index for i in images], np.int64),
         "label": np.array([i.label for i in images], np.int64),
-        "tokens": _compact(np.stack([i.tokens.numpy() for i in images])),
+        "tokens": tokens if tokens.dtype.kind == "f" else tokens.astype(np.int32),
         "pixels": np.stack([np.asarray(i.image) for i in images]),
         "margin": np.array([np.nan if i.margin is None else i.margin for i in images], np.float32),
         "moved": np.array([i.moved for i in images], np.float32),
         "farthest": np.array([i.farthest for i in images], np.float32),
         **traces,
     }
-
-
-def _compact(tokens: np.ndarray) -> np.ndarray:
-    """Codes as int32; continuous tokens stay float32."""
-    return tokens.astype(np.int32) if np.issubdtype(tokens.dtype, np.integer) else tokens

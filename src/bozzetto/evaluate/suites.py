@@ -176,12 +176,12 @@ def _joined(pipe: Pipeline, methods: Methods, timed: dict[str, Any], judged: dic
             continue  # the bare loop
         found: dict[str, Any] = next((r for r in judged["results"] if r["method"] == method), {})
         quality = {column.key: found.get(column.key) for column in (*_JOINED, *_SPENT, *_MOVED)}
-        title = {"model": pipe.name, "title": methods[method], "exact": _exact(method, timed)}
+        title = {"model": pipe.name, "title": methods[method], "exact": _exact(method)}
         rows.append({**title, **row, **quality, "images": found.get("count")})
     return rows
 
 
-def _exact(method: str, timed: dict[str, Any]) -> bool:
+def _exact(method: str) -> bool:
     """Whether a method draws from the law of the sequential sampler of the model as it is."""
     name, *own = method.split("@")
     _, rule = read_method(*split_method(name))

@@ -144,7 +144,7 @@ class _Study:
         """One per method: tokens per pass, speed-up, change of the distance."""
         tiles = []
         for label in dict.fromkeys(self.labels.values()):
-            row = next(iter(self.rows.get(label, [])), {})
+            row = self._row(label)
             rate, change, distance = self._rate(label), figure_of(row, "frechet_change"), figure_of(row, "frechet")
             stats = [("tokens per target pass", cell(rate))] if rate else []
             speedup = figure_of(row, "speedup")
@@ -178,13 +178,17 @@ class _Study:
     def _speed(self) -> Table | None:
         rows = []
         for label in dict.fromkeys(self.labels.values()):
-            row, drawn = next(iter(self.rows.get(label, [])), {}), self.drawn.get(label)
+            row, drawn = self._row(label), self.drawn.get(label)
             rows.append(speed_row(label, row, drawn, self._rate(label)))
         return speed_table([row for row in rows if row])
 
+    def _row(self, label: str) -> dict[str, Any]:
+        """A method's first row of an evaluation; empty without one."""
+        return next(iter(self.rows.get(label, [])), {})
+
     def _rate(self, label: str) -> Interval | None:
         """Tokens per target pass, as the evaluation says or else from the traces."""
-        said = figure_of(next(iter(self.rows.get(label, [])), {}), "tokens_per_pass")
+        said = figure_of(self._row(label), "tokens_per_pass")
         mine = self.drawn[label].tokens_per_pass if label in self.drawn else None
         return said or (Interval(mine) if mine is not None else None)
 

@@ -174,8 +174,9 @@ def _evaluation_folder(name: str, folder: Path) -> Run:
     for method in methods:
         samples = folder / "samples" / slug(method)
         if (samples / RUN).is_file():
-            drawn, provenance = _drawn(samples, run.settings.get("count"))
+            drawn, content = _drawn(samples, run.settings.get("count"))
             run.drawn.append(drawn)
+            provenance = dict(content.get("provenance") or {})
             commit = str(provenance.get("commit") or "unknown")
             made.append(f"{method}: commit {commit}, {provenance.get('time', 'time unknown')}")
     if made:
@@ -186,34 +187,43 @@ def _evaluation_folder(name: str, folder: Path) -> Run:
 
 
 def _samples_folder(name: str, folder: Path) -> Run:
-    drawn, provenance = _drawn(folder, None)
-    settings, _ = _split(read_run(folder)["settings"])
-    return Run(name, SAMPLES, settings, provenance, drawn=[drawn])
+    drawn, content = _drawn(folder, None)
+    settings, _ = _split(content["settings"])
+    return Run(name, SAMPLES, settings, dict(content.get("provenance") or {}), drawn=[drawn])
 
 
 def _drawn(folder: Path, count: int | None) -> tuple[Drawn, dict[str, Any]]:
-    """The samples of a folder (its images 0..count-1) and where they come from."""
+    """The samples of a folder (its images 0..count-1), and its run.json."""
     content = read_run(folder)
     found = held(folder) if count is None else set()
     total, there = (int(count),) * 2 if count is not None else (len(found), whole_from_start(found))
     samples = read_samples(folder, min(there, MOST_READ) or None)
     names = samples.settings.get("class_names") or []
-    seconds = [batch["seconds"] for batch in samples.batches]
-    drafting, decoding = (sum(s[k] for s in seconds) for k in ("draft", "target"))
     drawn = Drawn(
         method=_method(samples.settings["method"]),
         index=samples.index.tolist(),
         class_names=[str(names[i]) if i < len(names) else str(i) for i in samples.label.tolist()],
         load=lambda i: samples.pixels[i],
         traces=samples.traces,
-        length=samples.tokens.shape[1],
         total=total,
         grid=_grid(samples.settings, samples.tokens.shape[1]),
-        draft_share=drafting / (drafting + decoding) if drafting + decoding else None,
-        budget=_number(samples.settings.get("tv_budget")),
-        scattered=_scattered(samples.settings, samples.tokens.ndim == 3),
+        **_about(samples.settings, samples.tokens.shape[1], samples.tokens.ndim == 3, samples.batches),
     )
-    return drawn, dict(content.get("provenance") or {})
+    return drawn, content
+
+
+def _about(
+    settings: Mapping[str, Any], length: int, vectors: bool, batches: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What settings, tokens of an image, their kind and the seconds of batches say of drawn images."""
+    spent = [batch.get("seconds") or {} for batch in batches]
+    drafting, target = (sum(seconds.get(part, 0.0) for seconds in spent) for part in ("draft", "target"))
+    # Drafts of continuous tokens by a smaller model are of a masked model.
+    scattered = vectors and str(settings.get("drafter")).partition(":")[0] == "model"
+    share = drafting / (drafting + target) if drafting + target else None
+    budget = figure_of({"setting": settings.get("tv_budget")}, "setting")
+    known = {"draft_share": share, "budget": None if budget is None else budget.value, "scattered": scattered}
+    return {"length": length, **known}
 
 
 def _manifest_folder(name: str, folder: Path) -> Run:
@@ -226,8 +236,7 @@ def _manifest_folder(name: str, folder: Path) -> Run:
     vectors = isinstance(images[0]["tokens"], str)  # their numbers lie in a file of their own
     length = sum(map(_count, images[0]["trace"]["committed"])) if vectors and traced else len(images[0]["tokens"])
     drafter, rule = _method(settings.get("drafter", "none")), settings.get("rule")
-    alone, seconds = drafter == "none" and rule in (None, "seed-exact", "plain"), content.get("seconds") or {}
-    decoding = seconds.get("draft", 0.0) + seconds.get("target", 0.0)
+    alone = drafter == "none" and rule in (None, "seed-exact", "plain")
     drawn = Drawn(
         method=drafter if alone else _method(f"{drafter}/{rule}"),
         index=[int(entry["index"]) for entry in images],
@@ -235,12 +244,9 @@ def _manifest_folder(name: str, folder: Path) -> Run:
         # Only the name counts: a manifest must not point outside its folder.
         load=partial(_png, [folder / Path(str(entry["file"])).name for entry in images]),
         traces=[_trace(entry, length) for entry in images] if traced else None,
-        length=length,
         total=len(images),
         grid=_grid(settings, length) if traced else (0, 0),
-        draft_share=seconds.get("draft", 0.0) / decoding if decoding else None,
-        budget=_number(settings.get("tv_budget")),
-        scattered=_scattered(settings, vectors),
+        **_about(settings, length, vectors, [content]),
     )
     run = Run(name, GENERATE, settings, provenance, drawn=[drawn])
     if not traced:
@@ -287,17 +293,6 @@ def _grid(settings: Mapping[str, Any], tokens: int) -> tuple[int, int]:
     if not (rows and columns and fits):
         raise ValueError(f"{tokens} tokens do not make a grid of {rows} by {columns}")
     return rows, columns
-
-
-def _scattered(settings: Mapping[str, Any], vectors: bool) -> bool:
-    """Whether drafts are of a masked model: of continuous tokens, only those have a smaller model for a drafter."""
-    return vectors and str(settings.get("drafter")).partition(":")[0] == "model"
-
-
-def _number(value: Any) -> float | None:
-    """A setting that is a number or nothing. Raises ValueError for anything else."""
-    found = figure_of({"setting": value}, "setting")
-    return None if found is None else found.value
 
 
 def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

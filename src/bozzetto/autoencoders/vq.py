@@ -22,6 +22,7 @@ from bozzetto.common.checks import Layers, Pixels, Size
 from bozzetto.errors import require
 
 _GROUPS = 8  # of every group norm
+_DEAD = 0.1  # average uses of a code that restarts
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class VQTokenizer(nn.Module):
 class CodebookEMA:
     """Spherical k-means by moving averages: counts and sums decay, codes nobody uses restart at a data point."""
 
-    def __init__(self, codebook: Tensor, decay: float = 0.99, revive_below: float = 0.1):
-        self.codebook, self.decay, self.revive_below = codebook, decay, revive_below
+    def __init__(self, codebook: Tensor, decay: float = 0.99):
+        self.codebook, self.decay = codebook, decay
         self.count = torch.zeros(len(codebook))  # all dead: the first update starts from data
         self.sum = codebook.clone()
 
@@ -119,7 +120,7 @@ class CodebookEMA:
         total = torch.zeros_like(self.sum).index_add_(0, index, unit)
         self.count.mul_(self.decay).add_(count, alpha=1 - self.decay)
         self.sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
-        dead = self.count < self.revive_below
+        dead = self.count < _DEAD
         revived = int(dead.sum())
         if revived:
             pick = torch.randint(len(unit), (revived,), generator=generator)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.decoding.state import DecodeState
-from bozzetto.drafters.base import Observation
+from bozzetto.drafters.base import Observation, gather_rows
 from bozzetto.drafts import VECTORS, Draft
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
@@ -26,8 +26,7 @@ def along(path: Tensor | None, values: Tensor, count: int) -> Tensor:
     """The first `count` places of the accepted path. values [R, M + 1, ...], R a multiple of B -> [R, count, ...]."""
     if path is None:
         return values[:, :count]
-    path = path[:, :count].repeat(len(values) // len(path), 1)
-    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))
+    return gather_rows(values, path[:, :count])
 
 
 def _place_keys(state: DecodeState, places: int) -> Tensor:

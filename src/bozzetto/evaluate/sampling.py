@@ -186,10 +186,10 @@ class SampleRun:
                     print(note, file=sys.stderr, flush=True)
         return found
 
-    def pending(self, count: int, rank: int = 0, world: int = 1) -> list[int]:
-        """What is left for a process, in order."""
-        have = self.done(rank, world)
-        return [i for i in range(rank, count, world) if i not in have]
+    def pending(self, count: int) -> list[int]:
+        """What is left, in order."""
+        have = self.done()
+        return [i for i in range(count) if i not in have]
 
     def warm_up(self) -> None:
         """A few passes whose results are thrown away, so that the first batch is timed like the others."""

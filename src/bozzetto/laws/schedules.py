@@ -138,9 +138,9 @@ class DiffusionSchedule:
         return Ancestry(*(part.float().to(device) for part in parts))
 
 
-def _cosine_products(steps: int = _TRAINED) -> Tensor:
-    """Cumulative products of 1 - beta of the cosine schedule, float64 [steps]."""
-    at = torch.arange(steps + 1, dtype=torch.float64) / steps
+def _cosine_products() -> Tensor:
+    """Cumulative products of 1 - beta of the cosine schedule, float64 [1000]."""
+    at = torch.arange(_TRAINED + 1, dtype=torch.float64) / _TRAINED
     level = ((at + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     betas = (1 - level[1:] / level[:-1]).clamp_max(_LARGEST_BETA)
     return (1 - betas).cumprod(0)

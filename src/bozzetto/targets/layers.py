@@ -79,9 +79,9 @@ def copied(part: Tensor, copies: int) -> Tensor:
     return part.repeat(copies, *[1] * (part.ndim - 1))
 
 
-def whole_blocks(columns: int, most: int, block: int = 64) -> int:
-    """Columns rounded up to whole blocks: few distinct shapes, at most `most`."""
-    return min(most, -(-columns // block) * block)
+def whole_blocks(columns: int, most: int) -> int:
+    """Columns rounded up to whole blocks of 64: few distinct shapes, at most `most`."""
+    return min(most, -(-columns // 64) * 64)
 
 
 def attention_entropy(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from bozzetto.autoencoders.tiny import load_tiny
 from bozzetto.checkpoints.folders import CONFIG, FLOW, MASKED, load_latents, read_config, write_model, write_tokenizer
 from bozzetto.common.checks import config_from
 from bozzetto.data import evaluation_view
+from bozzetto.drafters.base import gather_rows
 from bozzetto.errors import UsageError
 from bozzetto.laws.schedules import FlowSchedule, noised_tables
 from bozzetto.targets.flow import FlowConfig, FlowModel
@@ -62,10 +63,8 @@ def mar_loss(
     noise [K, B, N - kept, D].
     """
     known, masked = order[:, :kept], order[:, kept:]
-    places = masked[..., None]
-    z = model.features(labels, tokens, known)
-    z = z.gather(1, places.expand(-1, -1, z.shape[-1])).expand(len(times), -1, -1, -1).flatten(0, 2)
-    x0 = tokens.gather(1, places.expand(-1, -1, tokens.shape[-1])).expand_as(noise).flatten(0, 2)
+    z = gather_rows(model.features(labels, tokens, known), masked).expand(len(times), -1, -1, -1).flatten(0, 2)
+    x0 = gather_rows(tokens, masked).expand_as(noise).flatten(0, 2)
     noise, times = noise.flatten(0, 2), times.flatten()
     table = noised_tables()
     at = table.signal[times, None] * x0 + table.noise[times, None] * noise
@@ -137,10 +136,9 @@ class LatentFit(Fit):
             raise UsageError(f"image_size = {self.image_size} is not allowed: {folder} draws {drawn} pixels")
         return config_from(FlowSampler, read_config(folder).get("sampler", {}), folder / CONFIG).schedule
 
-    def scales(self, count: int, generator: torch.Generator) -> Tensor:
-        """Guidance scales from the recipe's range, [count]."""
-        low, high = self.recipe.guidance
-        return low + (high - low) * torch.rand(count, generator=generator)
+    def guided(self, labels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What a causal network is given of [cond; uncond] rows: labels [2B] and tokens [2B, N - 1, D]."""
+        return torch.cat([labels, torch.full_like(labels, self.classes)]), tokens[:, :-1].repeat(2, 1, 1)
 
     def load_data(self) -> None:
         """Scaled latents: self.latents float16 [n, views, N, D] (not scaled yet), self.test float32 [n', N, D]."""

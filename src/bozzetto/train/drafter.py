@@ -96,10 +96,8 @@ class DrafterFit(TokenFit):
         tokens = self.tokens[chosen, torch.randint(r.views, (r.batch,), generator=g)].long()
         given = of_rows(self.given, chosen, g)
         none = nothing(given, self.target)
-        low, high = r.guidance
-        if high > 1:
-            scale = low + (high - low) * torch.rand(r.batch, generator=g)
-            return together(given, none), tokens.repeat(2, 1), scale
+        if r.guidance[1] > 1:
+            return together(given, none), tokens.repeat(2, 1), self.scales(r.batch, g)
         left_out = torch.rand(r.batch, generator=g) < r.condition_dropout
         return dropped(given, none, left_out), tokens, torch.ones(r.batch)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.checkpoints.folders import load_base, save_drift
+from bozzetto.drafters.base import gather_rows
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.drift import DriftConfig, DriftModel, guided_features
@@ -137,23 +138,18 @@ class DriftFit(LatentFit):
         self, labels: Tensor, context: Tensor, scale: Tensor, places: Tensor, moving: bool
     ) -> tuple[Tensor, Tensor]:
         """Guided features [B n, d] and entropies [B n] at places int64 [B, n]."""
-        both = torch.cat([labels, torch.full_like(labels, self.classes)])
         with autocast(), torch.set_grad_enabled(moving):
-            hidden, entropy = self.model.features(both, context[:, :-1].repeat(2, 1, 1))
-        at = places.repeat(2, 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        hidden = guided_features(hidden.gather(1, at), scale[:, None, None])
-        entropy = entropy[: len(labels)].gather(1, places)
-        return hidden.flatten(0, 1), entropy.flatten()
+            hidden, entropy = self.model.features(*self.guided(labels, context))
+        hidden = guided_features(gather_rows(hidden, places), scale[:, None, None])
+        return hidden.flatten(0, 1), entropy[: len(labels)].gather(1, places).flatten()
 
     @torch.no_grad()
     def targets(self, labels: Tensor, context: Tensor, scale: Tensor, places: Tensor, noise: Tensor) -> Tensor:
         """The teacher's samples [B n, K, D]."""
-        both = torch.cat([labels, torch.full_like(labels, self.classes)])
         with autocast():
-            features = self.teacher.features(both, context[:, :-1].repeat(2, 1, 1))
-        at = places.repeat(2, 1)[..., None].expand(-1, -1, features.shape[-1])
+            features = self.teacher.features(*self.guided(labels, context))
         each = scale[:, None].expand(-1, places.shape[1]).flatten()
-        return teacher_tokens(self.head, self.schedule, features.gather(1, at).flatten(0, 1), each, noise)
+        return teacher_tokens(self.head, self.schedule, gather_rows(features, places).flatten(0, 1), each, noise)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

@@ -193,6 +193,11 @@ class Fit:
         """A new view of each of the images."""
         return augment(images, self.image_size, self.generator, self.recipe.jitter, self.flips)
 
+    def scales(self, count: int, generator: torch.Generator) -> Tensor:
+        """Guidance scales from the recipe's range, [count]."""
+        low, high = self.recipe.guidance
+        return low + (high - low) * torch.rand(count, generator=generator)
+
     def load_target(self) -> None:
         """Read the trained model that this one is made for, if it is made for one."""
 

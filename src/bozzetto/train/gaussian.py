@@ -78,11 +78,11 @@ class GaussianFit(LatentFit):
         """An unbiased draw of V for every token but the first few, and the error of its features, as the recipe weighs
         them, for each of `steps` roll-out steps: [B, n]."""
         r = self.recipe
-        both = torch.cat([labels, torch.full_like(labels, self.target.config.classes)])
+        both, past = self.guided(labels, tokens)
         with autocast():
             with torch.no_grad():
-                features = self.target.features(both, tokens[:, :-1].repeat(2, 1, 1))  # [2B, N, d]
-                embedded = self.target.token_embedding(tokens[:, :-1].repeat(2, 1, 1))
+                features = self.target.features(both, past)  # [2B, N, d]
+                embedded = self.target.token_embedding(past)
                 wanted, state = self._target_tokens(features, tokens, scale, at, noise)
             rolled = self.model.body.roll_out(features[:, :-1], embedded, steps)
         found = []

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bozzetto.drafters.base import gather_rows
 from bozzetto.train.drafter import DrafterFit
 from bozzetto.train.fit import autocast
 from bozzetto.train.recipes import ParallelRecipe
@@ -53,7 +54,7 @@ class ParallelFit(DrafterFit):
             guessed = self.model.after(fed[:, :-1], self.rows[tokens[:, :-1]], every)  # [R, A, K, d]
         place = every[..., None] + torch.arange(1, self.recipe.places + 1)
         inside = place.clamp_max(features.shape[1] - 1).flatten(1)  # [R, A K]
-        wanted = features.gather(1, inside[..., None].expand(-1, -1, features.shape[-1]))
+        wanted = gather_rows(features, inside)
         with autocast():
             more = self.model.bias(tokens.gather(1, inside - 1))
         log_p = self.laws(wanted, scale)

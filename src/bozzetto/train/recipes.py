@@ -129,7 +129,12 @@ class CaptionRecipe(TargetRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_prompts(self.prompts)
+        for prompt in self.prompts:
+            try:
+                prompt.format(caption="", style="")
+            except (LookupError, ValueError, AttributeError) as error:
+                allowed = "only {caption} and {style} in braces"
+                raise ValueError(f"prompts: {prompt!r} is not allowed: {allowed}") from error
 
 
 @checked(frozen=True, config=STRICT, kw_only=True)
@@ -351,15 +356,6 @@ def check_weighted(**weights: float) -> None:
     """Raise ValueError where a loss weighs nothing."""
     if not any(weights.values()):
         raise ValueError(f"{' = '.join(weights)} = 0 is not allowed: one of them must be > 0, or nothing is learnt")
-
-
-def check_prompts(prompts: tuple[str, ...]) -> None:
-    """Raise ValueError for a prompt that names anything but {caption} and {style}."""
-    for prompt in prompts:
-        try:
-            prompt.format(caption="", style="")
-        except (LookupError, ValueError, AttributeError) as error:
-            raise ValueError(f"prompts: {prompt!r} is not allowed: only {{caption}} and {{style}} in braces") from error
 
 
 def check_sizes(image_size: int, *sources: DataSource) -> None:

@@ -29,22 +29,15 @@ from bozzetto.train.recipes import TokenizerRecipe, TokenizerStage
 _CHUNK = 64
 
 
-def patch_critic(width: int = 48) -> nn.Module:
+def patch_critic() -> nn.Module:
     """A small patch discriminator: [B, 3, H, W] in [-1, 1] -> logits [B, 1, H/8, W/8] (Isola et al., arXiv
     1611.07004)."""
-    widths = [3, width, 2 * width, 4 * width]
+    widths = [3, 48, 96, 192]
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths):
         layers += [nn.utils.parametrizations.spectral_norm(nn.Conv2d(inner, outer, 4, 2, 1)), nn.LeakyReLU(0.2)]
-    layers.append(nn.Conv2d(4 * width, 1, 3, padding=1))
+    layers.append(nn.Conv2d(widths[-1], 1, 3, padding=1))
     return nn.Sequential(OrderedDict(net=nn.Sequential(*layers)))  # called so in checkpoints
-
-
-@torch.no_grad()
-def encode_latents(encoder: nn.Module, x: Tensor) -> Tensor:
-    """Images [B, 3, S, S] -> float32 latents [B, 32, S/8, S/8], computed in bfloat16."""
-    with autocast():
-        return encoder(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 def _window(latent: Tensor, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -87,13 +80,15 @@ class TokenizerFit:
         self.held_out = evaluation_view(test.images, size)
         self._encode(sets)
 
+    @torch.no_grad()
     def _encode(self, sets: list[ImageSet]) -> None:
         pictures, latents = [], []
         chunks = [(s, i) for s in sets for _ in range(self.recipe.views) for i in range(0, len(s), _CHUNK)]
         for s, i in tqdm(chunks, desc="encoding views", unit="chunk"):
             x = augment(s.images[i : i + _CHUNK], self.recipe.image_size, self.generator)
             pictures.append((x * 255).round().byte())
-            latents.append(encode_latents(self.model.encoder, x).half())
+            with autocast():
+                latents.append(self.model.encoder(x.contiguous(memory_format=torch.channels_last)).float().half())
         self.pictures, self.latents = torch.cat(pictures), torch.cat(latents)
 
     def begin(self, stage: TokenizerStage) -> None:
@@ -104,8 +99,8 @@ class TokenizerFit:
         self.optimizer = torch.optim.AdamW(self.trained, lr=stage.lr, betas=(0.9, 0.95), weight_decay=1e-4)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.9))
 
-    def losses(self, stage: TokenizerStage) -> tuple[Tensor, dict[str, float], Tensor | None, Tensor | None]:
-        """Total loss, its parts, and for pixel stages the decoded and true windows."""
+    def losses(self, stage: TokenizerStage) -> tuple[Tensor, dict[str, float], tuple[Tensor, ...]]:
+        """Total loss, its parts, and the decoded and true windows where the critic is asked."""
         m, r = self.model, self.recipe
         pick = torch.randint(len(self.latents), (stage.batch,), generator=self.generator)
         pictures, latent = self.pictures[pick].float() / 255.0, self.latents[pick].float()
@@ -121,7 +116,7 @@ class TokenizerFit:
             parts = {"latent": fit.item(), "commit": commit.item()}
             if stage.kind == "latent":
                 self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
-                return loss, parts, None, None
+                return loss, parts, ()
             window, x = _window(predicted, pictures, self.generator)
             y = m.decoder(window).float()
             error = y - x
@@ -136,7 +131,7 @@ class TokenizerFit:
                 parts["feature"] = feature.item()
             if stage.kind == "pixel":
                 self.codebook.update(unit.detach().flatten(0, 1), index.flatten(), self.generator)
-        return loss, parts, y, x
+        return loss, parts, (y, x) if stage.adversarial_weight else ()
 
     def critic_step(self, y: Tensor, x: Tensor) -> float:
         """Hinge loss step of the critic."""
@@ -149,19 +144,19 @@ class TokenizerFit:
         return loss.item()
 
     def train_step(self, stage: TokenizerStage, number: int) -> dict[str, float]:
-        loss, parts, y, x = self.losses(stage)
+        loss, parts, windows = self.losses(stage)
         check_finite(number, loss.item(), f"loss of stage {stage.kind}")
-        if stage.adversarial_weight and y is not None and x is not None:
+        if windows:
             self.critic.requires_grad_(False)
             with autocast():
-                loss = loss - stage.adversarial_weight * self.critic(y * 2 - 1).float().mean()
+                loss = loss - stage.adversarial_weight * self.critic(windows[0] * 2 - 1).float().mean()
             self.critic.requires_grad_(True)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
-        if stage.adversarial_weight and y is not None and x is not None:
-            parts["critic"] = self.critic_step(y, x)
+        if windows:
+            parts["critic"] = self.critic_step(*windows)
         return parts
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from bozzetto.autoencoders.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.checkpoints.folders import load_target, load_tokenizer, read_config, save_llamagen, save_tokenizer
 from bozzetto.errors import UsageError
+from bozzetto.pipeline.loading import load
 from toys import tiny_llamagen
 
 TOKENIZER = VQConfig(codes=11, code_dim=4, width=8, pre_blocks=1, post_blocks=1, image_size=32)
@@ -192,3 +193,9 @@ def test_a_compact_network_comes_back_close_and_small(tmp_path: Path) -> None:
     assert 0 < float(gap) < 0.1
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "compact")]
     assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_a_family_that_is_not_known_is_refused_with_all_that_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"family": "foo", "config": {}}')
+    with pytest.raises(UsageError, match=r"family is 'foo' .allowed: 'llamagen', 'flow', 'mar', 'drift'"):
+        load(tmp_path)

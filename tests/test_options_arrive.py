@@ -19,6 +19,7 @@ from bozzetto.evaluate.bench import BenchSettings
 from bozzetto.evaluate.compare import CompareSettings
 from bozzetto.evaluate.evaluation import EvaluateSettings
 from bozzetto.evaluate.profile import ProfileSettings
+from bozzetto.methods.table import DRAFTERS, RULES
 from bozzetto.settings import GenerateSettings
 
 LAW: dict[str, Any] = {
@@ -237,3 +238,11 @@ def test_help_is_quick():
     """Nothing of torch is imported before a verb is known."""
     code = "import sys, bozzetto.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_help_names_every_drafter_and_rule(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    names = {name for table in (DRAFTERS, RULES) for _, name in table}
+    assert not [name for name in names if name not in shown]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,10 +101,16 @@ def described(
 ) -> tuple[Family, Any]:
     """What the file `source` holds: the family or kind that it names among `kinds`, and its config. Raises UsageError
     for another one, and naming what is wrong in the config."""
+    found = named(content, kinds, source, key)
+    return kinds[found], config_from(kinds[found].config, content.get("config"), source)
+
+
+def named(content: Mapping[str, Any], kinds: Iterable[str], source: Path, key: str = "family") -> str:
+    """The family or kind that the file `source` names among `kinds`. Raises UsageError for another one."""
     found = content.get(key)
     if not isinstance(found, str) or found not in kinds:
         raise UsageError(f"{source}: {key} is {brief(found)} (allowed: {', '.join(map(repr, kinds))})")
-    return kinds[found], config_from(kinds[found].config, content.get("config"), source)
+    return found
 
 
 def write_model(

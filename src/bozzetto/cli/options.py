@@ -66,8 +66,8 @@ class Bench(BenchOptions, LoadOptions):
     model: str = "flowers"
     """As of `generate`."""
     methods: str = "auto"
-    """none, or DRAFTER/RULE, separated by commas; @steps=, @passes= or @window= gives one a setting of its own
-    (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
+    """none, or DRAFTER/RULE, separated by commas; @steps=, @last_steps=, @passes= or @window= gives one a setting of
+    its own (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
     suite: Literal["lantern", "continuous", "followers"] | None = None
     """A set of methods in place of --methods, measured in speed and in picture quality and bias too. followers: every
     rule, with the drafters that are shipped, on all models but the masked one."""

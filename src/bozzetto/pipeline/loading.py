@@ -16,10 +16,13 @@ from bozzetto.checkpoints.folders import (
     LLAMAGEN,
     MASKED,
     PIPELINE,
+    TARGETS,
+    VARIANTS,
     load_drift,
     load_latents,
     load_target,
     load_tokenizer,
+    named,
     read_config,
 )
 from bozzetto.checkpoints.load_settings import LoadSettings, refuse_flow_options
@@ -60,6 +63,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         return _load_hosted(model, Path(place), wanted)
     folder = model_folder(fetched(model) if on_hub(model) else model)
     config = read_config(folder)
+    family = named(config, (*TARGETS, *VARIANTS), folder / CONFIG)
     refuse_flow_options(wanted, str(folder))
     wanted.refuse(f"{folder} has its own", "tokenizer", "vqgan")
     own = own_from(config, folder / CONFIG)
@@ -67,7 +71,7 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
-    if config.get("family") in (FLOW, MASKED, DRIFT):
+    if family in (FLOW, MASKED, DRIFT):
         _refuse_text(folder, wanted)
         pipe = _load_vectors(folder, config, wanted)
     else:

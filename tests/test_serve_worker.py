@@ -17,7 +17,7 @@ from bozzetto.decoding.fused import FusedBatch
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.conditions import PromptBook
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.serve.orders import Finished, Order, Partial, Progress
+from bozzetto.serve.orders import Finished, Order, Partial
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.worker import Worker
 from bozzetto.settings import GenerateSettings
@@ -70,7 +70,7 @@ def test_every_image_of_an_order_is_the_one_drawn_alone(worker: Worker, pipe: Pi
 def test_who_watches_is_told_tokens_that_only_grow_and_the_end(worker: Worker) -> None:
     slowed(worker, 0.06)
     events = collected(worker, order(settings=GenerateSettings("none", "seed-exact"), watched=True))
-    progress = [event for event in events if isinstance(event, Progress)]
+    progress = [event for event in events if isinstance(event, Partial)]
     assert len(progress) > 3 and [p.done for p in progress] == sorted({p.done for p in progress})
     assert isinstance(events[-1], Finished) and events[-1].image.passes == 16
 
@@ -85,7 +85,7 @@ def test_two_who_watch_lanes_of_their_own_both_see_their_pictures(worker: Worker
         found = [events.get(timeout=20)]
         while not isinstance(found[-1], Exception | Finished):
             found.append(events.get(timeout=20))
-        assert isinstance(found[0], Progress) and found[0].done > 0 and isinstance(found[-1], Finished)
+        assert isinstance(found[0], Partial) and found[0].done > 0 and isinstance(found[-1], Finished)
 
 
 def test_partial_pictures_come_once_each(worker: Worker) -> None:

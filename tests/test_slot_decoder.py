@@ -13,7 +13,7 @@ from bozzetto.checkpoints.folders import save_drafter
 from bozzetto.decoding.fused import FusedBatch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.scheduler import Scheduler
-from bozzetto.decoding.widths import MeasuredWidth
+from bozzetto.decoding.widths import MeasuredWidth, read_seconds
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.bench import BenchSettings, bench
@@ -72,7 +72,8 @@ def test_the_window_follows_what_passes_cost_and_the_seconds_are_kept(pipe: Pipe
     assert isinstance(batch, FusedBatch) and isinstance(batch.width, MeasuredWidth)
     (kept,) = (tmp_path / "cache").glob("times-*.json")
     assert '"2x1"' in kept.read_text()
-    assert set(batch.width.times.known) == set(batch.width.times._read())
+    for (images, width), seconds in read_seconds(kept).items():
+        assert batch.width.seconds(images, width) == seconds
     assert pipe.decoded([2], 1, [7], replace(settings, batch=2))[1] is not batch  # for one image
     assert pipe.decoded([2, 0], 1, [7, 8], settings)[1] is batch
 

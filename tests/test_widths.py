@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from bozzetto.decoding import widths
-from bozzetto.decoding.widths import MeasuredWidth, PassTimes, candidates, committed, share_kept
+from bozzetto.decoding.widths import MeasuredWidth, candidates, committed, kept_seconds, share_kept
 
 
 def paced(cost: dict[int, float], share: float, passes: int = 400, images: int = 2) -> list[int]:
     """Widths chosen in turn on a machine where a pass costs `cost` and each draft is kept with chance `share`."""
-    pace = MeasuredWidth(PassTimes(None, lambda n, w: cost[w]), 16, 1, images)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: cost[w]), 16, 1, images)
     chosen = []
     for _ in range(passes):
         width = pace(images)
@@ -41,14 +41,14 @@ def test_drafts_that_are_never_kept_cost_a_few_passes_only() -> None:
 
 
 def test_empty_slots_and_passes_without_drafts_say_nothing() -> None:
-    pace = MeasuredWidth(PassTimes(None, lambda n, w: 1.0), 16, 1, 1)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: 1.0), 16, 1, 1)
     pace.note(4, [3.0, 0.0], [True, False])
     pace.note(1, [1.0], [True])
     assert pace.mean == {4: 3.0}
 
 
 def test_a_width_not_seen_yet_is_judged_by_the_nearest_one() -> None:
-    pace = MeasuredWidth(PassTimes(None, lambda n, w: 1.0), 16, 1, 1)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: 1.0), 16, 1, 1)
     pace.note(8, [committed(0.6, 8)], [True])
     assert pace.expected(16) == pytest.approx(committed(0.6, 16), rel=1e-6)
     assert pace.expected(1) == 1.0
@@ -94,7 +94,7 @@ def test_a_batch_that_is_not_full_goes_by_what_pays_in_a_full_one(cost: dict[int
         asked.append(images)
         return cost[width]
 
-    assert MeasuredWidth(PassTimes(None, measure), 16, 1, 8)(3) == wanted
+    assert MeasuredWidth(kept_seconds(None, measure), 16, 1, 8)(3) == wanted
     assert set(asked) == {8}
 
 
@@ -105,10 +105,10 @@ def test_times_are_measured_once_and_kept(tmp_path: Path) -> None:
         asked.append((images, width))
         return images + width / 10
 
-    first = PassTimes(path, measure)
-    assert first.of(2, 4) == first.of(2, 4) == 2.4
-    other = PassTimes(path, measure)
-    assert other.of(2, 4) == 2.4 and other.of(1, 1) == 1.1
+    first = kept_seconds(path, measure)
+    assert first(2, 4) == first(2, 4) == 2.4
+    other = kept_seconds(path, measure)
+    assert other(2, 4) == 2.4 and other(1, 1) == 1.1
     assert asked == [(2, 4), (1, 1)]
 
 
@@ -119,10 +119,10 @@ def test_times_are_measured_once_and_kept(tmp_path: Path) -> None:
 def test_a_damaged_file_of_times_counts_for_nothing(tmp_path: Path, content: str) -> None:
     path = tmp_path / "times.json"
     path.write_text(content, encoding="latin-1")
-    assert PassTimes(path, lambda n, w: 3.0).of(2, 4) == 3.0
+    assert kept_seconds(path, lambda n, w: 3.0)(2, 4) == 3.0
 
 
 def test_times_that_cannot_be_kept_are_measured_and_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    times = PassTimes(tmp_path / "file" / "times.json", lambda n, w: 3.0)  # no folder can be there, whoever asks
-    assert times.of(2, 4) == times.of(2, 4) == 3.0
+    times = kept_seconds(tmp_path / "file" / "times.json", lambda n, w: 3.0)  # no folder can be there, whoever asks
+    assert times(2, 4) == times(2, 4) == 3.0

@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bozzetto.common.written import spelled
 from bozzetto.decoding.advance import Advance, SlotState
 from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import CANCELLED, ImageRequest
 from bozzetto.decoding.meter import now
-from bozzetto.decoding.widths import MeasuredWidth
+from bozzetto.decoding.widths import MeasuredWidth, kept_seconds
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_TOKEN, STREAM_VERIFY, fold, gumbel_rows, image_keys
 from bozzetto.rules.base import Rule
+from bozzetto.runtime.graphs import digest_of
+from bozzetto.runtime.kept import cache_folder
+from bozzetto.settings import GenerateSettings
 from bozzetto.targets.base import Target
 
 _AHEAD = 16  # positions whose noise is made at a time
@@ -85,7 +89,7 @@ class FusedBatch(Batch):
     def _check(self, law: LawSettings) -> None:
         if law.guided and not self.guided:
             raise ValueError("this batch is for images without guidance")
-        if not self.filtered and (law.top_k or law.top_p != 1 or not law.temperature):
+        if not self.filtered and law.filtered:
             raise ValueError("this batch is for images without top-k, top-p and greedy choices")
 
     @torch.no_grad()
@@ -289,3 +293,35 @@ def _eager(advance: Advance, session: Any, width: int, furthest: int, state: Slo
 def _compiled(step: Callable[..., Any], session: Any, width: int, furthest: int, state: SlotState) -> Sequence[Tensor]:
     """The same of one that is."""
     return step(session, width, furthest, state.tensors())
+
+
+def fuses(settings: GenerateSettings) -> bool:
+    """Whether a fused batch can do what resolved settings ask for."""
+    return settings.tv_budget is None and settings.drafter.fused and settings.verifier.fused
+
+
+def fused_key(settings: GenerateSettings, length: int, dtype: str) -> tuple[Any, ...]:
+    """What images that share a fused batch have in common. length: tokens of an image; dtype: of passes."""
+    kind = settings.compile, settings.deterministic, spelled(settings.drafter), settings.verifier
+    return *kind, _widest(settings, length, dtype), settings.any_window, settings.law.guided, settings.law.filtered
+
+
+def _widest(settings: GenerateSettings, length: int, dtype: str) -> int:
+    """Places at most. Without a window of their own the tokens of a seed-exact image do not depend on it: it may follow
+    the load, up to what suits one image."""
+    return settings.window_for(1 if settings.any_window else settings.batch, length, dtype)
+
+
+def make_fused(settings: GenerateSettings, target: Any, dtype: str, filler: Any) -> FusedBatch:
+    """The batch of resolved settings. dtype: of the target's passes; filler: of their drafter, for this target."""
+    law, window = settings.law, _widest(settings, target.length, dtype)
+    batch = FusedBatch(
+        target, settings.verifier, settings.batch, lambda images: window, window, law.guided, law.filtered, filler
+    )
+    if settings.any_window:
+        # Where the seconds of passes are kept, if anywhere; they depend on shapes, not on weights.
+        key, folder = fused_key(settings, target.length, dtype), cache_folder()
+        name = f"times-{digest_of(target.config, dtype, str(target.device), key)}.json"
+        seconds = kept_seconds(None if folder is None else folder / name, batch.time_pass)
+        batch.width = MeasuredWidth(seconds, window, 2 if law.guided else 1, settings.batch)
+    return batch

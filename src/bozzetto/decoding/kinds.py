@@ -152,7 +152,7 @@ class Vectors:
 
 def check_continuous(law: LawSettings) -> None:
     """Raise UsageError for what a law of continuous tokens cannot have."""
-    if law.temperature <= 0 or law.top_k or law.top_p != 1:
+    if law.filtered:
         raise UsageError(
             "continuous tokens have no top-k, no top-p and no greedy choice: top_k = 0, top_p = 1, temperature > 0 "
             f"are allowed (given: {law.top_k}, {law.top_p:g}, {law.temperature:g})"

@@ -22,35 +22,34 @@ _FIRST_GUESS = 0.7  # share of drafts kept, before anything is known
 _MOST_ROWS = {32: 64}  # of a pass, beyond which none has paid, by the rows that are cheap; else as many as are cheap
 
 
-class PassTimes:
-    """Seconds of a pass by (images, places), measured when they are first asked for and kept in a file where that can
-    be written: they save measuring again, no more.
+Seconds = Callable[[int, int], float]  # of a pass by images and places
 
-    path: JSON, or None: nothing is kept; measure: (images, places) -> seconds.
-    """
 
-    def __init__(self, path: Path | None, measure: Callable[[int, int], float]):
-        self.path, self.measure = path, measure
-        self.known: dict[tuple[int, int], float] = self._read()
+def kept_seconds(path: Path | None, measure: Seconds) -> Seconds:
+    """What `measure` gives, asked once and kept in a file where that can be written: it saves measuring again, no more.
+    path: JSON, or None: nothing is kept."""
+    known = read_seconds(path)
 
-    def _read(self) -> dict[tuple[int, int], float]:
-        """What was measured before; a file that is damaged counts for nothing."""
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8")) if self.path is not None else {}
-            pairs = {tuple(map(int, key.split("x"))): float(value) for key, value in content.items()}
-        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
-            return {}
-        return {(k[0], k[1]): v for k, v in pairs.items() if len(k) == 2 and 0 < v < math.inf}
-
-    def of(self, images: int, width: int) -> float:
-        """Seconds of a pass."""
-        if (images, width) not in self.known:
-            self.known[images, width] = self.measure(images, width)
-            if self.path is not None:
-                kept = {f"{n}x{w}": seconds for (n, w), seconds in sorted({**self._read(), **self.known}.items())}
+    def seconds(images: int, width: int) -> float:
+        if (images, width) not in known:
+            known[images, width] = measure(images, width)
+            if path is not None:
+                kept = {f"{n}x{w}": value for (n, w), value in sorted({**read_seconds(path), **known}.items())}
                 with contextlib.suppress(OSError):
-                    write_text(self.path, json.dumps(kept, indent=1) + "\n")
-        return self.known[images, width]
+                    write_text(path, json.dumps(kept, indent=1) + "\n")
+        return known[images, width]
+
+    return seconds
+
+
+def read_seconds(path: Path | None) -> dict[tuple[int, int], float]:
+    """What was measured before; a file that is damaged counts for nothing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        pairs = {tuple(map(int, key.split("x"))): float(value) for key, value in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        return {}
+    return {(k[0], k[1]): v for k, v in pairs.items() if len(k) == 2 and 0 < v < math.inf}
 
 
 def candidates(sequences: int, widest: int) -> list[int]:
@@ -61,15 +60,15 @@ def candidates(sequences: int, widest: int) -> list[int]:
 
 
 class MeasuredWidth:
-    """Chooses the places of the next pass. widest: at most; copies: sequences per image (2 under guidance); slots: most
-    images at a time.
+    """Chooses the places of the next pass. seconds: of a pass; widest: at most; copies: sequences per image (2 under
+    guidance); slots: most images at a time.
 
     Only passes of a full batch are measured. With fewer images in it width costs less, so that what pays in a full one
     pays there too.
     """
 
-    def __init__(self, times: PassTimes, widest: int, copies: int, slots: int):
-        self.times, self.widest, self.copies = times, widest, copies
+    def __init__(self, seconds: Seconds, widest: int, copies: int, slots: int):
+        self.seconds, self.widest, self.copies = seconds, widest, copies
         self.slots = 1 << max(0, slots - 1).bit_length()
         self.weight: dict[int, float] = {}
         self.mean: dict[int, float] = {}  # tokens per pass and image, by width
@@ -86,7 +85,7 @@ class MeasuredWidth:
         if size < self.slots:
             return candidates(size * self.copies, self.widest)[-1] if self._best(self.slots) > 1 else 1
         widths = candidates(size * self.copies, self.widest)
-        speed = {w: self.expected(w) / self.times.of(size, w) for w in widths}
+        speed = {w: self.expected(w) / self.seconds(size, w) for w in widths}
         best = max(widths, key=lambda w: speed[w])
         stay = self.now in speed and size == self.size and speed[best] < _MARGIN * speed[self.now]
         return self.now if stay else best

@@ -40,6 +40,11 @@ class LawSettings:
     def guided(self) -> bool:
         return self.guidance != 1.0
 
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens are left out: by a top-k, a top-p, or all but the likeliest."""
+        return bool(self.top_k) or self.top_p != 1 or not self.temperature
+
 
 def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance of logits: uncond + (cond - uncond) * scale."""

@@ -19,7 +19,7 @@ from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
 from bozzetto.decoding.batch import Batch
-from bozzetto.decoding.fused_kind import fused_kind, fuses, make_fused
+from bozzetto.decoding.fused import fused_key, fuses, make_fused
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.masked import MaskedBatch
 from bozzetto.drafts import CODES, VECTORS
@@ -103,14 +103,13 @@ class CodePipeline(_CausalPipeline):
     def batch_key(self, settings: GenerateSettings, seed: int, closed: bool = True) -> Hashable:
         if not self.fuses(settings, closed):
             return super().batch_key(settings, seed)
-        return fused_kind(settings, self.target.length, self.dtype)
+        return fused_key(settings, self.target.length, self.dtype)
 
     def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         settings = self.resolve(settings)
         target = self.target_in(settings.compile, settings.deterministic)
         if self.fuses(settings, closed):
-            kind = fused_kind(settings, target.length, self.dtype)
-            return make_fused(kind, settings.batch, target, self.dtype, self.resources.filler(settings.drafter, target))
+            return make_fused(settings, target, self.dtype, self.resources.filler(settings.drafter, target))
         window = settings.window_for(settings.batch, target.length, self.dtype)
         widen = None
         if settings.any_window:

@@ -84,13 +84,3 @@ def fixed_map(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, ga
     weight = weight.detach().to(dtype).contiguous()
     bias = None if bias is None else bias.detach().to(dtype).contiguous()
     return (OwnMap if own_linear_pays(weight) else TorchMap)(weight, bias, gated)
-
-
-class KernelDense:
-    """As `models.dense.Dense`, by our kernel, which has to be loaded."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
-        self.map, self.dtype = OwnMap(weight.detach().to(dtype), bias.detach().to(dtype).contiguous(), False), dtype
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.map(x)

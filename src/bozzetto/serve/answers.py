@@ -10,13 +10,12 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from bozzetto.errors import UsageError
-from bozzetto.serve.orders import Event, Finished, Job, Order, Partial, Progress
+from bozzetto.serve.orders import Event, Finished, Job, Order, Partial, written
 from bozzetto.serve.problems import ApiError, error_body, without_places
 from bozzetto.serve.worker import Worker
 
@@ -26,27 +25,17 @@ _GONE = 499  # nobody reads this answer
 _JPEG = 90  # quality, where none is asked for
 
 
-@dataclass(frozen=True)
-class Form:
-    """How pictures are sent. pixels: their width and height; scaled: whether the model draws another size; kind: png,
-    jpeg or webp; link: as a data URL; strength: quality from 0 to 100, None: what suits the kind."""
+def pictured(order: Order, picture: Image.Image) -> dict[str, str]:
+    """A picture in the response format."""
+    if order.scaled and order.pixels:
+        picture = picture.resize(order.pixels, Image.Resampling.LANCZOS)
+    text = in_text(picture, order.kind, order.strength)
+    return {"url": f"data:image/{order.kind};base64,{text}"} if order.link else {"b64_json": text}
 
-    pixels: tuple[int, int]
-    scaled: bool = False
-    kind: str = "png"
-    link: bool = False
-    strength: int | None = None
 
-    @property
-    def size(self) -> str:
-        return f"{self.pixels[0]}x{self.pixels[1]}"
-
-    def pictured(self, picture: Image.Image) -> dict[str, str]:
-        """A picture in the response format."""
-        if self.scaled:
-            picture = picture.resize(self.pixels, Image.Resampling.LANCZOS)
-        text = base64.b64encode(encoded(picture, self.kind, self.strength)).decode()
-        return {"url": f"data:image/{self.kind};base64,{text}"} if self.link else {"b64_json": text}
+def in_text(picture: Image.Image, kind: str, strength: int | None = None) -> str:
+    """A picture as base64."""
+    return base64.b64encode(encoded(picture, kind, strength)).decode()
 
 
 def encoded(picture: Image.Image, kind: str, strength: int | None = None) -> bytes:
@@ -86,14 +75,14 @@ class Events:
         self.worker = worker
         self.job: Job = worker.submit(order, post, lambda: post(None))
 
-    async def next(self) -> Event | None:
+    async def next(self) -> Partial | Finished | None:
         """The next event."""
         event = await self.queue.get()
         if isinstance(event, Exception):
             raise as_api_error(event, self.worker)
         return event
 
-    async def next_or_silence(self) -> Event | None:
+    async def next_or_silence(self) -> Partial | Finished | None:
         """The next event; None after KEEP_ALIVE seconds without one."""
         try:
             return await asyncio.wait_for(self.next(), KEEP_ALIVE)
@@ -159,7 +148,7 @@ def about(event: Finished, order: Order) -> dict[str, Any]:
         "model": order.model,
         "index": event.index,
         "seed": order.seed,
-        "size": "{}x{}".format(*event.picture.size),
+        "size": written(event.picture.size),
         "sha256": hashlib.sha256(event.picture.tobytes()).hexdigest(),
         "target_passes": event.image.passes,
         "tokens_per_pass": round(event.image.count / max(1, event.image.passes), 4),
@@ -182,7 +171,7 @@ def said(order: Order) -> dict[str, Any]:
     return {**numbers, **{name: value for name, value in words.items() if value}}
 
 
-async def whole(worker: Worker, order: Order, form: Form) -> dict[str, Any]:
+async def whole(worker: Worker, order: Order) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     found: list[Finished] = []
     async with events_of(worker, order) as events:
@@ -191,40 +180,38 @@ async def whole(worker: Worker, order: Order, form: Form) -> dict[str, Any]:
             if isinstance(event, Finished):
                 found.append(event)
     found.sort(key=lambda event: event.index)
-    pictures = [await asyncio.to_thread(form.pictured, event.picture) for event in found]
+    pictures = [await asyncio.to_thread(pictured, order, event.picture) for event in found]
     return {
         "created": int(time.time()),
         "data": [{**made, "bozzetto": about(event, order)} for made, event in zip(pictures, found, strict=True)],
-        **_shared(form),
+        **_shared(order, found[0].picture),
         "usage": usage(order, sum(event.image.count for event in found)),
         "seed": order.seed,
     }
 
 
-def _shared(form: Form) -> dict[str, str]:
-    return {"background": "opaque", "output_format": form.kind, "quality": "auto", "size": form.size}
+def _shared(order: Order, picture: Image.Image) -> dict[str, str]:
+    size = written(order.pixels or picture.size)
+    return {"background": "opaque", "output_format": order.kind, "quality": "auto", "size": size}
 
 
-async def streamed(events: Events, order: Order, form: Form) -> AsyncIterator[bytes]:
+async def streamed(events: Events, order: Order) -> AsyncIterator[bytes]:
     """Server-sent events: partial images as they come, then each image completed."""
     left = order.count
     try:
         while left:
             event = await events.next_or_silence()
-            kind, content = "partial_image", {"created_at": int(time.time()), **_shared(form)}
-            if isinstance(event, Partial):
-                content |= {"partial_image_index": event.number, "index": event.index}
-            elif isinstance(event, Finished):
-                kind, left = "completed", left - 1
-                content |= {
-                    "usage": usage(order, event.image.count),
-                    "index": event.index,
-                    "bozzetto": about(event, order),
-                }
-            else:
+            if event is None:
                 yield STILL_HERE
                 continue
-            yield sse(f"image_generation.{kind}", content | await asyncio.to_thread(form.pictured, event.picture))
+            content = {"created_at": int(time.time()), **_shared(order, event.picture)}
+            if isinstance(event, Partial):
+                kind, content = "partial_image", {**content, "partial_image_index": event.number, "index": event.index}
+            else:
+                kind, left = "completed", left - 1
+                used = {"usage": usage(order, event.image.count), "index": event.index}
+                content |= {**used, "bozzetto": about(event, order)}
+            yield sse(f"image_generation.{kind}", content | await asyncio.to_thread(pictured, order, event.picture))
     except ApiError as error:
         yield failed(error)
 
@@ -234,14 +221,12 @@ async def shown(events: Events, order: Order) -> AsyncIterator[bytes]:
     try:
         while True:
             event = await events.next_or_silence()
-            if isinstance(event, Progress):
-                picture = None if event.picture is None else base64.b64encode(encoded(event.picture, "jpeg")).decode()
+            if isinstance(event, Partial):
                 told = {"seconds": round(event.seconds, 4), "tokens": event.done, "passes": event.passes}
-                yield sse("progress", {**told, "jpeg": picture})
+                yield sse("progress", {**told, "jpeg": in_text(event.picture, "jpeg")})
             elif isinstance(event, Finished):
-                picture = base64.b64encode(encoded(event.picture, "png")).decode()
                 final = {**about(event, order), "tokens": event.image.count, "committed": event.image.trace.committed}
-                yield sse("done", {**final, "png": picture})
+                yield sse("done", {**final, "png": in_text(event.picture, "png")})
                 return
             else:
                 yield STILL_HERE

@@ -105,17 +105,17 @@ def _add_api(app: FastAPI, terms: Terms) -> None:
     async def generate(body: ImageGeneration, request: Request) -> Response:
         """Draw images. With `stream`, server-sent events, which begin when it is known that there will be pictures."""
         _ready(worker)
-        order, form = terms.order(body)
+        order = terms.order(body)
         if body.stream:
             events = await accepted(worker, order, _until_gone(request))
-            return _Stream(events, streamed(events, order, form))
-        return JSONResponse(await while_connected(whole(worker, order, form), _until_gone(request)))
+            return _Stream(events, streamed(events, order))
+        return JSONResponse(await while_connected(whole(worker, order), _until_gone(request)))
 
     @app.post("/v1/draw", responses=_ERRORS)
     async def draw(body: Drawing, request: Request) -> Response:
         """Draw one image and tell what every pass does, as server-sent events (what the page shows)."""
         _ready(worker)
-        order, _ = terms.order(body, watched=True)
+        order = terms.order(body, watched=True)
         events = await accepted(worker, order, _until_gone(request))
         return _Stream(events, shown(events, order))
 

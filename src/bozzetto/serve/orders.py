@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from bozzetto.decoding.images import ImageRequest
-from bozzetto.serve.problems import ApiError
 from bozzetto.settings import GenerateSettings
 
 
 @dataclass(frozen=True)
 class Order:
     """The images that one request asks for: 0..count-1 of a seed. partials: pictures on the way; watched: whether every
-    pass is told; size: width and height where they are not the model's own."""
+    pass is told; size: width and height where they are not the model's own.
+
+    How pictures are sent: pixels: their width and height; scaled: whether the model draws another size; kind: png, jpeg
+    or webp; link: as a data URL; strength: quality from 0 to 100, None: what suits the kind."""
 
     model: str
     prompt: str
@@ -26,31 +28,34 @@ class Order:
     partials: int = 0
     watched: bool = False
     size: tuple[int, int] | None = None
+    pixels: tuple[int, int] | None = None
+    scaled: bool = False
+    kind: str = "png"
+    link: bool = False
+    strength: int | None = None
 
     @property
     def place(self) -> str:
         """What its images share passes with: those of a model, of one size."""
-        return self.model if self.size is None else f"{self.model} {self.size[0]}x{self.size[1]}"
+        return self.model if self.size is None else f"{self.model} {written(self.size)}"
+
+
+def written(size: tuple[int, int]) -> str:
+    """WIDTHxHEIGHT."""
+    return f"{size[0]}x{size[1]}"
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A picture on the way: the `number`-th of image `index`, grey where nothing is drawn yet."""
+    """A picture on the way of image `index`, grey where nothing is drawn yet. number: which one of those that an order
+    asks for (None: of those for who watches); seconds: since the image's first pass; done: tokens."""
 
     index: int
-    number: int
-    picture: Image.Image
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What passes did since the last one told. seconds: since the image's first pass; done: tokens."""
-
-    index: int
+    number: int | None
     seconds: float
     done: int
     passes: int
-    picture: Image.Image | None
+    picture: Image.Image
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Finished:
         return self.image.index
 
 
-Event = Partial | Progress | Finished | Exception  # an exception: the order comes to nothing, and why
+Event = Partial | Finished | Exception  # an exception: the order comes to nothing, and why
 
 
 @dataclass(eq=False)
@@ -97,9 +102,3 @@ class Drawn:
     shown: float = 0.0
     watching: bool = False  # a picture for who watches is being made
     painting: Future[None] | None = None
-
-
-def busy(seconds: int) -> ApiError:
-    """The queue is full. seconds: after which it is worth trying again."""
-    message, headers = f"the server is busy: try again in {seconds} s", {"retry-after": str(seconds)}
-    return ApiError(429, message, code="queue_full", headers=headers)

@@ -12,9 +12,8 @@ from typing import Any
 from bozzetto.errors import UsageError
 from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.serve.answers import Form
 from bozzetto.serve.methods import lossy, own_sampling, takes_negative
-from bozzetto.serve.orders import Order
+from bozzetto.serve.orders import Order, written
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.schema import Drawing, ImageGeneration
 from bozzetto.serve.worker import Worker
@@ -29,11 +28,6 @@ _OURS = "dall-e"  # such a model's pictures are links at OpenAI, where nothing e
 def refused(message: str, param: str) -> ApiError:
     """A 400."""
     return ApiError(400, message, param=param, code="invalid_value")
-
-
-def written(size: tuple[int, int]) -> str:
-    """WIDTHxHEIGHT."""
-    return f"{size[0]}x{size[1]}"
 
 
 def _check_words(pipe: Pipeline, asked: Drawing) -> None:
@@ -65,9 +59,9 @@ class Terms:
             raise ApiError(404, message, param="model", code="model_not_found")
         return found
 
-    def order(self, asked: Drawing, watched: bool = False) -> tuple[Order, Form]:
-        """The order of a request, and how its pictures are sent. Raises ApiError for what can be told at once not to be
-        served; the rest is found before the first pass (Worker)."""
+    def order(self, asked: Drawing, watched: bool = False) -> Order:
+        """The order of a request. Raises ApiError for what can be told at once not to be served; the rest is found
+        before the first pass (Worker)."""
         name, worker = self.model(asked.model), self.worker
         try:
             worker.pipes[name].need_pictures()
@@ -93,10 +87,9 @@ class Terms:
         self._check_drafter(name, settings.drafter)
         pipe = worker.pipes[name]
         _check_words(pipe, asked)
-        drawn, form = self._form(pipe, images)
+        form = {} if images is None else self._form(pipe, images)
         seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-        size = None if drawn == pipe.size else drawn
-        return Order(name, asked.prompt, settings.with_own(pipe.own), seed, count, partials, watched, size), form
+        return Order(name, asked.prompt, settings.with_own(pipe.own), seed, count, partials, watched, **form)
 
     def _check_drafter(self, name: str, asked: Drafting) -> None:
         """Raises ApiError for a trained drafter that the model comes without."""
@@ -106,11 +99,9 @@ class Terms:
                 message = f"drafter {wanted!r} is not allowed for {name} (allowed: {', '.join(there)})"
                 raise refused(message, "speculation.drafter")
 
-    def _form(self, pipe: Pipeline, asked: ImageGeneration | None) -> tuple[tuple[int, int], Form]:
-        """The size of pictures as they are drawn, and how they are sent. Raises ApiError for a size or a compression
-        that they cannot have."""
-        if asked is None:
-            return pipe.size, Form(pipe.size)
+    def _form(self, pipe: Pipeline, asked: ImageGeneration) -> dict[str, Any]:
+        """How an order has its pictures drawn and sent. Raises ApiError for a size or a compression that they cannot
+        have."""
         kind, strength = asked.output_format, asked.output_compression
         if kind == "png" and strength not in (None, 100):
             raise refused(f"output_compression = {strength} is not allowed for png: 100", "output_compression")
@@ -118,7 +109,8 @@ class Terms:
         if asked.response_format is None:
             link = (asked.model or "").startswith(_OURS)
         drawn, wanted = self._size(asked.size, pipe)
-        return drawn, Form(wanted, wanted != drawn, kind, link, strength)
+        sizes = {"size": None if drawn == pipe.size else drawn, "pixels": wanted, "scaled": wanted != drawn}
+        return {**sizes, "kind": kind, "link": link, "strength": strength}
 
     def _size(self, size: str, pipe: Pipeline) -> tuple[tuple[int, int], tuple[int, int]]:
         """Width and height that are drawn for the size that is asked for, and those that it is."""

@@ -24,7 +24,7 @@ from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
-from bozzetto.serve.orders import Drawn, Event, Finished, Job, Order, Partial, Progress, busy
+from bozzetto.serve.orders import Drawn, Event, Finished, Job, Order, Partial
 from bozzetto.serve.problems import ApiError
 from bozzetto.settings import GenerateSettings
 
@@ -87,7 +87,9 @@ class Worker(threading.Thread):
                 post(self.failure)
                 return job
             if self.held + order.count > self.slots + self.queue:
-                raise busy(max(1, round(self.held * self.pace)))
+                seconds = max(1, round(self.held * self.pace))
+                message, headers = f"the server is busy: try again in {seconds} s", {"retry-after": str(seconds)}
+                raise ApiError(429, message, code="queue_full", headers=headers)
             self.held += order.count
             self.metrics.waiting(self.held)
             self.inbox.append(job)
@@ -341,22 +343,21 @@ class Worker(threading.Thread):
         job, image, order = drawn.job, drawn.image, drawn.job.order
         assert drawn.began is not None
         pipe = loop.pipe
-        due = drawn.told < order.partials and (
-            image.count * (order.partials + 1) >= (drawn.told + 1) * pipe.target.length
-        )
-        if due:
-            drawn.told += 1
-            number, tokens = drawn.told - 1, loop.partial(image)
-            self._paint(drawn, lambda: job.post(Partial(image.index, number, pipe.preview(*tokens))))
-        if order.watched and not drawn.watching and now - drawn.shown >= _WATCHED:
+        number = None
+        share = (drawn.told + 1) * pipe.target.length
+        if drawn.told < order.partials and image.count * (order.partials + 1) >= share:
+            number, drawn.told = drawn.told, drawn.told + 1
+        elif order.watched and not drawn.watching and now - drawn.shown >= _WATCHED:
             drawn.shown, drawn.watching = now, True
-            seconds, passes, seen = now - drawn.began, image.passes, loop.partial(image)
+        else:
+            return
+        seconds, passes, seen = now - drawn.began, image.passes, loop.partial(image)
 
-            def paint() -> None:
-                job.post(Progress(image.index, seconds, seen[1], passes, pipe.preview(*seen)))
-                drawn.watching = False
+        def paint() -> None:
+            job.post(Partial(image.index, number, seconds, seen[1], passes, pipe.preview(*seen)))
+            drawn.watching = False
 
-            self._paint(drawn, paint)
+        self._paint(drawn, paint)
 
     def _paint(self, drawn: Drawn, work: Callable[[], Any]) -> None:
         """Do this work after what was to be done for the same image before: pictures leave in their order."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.runtime.dense import Dense
-from bozzetto.runtime.linear import KernelDense, own_linear_pays
+from bozzetto.runtime.linear import fixed_map, own_linear_pays
 from bozzetto.targets.denoiser import Denoiser
 
 LN_EPS = 1e-6
@@ -71,7 +71,8 @@ class PackedDenoiser:
         for start in self._scales():  # "1 + scale" becomes part of the bias
             bias[start : start + self.width] += 1
         own = kernels and own_linear_pays(weight)
-        self.modulation = (KernelDense if own else Dense)(weight, bias, dtype)  # [(3 depth + 2) width, width]
+        # [(3 depth + 2) width, width]
+        self.modulation = fixed_map(weight, dtype, bias) if own else Dense(weight, bias, dtype)
         self.narrow = self.few = _Narrow(net, dtype)
         if dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
             self.few = _Narrow(net, torch.float32)

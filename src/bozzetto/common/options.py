@@ -53,7 +53,8 @@ class MethodOptions:
     drafter: str = "auto"
     """auto: what suits the model, without bias; jacobi: guess several tokens ahead and check them in one pass; none:
     plain sequential decoding; eagle, glance, plane, block: a trained drafter (eagle:tree=chain-5), alone or beside
-    windows (jacobi:fill=glance, jacobi:second=eagle); model: a smaller target (model:folder=DIR)."""
+    windows (jacobi:fill=glance, jacobi:second=eagle); sketch: a trained drafter of continuous tokens (sketch:length=4);
+    model: a smaller target (model:folder=DIR)."""
     rule: str = "auto"
     """auto: as the model and the drafter suggest. Codes: seed-exact, the very tokens that sequential decoding of the
     seed gives; exact, the same law, other tokens. For eagle and model also tree, traversal, block (exact) and lantern,

@@ -7,7 +7,7 @@ from bozzetto.drafters.jacobi import Jacobi
 from bozzetto.evaluate.bench import CeilingProbe
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.rules.seed_exact import SeedExact
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 
 _LABELS, _INDEX = torch.zeros(50, dtype=torch.int64), torch.arange(50)
 

@@ -20,7 +20,7 @@ from bozzetto.drafts import Layout, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
 from bozzetto.targets.compiled_cache import compile_target
-from bozzetto.targets.drift import DriftConfig, DriftModel, DriftTarget, OneStep, guided_features
+from bozzetto.targets.drift import DriftConfig, DriftModel, DriftTarget, guided_features, one_step
 from bozzetto.targets.layers import attention_entropy
 from bozzetto.train.drift import anti_symmetric_force, drift_force, energy_distance, teacher_tokens
 from test_flow_model import CONFIG as FLOW
@@ -249,8 +249,8 @@ def test_another_base_and_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_the_schedule_is_one_step_that_says_nothing_before() -> None:
-    ancestry = OneStep().ancestry(torch.device("cpu"))
-    assert OneStep().steps == 1 and float(ancestry.signal[0]) == 0 and float(ancestry.of_token[0]) == 1
+    ancestry = one_step().ancestry(torch.device("cpu"))
+    assert one_step().steps == 1 and float(ancestry.signal[0]) == 0 and float(ancestry.of_token[0]) == 1
     assert NormalField(0, INDEX, N, 1, 3) is not None
 
 

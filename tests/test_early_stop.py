@@ -9,7 +9,7 @@ from bozzetto.drafters.early_stop import EarlyStop, flatness_of
 from bozzetto.drafts import Verdict
 from bozzetto.errors import UsageError
 from bozzetto.methods.table import make_drafter, read_method
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import constant_target, decode, sketched
 
 V = 8

@@ -12,7 +12,7 @@ from bozzetto.drafts import CODES, Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import DRAFTERS, RULES, make_drafter, make_rule, named
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, decode, sketched, tiny_llamagen
 
 TARGET = TabularTarget(4, 5, spread=1.0, seed=2)

@@ -15,7 +15,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, weighted_draw
 from bozzetto.rules.base import Noise, leading
 from bozzetto.rules.exact import Exact, residual
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 40_000, 1e-3, 1e-9

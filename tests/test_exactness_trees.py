@@ -15,7 +15,7 @@ from bozzetto.methods.table import RULES
 from bozzetto.rules.base import Noise
 from bozzetto.rules.traversal import Traversal
 from bozzetto.rules.tree import TreeRejection
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, alternating_target, cells, constant_target, decode, p_value, sketched
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9

@@ -14,7 +14,7 @@ from torch import Tensor
 from bozzetto.checkpoints.folders import load_target, read_config, write_model
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
-from bozzetto.drafters.base import NoDrafter
+from bozzetto.drafters.base import Drafter
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NormalField
@@ -184,7 +184,7 @@ def slow_loop(guidance: float, temperature: float, seed: int) -> Tensor:
 
 
 def batch_of(guidance: float = 1.0, temperature: float = 1.0) -> EagerBatch:
-    return EagerBatch(TARGET, NoDrafter(D), Plain(), LawSettings(guidance=guidance, temperature=temperature))
+    return EagerBatch(TARGET, Drafter(D), Plain(), LawSettings(guidance=guidance, temperature=temperature))
 
 
 def decoded(guidance: float = 1.0, temperature: float = 1.0, seed: int = 7) -> DecodeState:

@@ -14,7 +14,7 @@ from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.laws.categorical import LawSettings, coin_margin
 from bozzetto.methods.table import make_rule
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, decode, sketched
 
 IMAGES, V, N = 20_000, 6, 5

@@ -24,7 +24,7 @@ from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianD
 from bozzetto.drafts import VECTORS, Verdict
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import Trajectory, sample_trajectory
-from bozzetto.laws.gaussian import AffineChain, GaussianChain
+from bozzetto.laws.gaussian import AffineChain, gaussian_chain
 from bozzetto.laws.noise import NormalField, image_keys
 from bozzetto.methods.table import make_rule, read_drafter
 from bozzetto.pipeline.pipelines import FlowPipeline
@@ -111,7 +111,7 @@ def test_a_step_for_all_places_is_the_step_for_each() -> None:
 
 def test_a_gaussian_chain_predicts_the_posterior_mean_of_its_token() -> None:
     centre, spread = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.8, 1.7]])
-    law = GaussianChain(centre, spread, SCHEDULE.ancestry(CPU), SCHEDULE.std.float(), (1, 1))
+    law = gaussian_chain(centre, spread, SCHEDULE.ancestry(CPU), SCHEDULE.std.float(), (1, 1))
     x, place = torch.randn(1, 2), torch.tensor([0])
     for step in range(1, 5):
         t = SCHEDULE.time[step].item()

@@ -292,7 +292,7 @@ from pathlib import Path
 from bozzetto import load
 from bozzetto.cli.main import main
 from bozzetto.serve.methods import lossy, methods_of
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import EXACT_RULES, PLAIN, WINDOW_RULES, decode, p_value
 
 model = sys.argv[1]

@@ -24,7 +24,7 @@ from bozzetto.rules.exact import Exact
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.rules.relaxed import Annealed, Grouped, KeepingRule
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import PLAIN, RELAXED_RULES, cells, fit_p_value, sketched
 
 _SPEC = importlib.util.spec_from_file_location("toy_bias", Path(__file__).parent.parent / "benchmarks" / "toy_bias.py")

@@ -21,7 +21,7 @@ from bozzetto.laws.categorical import LawSettings, weighted_draw
 from bozzetto.methods.table import make_drafter, read_method
 from bozzetto.rules.base import Noise, leading
 from bozzetto.rules.exact import Exact
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value, p_value
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9

@@ -9,7 +9,7 @@ from torch import Tensor
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.laws.noise import STREAM_TOKEN, fold, gumbel, image_keys
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import PLAIN, WINDOW_RULES, decode, tiny_llamagen
 
 TARGET = TabularTarget(5, 5, seed=11)

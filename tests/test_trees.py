@@ -15,7 +15,7 @@ from bozzetto.drafts.tree import SHAPES, chain_tree, make_tree, static_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_DRAFT, GumbelField, image_keys
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 from toys import PLAIN, cells, fit_p_value, sketched
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from bozzetto.methods.table import RULES, make_drafter, make_rule, named
 from bozzetto.rules.base import Rule
 from bozzetto.targets.base import Target
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.targets.tabular import TabularTarget
+from tabular import TabularTarget
 
 PLAIN = LawSettings()
 WINDOW_RULES = [name for name, rule in named(RULES, CODES).items() if rule.window and rule.exact]

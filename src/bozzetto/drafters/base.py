@@ -66,7 +66,8 @@ class Observation:
 
 
 class Drafter:
-    """begin, then propose / observe in turn. All tensors are batched over the images still being decoded.
+    """begin, then propose / observe in turn. All tensors are batched over the images still being decoded. This one
+    proposes nothing, ever: plain sequential decoding as a case of the same loop.
 
     model: the draft model that is asked, if any; dim: numbers of a token (None: codes); stop: where drafts end early
     (drafters/early_stop.py; 0: nowhere); draws_fixed: whether drafts are drawn with the fixed noise, whatever the rule
@@ -79,6 +80,9 @@ class Drafter:
     dim: int | None = None
     stop = 0.0
     draws_fixed = False
+
+    def __init__(self, dim: int | None = None):
+        self.dim = dim
 
     @property
     def tokens(self) -> str:
@@ -114,7 +118,7 @@ class Drafter:
 
     def propose(self, batch: int, limit: int) -> Draft:
         """Drafts for at most `limit` positions per image where they are a chain; a tree may reach further."""
-        raise NotImplementedError
+        return self.nothing(batch)
 
     def nothing(self, batch: int) -> Draft:
         """No drafts."""
@@ -134,16 +138,6 @@ class Drafter:
         for part in (self.model, self.early):
             if part is not None:
                 part.keep(rows)
-
-
-class NoDrafter(Drafter):
-    """Proposes nothing, ever: plain sequential decoding as a case of the same loop."""
-
-    def __init__(self, dim: int | None = None):
-        self.dim = dim
-
-    def propose(self, batch: int, limit: int) -> Draft:
-        return self.nothing(batch)
 
 
 class DraftModel:

@@ -32,7 +32,7 @@ from bozzetto.drafts import Draft, Layout
 from bozzetto.drafts.tree import comb_tree, link
 from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
 from bozzetto.laws.chain import Ancestry, Trajectory
-from bozzetto.laws.gaussian import GaussianChain
+from bozzetto.laws.gaussian import gaussian_chain
 from bozzetto.laws.noise import fold, gumbel
 
 _ABOVE = 0.47  # how a latent follows the one above it, measured on photographs
@@ -289,13 +289,8 @@ class JacobiVectors(Jacobi):
         """First drafts at positions int64 [B, L]: paths [B, L, ...], with the positions' own noise."""
         rows = torch.arange(len(position), device=position.device)[:, None]
         centre = _ABOVE * self.known[rows, position].flatten(0, 1)  # the token above
-        law = GaussianChain(
-            centre,
-            torch.full_like(centre, self.spread),
-            self.ancestry,
-            self.tempered,
-            (len(position), position.shape[1]),
-        )
+        spread, shape = torch.full_like(centre, self.spread), (len(position), position.shape[1])
+        law = gaussian_chain(centre, spread, self.ancestry, self.tempered, shape)
         path = law.sample(self.start.noise.rows(position).flatten(0, 1))
         path = Trajectory(*(part.unflatten(0, position.shape) for part in path))
         return path if self.start.with_laws else _only_tokens(path.token)

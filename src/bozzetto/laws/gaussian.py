@@ -75,8 +75,8 @@ class AffineChain(ChainLaw):
         return Trajectory(self._back(torch.stack(states, 1)), self._back(torch.stack(means, 1)), std)
 
 
-class GaussianChain(AffineChain):
+def gaussian_chain(
+    centre: Tensor, spread: Tensor, ancestry: Ancestry, std: Tensor, shape: tuple[int, int]
+) -> AffineChain:
     """The chain of N(centre, spread^2) at R places. centre, spread: float32 [R, D], spread > 0; the rest as above."""
-
-    def __init__(self, centre: Tensor, spread: Tensor, ancestry: Ancestry, std: Tensor, shape: tuple[int, int]):
-        super().__init__(*gaussian_tables(centre, spread.square(), ancestry), ancestry, std, shape)
+    return AffineChain(*gaussian_tables(centre, spread.square(), ancestry), ancestry, std, shape)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from bozzetto.common.written import NO_OPTION, Written
-from bozzetto.drafters.base import Drafter, NoDrafter
+from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.drift import DriftDrafter
 from bozzetto.drafters.gaussian import GaussianDrafter
 from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, JacobiVectors, SecondGuess
@@ -69,8 +69,7 @@ class NoDrafts(Drafting):
     masked = True
 
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
-        vectors = target is not None and target.tokens == VECTORS
-        return NoDrafter(target.token_dim) if vectors else NoDrafter()
+        return Drafter(target.token_dim if target is not None and target.tokens == VECTORS else None)
 
 
 @dataclass(frozen=True)

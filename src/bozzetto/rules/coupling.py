@@ -17,7 +17,6 @@ needs nothing but the densities.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,11 +88,12 @@ def redraw(draft: Gaussian, target: Gaussian, keys: Tensor) -> Tensor:
             raise UsageError(f"a redraw did not end after {before} tries: the laws of a step are not finite")
         attempt = torch.arange(size, device=keys.device)
         rows = left.repeat_interleave(size)
-        trial = _try(draft.rows(rows), target.rows(rows), fold(keys[left, None], before + 1 + attempt).flatten())
-        lives = (trial.u * trial.bound < trial.missing).view(-1, size)
+        tried = fold(keys[left, None], before + 1 + attempt).flatten()
+        y, coin, missing, _ = _try(draft.rows(rows), target.rows(rows), tried)
+        lives = (coin < missing).view(-1, size)
         first = torch.where(lives, attempt, size).amin(1)  # the first that survives: groups change nothing
         found = (first < size).nonzero()[:, 0]
-        out[left[found]] = trial.y[found * size + first[found]]
+        out[left[found]] = y[found * size + first[found]]
         left = left[first == size]
         # Passes over the rows cost more than rows.
         before, size = before + size, min(4 * size, _LARGEST_GROUP)
@@ -108,26 +108,15 @@ def race_round(log_weight: Tensor, draft: Gaussian, target: Gaussian, keys: Tens
     the law norm([w p - q]+). Each round gives both their share by a coin: on heads a draw of the target survives with
     probability w - q/p, tails have lost.
     """
-    trial = _try(draft, target, keys)
+    y, coin, missing, mass = _try(draft, target, keys)
     rest = -log_weight.expm1()  # 1 - w
-    heads = uniform(fold(keys, 3)) * (trial.mass + rest) < trial.mass
-    lives = trial.u * trial.bound < trial.missing - rest
-    return heads & lives, ~heads, trial.y
+    heads = uniform(fold(keys, 3)) * (mass + rest) < mass
+    return heads & (coin < missing - rest), ~heads, y
 
 
-class _Trial(NamedTuple):
-    """y: float32 [R, D], with density p G / E_p G; bound: G(y) >= (1 - q/p)_+ there, float64 [R]; missing: 1 - q/p;
-    mass: E_p G; u: a uniform."""
-
-    y: Tensor
-    bound: Tensor
-    missing: Tensor
-    mass: Tensor
-    u: Tensor
-
-
-def _try(draft: Gaussian, target: Gaussian, keys: Tensor) -> _Trial:
-    """A candidate for [w p - q]+.
+def _try(draft: Gaussian, target: Gaussian, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A candidate for [w p - q]+: y float32 [R, D], with density p G / E_p G, where G(y) >= (1 - q/p)_+; u G(y), for u
+    a uniform; 1 - q/p there; and E_p G, float64 [R] each.
 
     Plain draws of p (G = 1) survive about as often as the two laws differ, so that almost equal ones would need
     millions. In units of the target's noise z the log ratio is sum a z^2 + b z + c, and 1 - q/p is at most
@@ -166,8 +155,8 @@ def _try(draft: Gaussian, target: Gaussian, keys: Tensor) -> _Trial:
     same = still[0] & still[1] & (target.mean == draft.mean).all(-1)
     log_p_q = torch.where(point, torch.where(same, 0.0, torch.inf), log_p_q)
     bound = torch.where(tilted, terms.abs().sum(-1) + product.abs() + constant.abs(), 1.0)
-    y = target.at(z.float())
-    return _Trial(y, bound, -(-log_p_q).expm1(), torch.where(tilted, mass, 1.0), uniform(fold(keys, 0)))
+    y, coin = target.at(z.float()), uniform(fold(keys, 0)) * bound
+    return y, coin, -(-log_p_q).expm1(), torch.where(tilted, mass, 1.0)
 
 
 def _parts(law: Gaussian) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:

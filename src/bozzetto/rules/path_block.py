@@ -27,17 +27,6 @@ from bozzetto.rules.base import Noise, Rule, given, leading
 from bozzetto.rules.coupling import MOST_TRIES, excess, excess_draw, race_round
 
 
-@dataclass
-class _Broken:
-    """The first not fully accepted path of R images. draft, target: laws of its steps [R, T, ...]; log_w: float64 [R, T
-    + 1]; keys: int64 [R]."""
-
-    draft: Gaussian
-    target: Gaussian
-    log_w: Tensor
-    keys: Tensor
-
-
 @dataclass(frozen=True)
 class PathBlock(Rule):
     """Block verification of denoising paths; no parameters."""
@@ -64,44 +53,46 @@ class PathBlock(Rule):
         x, step = fresh[:, 0].clone(), torch.zeros_like(images)
         if len(rejected):
             at = (rejected, accepted[rejected])
-            broken = _Broken(drafted.kernels().rows(at), target.rows(at), log_w[at], key[rejected])
-            equal = law.isotropic and bool((broken.draft.std == broken.target.std).all())
-            kept, x[rejected] = self._closed(broken) if equal else self._raced(broken)
+            broken = (drafted.kernels().rows(at), target.rows(at), log_w[at], key[rejected])
+            equal = law.isotropic and bool((broken[0].std == broken[1].std).all())
+            kept, x[rejected] = _closed(*broken) if equal else _raced(*broken)
             step[rejected] = kept + 1
         own = finish(law, images * (length + 1) + accepted, x, step, fresh)
         tokens = torch.cat([draft.tokens, own[:, None]], 1)
         tokens[images, accepted] = own
         return Verdict(tokens, accepted)
 
-    def _closed(self, broken: _Broken) -> tuple[Tensor, Tensor]:
-        """Equal deviations: kept states' last index int64 [R] and the next state [R, D], without trial and error."""
-        draft, target, log_w = broken.draft, broken.target, broken.log_w[:, :-1]
-        delta = ((target.mean - draft.mean).double() / target.std.double()).norm(dim=-1)
-        mass = excess(log_w, delta)
-        steps = torch.arange(log_w.shape[1], device=log_w.device)
-        u = uniform(fold(fold(broken.keys, 2)[:, None], steps))
-        # Whatever is left at the start is kept there: w_0 = 1.
-        kept = torch.where(u * (mass - log_w.expm1()) < mass, steps, 0).amax(1)
-        at = (torch.arange(len(kept), device=kept.device), kept)
-        return kept, excess_draw(log_w[at], draft.mean[at], target.rows(at), fold(broken.keys, 3))
 
-    def _raced(self, broken: _Broken) -> tuple[Tensor, Tensor]:
-        """The same for any diagonal Gaussians. Raises UsageError where a race does not end, which finite densities
-        cannot cause."""
-        steps = broken.target.mean.shape[1]
-        level = torch.full_like(broken.keys, steps - 1)
-        x = torch.empty_like(broken.target.mean[:, 0])
-        left = torch.arange(len(level), device=level.device)
-        for attempt in range(MOST_TRIES + steps):
-            at = (left, level[left])
-            keys = fold(fold(broken.keys[left], 2), attempt)
-            won, lost, y = race_round(broken.log_w[at], broken.draft.rows(at), broken.target.rows(at), keys)
-            x[left[won]] = y[won]
-            level[left] = (level[left] - lost.long()).clamp_min(0)
-            left = left[~won]
-            if not len(left):
-                return level, x
-        raise UsageError(f"a race did not end after {MOST_TRIES + steps} rounds: the laws of a step are not finite")
+def _closed(draft: Gaussian, target: Gaussian, log_w: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the first not fully accepted path of R images, laws of its steps [R, T, ...], log_w float64 [R, T + 1], keys
+    int64 [R]: the last kept state's index int64 [R] and the next state [R, D]. Equal deviations: without trial and
+    error."""
+    log_w = log_w[:, :-1]
+    delta = ((target.mean - draft.mean).double() / target.std.double()).norm(dim=-1)
+    mass = excess(log_w, delta)
+    steps = torch.arange(log_w.shape[1], device=log_w.device)
+    u = uniform(fold(fold(keys, 2)[:, None], steps))
+    # Whatever is left at the start is kept there: w_0 = 1.
+    kept = torch.where(u * (mass - log_w.expm1()) < mass, steps, 0).amax(1)
+    at = (torch.arange(len(kept), device=kept.device), kept)
+    return kept, excess_draw(log_w[at], draft.mean[at], target.rows(at), fold(keys, 3))
+
+
+def _raced(draft: Gaussian, target: Gaussian, log_w: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for any diagonal Gaussians. Raises UsageError where a race does not end, which finite densities cannot
+    cause."""
+    steps = target.mean.shape[1]
+    level, x = torch.full_like(keys, steps - 1), torch.empty_like(target.mean[:, 0])
+    left = torch.arange(len(level), device=level.device)
+    for attempt in range(MOST_TRIES + steps):
+        at = (left, level[left])
+        won, lost, y = race_round(log_w[at], draft.rows(at), target.rows(at), fold(fold(keys[left], 2), attempt))
+        x[left[won]] = y[won]
+        level[left] = (level[left] - lost.long()).clamp_min(0)
+        left = left[~won]
+        if not len(left):
+            return level, x
+    raise UsageError(f"a race did not end after {MOST_TRIES + steps} rounds: the laws of a step are not finite")
 
 
 def weights(log_r: Tensor) -> Tensor:

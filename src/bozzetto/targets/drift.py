@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Layers, Size
 from bozzetto.errors import require
-from bozzetto.laws.chain import Ancestry, Gaussian
+from bozzetto.laws.chain import Gaussian
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.base import Scores
@@ -115,16 +115,11 @@ def guided_features(features: Tensor, scale: float | Tensor) -> Tensor:
     return torch.lerp(uncond.float(), cond.float(), torch.as_tensor(scale, device=features.device)).to(features.dtype)
 
 
-class OneStep(FlowSchedule):
-    """The sampler of a drift model as a schedule: one step, without noise of its own, from N(0, I) to the token."""
-
-    def __init__(self) -> None:
-        super().__init__(*(torch.zeros(1, dtype=torch.float64) for _ in range(4)))
-
-    def ancestry(self, device: torch.device) -> Ancestry:
-        """State 0 says nothing about the token."""
-        zero, one = torch.zeros(1, device=device), torch.ones(1, device=device)
-        return Ancestry(zero, one, one, zero)
+def one_step() -> FlowSchedule:
+    """The sampler of a drift model as a schedule: one step, without noise of its own, from N(0, I), which says nothing
+    about the token, to the token: state + (prediction - state)."""
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    return FlowSchedule(time=zero, of_state=one, of_velocity=one, std=zero)
 
 
 class DriftLaw(HeadLaw):
@@ -143,7 +138,7 @@ class DriftLaw(HeadLaw):
         super().__init__(target.head, condition, shape, 1.0, 1.0)
         self.centre = target.centre(hidden).float()
         self.spread = target.model.config.spread(entropy)[:, None] * temperature
-        self.ancestry = OneStep().ancestry(features.device)
+        self.ancestry = one_step().ancestry(features.device)
 
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
         return std.unsqueeze(-2).expand(*later.shape, -1)
@@ -184,7 +179,7 @@ class DriftTarget(FlowTarget):
 
     def sample_with(self, sampler: FlowSampler) -> None:
         """There is one way only."""
-        self.sampler, self.schedule = sampler, OneStep()
+        self.sampler, self.schedule = sampler, one_step()
 
     def read_out(self, x: Tensor) -> Scores:
         return Scores(None, x)

@@ -345,7 +345,7 @@ def work_of_masked(
     """Bytes and operations of a guided pass of the backbone, or of a call of the head for `width` tokens per image."""
     c, size, rows = network.config, torch.empty(0, dtype=dtype).element_size(), 2 * batch
     if part == "head call":
-        blocks = network.diffloss.net.blocks
+        blocks = network.diffloss.net.res_blocks
         weights = sum(layer.weight.numel() for block in blocks for layer in block.linears)
         return size * weights, 2 * rows * width * weights
     encoder, decoder = (

@@ -267,7 +267,7 @@ def test_published_drafters_load_with_the_rows_they_were_trained_with(
     convert_eagle(tmp_path / "drafter.bin", tiny_model, tmp_path / "out")
     made = load_drafter(tmp_path / "out", "eagle", target.config, target_digest(tiny_model))
     assert made.config.embedding == rows
-    assert torch.allclose(made.blocks[0].mlp.up_proj.weight, net.blocks[0].mlp.up_proj.weight, atol=1e-3)
+    assert torch.allclose(made.layers[0].mlp.up_proj.weight, net.layers[0].mlp.up_proj.weight, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch import Tensor
 from bozzetto import load
 from bozzetto.decoding.masked import MaskedBatch, place_order
 from bozzetto.decoding.state import DecodeState
-from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_TOKEN, NormalField, image_keys, normal_rows
+from bozzetto.methods.options import SmallerMasked
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.cspd import Cspd
 from bozzetto.rules.pathwise import Pathwise
@@ -111,9 +111,9 @@ def test_guidance_of_each_step():
         (MARSampler, "passes", 0),
         (MARSampler, "noisiest", 1000),
         (MARSampler, "guidance_schedule", "cosine"),
-        (DraftWindow, "draft_length", 0),
-        (DraftWindow, "prefill", 1.5),
-        (DraftWindow, "prefill", -0.1),
+        (SmallerMasked, "length", 0),
+        (SmallerMasked, "prefill", 1.5),
+        (SmallerMasked, "prefill", -0.1),
     ],
 )
 def test_settings_name_the_bad_value(kind, field, value):
@@ -234,7 +234,7 @@ class Way:
     drafted: bool = False
 
     def decoder(self, target: MARTarget = TARGET, **window: float) -> MaskedBatch:
-        made = DraftWindow(**{"draft_length": 3, "prefill": 0.25, **window})  # type: ignore[arg-type]
+        made = SmallerMasked(**{"length": 3, "prefill": 0.25, **window})  # type: ignore[arg-type]
         return MaskedBatch(target, self.rule, self.settings, DRAFTER if self.drafted else None, made)
 
 
@@ -328,7 +328,7 @@ def test_coupled_calls_the_head_less_often():
 def test_windows_with_the_target_as_its_own_drafter_are_the_plain_image():
     plain = Way(Plain()).decoder().run(LABELS, 0, INDEX)
     for rule in (Cspd("paper"), Pathwise(1e-3)):
-        decoder = MaskedBatch(TARGET, rule, GUIDED, TARGET, DraftWindow(3, 0.25))
+        decoder = MaskedBatch(TARGET, rule, GUIDED, TARGET, SmallerMasked(length=3, prefill=0.25))
         result = decoder.run(LABELS, 0, INDEX)
         torch.testing.assert_close(result.tokens, plain.tokens, atol=1e-3, rtol=1e-3)
         assert torch.equal(result.accepted, result.drafted)
@@ -347,7 +347,7 @@ def test_pathwise_without_slack_and_full_prefill_are_the_plain_image():
 def test_released_windows_are_always_committed_in_one_pass():
     """Prefill 2 of 8 steps, windows of 4, the last one shorter: passes 1 + 1 + 1 + 1."""
     spy = Spy()
-    decoder = Way(Cspd("released"), drafted=True).decoder(spy, draft_length=4, prefill=0.2)
+    decoder = Way(Cspd("released"), drafted=True).decoder(spy, length=4, prefill=0.2)
     events = list(decoder.passes(LABELS, 0, INDEX))
     starts = [sum(TARGET.counts(8)[:s]) for s in (0, 1, 2, 6, 8)]
     assert [e.count.tolist() for e in events] == [[n] * 3 for n in starts[1:]]
@@ -363,7 +363,7 @@ def test_released_windows_are_always_committed_in_one_pass():
 
 def test_paper_windows_see_the_drafts_and_end_at_the_first_rejection():
     spy = Spy()
-    decoder = Way(Cspd("paper"), drafted=True).decoder(spy, draft_length=3, prefill=0.25)
+    decoder = Way(Cspd("paper"), drafted=True).decoder(spy, length=3, prefill=0.25)
     events = list(decoder.passes(LABELS[:1], 0, INDEX[:1]))
     counts = TARGET.counts(8)
     starts = [sum(counts[:s]) for s in range(9)]
@@ -388,7 +388,7 @@ def test_context_of_a_window_matters():
     plain = MaskedBatch(target, Plain(), GUIDED).run(label, 0, index).tokens
     results = {}
     for variant in ("paper", "released"):
-        decoder = MaskedBatch(target, Cspd(variant, tries=0), GUIDED, target, DraftWindow(2, 0.0))
+        decoder = MaskedBatch(target, Cspd(variant, tries=0), GUIDED, target, SmallerMasked(length=2, prefill=0.0))
         results[variant] = decoder.run(label, 0, index)
     torch.testing.assert_close(results["paper"].tokens, plain, atol=1e-3, rtol=1e-3)
     assert results["paper"].passes.item() == 2 and results["released"].passes.item() == 1

@@ -70,7 +70,7 @@ def test_only_one_layer_lies_in_memory_before_it_is_laid_out(folder: Path, dtype
     network = load_target(folder, "llamagen", dtype=dtype)
     assert isinstance(network.layers, Streamed) and not [n for n, _ in network.named_parameters() if "layers" in n]
     gone: list[Any] = []
-    for layer in network.each_block():
+    for layer in network.layers:
         assert not [old for old in gone if old() is not None]
         assert layer.attention.wqkv.weight.dtype == dtype
         gone.append(weakref.ref(layer.attention))

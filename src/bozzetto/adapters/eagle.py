@@ -38,7 +38,7 @@ class PromptedEagle(EagleLayerCache, DraftModel):
         mask = additive(seen, t.dtype)[:, None]
         place = (at - blank).clamp_min(0)
         out = t.body(inputs_embeds=embedded, position_ids=place, attention_mask=mask, use_cache=False)
-        return Lead(embedded[:, 1:], out.last_hidden_state[:, :-1], longest - 1 - blank[:, 0])
+        return embedded[:, 1:], out.last_hidden_state[:, :-1], longest - 1 - blank[:, 0]
 
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)

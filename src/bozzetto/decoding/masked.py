@@ -25,12 +25,12 @@ from bozzetto.decoding.batch import RowBatch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.kinds import check_continuous
 from bozzetto.decoding.state import DecodeState
-from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import ChainLaw, Trajectory, sample_trajectory
 from bozzetto.laws.noise import STREAM_ORDER, STREAM_TOKEN, fold, image_keys, normal_rows
+from bozzetto.methods.options import SmallerMasked
 from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.reflection import Plain
 from bozzetto.targets.mar_target import MARTarget
@@ -79,12 +79,12 @@ class MaskedBatch(RowBatch):
         rule: Rule,
         settings: LawSettings,
         drafter: MARTarget | None = None,
-        drafts: DraftWindow | None = None,
+        drafts: SmallerMasked | None = None,
         slots: int = 1 << 30,
     ):
         _check(target, rule, settings, drafter)
-        self.drafts, self.last = drafts or DraftWindow(), target.sampler.passes
-        super().__init__(target, slots, 1 if drafter is None else self.drafts.draft_length)
+        self.drafts, self.last = drafts or SmallerMasked(), target.sampler.passes
+        super().__init__(target, slots, 1 if drafter is None else self.drafts.length)
         self.rule, self.settings, self.drafter = rule, settings, drafter
         self.starts = [0, *accumulate(target.counts(self.last))]  # [steps + 1]: step s draws from starts[s] on
         self.guidances = target.guidances(settings.guidance, self.last)
@@ -182,7 +182,7 @@ class MaskedBatch(RowBatch):
     def _drafted(self, images: _Images, first: int) -> tuple[Tensor, int, Verdict, Draft]:
         """A window of steps from `first` on, drafted and verified: its places int64 [B, W], passes, the verdict and the
         draft."""
-        last = min(self.last, first + self.drafts.draft_length)
+        last = min(self.last, first + self.drafts.length)
         draft, filled = self._draft(images, first, last)
         self.meter.lap("draft")
         if self.blind:

@@ -30,13 +30,13 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, rotate_pairs, visible
+from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, visible
 from bozzetto.targets.llamagen import LlamaGenConfig
+from bozzetto.targets.llamagen_cache import PackedLayer
 
 Rows = Literal["tokens", "head"]  # of the target that stand for a token
 Before = Literal["nothing", "captions", "words"]  # in the sequences that a drafter was trained on
 Conditions = Callable[[Tensor, bool], Tensor]
-_HEAD_EPS = 1e-5  # of the norms of heads
 QUIET = {"quiet": True}  # a field that config.json holds only where it is not the usual
 
 
@@ -112,6 +112,7 @@ class EagleNet(nn.Module):
     """The trainable part: no embedding and no head, which are the target's own, frozen."""
 
     rope: Tensor
+    layers: Any  # of EagleLayer
 
     def __init__(self, config: EagleConfig):
         super().__init__()
@@ -126,18 +127,13 @@ class EagleNet(nn.Module):
                 nn.init.normal_(weight, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
-        for layer in self.blocks[1:]:
+        for layer in self.layers[1:]:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def reset_rope(self) -> None:
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base)
-
-    @property
-    def blocks(self) -> list[EagleLayer]:
-        """The layers, typed."""
-        return [layer for layer in self.layers if isinstance(layer, EagleLayer)]
 
     def roll_out(self, features: Tensor, embedded: Tensor, steps: int) -> list[Tensor]:
         """Predictions of `steps` roll-out steps over whole sequences, the slow twin of cached drafting.
@@ -154,7 +150,7 @@ class EagleNet(nn.Module):
         for step in range(1, steps + 1):
             h = self.fc(torch.cat([embedded, fed], -1))
             mask = _roll_out_mask(at, step).to(h.dtype)
-            for layer, (keys, values) in zip(self.blocks, seen, strict=True):
+            for layer, (keys, values) in zip(self.layers, seen, strict=True):
                 q, k, v = self._project(layer, layer.before(h), rotation)
                 keys.append(k)
                 values.append(v)
@@ -179,30 +175,21 @@ def _roll_out_mask(at: Tensor, step: int) -> Tensor:
     return torch.zeros(len(at), step * len(at), device=at.device).masked_fill(~torch.cat(blocks, 1), -torch.inf)
 
 
-class _PackedEagle:
+def _packed(layer: EagleLayer, dtype: torch.dtype) -> PackedLayer:
     """A drafter layer's maps in the compute dtype."""
-
-    def __init__(self, layer: EagleLayer, dtype: torch.dtype):
-        a, m, before = layer.self_attn, layer.mlp, layer.input_layernorm
-        self.wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
-        self.w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
-        self.wo, self.w2 = Dense.of(a.o_proj, dtype), Dense.of(m.down_proj, dtype)
-        self.before = None if before is None else before.weight.to(dtype)
-        both = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
-        self.head_norms = (
-            None if None in both else [torch.stack([getattr(n, p) for n in both]).to(dtype) for p in ("weight", "bias")]
-        )
-        self.gain = layer.post_attention_layernorm.weight.to(dtype)
+    a, m, before = layer.self_attn, layer.mlp, layer.input_layernorm
+    wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
+    w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
+    gains = None if before is None else before.weight.to(dtype), layer.post_attention_layernorm.weight.to(dtype)
+    norms = None
+    if "q_norm" in a:
+        norms = [torch.stack([getattr(n, part) for n in (a.q_norm, a.k_norm)]).to(dtype) for part in ("weight", "bias")]
+    return PackedLayer(wqkv, Dense.of(a.o_proj, dtype), w13, Dense.of(m.down_proj, dtype), *gains, norms)
 
 
-@dataclass
-class Lead:
-    """Pairs before the first image token of R rows, padded on the left: embedded tokens and features [R, L, d]; count:
-    int64 [R], how many are real (None: all)."""
-
-    embedded: Tensor
-    features: Tensor
-    count: Tensor | None = None
+# Pairs before the first image token of R rows, padded on the left: embedded tokens and features [R, L, d]; how many are
+# real, int64 [R] (None: all).
+Lead = tuple[Tensor, Tensor, Tensor | None]
 
 
 class EagleLayerCache:
@@ -218,7 +205,7 @@ class EagleLayerCache:
     def __init__(self, net: EagleNet, dtype: torch.dtype):
         self.config, self.dtype, self.device = net.config, dtype, net.fc.weight.device
         self.fc = Dense.of(net.fc, dtype)
-        self.layers = [_PackedEagle(layer, dtype) for layer in net.blocks]
+        self.layers = [_packed(layer, dtype) for layer in net.layers]
         self.rope = torch.view_as_complex(net.rope.contiguous())  # complex64 [N, hd/2]
         if net.config.before == "captions":  # whose pairs are not turned, and not looked at by their keys: zero
             self.rope = torch.cat([torch.zeros_like(self.rope[:1]), self.rope])
@@ -228,16 +215,16 @@ class EagleLayerCache:
         self.copies = 2 if guided else 1
         self.rows = len(labels) * self.copies
         lead = self.before(labels, guided)
-        first = 0 if lead is None else lead.features.shape[1]
+        first = 0 if lead is None else lead[1].shape[1]
         self.slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
         shape = (len(self.layers), 2, self.rows * self.slots, self.config.dim)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._number_slots(first)
-        self.count = None if lead is None else lead.count
+        self.count = None if lead is None else lead[2]
         if lead is not None and first:
             at = self.columns[:first].expand(self.rows, -1)
             seen = (at[:, None] <= at[:, :, None]) & self._open(self.columns[:first]) | (at[:, None] == at[:, :, None])
-            self._run(lead.embedded, lead.features, at, at, F.pad(seen, (0, self.slots - first)))
+            self._run(*lead[:2], at, at, F.pad(seen, (0, self.slots - first)))
 
     def _number_slots(self, first: int) -> None:
         """first_slot [R, 1]: where pair 0 of a row lies in the flat cache, behind `first` others; columns [S]: the pair
@@ -304,30 +291,13 @@ class EagleLayerCache:
 
     def _run(self, x: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
         """The same for all R rows. x [R, n, d]: embedded tokens."""
-        mask = additive(shown, self.dtype)
+        mask = additive(shown, self.dtype)[:, None]
         rotation = self._turns(position)[:, :, None, None]
         h = self.fc(torch.cat([x, features], -1))
         flat = (self.first_slot + slot).flatten()
         for layer, cache in zip(self.layers, self.cache, strict=True):
-            h = self._layer(layer, cache, h, rotation, flat, mask)
+            h = layer.run(self.config, cache, h, rotation, flat, mask, self._attend)
         return h
-
-    def _layer(self, w: _PackedEagle, cache: Tensor, h: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
-        """h [R, n, d]; cache [2, R S, d]; slot int64 [R n], of the flat cache; mask [R, n, S]."""
-        c = self.config
-        seen = h if w.before is None else F.rms_norm(h, (c.dim,), w.before, c.norm_eps)
-        qkv = w.wqkv(seen).unflatten(-1, (3, c.heads, c.head_dim))
-        both = qkv[:, :, :2]
-        if w.head_norms is not None:
-            gain, bias = w.head_norms
-            both = F.layer_norm(both, (c.head_dim,), None, None, _HEAD_EPS) * gain + bias
-        q, k = rotate_pairs(both, rotation).unbind(2)
-        cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
-        cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
-        keys, values = cache.view(2, self.rows, self.slots, c.heads, c.head_dim).transpose(2, 3).unbind(0)
-        h = h + w.wo(self._attend(q.transpose(1, 2), keys, values, mask[:, None]).transpose(1, 2).flatten(2))
-        gate, up = w.w13(F.rms_norm(h, (c.dim,), w.gain, c.norm_eps)).chunk(2, -1)
-        return h + w.w2(F.silu(gate) * up)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """q [R, H, n, hd]; keys, values [R, H, S, hd]; mask [R, 1, n, S] -> [R, H, n, hd]."""
@@ -366,7 +336,7 @@ class CachedEagle(EagleLayerCache, DraftModel):
         if self.config.before != "captions" or self.conditions is None:
             return None
         features = self.conditions(labels, guided)
-        return Lead(self.embedding[:1].expand(*features.shape[:2], -1), features)
+        return self.embedding[:1].expand(*features.shape[:2], -1), features, None
 
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)

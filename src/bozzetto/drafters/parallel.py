@@ -150,6 +150,7 @@ class BlockNet(nn.Module):
     """fc: pairs to contexts; marks: [K, d], what tells the places apart; before: low-rank table, token -> logits."""
 
     rope: Tensor
+    layers: Any  # of _BlockLayer
 
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -169,11 +170,6 @@ class BlockNet(nn.Module):
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base)
 
-    @property
-    def blocks(self) -> list[_BlockLayer]:
-        """The layers, typed."""
-        return [layer for layer in self.layers if isinstance(layer, _BlockLayer)]
-
     def rotated(self, x: Tensor, position: Tensor) -> Tensor:
         """x [R, n, d] at grid cells int64 [R or 1, n] -> heads, rotated: [R, n, H, hd]."""
         cell = position.clamp_max(len(self.rope) - 1)
@@ -188,7 +184,7 @@ class BlockNet(nn.Module):
         h = (gather_rows(context, anchors)[:, :, None] + self.marks).flatten(1, 2)
         past = (cell <= anchors[..., None]).repeat_interleave(c.places, 1)[:, None]  # [R, 1, A K, n]
         block = torch.ones(c.places, c.places, dtype=torch.bool, device=anchors.device).tril()
-        for layer in self.blocks:
+        for layer in self.layers:
             seen = layer.input_layernorm(h)
             q = self.rotated(layer.q_proj(seen), place).transpose(1, 2)  # [R, H, A K, hd]
             own_k, own_v = layer.kv_proj(seen).chunk(2, -1)
@@ -331,7 +327,7 @@ class CachedBlock(CachedParallel):
         old, new = start + self.step[: tokens.shape[1]], start + at + 1 + self.step[: c.places]
         h = gather_rows(context, at) + net.marks
         mask = additive(visible(self.step, (start + at + 1)[:, 0], c.places, None), self.dtype)[:, None]
-        for layer, (keys, values) in zip(net.blocks, self.held, strict=True):
+        for layer, (keys, values) in zip(net.layers, self.held, strict=True):
             input_ = layer.input_layernorm(h)
             for slot, part in ((old, context), (new, input_)):
                 k, v = layer.kv_proj(part).chunk(2, -1)

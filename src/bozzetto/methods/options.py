@@ -12,7 +12,6 @@ from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.drift import DriftDrafter
 from bozzetto.drafters.gaussian import GaussianDrafter
 from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, JacobiVectors, SecondGuess
-from bozzetto.drafters.masked_window import DraftWindow
 from bozzetto.drafters.trained import TRAINED
 from bozzetto.drafters.tree import Dynamic, Shape, TreeDrafter
 from bozzetto.drafts import VECTORS
@@ -230,12 +229,8 @@ class SmallerMasked(Drafting):
     masked = True
 
     def __post_init__(self) -> None:
-        self.steps  # noqa: B018  (raises UsageError)
-
-    @property
-    def steps(self) -> DraftWindow:
-        """How steps are drafted."""
-        return DraftWindow(self.length, self.prefill)
+        require(self.length >= 1, "length", self.length, "a whole number >= 1")
+        require(0 <= self.prefill <= 1, "prefill", self.prefill, "a number from 0 to 1")
 
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
         raise UsageError(f"drafter {self.text!r} is for masked models (allowed here: none, jacobi, sketch)")

@@ -243,7 +243,7 @@ class MaskedPipeline(Pipeline):
         if not asked.drafts:
             return MaskedBatch(target, rule, settings.law, slots=settings.batch)
         drafter = self._target(str(self._draft_folder(asked.folder)), sampler, settings.compile)
-        return MaskedBatch(target, rule, settings.law, drafter, asked.steps, settings.batch)
+        return MaskedBatch(target, rule, settings.law, drafter, asked, settings.batch)
 
     def weights(self, drafter: Drafting) -> Path | None:
         """As of `Resources`."""

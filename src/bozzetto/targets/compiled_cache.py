@@ -51,7 +51,7 @@ def compile_target(
         layer = network.token_embedding
         embed, head = VectorEmbedding(layer.weight, layer.bias, network.positions, target.dtype), None
     rope = network.rope[target.config.condition_tokens - 1 :]
-    step = CausalStep(target.config, network.each_block(), network.norm.weight, rope, embed, head, target.dtype)
+    step = CausalStep(target.config, network.layers, network.norm.weight, rope, embed, head, target.dtype)
     step.steady, step.probed = deterministic, target.probed
     compiler = Compiler(mode, report)
     target.step = CompiledStep(step, target.config.condition_tokens - 1, compiler)

@@ -30,9 +30,9 @@ class NarrowStep(nn.Module):
             fixed_map(part.weight, torch.float32, part.bias) for part in (net.input_proj, net.final_layer.linear)
         )
         self.blocks = nn.ModuleList()
-        for block in net.blocks:
+        for block in net.res_blocks:
             made = nn.Module()
-            up, down = block.linears
+            up, down = block.mlp[::2]
             made.up, made.down = (fixed_map(part.weight, dtype, part.bias) for part in (up, down))
             for name in ("weight", "bias"):
                 value = getattr(block.in_ln, name).detach().to(dtype)

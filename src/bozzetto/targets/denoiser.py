@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +41,14 @@ def time_features(times: Tensor, size: int = _FREQUENCIES, longest: float = 1000
 class TimeEmbedding(nn.Module):
     """An MLP over `time_features`."""
 
+    mlp: Any
+
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    @property
-    def linears(self) -> list[nn.Linear]:
-        """Its two linear maps, typed."""
-        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
-
     def forward(self, times: Tensor) -> Tensor:
-        return self.mlp(time_features(times).to(self.linears[0].weight.dtype))
+        return self.mlp(time_features(times).to(self.mlp[0].weight.dtype))
 
 
 class ModulatedBlock(nn.Module):
@@ -62,16 +59,6 @@ class ModulatedBlock(nn.Module):
         self.in_ln = nn.LayerNorm(width, eps=_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
-
-    @property
-    def modulation(self) -> nn.Linear:
-        """The linear map from the condition, typed."""
-        return cast(nn.Linear, self.adaLN_modulation[-1])
-
-    @property
-    def linears(self) -> list[nn.Linear]:
-        """Its two linear maps, typed."""
-        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)
@@ -86,11 +73,6 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    @property
-    def modulation(self) -> nn.Linear:
-        """The linear map from the condition, typed."""
-        return cast(nn.Linear, self.adaLN_modulation[-1])
-
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
         normed = F.layer_norm(x, (x.shape[-1],), eps=_EPS)
@@ -99,6 +81,8 @@ class FinalLayer(nn.Module):
 
 class Denoiser(nn.Module):
     """(noisy token, time, condition) -> prediction. It starts as the zero map."""
+
+    res_blocks: Any  # of ModulatedBlock
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
@@ -110,21 +94,15 @@ class Denoiser(nn.Module):
         self.final_layer = FinalLayer(config.width, config.out_dim)
         self._initialise()
 
-    @property
-    def blocks(self) -> list[ModulatedBlock]:
-        """The residual blocks, typed."""
-        return [block for block in self.res_blocks if isinstance(block, ModulatedBlock)]
-
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in self.time_embed.linears:
+        for layer in self.time_embed.mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)
-        layers: list[ModulatedBlock | FinalLayer] = [*self.blocks, self.final_layer]
-        for block in layers:
-            nn.init.zeros_(block.modulation.weight)
+        for block in (*self.res_blocks, self.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:

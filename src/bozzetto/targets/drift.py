@@ -75,7 +75,7 @@ class DriftModel(nn.Module):
         """The modules that are the variant's own, by name."""
         made: dict[str, nn.Module] = {"centre": self.centre, "decoder": self.decoder}
         if self.config.tuned:
-            blocks = self.flow.blocks
+            blocks = list(self.flow.layers)
             first = len(blocks) - self.config.tuned
             made |= {f"flow.layers.{first + i}": block for i, block in enumerate(blocks[first:])}
             made["flow.norm"] = self.flow.norm
@@ -93,9 +93,9 @@ class DriftModel(nn.Module):
         x, rotation = flow.drop(x + flow.positions[:width]), flow.rope[None, :width, None]
         seen = torch.ones(1, width, width, dtype=torch.bool, device=x.device).tril()
         entropy = x.new_zeros(len(x), width)
-        for number, block in enumerate(flow.blocks):
+        for number, block in enumerate(flow.layers):
             if number == self.probed:
-                q, k, _ = (part.transpose(1, 2) for part in block.attention.project(block.attention_norm(x), rotation))
+                q, k, _ = (part.transpose(1, 2) for part in block.project(x, rotation))
                 entropy = attention_entropy(q, k, seen)
             x = block(x, rotation)
         return flow.norm(x), entropy

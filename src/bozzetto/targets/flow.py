@@ -10,8 +10,8 @@ class, input index i >= 1 carries token i - 1; the condition at input index i is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class FlowModel(nn.Module):
     """The whole-sequence network, used for training and as the slow twin of the cached decoder."""
 
     rope: Tensor
+    layers: Any  # of TransformerBlock
 
     def __init__(self, config: FlowConfig, dropout: float = 0.0):
         super().__init__()
@@ -85,22 +86,13 @@ class FlowModel(nn.Module):
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = self.config.body.rope()
 
-    def each_block(self) -> Iterator[TransformerBlock]:
-        """The layers in turn, typed."""
-        return (layer for layer in self.layers if isinstance(layer, TransformerBlock))
-
-    @property
-    def blocks(self) -> list[TransformerBlock]:
-        """The layers, typed."""
-        return list(self.each_block())
-
     def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """Conditions of tokens 0..n: labels int64 [B] (config.classes: unconditional), tokens float [B, n, D], n < N ->
         [B, n + 1, dim]."""
         x = torch.cat([self.cls_embedding(labels), self.token_embedding(tokens)], dim=1)
         width = x.shape[1]
         x = self.drop(x + self.positions[:width])
-        for layer in self.blocks:
+        for layer in self.layers:
             x = layer(x, self.rope[None, :width, None])
         return self.norm(x)
 

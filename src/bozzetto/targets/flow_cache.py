@@ -144,7 +144,7 @@ class FlowTarget(Sampled, CausalTarget):
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
         self.config, self.whole = model.config.body, model.config
         self.length, self.token_dim = model.config.length, model.config.token_dim
-        super().__init__(model.each_block(), model.norm.weight, model.cls_embedding, model.rope, dtype)
+        super().__init__(model.layers, model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.positions = model.positions.to(dtype)
         self.embedding = Dense.of(model.token_embedding, dtype)
         self.use_head(self.denoiser(model), sampler)

@@ -34,9 +34,9 @@ class _Narrow:
         self.width, self.dtype = net.config.width, dtype
         self.input, self.output = (Dense.of(part, torch.float32) for part in (net.input_proj, net.final_layer.linear))
         self.blocks: list[tuple[Tensor, Tensor, Dense, Dense]] = []  # gain and bias of the norm, the two linear maps
-        for block in net.blocks:
+        for block in net.res_blocks:
             gain, bias = block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)
-            up, down = (Dense.of(layer, dtype) for layer in block.linears)
+            up, down = (Dense.of(layer, dtype) for layer in block.mlp[::2])
             self.blocks.append((gain, bias, up, down))
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class PackedDenoiser:
         self.embed_times = net.time_embed
         self.times = net.time_embed(times.to(device)).to(dtype)  # [T, width]
         self.condition = Dense.of(net.cond_embed, dtype)
-        parts = [block.modulation for block in [*net.blocks, net.final_layer]]
+        parts = [block.adaLN_modulation[-1] for block in (*net.res_blocks, net.final_layer)]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
         for start in self._scales():  # "1 + scale" becomes part of the bias
             bias[start : start + self.width] += 1

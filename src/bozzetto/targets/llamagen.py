@@ -10,7 +10,6 @@ Conditions: a class (one token), or the features of a caption (120 tokens, padde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,45 +97,34 @@ def published_config(size: str, grid: int = 16, captioned: bool = False) -> Llam
     return replace(config, classes=0, condition_tokens=120, caption_dim=2048) if captioned else config
 
 
-class Attention(nn.Module):
-    """Multi-head attention with fused qkv; V is not rotated."""
-
-    def __init__(self, config: LlamaGenConfig, dropout: float):
-        super().__init__()
-        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, dropout
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-
-    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [R, W, d], rotation [R or 1, W, 1, hd/2, 2] -> rotated q, k and plain v, each [R, W, H, hd]."""
-        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, self.head_dim))
-        q, k = rotate(qkv[:, :, :2], rotation.unsqueeze(2)).unbind(2)
-        return q, k, qkv[:, :, 2]
-
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention over a whole sequence x [B, W, d]: causal, or what mask bool [B, 1, W, W] allows."""
-        q, k, v = (t.transpose(1, 2) for t in self.project(x, rotation))
-        p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=p)
-        return self.wo(out.transpose(1, 2).flatten(2))
-
-
 class TransformerBlock(nn.Module):
-    """One pre-norm transformer block; its second half is SwiGLU, w2(silu(w1 x) * w3 x)."""
+    """One pre-norm transformer block: attention with fused qkv, of which v is not rotated, and SwiGLU, w2(silu(w1 x) *
+    w3 x)."""
 
+    attention: Any
     feed_forward: Any
 
     def __init__(self, config: LlamaGenConfig, dropout: float):
         super().__init__()
-        self.attention = Attention(config, 0.0)
-        sizes = {"w1": (config.dim, config.ffn), "w3": (config.dim, config.ffn), "w2": (config.ffn, config.dim)}
+        dim, ffn, self.heads = config.dim, config.ffn, (config.heads, config.head_dim)
+        sizes = {"wqkv": (dim, 3 * dim), "wo": (dim, dim)}
+        self.attention = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        sizes = {"w1": (dim, ffn), "w3": (dim, ffn), "w2": (ffn, dim)}
         self.feed_forward = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm, self.ffn_norm = (RMSNorm(dim, config.norm_eps) for _ in range(2))
         self.drop = nn.Dropout(dropout)
 
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, W, d], rotation [R or 1, W, 1, hd/2, 2] -> rotated q, k and plain v, each [R, W, H, hd]."""
+        qkv = self.attention.wqkv(self.attention_norm(x)).unflatten(-1, (3, *self.heads))
+        q, k = rotate(qkv[:, :, :2], rotation.unsqueeze(2)).unbind(2)
+        return q, k, qkv[:, :, 2]
+
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop(self.attention(self.attention_norm(x), rotation, mask))
+        """Over a whole sequence x [B, W, d]: causal, or what mask bool [B, 1, W, W] allows."""
+        q, k, v = (part.transpose(1, 2) for part in self.project(x, rotation))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + self.drop(self.attention.wo(mixed.transpose(1, 2).flatten(2)))
         f, h = self.feed_forward, self.ffn_norm(x)
         return x + self.drop(f.w2(F.silu(f.w1(h)) * f.w3(h)))
 
@@ -199,6 +187,7 @@ class LlamaGen(nn.Module):
     """The whole-sequence network, used for training and as the slow twin of the cached decoder."""
 
     rope: Tensor
+    layers: Any  # of TransformerBlock
 
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0):
         super().__init__()
@@ -216,15 +205,6 @@ class LlamaGen(nn.Module):
     def reset_rope(self) -> None:
         """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
         self.rope = self.config.rope()
-
-    def each_block(self) -> Iterator[TransformerBlock]:
-        """The layers in turn, typed."""
-        return (layer for layer in self.layers if isinstance(layer, TransformerBlock))
-
-    @property
-    def blocks(self) -> list[TransformerBlock]:
-        """The layers, typed."""
-        return list(self.each_block())
 
     def forward(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, n + 1, V] of tokens 0..n, given tokens int64 [B, n] with n < N and the condition: labels int64 [B]

@@ -10,7 +10,8 @@ Weights are laid out once, w1 and w3 side by side. Keys and values of a layer ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,17 +27,53 @@ from bozzetto.targets.base import Scores
 from bozzetto.targets.layers import additive, attention_entropy, copied, rotate_pairs, visible, whole_blocks
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, TransformerBlock, caption_sight
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_HEAD_EPS = 1e-5  # of the norms of heads
 Table = tuple[Tensor, Tensor]  # keys and values of a layer, a row per slot of every sequence: [R S, d] each
 
 
+@dataclass
 class PackedLayer:
-    """One block's maps in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f]; gains [d]."""
+    """One block's maps in the compute dtype: wqkv [3d, d], wo [d, d], w13 [2f, d], w2 [d, f]; gains [d] of the norms
+    (gain_1 None: no norm before the attention); head_norms: gain and bias [2, heads, hd] of layer norms of the heads of
+    queries and keys, if there are."""
 
-    def __init__(self, layer: TransformerBlock, dtype: torch.dtype):
+    wqkv: Dense
+    wo: Dense
+    w13: Dense
+    w2: Dense
+    gain_1: Tensor | None
+    gain_2: Tensor
+    head_norms: list[Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: TransformerBlock, dtype: torch.dtype) -> PackedLayer:
         a, f = layer.attention, layer.feed_forward
-        self.wqkv, self.wo, self.w2 = (Dense.of(part, dtype) for part in (a.wqkv, a.wo, f.w2))
-        self.w13 = Dense(torch.cat([f.w1.weight, f.w3.weight]), None, dtype)
-        self.gain_1, self.gain_2 = layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype)
+        wqkv, wo, w2 = (Dense.of(part, dtype) for part in (a.wqkv, a.wo, f.w2))
+        w13 = Dense(torch.cat([f.w1.weight, f.w3.weight]), None, dtype)
+        gains = layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype)
+        return cls(wqkv, wo, w13, w2, *gains)
+
+    def run(
+        self, c: Any, cache: Sequence[Tensor], x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor, attend: Attend
+    ) -> Tensor:
+        """c: the config; cache: keys and values of the layer, [R S, d] each, a row per slot of every sequence; x [R, W,
+        d]; rotation complex64, broadcastable to [R, W, 2, H, hd/2]; slot int64 [R W], of the flat cache; mask [R, 1, W,
+        S'], of its first S' columns; attend: attention of q [R, H, W, hd] to keys, values [R, H, S', hd]."""
+        seen = x if self.gain_1 is None else F.rms_norm(x, (c.dim,), self.gain_1, c.norm_eps)
+        qkv = self.wqkv(seen).unflatten(-1, (3, c.heads, c.head_dim))
+        both = qkv[:, :, :2]
+        if self.head_norms is not None:
+            gain, bias = self.head_norms
+            both = F.layer_norm(both, (c.head_dim,), None, None, _HEAD_EPS) * gain + bias
+        q, k = rotate_pairs(both, rotation).unbind(2)
+        cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
+        cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
+        parts = (part.view(len(x), -1, c.heads, c.head_dim).transpose(1, 2) for part in cache)
+        keys, values = (part[:, :, : mask.shape[-1]] for part in parts)
+        x = x + self.wo(attend(q.transpose(1, 2), keys, values, mask).transpose(1, 2).flatten(2))
+        gate, up = self.w13(F.rms_norm(x, (c.dim,), self.gain_2, c.norm_eps)).chunk(2, -1)
+        return x + self.w2(F.silu(gate) * up)
 
 
 class CausalTarget:
@@ -53,7 +90,7 @@ class CausalTarget:
     ):
         self.dtype, self.device, self.session = dtype, gain.device, CausalSession
         self.conditions = copy.deepcopy(conditions).to(dtype)
-        self.layers = [PackedLayer(layer, dtype) for layer in blocks]
+        self.layers = [PackedLayer.of(layer, dtype) for layer in blocks]
         self.gain = gain.to(dtype)
         rope = rope[self.config.condition_tokens - 1 :]  # from the last condition token on
         self.rope = torch.view_as_complex(rope.contiguous())  # complex64 [N + 1, hd/2]
@@ -81,7 +118,7 @@ class LlamaGenTarget(CausalTarget):
     def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):
         self.config = model.config
         self.vocab, self.length = model.config.vocab, model.config.length
-        super().__init__(model.each_block(), model.norm.weight, model.cls_embedding, model.rope, dtype)
+        super().__init__(model.layers, model.norm.weight, model.cls_embedding, model.rope, dtype)
         self.captions: tuple[Tensor, Tensor] | None = None
         self.embedding, self.output = model.tok_embeddings.weight.to(dtype), Dense.of(model.output, dtype)
 
@@ -193,7 +230,7 @@ class CausalSession:
         rotation = self.target.rope[:1].expand(self.lead, -1)[None, :, None, None]  # zeros
         flat = (self.first_slot + self.columns[: self.lead]).flatten()
         for number, layer in enumerate(self.target.layers):
-            x = self._layer(layer, self.cache[number], x, rotation, flat, bias)
+            x = layer.run(self.target.config, self.cache[number], x, rotation, flat, bias, attend)
         return x
 
     @torch.no_grad()
@@ -219,7 +256,7 @@ class CausalSession:
         flat = (self.first_slot + slot).flatten()
         for number, layer in enumerate(t.layers):
             self.probing = number == t.probed
-            x = self._layer(layer, self.cache[number], x, rotation, flat, mask)
+            x = layer.run(t.config, self.cache[number], x, rotation, flat, mask, self._attend)
         x = F.rms_norm(x, (x.shape[-1],), t.gain, t.config.norm_eps)
         return t.read_out(x if t.probed is None else torch.cat([x, self.entropy.to(x.dtype)], -1))
 
@@ -232,22 +269,10 @@ class CausalSession:
         for part in (part for table in self.cache for part in table):
             part.index_copy_(0, to, part.index_select(0, here))
 
-    def _layer(self, w: PackedLayer, cache: Table, x: Tensor, rotation: Tensor, slot: Tensor, mask: Tensor) -> Tensor:
-        c = self.target.config
-        normed = F.rms_norm(x, (c.dim,), w.gain_1, c.norm_eps)
-        qkv = w.wqkv(normed).unflatten(-1, (3, c.heads, c.head_dim))
-        q, k = rotate_pairs(qkv[:, :, :2], rotation).unbind(2)
-        cache[0].index_copy_(0, slot, k.reshape(-1, c.dim))
-        cache[1].index_copy_(0, slot, qkv[:, :, 2].reshape(-1, c.dim))
-        keys, values = (part.view(self.rows, self.slots, c.heads, c.head_dim).transpose(1, 2) for part in cache)
-        reach = mask.shape[-1]
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         if self.probing:
-            seen = (mask == 0).flatten(0, 1)  # [R, W, reach]
-            self.entropy = attention_entropy(q.transpose(1, 2), keys[:, :, :reach], seen)[..., None]
-        mixed = attend(q.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], mask)
-        x = x + w.wo(mixed.transpose(1, 2).flatten(2))
-        gate, up = w.w13(F.rms_norm(x, (c.dim,), w.gain_2, c.norm_eps)).chunk(2, -1)
-        return x + w.w2(F.silu(gate) * up)
+            self.entropy = attention_entropy(q, keys, (mask == 0).flatten(0, 1))[..., None]
+        return attend(q, keys, values, mask)
 
     @torch.no_grad()
     def admit(self, rows: Tensor, labels: Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -21,16 +20,6 @@ from bozzetto.errors import UsageError
 # Formats that a signature tells apart and that need no helper program (Pillow hands EPS to Ghostscript).
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "SGI", "TIFF", "WEBP")
 _BITS_PER_SAMPLE = 258  # of TIFF
-
-
-@dataclass(frozen=True)
-class Square:
-    """pixels: uint8 [H, W, 3]; side: width of what was cut out of the file; profile_ignored: it has one that
-    cannot be used."""
-
-    pixels: np.ndarray
-    side: int
-    profile_ignored: bool
 
 
 @cache
@@ -46,8 +35,9 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
-def square(raw: bytes, size: int | tuple[int, int], where: str) -> Square:
-    """The centre square of a picture's bytes at `size` x `size`, or the centre of another shape (width, height). where:
+def square(raw: bytes, size: int | tuple[int, int], where: str) -> tuple[np.ndarray, int, bool]:
+    """The centre square of a picture's bytes at `size` x `size`, or the centre of another shape (width, height), uint8
+    [H, W, 3]; the width of what was cut out of the file; whether it has a colour profile that cannot be used. where:
     names the picture in errors.
 
     Raises UsageError for what is no picture, is cut, is larger than Pillow's limit or has no agreed white.
@@ -64,7 +54,7 @@ def square(raw: bytes, size: int | tuple[int, int], where: str) -> Square:
         raise UsageError(f"{where}: cannot be read ({error or type(error).__name__})") from error
 
 
-def _centre(raw: bytes, size: tuple[int, int]) -> Square:
+def _centre(raw: bytes, size: tuple[int, int]) -> tuple[np.ndarray, int, bool]:
     image: Image.Image = Image.open(io.BytesIO(raw), formats=formats())
     image.load()
     _turn(image)
@@ -73,7 +63,7 @@ def _centre(raw: bytes, size: tuple[int, int]) -> Square:
     rgb, ignored = _rgb(_eight_bits(image.crop((left, top, left + width, top + height)), image))
     if (width, height) != size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-    return Square(np.asarray(rgb), width, ignored)
+    return np.asarray(rgb), width, ignored
 
 
 def _largest(room: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:

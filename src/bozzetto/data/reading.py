@@ -11,7 +11,7 @@ import numpy as np
 
 from bozzetto.data.folders import folder_source, visible_files
 from bozzetto.data.pixels import formats, square, suffixes
-from bozzetto.data.rows import Row, Source, classes_of, labelled, of_split, same_split
+from bozzetto.data.rows import Row, Source, classes_of, of_split, same_split
 from bozzetto.data.shards import parquet_source
 from bozzetto.errors import UsageError
 
@@ -50,7 +50,7 @@ def _rows(path: Path, split: str | None) -> tuple[Source, list[Row], Counter[str
     """The rows of a split whose classes are known (all where none is), and counts of what is left out."""
     source = _source(path)
     rows = of_split(source, split)
-    chosen = labelled(rows)
+    chosen = [row for row in rows if row.label is not None] or rows
     left_out = Counter(
         kind for part, kind in source.left_out if part is None or split is None or same_split(part, split)
     )
@@ -75,11 +75,10 @@ def read_images(path: str | Path, split: str | None, size: int | tuple[int, int]
         if raw is None:
             left_out["rows without a picture"] += 1
             continue
-        found = square(raw, size, row.where)
-        images[len(kept)] = found.pixels
+        images[len(kept)], side, unusable = square(raw, size, row.where)
         kept.append(row)
-        notes[smaller] += found.side < width
-        notes["with a colour profile that cannot be used, read without it"] += found.profile_ignored
+        notes[smaller] += side < width
+        notes["with a colour profile that cannot be used, read without it"] += unusable
     if not kept:
         raise UsageError(f"{path}: no pictures" + (f" of split {split!r}" if split else ""))
     labels, classes = classes_of(kept, source.names)

@@ -78,11 +78,6 @@ def same_split(name: str | None, asked: str, exact: bool = False) -> bool:
     return name == asked or (split_named(asked) is not None and split_named(name) == split_named(asked))
 
 
-def labelled(rows: list[Row]) -> list[Row]:
-    """Rows whose class is known, or all where none is."""
-    return [row for row in rows if row.label is not None] or rows
-
-
 def classes_of(rows: Sequence[Row], names: list[str] | None) -> tuple[np.ndarray, list[str]]:
     """Classes int64 [N] of rows and names by class: the declared ones; else those that occur, in order. Where numbers
     are missing among these, names of several have theirs behind: crane (134).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass as checked
 
 from bozzetto.autoencoders.tiny import DOWNSAMPLE
@@ -18,8 +18,17 @@ Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Scale = Annotated[float, Field(ge=1)]
 Side = Annotated[int, Field(ge=2 * DOWNSAMPLE, le=4096, multiple_of=DOWNSAMPLE)]  # pixels; the tiny autoencoder's
+Scale = Annotated[float, Field(ge=1)]
+
+
+def _rising(guidance: tuple[float, float]) -> tuple[float, float]:
+    if guidance[0] > guidance[1]:
+        raise ValueError(f"guidance = {list(guidance)} is not allowed: [lowest, highest]")
+    return guidance
+
+
+Guidance = Annotated[tuple[Scale, Scale], AfterValidator(_rising)]
 
 
 @checked(frozen=True, config=STRICT)
@@ -154,7 +163,7 @@ class DrafterRecipe(Recipe):
     layers: Width = 1
     init: str = ""
     compact: bool = False
-    guidance: tuple[Scale, Scale] = (1.0, 3.0)
+    guidance: Guidance = (1.0, 3.0)
     condition_dropout: Share = 0.1
     acceptance_weight: Weight = 1.0
     cross_entropy_weight: Weight = 0.1
@@ -172,7 +181,6 @@ class DrafterRecipe(Recipe):
     evaluate_every: Count = 200
 
     def __post_init__(self) -> None:
-        check_guidance(self.guidance)
         check_weighted(
             acceptance_weight=self.acceptance_weight,
             cross_entropy_weight=self.cross_entropy_weight,
@@ -274,7 +282,7 @@ class SketchRecipe(LatentRecipe):
 
     family: Literal["sketch"]
     model: Place
-    guidance: tuple[Scale, Scale] = (1.0, 3.0)
+    guidance: Guidance = (1.0, 3.0)
     rollout: Annotated[int, Field(gt=0, le=8)] = 2
     decay: Rate = 0.8
     divergence_weight: Weight = 1.0
@@ -292,7 +300,6 @@ class SketchRecipe(LatentRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_guidance(self.guidance)
         check_weighted(divergence_weight=self.divergence_weight, feature_weight=self.feature_weight)
 
 
@@ -314,7 +321,7 @@ class DriftRecipe(LatentRecipe):
     largest: Rate = 0.5
     heat: Rate = 2.0
     tuned: Times = 0
-    guidance: tuple[Scale, Scale] = (1.0, 3.0)
+    guidance: Guidance = (1.0, 3.0)
     context_noise: Weight = 0.2
     places: Width = 64
     positives: Annotated[int, Field(gt=1, le=2**16)] = 8
@@ -334,22 +341,12 @@ class DriftRecipe(LatentRecipe):
     evaluate_every: Count = 100
     patience: Count = 20
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_guidance(self.guidance)
-
 
 def check_heads(dim: int, heads: int, turns: int = 1) -> None:
     """Raise ValueError where heads do not share dim evenly, or a head's share is no multiple of `turns`."""
     if dim % heads or dim // heads % turns:
         shares = f"multiples of {turns}" if turns > 1 else "equal"
         raise ValueError(f"dim = {dim} with heads = {heads} is not allowed: dim / heads must be whole, shares {shares}")
-
-
-def check_guidance(guidance: tuple[float, float]) -> None:
-    """Raise ValueError for a range that ends before it begins."""
-    if guidance[0] > guidance[1]:
-        raise ValueError(f"guidance = {list(guidance)} is not allowed: [lowest, highest]")
 
 
 def check_weighted(**weights: float) -> None:

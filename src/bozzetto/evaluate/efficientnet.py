@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bozzetto.checkpoints.weights import load_strict
 from bozzetto.common.files import digest
@@ -92,12 +93,7 @@ class ConvNorm(nn.Module):
         """Move the batch-norm's running statistics into the convolution's weight and bias; does nothing twice."""
         if not isinstance(self.norm, nn.BatchNorm2d):
             return
-        norm = self.norm.double()
-        gain = norm.weight / torch.sqrt(norm.get_buffer("running_var") + norm.eps)
-        weight = self.conv.weight.double() * gain[:, None, None, None]
-        bias = norm.bias - norm.get_buffer("running_mean") * gain
-        self.conv.weight = nn.Parameter(weight.to(self.conv.weight.dtype), requires_grad=False)
-        self.conv.bias = nn.Parameter(bias.to(self.conv.weight.dtype), requires_grad=False)
+        self.conv = fuse_conv_bn_eval(self.conv.double(), self.norm.double()).float().requires_grad_(False)
         self.norm = nn.Identity()
 
 

@@ -121,9 +121,13 @@ class RunWriter:
     ) -> None:
         """Write what is known in the end. `settings` are added to those the result knows; sampling: see
         Pipeline.sampling."""
+        own = {**result.settings.plain(), "window": result.windows[0], "windows": result.windows}
+        figures = {name: getattr(result, name) for name in ("tokens_per_pass", "seconds", "head_calls", "head_rows")}
+        used = {} if sampling is None else {"sampling": dict(sampling)}
+        content = {**figures, "settings": {**own, **settings}, **used, **provenance()}
         _write(self.folder / SHEET, _png(self.sheet.picture))
         with _named(self.folder / MANIFEST):
-            self.text.write(f"\n ],\n{_members(plain(_run(result, settings, sampling)), 1, 2)}\n}}\n")
+            self.text.write(f"\n ],\n{_members(plain(content), 1, 2)}\n}}\n")
             self.text.flush()
             os.fsync(self.text.fileno())
             self.files.close()
@@ -142,16 +146,6 @@ class RunWriter:
             text += f"\nnote: images {', '.join(map(str, self.near))}{more} hold a choice that another batch or window "
             text += "may turn: it was within float rounding of another one"
         return text
-
-
-def _run(
-    result: GenerateResult, settings: Mapping[str, object], sampling: Mapping[str, object] | None
-) -> dict[str, Any]:
-    """What manifest.json says of the whole run."""
-    own = {**result.settings.plain(), "window": result.windows[0], "windows": result.windows}
-    figures = {name: getattr(result, name) for name in ("tokens_per_pass", "seconds", "head_calls", "head_rows")}
-    used = {} if sampling is None else {"sampling": dict(sampling)}
-    return {**figures, "settings": {**own, **settings}, **used, **provenance()}
 
 
 def _entry(image: GeneratedImage) -> dict[str, Any]:

@@ -71,12 +71,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens per target pass, averaged over images."""
-        made = self.tokens.shape[0] * self.tokens.shape[1]
-        return made / max(1, sum(len(t.committed) for t in self.traces))
-
 
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays of a batch with their digest, whole or not at all."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import bozzetto
 from bozzetto.cli import main as cli
+from bozzetto.data import ImageSet
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.compare import CompareSettings, compare, comparison_table
 from bozzetto.evaluate.evaluation import (
@@ -27,7 +28,7 @@ from bozzetto.evaluate.evaluation import (
     slug,
     speeds,
 )
-from bozzetto.evaluate.photographs import Photographs, data_path, photographs, prompts_for, reconstructions
+from bozzetto.evaluate.photographs import balanced, data_path, photographs, prompts_for, reconstructions
 from bozzetto.evaluate.sampling import SampleRun, method_settings, sample
 from bozzetto.evaluate.shards import read_samples
 from bozzetto.pipeline.pipeline import GenerateSettings
@@ -227,9 +228,9 @@ def test_prompts_for_a_folder_are_its_captions(tmp_path):
 
 
 def test_balanced_rows_take_classes_in_turn():
-    photos = Photographs(np.zeros((7, 1, 1, 3), np.uint8), np.array([0, 0, 0, 1, 1, -1, 0]))
-    assert photos.labels[photos.balanced(2, 10)].tolist() == [0, 1, 0, 1]
-    assert photos.balanced(2, 3).tolist() == [0, 3, 1]
+    photos = ImageSet(np.zeros((7, 1, 1, 3), np.uint8), np.array([0, 0, 0, 1, 1, -1, 0]), ["rose", "tulip"])
+    assert photos.labels[balanced(photos, 10)].tolist() == [0, 1, 0, 1]
+    assert balanced(photos, 3).tolist() == [0, 3, 1]
 
 
 def test_reconstructions_keep_the_shape(pipe):

@@ -35,7 +35,7 @@ from bozzetto.evaluate.columns import (
 from bozzetto.evaluate.features import FeatureExtractor
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, resamples
 from bozzetto.evaluate.output import plain, write_report
-from bozzetto.evaluate.photographs import SPLITS, data_path, prompts_for, reconstructions
+from bozzetto.evaluate.photographs import SPLITS, balanced, data_path, prompts_for, reconstructions
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.quality import QUALITY, memorisation, nearest
 from bozzetto.evaluate.reference import LEAST, MOST, Reference, few
@@ -156,7 +156,7 @@ def evaluate(
 def _yardsticks(reference: Reference, split: str, count: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and labels of photographs of a split, and of their reconstructions."""
     pipe, real = reference.pipe, reference.photographs[split]
-    chosen = real.balanced(len(pipe.classes), count)
+    chosen = balanced(real, count)
     if len(chosen) < LEAST:
         reference.notes.append(f"{split} has {len(chosen)} photographs for the rows of photographs: they are left out.")
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,39 +10,27 @@ import torch
 
 from bozzetto.checkpoints.folders import load_tokenizer, read_config
 from bozzetto.common.classes import class_named, distinct
-from bozzetto.data import evaluation_view, read_captions, read_images
+from bozzetto.data import ImageSet, evaluation_view, read_captions, read_images
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
 
 SPLITS = ("test", "train")
 
 
-@dataclass(frozen=True)
-class Photographs:
-    """images: uint8 [N, S, S, 3] at the model's size; labels: int64 [N], -1 for a class unknown to the model; enlarged:
-    how many of the files are smaller than that."""
+def classed(images: ImageSet) -> bool:
+    """Whether the classes of some photographs are known to the model."""
+    return bool((images.labels >= 0).any())
 
-    images: np.ndarray
-    labels: np.ndarray
-    enlarged: int = 0
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def classed(self) -> bool:
-        """Whether the classes of some are known to the model."""
-        return bool((self.labels >= 0).any())
-
-    def balanced(self, classes: int, count: int) -> np.ndarray:
-        """Rows of at most `count` images, all classes that have some in turn, as samples are drawn; stops when a class
-        runs out. Without classes: any rows, always the same."""
-        if not self.classed:
-            return _shuffled(len(self))[:count]
-        every = [np.flatnonzero(self.labels == label) for label in range(classes)]
-        rows = [found for found in every if len(found)]
-        turns = min(min(map(len, rows)), -(-count // len(rows)))
-        return np.stack([r[:turns] for r in rows], 1).flatten()[:count]
+def balanced(images: ImageSet, count: int) -> np.ndarray:
+    """Rows of at most `count` photographs, all classes that have some in turn, as samples are drawn; stops when a class
+    runs out. Without classes: any rows, always the same."""
+    if not classed(images):
+        return _shuffled(len(images))[:count]
+    every = [np.flatnonzero(images.labels == label) for label in range(len(images.classes))]
+    rows = [found for found in every if len(found)]
+    turns = min(min(map(len, rows)), -(-count // len(rows)))
+    return np.stack([r[:turns] for r in rows], 1).flatten()[:count]
 
 
 def data_path(pipe: Pipeline, asked: str | Path | None) -> Path:
@@ -60,13 +48,13 @@ def data_path(pipe: Pipeline, asked: str | Path | None) -> Path:
     return path
 
 
-def photographs(pipe: Pipeline, path: Path, split: str) -> Photographs:
+def photographs(pipe: Pipeline, path: Path, split: str) -> ImageSet:
     """One split of a parquet file or of a folder, read straight at the model's size: samples are held against what the
-    files show. Raises UsageError as `read_images` does."""
+    files show. Classes are the model's, -1 one that it does not know. Raises UsageError as `read_images` does."""
     found = read_images(path, split, pipe.size)
     known = [class_named(pipe.classes, name) for name in distinct(found.classes)]
     label = np.array([-1 if number is None else number for number in known], np.int64)
-    return Photographs(found.images, label[found.labels], found.enlarged)
+    return replace(found, labels=label[found.labels], classes=list(pipe.classes))
 
 
 def prompts_for(pipe: Pipeline, path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.metrics import Interval, mean_interval
-from bozzetto.evaluate.photographs import SPLITS, photographs
+from bozzetto.evaluate.photographs import SPLITS, classed, photographs
 from bozzetto.evaluate.quality import class_probe
 from bozzetto.pipeline.pipeline import Pipeline
 
@@ -48,7 +48,7 @@ class Reference:
         self.features = {split: self.features_of(split, found.images) for split, found in self.photographs.items()}
         self.probe: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
         self.accuracy: float | None = None
-        if self.photographs["train"].classed:
+        if classed(self.photographs["train"]):
             self._learn_classes()
         elif not pipe.takes_prompts:
             self.notes.append(

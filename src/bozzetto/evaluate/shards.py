@@ -306,8 +306,3 @@ def _in_order(
         yield i, pixels[row], int(label[row])
         if last[shard] == i:
             del open_shards[shard]
-
-
-def whole_from_start(found: set[int]) -> int:
-    """How many images are there from image 0 on, without a gap."""
-    return next(i for i in range(len(found) + 1) if i not in found)

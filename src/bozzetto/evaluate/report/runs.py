@@ -20,7 +20,7 @@ from bozzetto.evaluate.columns import EVALUATION
 from bozzetto.evaluate.metrics import Interval
 from bozzetto.evaluate.output import MANIFEST
 from bozzetto.evaluate.sampling import slug
-from bozzetto.evaluate.shards import RUN, held, read_run, read_samples, whole_from_start
+from bozzetto.evaluate.shards import RUN, held, read_run, read_samples
 
 GENERATE, SAMPLES, BENCH = "generate", "samples", "bench"
 # Pixels of a run are held in memory together: very large runs are represented by their first images.
@@ -195,8 +195,11 @@ def _samples_folder(name: str, folder: Path) -> Run:
 def _drawn(folder: Path, count: int | None) -> tuple[Drawn, dict[str, Any]]:
     """The samples of a folder (its images 0..count-1), and its run.json."""
     content = read_run(folder)
-    found = held(folder) if count is None else set()
-    total, there = (int(count),) * 2 if count is not None else (len(found), whole_from_start(found))
+    if count is None:
+        found = held(folder)
+        total, there = len(found), next(i for i in range(len(found) + 1) if i not in found)  # without a gap
+    else:
+        total = there = int(count)
     samples = read_samples(folder, min(there, MOST_READ) or None)
     names = samples.settings.get("class_names") or []
     drawn = Drawn(

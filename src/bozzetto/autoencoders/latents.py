@@ -43,10 +43,6 @@ class LatentDecoder(nn.Module):
         self.register_buffer("scale", torch.ones(config.token_dim))
         self.register_buffer("shift", torch.zeros(config.token_dim))
 
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
-
     def decode(self, tokens: Tensor) -> Tensor:
         side = math.isqrt(tokens.shape[1])
         latent = (tokens * self.scale + self.shift).transpose(1, 2).unflatten(2, (side, side))

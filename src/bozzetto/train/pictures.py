@@ -122,8 +122,16 @@ def dropped(condition: Condition, none: Condition, rows: Tensor) -> Condition:
     return tuple(torch.where(rows.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in pairs)
 
 
-def prompt_features(encoder: SentenceEncoder, source: DataSource, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Left-padded features float16 [N, K, T, C] and their mask bool [N, K, T] of every picture's prompts."""
+def conditions_of(
+    encoder: SentenceEncoder | None, source: DataSource, labels: Tensor, prompts: Sequence[str]
+) -> Condition:
+    """Of the pictures of a set: their labels, or, with an encoder, of what a text-conditional target calls each in its
+    K prompts, left-padded features float16 [N, K, T, C] and their mask bool [N, K, T]. Raises UsageError where it does
+    not say so."""
+    if encoder is None:
+        return (labels,)
+    if not prompts:
+        raise UsageError("this target does not say what it calls pictures (recipe.prompts of its config.json)")
     named = read_captions(source.path, source.split)
     parts = []
     for prompt in prompts:
@@ -133,15 +141,3 @@ def prompt_features(encoder: SentenceEncoder, source: DataSource, prompts: Seque
         parts.append((torch.cat([f.half() for f, _ in found]), torch.cat([m for _, m in found])))
     features, masks = zip(*parts, strict=True)
     return torch.stack(features, 1), torch.stack(masks, 1)
-
-
-def conditions_of(
-    encoder: SentenceEncoder | None, source: DataSource, labels: Tensor, prompts: Sequence[str]
-) -> Condition:
-    """Of the pictures of a set: their labels, or, with an encoder, the features of what a text-conditional target calls
-    them. Raises UsageError where it does not say so."""
-    if encoder is None:
-        return (labels,)
-    if not prompts:
-        raise UsageError("this target does not say what it calls pictures (recipe.prompts of its config.json)")
-    return prompt_features(encoder, source, prompts)

@@ -81,19 +81,16 @@ def gated(h: Tensor, seen: Tensor, gate_up: nn.Module, down: nn.Module) -> Tenso
     return h + down(F.silu(gate) * up)
 
 
-class _Head(nn.Module):
+def _new_head(dim: int, ffn: int) -> nn.ModuleDict:
+    fc, gate_up = nn.Linear(2 * dim, dim), nn.Linear(dim, 2 * ffn, bias=False)
+    down = nn.Linear(ffn, dim, bias=False)
+    return nn.ModuleDict({"fc": fc, "norm": RMSNorm(dim, 1e-6), "gate_up": gate_up, "down": down})
+
+
+def _guess(head: Any, z: Tensor) -> Tensor:
     """h = W z + SwiGLU(RMSNorm(W z)), one neighbour's feature from z = [f; e(x)]."""
-
-    def __init__(self, dim: int, ffn: int):
-        super().__init__()
-        self.fc = nn.Linear(2 * dim, dim)
-        self.norm = RMSNorm(dim, 1e-6)
-        self.gate_up = nn.Linear(dim, 2 * ffn, bias=False)
-        self.down = nn.Linear(ffn, dim, bias=False)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.fc(z)
-        return gated(h, self.norm(h), self.gate_up, self.down)
+    h = head.fc(z)
+    return gated(h, head.norm(h), head.gate_up, head.down)
 
 
 class PlaneNet(nn.Module):
@@ -102,21 +99,21 @@ class PlaneNet(nn.Module):
     def __init__(self, config: PlaneConfig):
         super().__init__()
         self.config = config
-        self.right = nn.ModuleList(_Head(config.dim, config.ffn) for _ in range(config.places))
-        self.below = _Head(config.dim, config.ffn)
+        self.right = nn.ModuleList(_new_head(config.dim, config.ffn) for _ in range(config.places))
+        self.below = _new_head(config.dim, config.ffn)
         self.mix = nn.Parameter(torch.zeros(config.places, config.dim))
         self.turn = nn.Linear(config.dim, config.dim, bias=False)
         _small(self)
 
     def guesses_below(self, features: Tensor, embedded: Tensor) -> Tensor:
         """Of pairs [R, n, d]: the features a row below them, [R, n, d]."""
-        return self.turn(self.below(torch.cat([embedded, features], -1)))
+        return self.turn(_guess(self.below, torch.cat([embedded, features], -1)))
 
     def places(self, feature: Tensor, embedded: Tensor, above: Tensor) -> Tensor:
         """Features [..., K, d] after pairs (feature, embedded) [..., d]; above [..., K, d]: guesses from the row above,
         zeros where there is none."""
         z = torch.cat([embedded, feature], -1)
-        return torch.stack([head(z) for head in self.right], -2) + self.mix * above
+        return torch.stack([_guess(head, z) for head in self.right], -2) + self.mix * above
 
     def after(self, features: Tensor, embedded: Tensor, anchors: Tensor) -> Tensor:
         """Over whole sequences: pairs [R, n, d], anchors int64 [R, A] -> [R, A, K, d], features of anchors + 1 .. + K
@@ -132,32 +129,33 @@ class PlaneNet(nn.Module):
         return None
 
 
-class _BlockLayer(nn.Module):
-    def __init__(self, config: BlockConfig):
-        super().__init__()
-        d = config.dim
-        self.input_layernorm = RMSNorm(d, config.norm_eps)
-        self.q_proj, self.kv_proj, self.o_proj = (nn.Linear(d, n * d, bias=False) for n in (1, 2, 1))
-        self.post_attention_layernorm = RMSNorm(d, config.norm_eps)
-        self.gate_up = nn.Linear(d, 2 * config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, d, bias=False)
+def _new_layer(config: BlockConfig) -> nn.ModuleDict:
+    d = config.dim
+    before, behind = (RMSNorm(d, config.norm_eps) for _ in range(2))
+    q, kv, o = (nn.Linear(d, n * d, bias=False) for n in (1, 2, 1))
+    parts = {"input_layernorm": before, "q_proj": q, "kv_proj": kv, "o_proj": o, "post_attention_layernorm": behind}
+    gate_up, down = nn.Linear(d, 2 * config.ffn, bias=False), nn.Linear(config.ffn, d, bias=False)
+    return nn.ModuleDict({**parts, "gate_up": gate_up, "down": down})
 
-    def feed(self, h: Tensor) -> Tensor:
-        return gated(h, self.post_attention_layernorm(h), self.gate_up, self.down)
+
+def _mixed_in(layer: Any, h: Tensor, mixed: Tensor) -> Tensor:
+    """The part of a layer behind its attention, `mixed` [R, H, n, hd] of hidden states [R, n, d]."""
+    h = h + layer.o_proj(mixed.transpose(1, 2).flatten(2))
+    return gated(h, layer.post_attention_layernorm(h), layer.gate_up, layer.down)
 
 
 class BlockNet(nn.Module):
     """fc: pairs to contexts; marks: [K, d], what tells the places apart; before: low-rank table, token -> logits."""
 
     rope: Tensor
-    layers: Any  # of _BlockLayer
+    layers: Any
 
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(2 * config.dim, config.dim)
         self.marks = nn.Parameter(torch.zeros(config.places, config.dim))
-        self.layers = nn.ModuleList(_BlockLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(_new_layer(config) for _ in range(config.layers))
         self.before = nn.Embedding(config.vocab, config.rank)
         self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [N, hd/2, 2]
@@ -199,7 +197,7 @@ class BlockNet(nn.Module):
             mixed = shares[..., :n] @ values.transpose(1, 2)
             own = own_v.unflatten(-1, (c.heads, c.head_dim)).transpose(1, 2).unflatten(2, by_block)
             mixed = mixed + (shares[..., n:].unflatten(2, by_block) @ own).flatten(2, 3)
-            h = layer.feed(h + layer.o_proj(mixed.transpose(1, 2).flatten(2)))
+            h = _mixed_in(layer, h, mixed)
         return h.view(rows, -1, c.places, c.dim)
 
     def bias(self, tokens: Tensor) -> Tensor | None:
@@ -334,5 +332,5 @@ class CachedBlock(CachedParallel):
                 keys[row, slot], values[row, slot] = net.rotated(k, slot), v.unflatten(-1, (c.heads, c.head_dim))
             q = net.rotated(layer.q_proj(input_), new).transpose(1, 2)
             mixed = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
-            h = layer.feed(h + layer.o_proj(mixed.transpose(1, 2).flatten(2)))
+            h = _mixed_in(layer, h, mixed)
         return h

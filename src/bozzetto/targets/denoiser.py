@@ -38,17 +38,9 @@ def time_features(times: Tensor, size: int = _FREQUENCIES, longest: float = 1000
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-class TimeEmbedding(nn.Module):
-    """An MLP over `time_features`."""
-
-    mlp: Any
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, times: Tensor) -> Tensor:
-        return self.mlp(time_features(times).to(self.mlp[0].weight.dtype))
+def embed_times(mlp: Any, times: Tensor) -> Tensor:
+    """What a network is told of times float [R]: an MLP over `time_features`, [R, width]."""
+    return mlp(time_features(times).to(mlp[0].weight.dtype))
 
 
 class ModulatedBlock(nn.Module):
@@ -65,33 +57,24 @@ class ModulatedBlock(nn.Module):
         return x + gate * self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale))
 
 
-class FinalLayer(nn.Module):
-    """A linear read-out of the scaled and shifted layer norm."""
-
-    def __init__(self, width: int, out_dim: int):
-        super().__init__()
-        self.linear = nn.Linear(width, out_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
-        normed = F.layer_norm(x, (x.shape[-1],), eps=_EPS)
-        return self.linear(torch.addcmul(shift, normed, 1 + scale))
-
-
 class Denoiser(nn.Module):
     """(noisy token, time, condition) -> prediction. It starts as the zero map."""
 
+    time_embed: Any
     res_blocks: Any  # of ModulatedBlock
+    final_layer: Any  # a linear read-out of the scaled and shifted layer norm
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         self.config = config
-        self.time_embed = TimeEmbedding(config.width)
+        width = config.width
+        mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_embed = nn.ModuleDict({"mlp": mlp})  # its published name
         self.cond_embed = nn.Linear(config.condition_dim, config.width)
         self.input_proj = nn.Linear(config.token_dim, config.width)
         self.res_blocks = nn.ModuleList(ModulatedBlock(config.width) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config.width, config.out_dim)
+        last, modulation = nn.Linear(width, config.out_dim), nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.final_layer = nn.ModuleDict({"linear": last, "adaLN_modulation": modulation})
         self._initialise()
 
     def _initialise(self) -> None:
@@ -107,8 +90,10 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
         """x [R, D], times [R] (0 to 1000), condition [R, C] -> [R, out_dim]."""
-        y = self.time_embed(times) + self.cond_embed(condition)
+        y = embed_times(self.time_embed.mlp, times) + self.cond_embed(condition)
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = block(x, y)
-        return self.final_layer(x, y)
+        shift, scale = self.final_layer.adaLN_modulation(y).chunk(2, -1)
+        normed = F.layer_norm(x, (x.shape[-1],), eps=_EPS)
+        return self.final_layer.linear(torch.addcmul(shift, normed, 1 + scale))

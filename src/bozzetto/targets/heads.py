@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.linear import fixed_map, own_linear_pays
-from bozzetto.targets.denoiser import Denoiser
+from bozzetto.targets.denoiser import Denoiser, embed_times
 
 LN_EPS = 1e-6
 _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be read off
@@ -63,8 +63,8 @@ class PackedDenoiser:
         self.width, self.depth, self.dtype = net.config.width, net.config.depth, dtype
         self.steps, self.token_dim, self.out_dim = len(times), net.config.token_dim, net.config.out_dim
         device = net.input_proj.weight.device
-        self.embed_times = net.time_embed
-        self.times = net.time_embed(times.to(device)).to(dtype)  # [T, width]
+        self.embed_times = partial(embed_times, net.time_embed.mlp)
+        self.times = self.embed_times(times.to(device)).to(dtype)  # [T, width]
         self.condition = Dense.of(net.cond_embed, dtype)
         parts = [block.adaLN_modulation[-1] for block in (*net.res_blocks, net.final_layer)]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))

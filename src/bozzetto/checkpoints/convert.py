@@ -33,6 +33,8 @@ from bozzetto.checkpoints.states import (
     family_of,
     family_state,
     open_state,
+    published_size,
+    telling_keys,
     types_in,
 )
 from bozzetto.checkpoints.weights import OWN, check_fit, on_meta, weight_files
@@ -155,10 +157,7 @@ def recognise(state: Mapping[str, Tensor], source: Path, grid: int) -> tuple[str
     except ValueError as error:
         raise UsageError(f"{source}: checkpoint does not fit: 'tok_embeddings.weight' is no matrix") from error
     layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
-    size = next((name for name, shape in SHAPES.items() if shape[:2] == (dim, layers)), None)
-    if size is None:
-        known = ", ".join(f"{name} {d} x {n}" for name, (d, n, _) in SHAPES.items())
-        raise UsageError(f"{source}: no published size has {dim} dimensions x {layers} layers (known: {known})")
+    size = published_size(SHAPES, dim, layers, source, "layers")
     rows, captions = (state.get(f"cls_embedding.{n}") for n in ("embedding_table.weight", "uncond_embedding"))
     if rows is None and captions is None:
         raise UsageError(f"{source}: neither class-conditional nor text-conditional: no key 'cls_embedding...'")
@@ -228,10 +227,8 @@ def read_class_names(path: Path | None, classes: int) -> list[str]:
 
 def _tokenizer_config(state: Mapping[str, Tensor], source: Path) -> LlamaGenVQConfig:
     """The config of a published tokenizer, every key and shape checked."""
-    try:
+    with telling_keys(source):
         config = infer_config(state, 256)
-    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:  # a missing key, a tensor of another shape
-        raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
     wanted = on_meta(lambda: LlamaGenVQ(config)).published_state()
     if USED in state:
         wanted[USED] = state[USED]

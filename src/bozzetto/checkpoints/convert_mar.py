@@ -20,7 +20,7 @@ from bozzetto.checkpoints.convert import check_out, read_class_names
 from bozzetto.checkpoints.folders import KL16, MASKED, write_model, write_tokenizer
 from bozzetto.checkpoints.own_sampling import SAMPLING
 from bozzetto.checkpoints.published import MAR_SAMPLER, published
-from bozzetto.checkpoints.states import check_storable, family_state, types_in
+from bozzetto.checkpoints.states import check_storable, family_state, published_size, telling_keys, types_in
 from bozzetto.checkpoints.weights import OWN, check_fit, on_meta
 from bozzetto.common.classes import note_on_doubles
 from bozzetto.common.staging import staged_folder
@@ -82,17 +82,12 @@ def recognise_mar(state: Mapping[str, Tensor], source: Path) -> tuple[str, MARCo
     Raises UsageError for a shape that no published size has, for missing, unexpected or misshapen keys, and for places
     that are no square grid.
     """
-    try:
+    with telling_keys(source):
         dim, token_dim = state["z_proj.weight"].shape
         places, length = (state[f"{part}_pos_embed_learned"].shape[1] for part in ("encoder", "diffusion"))
         classes, head_width = (state[k].shape[0] for k in ("class_emb.weight", "diffloss.net.input_proj.weight"))
-    except (KeyError, IndexError, ValueError) as error:  # a missing key, a tensor with another number of dimensions
-        raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
     depth, head_depth = (numbered(state, before) for before in ("encoder_blocks.", "diffloss.net.res_blocks."))
-    size = next((name for name, shape in SHAPES.items() if shape[:2] == (dim, depth)), None)
-    if size is None:
-        known = ", ".join(f"{name} {d} x {n}" for name, (d, n, *_) in SHAPES.items())
-        raise UsageError(f"{source}: no published size has {dim} dimensions x {depth} blocks (known: {known})")
+    size = published_size(SHAPES, dim, depth, source, "blocks")
     grid = math.isqrt(length)
     if grid * grid != length or not 0 < length < places:
         raise UsageError(
@@ -116,12 +111,8 @@ def recognise_mar(state: Mapping[str, Tensor], source: Path) -> tuple[str, MARCo
 
 def _latents_config(state: Mapping[str, Tensor], source: Path, grid: int) -> KL16Config:
     """The config of a published autoencoder for a grid of tokens, every key and shape checked."""
-    try:
+    with telling_keys(source):
         config = kl16.infer_config(state, grid)
-    except (KeyError, IndexError) as error:  # a missing key, a tensor with another number of dimensions
-        raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
-    except UsageError as error:
-        raise UsageError(f"{source}: {error}") from error
     wanted = on_meta(lambda: kl16.kl16_autoencoder(config)).state_dict()
     check_fit(kl16.to_published(wanted, len(config.widths)), state, source)
     return config

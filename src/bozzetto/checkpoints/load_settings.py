@@ -88,18 +88,13 @@ def best_device() -> str:
     return f"cuda:{int(rank) % count}" if rank.isdecimal() else "cuda"
 
 
-def devices_here() -> list[str]:
-    """Devices by torch's names."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ["cpu", *(f"cuda:{i}" for i in range(count))]
-
-
 def _check_device(name: str) -> None:
     try:  # seeds are drawn in float64, which not every device computes with (mps)
         torch.zeros(1, dtype=torch.float64, device=name).item()  # meta has no numbers
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        here = ", ".join((AUTO, *devices_here()))
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        here = ", ".join((AUTO, "cpu", *(f"cuda:{i}" for i in range(count))))
         raise UsageError(f"device {brief(name)} is not available here (there is: {here}): {reason}") from error
 
 

@@ -8,6 +8,7 @@ files in them; they were read there, no weights were run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,14 +24,8 @@ _POOR = (
 _LLAMAGEN = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
 MAR_SAMPLER = {"steps": 100, "passes": 256, "guidance_schedule": "linear"}  # of all sizes
 _MAR = {"B": 2.9, "L": 3.0, "H": 3.2}
-
-
-def _llamagen(guidance: float) -> OwnSampling:
-    return OwnSampling(guidance, source="FoundationVision/LlamaGen, GETTING_STARTED.md (sampling for FID)")
-
-
-def _mar(guidance: float) -> OwnSampling:
-    return OwnSampling(guidance, **MAR_SAMPLER, source="LTH14/mar, README.md (evaluation)")  # type: ignore[arg-type]
+_FID = "FoundationVision/LlamaGen, GETTING_STARTED.md (sampling for FID)"
+_MAR_USUAL = OwnSampling(**MAR_SAMPLER, source="LTH14/mar, README.md (evaluation)")  # type: ignore[arg-type]
 
 
 FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(
@@ -54,11 +49,11 @@ FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(
             7.5, steps=28, negative_prompt=_POOR, suffix=_QUALITY, source="stepfun-ai/NextStep-1-Large, model page"
         ),
         "nextstep-1.1": OwnSampling(7.5, steps=28, negative_prompt=_POOR, source="stepfun-ai/NextStep-1.1, model page"),
-        **{f"llamagen-c2i-{size}": _llamagen(guidance) for size, guidance in _LLAMAGEN.items()},
+        **{f"llamagen-c2i-{size}": OwnSampling(guidance, source=_FID) for size, guidance in _LLAMAGEN.items()},
         "llamagen-t2i": OwnSampling(
             7.5, top_k=1000, source="FoundationVision/LlamaGen, autoregressive/sample/sample_t2i.py"
         ),
-        **{f"mar-{size}": _mar(guidance) for size, guidance in _MAR.items()},
+        **{f"mar-{size}": replace(_MAR_USUAL, guidance=guidance) for size, guidance in _MAR.items()},
     }
 )
 # Of which a generation_config.json may say more, and of what: other numbers in it are of text, which Janus writes too

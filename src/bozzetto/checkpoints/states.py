@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -162,6 +163,27 @@ def family_state(path: Path, wanted: str, wrappers: Sequence[str] = WRAPPERS) ->
         other, name = _OPTIONS[found]
         hint = f"; give it as {name}" if other == verb else f"; `bozzetto convert {other}` takes it as {name}"
     raise UsageError(f"{path}: {option} must be {wanted}, but this is {found}{hint}")
+
+
+@contextlib.contextmanager
+def telling_keys(source: Path) -> Iterator[None]:
+    """A key that is missing inside, or a tensor with another number of dimensions, is an error that names both."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(f"{source}: checkpoint does not fit: missing or misshapen key {error}") from error
+
+
+def published_size(shapes: Mapping[str, tuple[int, ...]], dim: int, depth: int, source: Path, parts: str) -> str:
+    """The published size with these dimensions and so many layers or blocks (`parts`), the first two of its shape.
+    Raises UsageError where none has them."""
+    size = next((name for name, shape in shapes.items() if shape[:2] == (dim, depth)), None)
+    if size is None:
+        known = ", ".join(f"{name} {d} x {n}" for name, (d, n, *_) in shapes.items())
+        raise UsageError(f"{source}: no published size has {dim} dimensions x {depth} {parts} (known: {known})")
+    return size
 
 
 def family_of(state: Mapping[str, Tensor]) -> str:

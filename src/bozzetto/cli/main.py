@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bozzetto {__version__}")
         return 0
     try:
-        with _terminable():
+        with signals(_cancel, signal.SIGTERM):
             command = _parse(arguments)
             return HANDLERS[type(command)](command) or 0
     except BrokenPipeError:  # who reads our output has gone; what is left in the buffer has nowhere to go
@@ -68,20 +68,22 @@ def _typed(arguments: list[str], **default: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM cancels as Ctrl-C does, so that cleaning up happens either way."""
+def signals(told: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
+    """`told` gets these signals within the block. (Outside of the main thread nobody can.)"""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def cancel(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, cancel)
+    before = {number: signal.signal(number, told) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cancel(number: int, frame: object) -> None:
+    """SIGTERM cancels as Ctrl-C does, so that cleaning up happens either way."""
+    raise KeyboardInterrupt
 
 
 def _one_line(error: Exception) -> str:

@@ -3,18 +3,17 @@ one draws an image does not matter, because an image depends on its seed and ind
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray import serve
 
 from bozzetto.checkpoints.load_settings import LoadSettings, check_gpus, gpus_of
+from bozzetto.cli.main import signals
 from bozzetto.cli.options import Serve, settings_from
 from bozzetto.cli.serve import app_of, make_worker, models_of
 from bozzetto.errors import UsageError
@@ -76,9 +75,14 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
         gpus = gpus_of(settings_from(options, LoadSettings)) * max(options.replicas, options.max_replicas)
         check_gpus(gpus, f"{max(options.replicas, options.max_replicas)} replicas", ray.cluster_resources())
         serve.start(http_options=http)
-        _run(application(options, keys))
+        try:
+            serve.run(application(options, keys), name="bozzetto", route_prefix="/")
+        except RuntimeError as error:
+            raise UsageError(f"the models could not be served: {error}") from error
         what = f"{options.replicas} replicas of {', '.join(models_of(options))}"
-        with _signals(stop):
+        # A driver that has started a cluster would else kill it at SIGTERM, with what is drawn, and abort (Ray 2.60.0
+        # has a handler of its own).
+        with signals(stop, signal.SIGINT, signal.SIGTERM):
             print(f"serving {what} at http://{options.host}:{options.port}", flush=True)
             (wait or stop.told.wait)()
             _drain(options.limit + GRACE)
@@ -88,31 +92,9 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
             ray.shutdown()
 
 
-def _run(made: Any) -> None:
-    try:
-        serve.run(made, name="bozzetto", route_prefix="/")
-    except RuntimeError as error:
-        raise UsageError(f"the models could not be served: {error}") from error
-
-
 def _drain(seconds: float) -> None:
     """Let replicas finish, while the proxy still answers (serve.shutdown alone gives them 30 s)."""
     end = time.monotonic() + seconds
     serve.delete("bozzetto", _blocking=False)
     while "bozzetto" in serve.status().applications and time.monotonic() < end:
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _signals(stop: Stop) -> Iterator[None]:
-    """`stop` is told them. A driver that has started a cluster would else kill it at SIGTERM, with what is drawn, and
-    abort (Ray 2.60.0 has a handler of its own)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,7 +14,6 @@ later steps of the window are dropped. Images of equal progress go together, tho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -44,26 +43,6 @@ def place_order(seed: int, index: Tensor, length: int) -> Tensor:
     """The order in which the places of images int64 [B] are drawn: int64 [B, N], a permutation each."""
     places = torch.arange(length, device=index.device)
     return fold(image_keys(seed, STREAM_ORDER, index)[:, None], places).argsort(1)
-
-
-@dataclass
-class _Images:
-    """labels int64 [B]; order int64 [B, N]; noise, keys: int64 [B], of the fixed noise and of the fresh one; tokens:
-    float32 [B, N, D]."""
-
-    labels: Tensor
-    order: Tensor
-    noise: Tensor
-    keys: Tensor
-    tokens: Tensor
-
-    def rows(self, rows: Tensor) -> _Images:
-        return _Images(**{name: value[rows] for name, value in vars(self).items()})
-
-    def with_tokens(self, places: Tensor, tokens: Tensor) -> _Images:
-        """With tokens [B, W, D] at places [B, W]."""
-        table = self.tokens.scatter(1, places[..., None].expand_as(tokens), tokens)
-        return replace(self, tokens=table)
 
 
 class MaskedBatch(RowBatch):
@@ -97,9 +76,9 @@ class MaskedBatch(RowBatch):
         blank = torch.zeros(len(index), target.length, target.token_dim, device=device)
         self.state = self.final = DecodeState.new(seed, index, blank)
         self.rows, self.steps = list(range(len(index))), [0] * len(index)
-        order = place_order(seed, index, target.length)
-        self.rank, self.begins = order.argsort(1), torch.tensor(self.starts, device=device)
-        self.begun = _Images(labels, order, image_keys(seed, STREAM_TOKEN, index), self.state.keys, blank)
+        self.labels, self.noise = labels, image_keys(seed, STREAM_TOKEN, index)  # of the fixed noise
+        self.order = place_order(seed, index, target.length)
+        self.rank, self.begins = self.order.argsort(1), torch.tensor(self.starts, device=device)
 
     @property
     def going(self) -> bool:
@@ -112,8 +91,7 @@ class MaskedBatch(RowBatch):
         first = min(self.steps)
         behind = [i for i, step in enumerate(self.steps) if step == first]
         rows = torch.tensor(behind, device=self.begins.device)
-        images = replace(self.begun, tokens=self.state.tokens).rows(rows)
-        drawn = self._alone(images, first) if first < self.alone else self._drafted(images, first)
+        drawn = self._alone(rows, first) if first < self.alone else self._drafted(rows, first)
         for i, done in zip(behind, self._commit(rows, first, *drawn).tolist(), strict=True):
             self.steps[i] = done
         self.counts = [self.starts[step] for step in self.steps]
@@ -128,74 +106,75 @@ class MaskedBatch(RowBatch):
             return torch.ones(self.target.length, dtype=torch.bool, device=self.target.device)
         return self.rank[self.images.index(image)] < image.count
 
-    def _places(self, images: _Images, first: int, last: int) -> Tensor:
-        """Places that steps first..last - 1 draw, int64 [B, W]."""
-        return images.order[:, self.starts[first] : self.starts[last]]
+    def _places(self, rows: Tensor, first: int, last: int) -> Tensor:
+        """Places that steps first..last - 1 of these images int64 [B] draw, int64 [B, W]."""
+        return self.order[rows, self.starts[first] : self.starts[last]]
 
-    def _features(self, model: MARTarget, images: _Images, first: int, last: int) -> Tensor:
+    def _features(self, model: MARTarget, rows: Tensor, tokens: Tensor, first: int, last: int) -> Tensor:
         """ONE pass: features [copies B, W, C] of the places of steps first..last - 1, with the tokens before
-        known."""
-        places, known = self._places(images, first, last), images.order[:, : self.starts[first]]
-        features = model.features(images.labels, images.tokens, known, places, self.settings.guided)
+        known. tokens: of these images, float32 [B, N, D]."""
+        places, known = self._places(rows, first, last), self.order[rows, : self.starts[first]]
+        features = model.features(self.labels[rows], tokens, known, places, self.settings.guided)
         return features.unflatten(0, (-1, places.shape[1]))
 
     def _law(self, model: MARTarget, features: Tensor, batch: int, scale: float | Tensor, done: int = 0) -> ChainLaw:
         shape = (batch, features.shape[1])
         return model.law(features.flatten(0, 1), shape, scale, self.settings.temperature, done)
 
-    def _fixed(self, images: _Images, places: Tensor) -> Tensor:
+    def _fixed(self, rows: Tensor, places: Tensor) -> Tensor:
         """The fixed noise of places, [B, W, T + 1, D]."""
-        return normal_rows(images.noise, places, self.target.schedule.steps, self.target.token_dim)
+        return normal_rows(self.noise[rows], places, self.target.schedule.steps, self.target.token_dim)
 
-    def _fresh(self, images: _Images, places: Tensor) -> Tensor:
+    def _fresh(self, rows: Tensor, places: Tensor) -> Tensor:
         """Keys [B, W] of places, whenever they are drawn. (A test of a place that was dropped has decided nothing, so
         the key may be used again.)"""
-        return fold(images.keys[:, None], places)
+        return fold(self.state.keys[rows][:, None], places)
 
-    def _alone(self, images: _Images, step: int) -> tuple[Tensor, int, Verdict, None]:
+    def _alone(self, rows: Tensor, step: int) -> tuple[Tensor, int, Verdict, None]:
         """One step by the target: its places int64 [B, W], passes and what it drew there."""
-        places = self._places(images, step, step + 1)
-        features = self._features(self.target, images, step, step + 1)
+        places = self._places(rows, step, step + 1)
+        features = self._features(self.target, rows, self.state.tokens[rows], step, step + 1)
         self.meter.lap("target")
         law = self._law(self.target, features, len(places), self.guidances[step], self.starts[step])
         sampler: Any = self.rule if self.rule.alone else Plain()
-        tokens = sampler.sample(law, self._fixed(images, places).flatten(0, 1), self._fresh(images, places).flatten())
+        tokens = sampler.sample(law, self._fixed(rows, places).flatten(0, 1), self._fresh(rows, places).flatten())
         self.meter.count(law)
         return places, 1, Verdict(tokens.unflatten(0, places.shape), torch.zeros_like(places[:, 0])), None
 
-    def _draft(self, images: _Images, first: int, last: int) -> tuple[Draft, _Images]:
+    def _draft(self, rows: Tensor, first: int, last: int) -> tuple[Draft, Tensor]:
         """Steps first..last - 1 by the drafter, one after another, with the noise of the target's own sampler; and the
-        images with these tokens."""
+        tokens of these images with them."""
         assert self.drafter is not None
-        paths = []
+        paths, tokens = [], self.state.tokens[rows]
         for step in range(first, last):
-            places = self._places(images, step, step + 1)
-            features = self._features(self.drafter, images, step, step + 1)
+            places = self._places(rows, step, step + 1)
+            features = self._features(self.drafter, rows, tokens, step, step + 1)
             law = self._law(self.drafter, features, len(places), self.guidances[step])
-            path = sample_trajectory(law, None, self._fixed(images, places).flatten(0, 1))
+            path = sample_trajectory(law, None, self._fixed(rows, places).flatten(0, 1))
             self.meter.count(law)
             paths.append(Trajectory(*(part.unflatten(0, places.shape) for part in path)))
-            images = images.with_tokens(places, paths[-1].token)
+            new = paths[-1].token
+            tokens = tokens.scatter(1, places[..., None].expand_as(new), new)
         path = Trajectory(*(torch.cat(parts, 1) for parts in zip(*paths, strict=True)))
-        return Draft(path.token, trajectory=path), images
+        return Draft(path.token, trajectory=path), tokens
 
-    def _drafted(self, images: _Images, first: int) -> tuple[Tensor, int, Verdict, Draft]:
+    def _drafted(self, rows: Tensor, first: int) -> tuple[Tensor, int, Verdict, Draft]:
         """A window of steps from `first` on, drafted and verified: its places int64 [B, W], passes, the verdict and the
         draft."""
         last = min(self.last, first + self.drafts.length)
-        draft, filled = self._draft(images, first, last)
+        draft, filled = self._draft(rows, first, last)
         self.meter.lap("draft")
         if self.blind:
-            parts = [self._features(self.target, images, first, last)]
+            parts = [self._features(self.target, rows, self.state.tokens[rows], first, last)]
         else:
-            parts = [self._features(self.target, filled, step, step + 1) for step in range(first, last)]
+            parts = [self._features(self.target, rows, filled, step, step + 1) for step in range(first, last)]
         self.meter.lap("target")
-        places, scales = self._places(images, first, last), self._scales(first, last, images.order.device)
+        places, scales = self._places(rows, first, last), self._scales(first, last, rows.device)
         # A rule verifies the place after the drafts too; a window ends without one, so its last place stands in.
         spare = torch.arange(draft.length + 1, device=places.device).clamp_max(draft.length - 1)
         law = self._law(self.target, torch.cat(parts, 1)[:, spare], len(places), scales[spare].repeat(len(places)))
         at = places[:, spare]
-        noise = Noise(self._fixed(images, at), keys=self._fresh(images, at))
+        noise = Noise(self._fixed(rows, at), keys=self._fresh(rows, at))
         verdict = self.rule.verify(draft, law, noise)
         self.meter.count(law)
         return places, len(parts), verdict, draft

@@ -9,14 +9,14 @@ import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import closing
 from typing import Any
 
 from PIL import Image
 
 from bozzetto.errors import UsageError
 from bozzetto.serve.orders import Event, Finished, Job, Order, Partial, written
-from bozzetto.serve.problems import ApiError, error_body, without_places
+from bozzetto.serve.problems import ApiError, without_places
 from bozzetto.serve.worker import Worker
 
 KEEP_ALIVE = 5.0  # seconds without an event after which a stream says that it is there: proxies cut silent ones
@@ -106,16 +106,6 @@ async def accepted(worker: Worker, order: Order, disconnected: Callable[[], Awai
     return events
 
 
-@asynccontextmanager
-async def events_of(worker: Worker, order: Order) -> AsyncIterator[Events]:
-    """The events of an order, which is given up when the block is left early."""
-    events = Events(worker, order)
-    try:
-        yield events
-    finally:
-        events.close()
-
-
 async def while_connected(work: Awaitable[Any], disconnected: Callable[[], Awaitable[Any]]) -> Any:
     """The result of `work`, given up with ApiError 499 as soon as the client has gone."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
@@ -174,7 +164,7 @@ def said(order: Order) -> dict[str, Any]:
 async def whole(worker: Worker, order: Order) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     found: list[Finished] = []
-    async with events_of(worker, order) as events:
+    with closing(Events(worker, order)) as events:
         while len(found) < order.count:
             event = await events.next()
             if isinstance(event, Finished):
@@ -241,4 +231,4 @@ def sse(name: str, content: dict[str, Any]) -> bytes:
 
 def failed(error: ApiError) -> bytes:
     """An error in a stream that has begun."""
-    return sse("error", error_body(error.status_code, error.detail, error.param, error.code))
+    return sse("error", error.body())

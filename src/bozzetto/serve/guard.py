@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import os
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from bozzetto.errors import UsageError
 from bozzetto.serve.metrics import Metrics
@@ -41,10 +43,6 @@ _HEADERS = {
     "cache-control": "no-store",
 }
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
     """API keys, one a line, from a file or the environment (never the command line, which other users can see).
@@ -73,7 +71,7 @@ class Guard:
         self.app, self.hosts, self.metrics = app, tuple(hosts), metrics
         self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -93,12 +91,12 @@ class Guard:
             await self.app(scope, _capped(receive), out)
         except ApiError as error:
             if not started:
-                await answer(error, out)
+                await JSONResponse(error.body(), error.status_code, error.headers)(scope, receive, out)
         finally:
             path = scope["path"] if scope["path"] in _KNOWN else "other"
             self.metrics.answered(path, status, time.monotonic() - began)
 
-    def _check(self, scope: Message) -> None:
+    def _check(self, scope: Scope) -> None:
         """Raises ApiError for what may not come in."""
         given = [(name.lower(), value) for name, value in scope["headers"]]
         if sum(map(len, (*(part for pair in given for part in pair), scope["query_string"]))) > MOST_HEAD:
@@ -154,12 +152,3 @@ def _capped(receive: Receive) -> Receive:
         return message
 
     return counted
-
-
-async def answer(error: ApiError, send: Send) -> None:
-    """Send an error as JSON."""
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(k.encode(), v.encode()) for k, v in (error.headers or {}).items()]
-    await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

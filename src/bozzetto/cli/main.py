@@ -7,7 +7,6 @@ import importlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import tyro
 from bozzetto import __version__
 from bozzetto.cli import options as verb
 from bozzetto.cli.options import listed, loading_of, settings_from
+from bozzetto.cli.signals import signals
 from bozzetto.common.checks import checked_as, read_mapping
 from bozzetto.errors import UsageError
 
@@ -65,20 +65,6 @@ def _parse(arguments: list[str]) -> Any:
 def _typed(arguments: list[str], **default: Any) -> Any:
     verbs: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in HANDLERS)]  # noqa: UP007
     return tyro.cli(verbs, args=arguments, prog="bozzetto", description=_ABOUT, **default)
-
-
-@contextlib.contextmanager
-def signals(told: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
-    """`told` gets these signals within the block. (Outside of the main thread nobody can.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, told) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _cancel(number: int, frame: object) -> None:

@@ -13,9 +13,9 @@ import ray
 from ray import serve
 
 from bozzetto.checkpoints.load_settings import LoadSettings, check_gpus, gpus_of
-from bozzetto.cli.main import signals
 from bozzetto.cli.options import Serve, settings_from
 from bozzetto.cli.serve import app_of, make_worker, models_of
+from bozzetto.cli.signals import signals
 from bozzetto.errors import UsageError
 from bozzetto.serve.server import GRACE, Stop
 

@@ -25,7 +25,8 @@ from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.laws.chain import sample_trajectory
-from bozzetto.pipeline.pipelines import FlowPipeline
+from bozzetto.pipeline.kinds import CausalVectors
+from bozzetto.pipeline.pipeline import Pipeline
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
@@ -40,7 +41,7 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 @torch.inference_mode()
-def bare_pass(pipe: FlowPipeline, width: int, guidance: float, rounds: int) -> float:
+def bare_pass(pipe: Pipeline, width: int, guidance: float, rounds: int) -> float:
     """Seconds of one pass over `width` places in the middle of an image and of their T head calls."""
     target = pipe.target
     session = target.begin(torch.zeros(1, dtype=torch.int64), guidance != 1, width)
@@ -55,7 +56,7 @@ def bare_pass(pipe: FlowPipeline, width: int, guidance: float, rounds: int) -> f
 
 
 def measure(
-    pipe: FlowPipeline, methods: list[str], guidance: float, images: int, rounds: int
+    pipe: Pipeline, methods: list[str], guidance: float, images: int, rounds: int
 ) -> list[dict[str, float | str]]:
     base = bozzetto.GenerateSettings(guidance=guidance, batch=1)
     timed: dict[str, list[tuple[float, float]]] = {method: [] for method in ["none", *methods]}
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     pipe = bozzetto.load(options.model, dtype=options.dtype)
-    if not isinstance(pipe, FlowPipeline):
+    if not isinstance(pipe.kind, CausalVectors):
         parser.error(f"{options.model} is not a causal model of continuous tokens")
     rows = measure(pipe, options.methods.split(","), options.guidance, options.images, options.rounds)
     shown = [[str(r["method"]), *(f"{r[k]:.2f}" for k in list(r)[1:])] for r in rows]

@@ -14,8 +14,8 @@ from bozzetto import UsageError
 from bozzetto.cli.main import main
 from bozzetto.evaluate.bench import BenchSettings, bench, bench_table
 from bozzetto.evaluate.samelaw import rejected, vector_tests
+from bozzetto.pipeline.kinds import CausalVectors, MaskedVectors
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.pipeline.pipelines import FlowPipeline, MaskedPipeline
 
 FLOW_METHODS = [
     ("none", "plain"),
@@ -42,7 +42,7 @@ def run(*arguments: object) -> int:
 
 
 def test_the_family_in_the_folder_decides_the_pipeline(flow: Pipeline, masked: Pipeline) -> None:
-    assert isinstance(flow, FlowPipeline) and isinstance(masked, MaskedPipeline)
+    assert isinstance(flow.kind, CausalVectors) and isinstance(masked.kind, MaskedVectors)
 
 
 def test_auto_takes_the_familys_exact_method_and_a_drafter_or_rule_alone_finds_its_partner(

@@ -97,7 +97,7 @@ def test_a_gpu_that_nobody_named_is_said_in_one_line(gpus: Any, monkeypatch: Any
     gpus(1)
     seen: list[LoadSettings] = []
 
-    def load(model: object, wanted: LoadSettings) -> None:
+    def load(model: object, wanted: LoadSettings, report: object) -> None:
         seen.append(wanted)
         raise UsageError("far enough")
 

@@ -9,7 +9,7 @@ import pytest
 
 import bozzetto
 from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
-from bozzetto.pipeline.pipelines import MaskedPipeline
+from bozzetto.targets.mar_target import MARTarget
 
 FOLDER = ASSETS / "flowers-mar"
 FAST = {"seed": 7, "batch": 2, "passes": 8}
@@ -25,8 +25,8 @@ def test_the_model_is_shipped_with_a_card_its_classes_and_a_smaller_one(masked: 
     assert (FOLDER / "MODEL_CARD.md").is_file() and (FOLDER / "draft" / "model.safetensors").is_file()
     assert masked.classes == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
     assert json.loads((FOLDER / "config.json").read_text())["family"] == "mar"
-    assert isinstance(masked, MaskedPipeline)
-    assert (masked.sampler.passes, masked.sampler.steps) == (256, 100)
+    assert isinstance(masked.target, MARTarget)
+    assert (masked.target.sampler.passes, masked.target.sampler.steps) == (256, 100)
 
 
 def test_pictures_are_not_flat_and_classes_differ(masked: Pipeline) -> None:

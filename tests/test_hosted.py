@@ -176,7 +176,7 @@ def test_lumina_is_told_the_task_and_the_size_in_its_own_words(checkpoints: dict
     prompt = pipe.target.prompts[-1]
     assert prompt.without == begin and prompt.given[-4:] == (known.index("<reserved08706>"), *begin)
     assert prompt.given[0] == 1 and prompt.given[-6:-4] == (known.index("a"), known.index("dog"))
-    assert pipe.target.length == 2 * 3 and pipe.codes_drawn(4) == 3
+    assert pipe.target.length == 2 * 3 and pipe.runner.codes_drawn(4) == 3
 
 
 WIDE = "32x16"  # to Emu3's grammar two rows of four codes, of which the tiny one's decoder makes 8 x 4 pixels

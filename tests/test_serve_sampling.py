@@ -35,8 +35,8 @@ def pipes(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[st
         "emu3": load(emu3, image_size=EMU3_SIZE),
     }
     made["tiny"].own, made["emu3"].own = OWN, WORDED
-    made["emu3"].hosted.own = WORDED  # type: ignore[attr-defined]  # of its twins of other sizes
-    made["emu3"].hosted.sizes = ((32, 16), (720, 720))  # type: ignore[attr-defined]
+    made["emu3"].runner.hosted.own = WORDED  # type: ignore[attr-defined]  # of its twins of other sizes
+    made["emu3"].runner.hosted.sizes = ((32, 16), (720, 720))  # type: ignore[attr-defined]
     return made
 
 
@@ -152,7 +152,7 @@ def test_one_model_serves_its_sizes(server: Live, pipes: dict[str, Pipeline]) ->
 def test_caches_of_sizes_that_nobody_asks_for_are_given_up(pipes: dict[str, Pipeline]) -> None:
     pipe = pipes["emu3"]
     sizes = [(8 * columns, 8) for columns in range(1, 8)]
-    pipe.hosted.sizes = tuple(sizes)  # type: ignore[attr-defined]
+    pipe.runner.hosted.sizes = tuple(sizes)  # type: ignore[attr-defined]
     with live({"emu3": pipe}, warm=False) as server:
         for width, height in sizes:
             assert post(server, {"prompt": "a dog", "size": f"{width}x{height}"})[0] == 200

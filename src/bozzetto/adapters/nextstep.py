@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from bozzetto.adapters.pictures import PictureConfig
+from bozzetto.adapters.pictures import HostedPictures, PictureConfig
 from bozzetto.adapters.prompted import PromptedTarget, Shape
 from bozzetto.adapters.source import (
     Ask,
@@ -110,7 +110,7 @@ def grid_positions(rows: int, columns: int, dim: int) -> Tensor:
     return torch.cat([one[:columns].repeat(rows, 1), one[:rows].repeat_interleave(columns, 0)], 1)
 
 
-class NextStepPictures:
+class NextStepPictures(HostedPictures):
     """What a pipeline asks of a tokenizer: float [B, N, D] tokens of a target to [B, 3, H, W] in [0, 1].
 
     decoder: latents [B, C, h, w] -> [B, 3, H, W] in [-1, 1]; scale, shift: latents = tokens / scale + shift; factor:
@@ -126,10 +126,9 @@ class NextStepPictures:
         scale: float = 1.0,
         shift: float = 0.0,
     ):
-        self.target, self.decoder, self.patch = target, decoder, patch
-        self.scale, self.shift = scale, shift
         columns = target.config.grid
-        self.config = PictureConfig(target.length // columns, columns, patch * factor)
+        super().__init__(PictureConfig(target.length // columns, columns, patch * factor), torch.zeros(0, 0), decoder)
+        self.target, self.patch, self.scale, self.shift = target, patch, scale, shift
 
     def latents(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> [B, C, h, w]."""

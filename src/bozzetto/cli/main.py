@@ -19,6 +19,7 @@ from bozzetto.cli import options as verb
 from bozzetto.cli.options import listed, loading_of, settings_from
 from bozzetto.cli.signals import signals
 from bozzetto.common.checks import checked_as, read_mapping
+from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
@@ -94,7 +95,7 @@ def _generate(options: verb.Generate) -> None:
     _check_request(options, settings)
     out, show = options.out, _wants_progress(options.progress)
     with staged_folder(out, written_before(out)) as folder:
-        pipe = load(options.model, loading)
+        pipe = load(options.model, loading, note)
         labels = pipe.labels(options.classes, settings)
         count = options.count or len(labels)
         check_free(out, count, [pipe.classes[label] for label in labels])
@@ -158,7 +159,7 @@ def _bench(options: verb.Bench) -> None:
     )
 
     def measure() -> dict[str, Any]:
-        pipe = load(options.model, loading_of(options))
+        pipe = load(options.model, loading_of(options), note)
         methods = pipe.default_methods if options.methods == AUTO else settings.methods
         return bench(pipe, replace(settings, methods=methods), progress=_wants_progress(options.progress))
 
@@ -186,7 +187,7 @@ def _suite(options: verb.Bench, settings: Any) -> dict[str, Any]:
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         chosen = suite_models(options.suite, options.model)
-        parts = [(load(model, loading), part.methods) for model, part in chosen]
+        parts = [(load(model, loading, note), part.methods) for model, part in chosen]
         show = _wants_progress(options.progress)
         return run_suite(parts, options.suite, settings, quality, extractor, options.out, progress=show)
 
@@ -197,7 +198,7 @@ def _profile(options: verb.Profile) -> None:
 
     settings, show = settings_from(options, ProfileSettings), _wants_progress(options.progress)
     _measured(
-        options, lambda: profile(load(options.model, loading_of(options)), settings, progress=show), profile_table
+        options, lambda: profile(load(options.model, loading_of(options), note), settings, progress=show), profile_table
     )
 
 
@@ -221,7 +222,7 @@ def _sample(options: verb.Sample) -> None:
     show = _wants_progress(options.progress) and rank == 0
     loading = loading_of(options)
     with _resumable(options.out), gathered(world):
-        pipe = load(options.model, loading)
+        pipe = load(options.model, loading, note)
         named = None if options.method == "auto" else options.method
         run = SampleRun(options.out, pipe, settings, seed=options.seed, classes=options.classes, method=named)
         if rank == 0:
@@ -258,7 +259,7 @@ def _evaluate(options: verb.Evaluate) -> None:
         loading = loading_of(options)
         with _resumable(options.out), _needs("evaluate"):
             extractor = make_extractor(options.extractor)
-            pipe, work = load(options.model, loading), compare if options.compare is not None else evaluate
+            pipe, work = load(options.model, loading, note), compare if options.compare is not None else evaluate
             own = {"methods": pipe.default_methods} if auto and options.compare is None else {}
             show = _wants_progress(options.progress)
             return work(pipe, replace(wanted, **own), extractor, options.out, progress=show)

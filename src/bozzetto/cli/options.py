@@ -3,7 +3,6 @@ and the settings that are made of it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
 from bozzetto.common.options import BenchOptions, LawOptions, LoadOptions, MethodOptions, ProfileOptions
+from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
 
 STRICT = ConfigDict(extra="forbid")
@@ -325,7 +325,7 @@ def loading_of(options: LoadOptions) -> Any:
 
     settings = settings_from(options, LoadSettings)
     if options.device == AUTO and settings.device != "cpu":
-        print(f"device: {settings.device} (--device cpu for the processor)", file=sys.stderr, flush=True)
+        note(f"device: {settings.device} (--device cpu for the processor)")
     return settings
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from bozzetto.cli.options import Serve, loading_of, settings_from
 from bozzetto.common.hub import model_name
+from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError, check_number, require
 from bozzetto.pipeline.loading import load
 from bozzetto.pipeline.pipeline import Pipeline
@@ -106,7 +107,7 @@ def make_worker(options: Serve) -> Worker:
     pipes: dict[str, Pipeline] = {}
     loading = loading_of(options)
     for name, model in tqdm(models_of(options).items(), desc="loading", disable=None):
-        pipes[name] = load(model, loading)
+        pipes[name] = load(model, loading, note)
         pipes[name].need_pictures()
     base = settings_from(options, GenerateSettings)
     for pipe in pipes.values():

@@ -43,7 +43,7 @@ class BarePass:
         self.session: CausalSession = self.target.begin(labels, settings.law.guided, width)
         for part in (part for both in self.session.cache for part in both):
             part.normal_()
-        token = pipe.blank_inputs(labels)
+        token = pipe.kind.blank_inputs(labels)
         self.inputs = token.expand(-1, width, *token.shape[2:]).contiguous()
         self.starts = torch.full_like(labels, self.start)
 

@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from bozzetto.checkpoints.load_settings import LoadSettings, check_gpus, gpus_of
+from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
 from bozzetto.evaluate.sampling import SampleRun, batched, check_count
 from bozzetto.pipeline.loading import load
@@ -26,7 +27,7 @@ class ShardWriter:
     """What a Ray Data worker does: draws the batches it is given. run: see `SampleRun`."""
 
     def __init__(self, folder: Path, model: str, loading: LoadSettings, **run: Any):
-        self.run = SampleRun(folder, load(model, loading), **run)
+        self.run = SampleRun(folder, load(model, loading, note), **run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """batch: `indices`, one list of image numbers per row; tells the seconds of each."""

@@ -13,7 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bozzetto.checkpoints.folders import LLAMAGEN, SKETCH, TOKENIZER_WEIGHTS, load_drafter, load_target, target_digest
+from bozzetto.checkpoints.folders import (
+    FLOW,
+    LLAMAGEN,
+    MASKED,
+    SKETCH,
+    TOKENIZER_WEIGHTS,
+    load_drafter,
+    load_target,
+    target_digest,
+)
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import fetched
@@ -25,9 +34,14 @@ from bozzetto.drafters.trained import TRAINED
 from bozzetto.errors import UsageError
 from bozzetto.methods.options import Drafting
 from bozzetto.rules.neighbours import MOST, nearest_codes
-from bozzetto.runtime.graphs import digest_of
+from bozzetto.runtime.graphs import Compiler, Report, digest_of
 from bozzetto.runtime.kept import cache_folder, find, keep
+from bozzetto.targets.compiled_head import CompiledNarrow
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from bozzetto.targets.mar import MAR
+from bozzetto.targets.mar_target import MARSampler, MARTarget
+
+DRAFT = "draft"  # the folder of a masked model's own draft model, inside its own
 
 
 class Resources:
@@ -140,6 +154,48 @@ class VectorResources:
     def weights(self, drafter: Drafting) -> Path | None:
         """As of `Resources`."""
         return self.trained_folder(drafter.folder) / WEIGHTS if drafter.trained else None
+
+
+class MaskedResources:
+    """The same for a masked target: smaller models of the same tokens. report: told of heads that are compiled."""
+
+    def __init__(self, target: MARTarget, name: str, folder: Path, report: Report | None = None):
+        self.target, self.name, self.folder, self.report = target, name, folder, report
+        self._small = functools.cache(self._load)
+        self.target_with = functools.cache(self._make)
+
+    def smaller(self, folder: str) -> Path:
+        """Where a smaller model lies; "": the one that comes with the model. Raises UsageError where there is none."""
+        if folder:
+            return fetched(folder)
+        if not (self.folder / DRAFT).is_dir():
+            raise UsageError(f"{self.name} comes without a smaller model (write model:folder=DIR)")
+        return self.folder / DRAFT
+
+    def weights(self, drafter: Drafting) -> Path | None:
+        """As of `Resources`."""
+        return self.smaller(drafter.folder) / WEIGHTS if drafter.smaller else None
+
+    def _make(self, sampler: MARSampler, mode: str = "off", folder: Path | None = None) -> MARTarget:
+        """The model (None) or a smaller one with a sampler, its head compiled as asked. Each is made once, and those of
+        one folder share its weights. Raises UsageError for a smaller one of another family."""
+        whole = self.target if folder is None else self._small(folder)
+        if mode == "off" and sampler == whole.sampler:
+            return whole
+        target = whole.with_sampler(sampler)
+        if mode != "off":
+            net = self._network(folder or self.folder).diffloss.net
+            target.use_compiled(CompiledNarrow(net, target.dtype, Compiler(mode, self.report)))
+        return target
+
+    def _load(self, folder: Path) -> MARTarget:
+        return MARTarget(self._network(folder), self.target.sampler, self.target.dtype)
+
+    def _network(self, folder: Path) -> MAR:
+        network = load_target(folder, FLOW, MASKED, dtype=self.target.dtype, device=self.target.device)
+        if not isinstance(network, MAR):
+            raise UsageError(f"{folder}: a draft model of a masked target is masked too (family 'mar')")
+        return network
 
 
 def kept_neighbours(codebook: Tensor, k: int) -> Tensor:

@@ -1,11 +1,13 @@
-"""Pipelines of models of other libraries, conditioned by prompts."""
+"""Models that another library runs, conditioned by prompts."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -18,20 +20,21 @@ from bozzetto.adapters.prompted import PromptedCodes
 from bozzetto.adapters.source import Hosted
 from bozzetto.checkpoints.folders import EAGLE, load_drafter
 from bozzetto.checkpoints.load_settings import LoadSettings
-from bozzetto.checkpoints.weights import name_of
 from bozzetto.common.files import digest
 from bozzetto.common.hub import model_name
 from bozzetto.common.images import Origin
 from bozzetto.drafters.base import DraftModel
 from bozzetto.drafts import VECTORS
 from bozzetto.errors import UsageError
-from bozzetto.methods.resources import Resources
+from bozzetto.methods.resources import Resources, VectorResources
 from bozzetto.methods.table import make_sampler
 from bozzetto.pipeline.conditions import EXAMPLES, PromptBook
+from bozzetto.pipeline.kinds import CausalVectors, Codes, TokenKind
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.pipeline.pipelines import CodePipeline, FlowPipeline
-from bozzetto.rules.pathwise import Pathwise
-from bozzetto.rules.reflection import Coupled
+from bozzetto.pipeline.runner import Runner
+
+# Trained drafters whose draft model can be told prompts.
+PROMPTED: Mapping[str, Any] = MappingProxyType({EAGLE: PromptedEagle})
 
 
 class HostedResources(Resources):
@@ -44,13 +47,17 @@ class HostedResources(Resources):
         super().__init__(whole, codebook, None)
 
     def _load_trained(self, name: str, folder: str) -> Any:
-        if name != "eagle":
-            raise UsageError(f"drafter {name!r} is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
-        net = load_drafter(folder, EAGLE, self.target.config, "").to(self.target.device)
-        return PromptedEagle(net, self.target)
+        if name not in PROMPTED:
+            self._refuse(name)
+        net = load_drafter(folder, name, self.target.config, "").to(self.target.device)
+        return PROMPTED[name](net, self.target)
 
     def smaller(self, folder: str) -> DraftModel:
-        raise UsageError("drafter 'model' is not allowed here: it is for LlamaGen models (none, jacobi, eagle)")
+        self._refuse("model")
+
+    def _refuse(self, name: str) -> NoReturn:
+        fit = ", ".join(("none", "jacobi", *PROMPTED))
+        raise UsageError(f"drafter {name!r} is not allowed here: it is for LlamaGen models ({fit})")
 
     def neighbours(self, columns: int) -> Tensor:
         if not len(self.codebook):
@@ -78,90 +85,60 @@ def prompts_of(hosted: Hosted) -> PromptBook:
     return book
 
 
-class _Hosted(Pipeline):
-    """What pipelines of models share that another library runs. source: the folder that the model was loaded from."""
+class HostedRunner(Runner):
+    """A network that another library runs. source: the folder that it was loaded from; wanted: how."""
 
-    target: Any
-    hosted: Hosted
-    source: Path
+    def __init__(self, name: str, hosted: Hosted, source: Path, wanted: LoadSettings):
+        super().__init__(name, hosted.target, hosted.pictures)
+        self.hosted, self.source, self.wanted, self.undecoded = hosted, source, wanted, hosted.pictures.missing
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        return tuple(dict.fromkeys([self.size, *self.hosted.sizes]))
+        return tuple(dict.fromkeys([*super().sizes, *self.hosted.sizes]))
 
-    def in_size(self, size: tuple[int, int]) -> Pipeline:
-        if size == self.size or self.hosted.sized is None:
-            return super().in_size(size)
-        return self._again(self.hosted.sized(size))
-
-    def _again(self, hosted: Hosted) -> Pipeline:
-        """A pipeline of the same kind for the same model in another size."""
-        raise NotImplementedError
-
-    def _fingerprint(self) -> str:
-        own, besides = checkpoint_digest(self.source), self.hosted.besides
-        return hashlib.sha256(f"{own} {digest(*besides)}".encode()).hexdigest()[:16] if besides else own
+    def in_size(self, size: tuple[int, int]) -> Pipeline | None:
+        sized = self.hosted.sized
+        return None if sized is None else _pipeline(HostedRunner(self.name, sized(size), self.source, self.wanted))
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
         if mode != "off":
             raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is run by transformers (off)")
         return self.target
 
+    def fingerprint(self) -> str:
+        own, besides = checkpoint_digest(self.source), self.hosted.besides
+        own = _short(own, digest(*besides)) if besides else own
+        if self.target.tokens != VECTORS:
+            return own
+        return _short(own, checkpoint_digest(autoencoder_folder(self.source, self.wanted.vae)), self.wanted.sampler)
 
-class HostedPipeline(_Hosted, CodePipeline):
-    """A model of another library that draws codes."""
-
-    def __init__(self, name: str, hosted: Hosted, dtype: str, source: Path):
-        super().__init__(name, hosted.target, hosted.pictures, prompts_of(hosted), dtype)
-        self.resources = HostedResources(hosted.target, hosted.pictures.codebook)
-        self.source, self.hosted, self.own = source, hosted, hosted.own
-
-    @property
-    def undecoded(self) -> str:  # type: ignore[override]
-        return self.hosted.pictures.missing
-
-    @torch.no_grad()
-    def decode_here(self, tokens: Tensor, origin: Origin | None = None) -> Image.Image:
-        return self.hosted.pictures.picture(tokens.to(self.target.device), origin)
-
-    def _again(self, hosted: Hosted) -> HostedPipeline:
-        return HostedPipeline(self.name, hosted, self.dtype, self.source)
+    def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
+        return self.pictures.picture(tokens, origin)
 
     def codes_drawn(self, count: int) -> int:
-        return self.tokenizer.codes_drawn(count)  # type: ignore[attr-defined]
+        return self.pictures.codes_drawn(count)
 
 
-class HostedFlowPipeline(_Hosted, FlowPipeline):
-    """A model of another library that draws continuous tokens (NextStep-1). sampler: as written ("": as published);
-    vae: where its autoencoder was loaded from ("": beside the weights)."""
-
-    def __init__(self, name: str, hosted: Hosted, dtype: str, source: Path, sampler: str = "", vae: str = ""):
-        self._sampler, self._vae = sampler, vae
-        made, target = make_sampler(sampler) if sampler else hosted.target.sampler, hosted.target
-        target.sample_with(made)
-        super().__init__(name, target, hosted.pictures, prompts_of(hosted), dtype, None, None)
-        self.source, self.hosted, self.own = source, hosted, hosted.own
-        if sampler:  # with steps of its own
-            self.own = replace(self.own, steps=made.steps, source=f"{sampler}; {self.own.source}")
-        if not self.target.schedule.moving:  # then drafts of whole tokens are hardly ever kept
-            self.default_drafter = "none"
-            self.default_rules = {"none": Coupled.name, "jacobi": Pathwise.name}
-            self.default_methods = ("none", "none/coupled", "jacobi/pathwise:epsilon=0.1")
-
-    def _again(self, hosted: Hosted) -> HostedFlowPipeline:
-        return HostedFlowPipeline(self.name, hosted, self.dtype, self.source, self._sampler, self._vae)
-
-    def _fingerprint(self) -> str:
-        folder = autoencoder_folder(self.source, self._vae)
-        parts = (super()._fingerprint(), checkpoint_digest(folder), self._sampler)
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+def _short(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def load_prompted(model: str | Path, wanted: LoadSettings, folder: Path) -> Pipeline:
     """A checkpoint in the Hugging Face layout; folder: where its files are. Raises UsageError as
     `adapters.load.load_hosted` does, and for options that are not for it."""
-    name, hosted = model_name(model), load_hosted(model, wanted, folder)
-    dtype = name_of(hosted.target.dtype)
-    if hosted.target.tokens == VECTORS:
-        return HostedFlowPipeline(name, hosted, dtype, folder, wanted.sampler, wanted.vae)
-    return HostedPipeline(name, hosted, dtype, folder)
+    return _pipeline(HostedRunner(model_name(model), load_hosted(model, wanted, folder), folder, wanted))
+
+
+def _pipeline(runner: HostedRunner) -> Pipeline:
+    hosted, sampler = runner.hosted, runner.wanted.sampler
+    own, target = hosted.own, hosted.target
+    kind: TokenKind
+    if target.tokens == VECTORS:
+        made = make_sampler(sampler) if sampler else target.sampler  # "": as published
+        target.sample_with(made)
+        if sampler:  # with steps of its own
+            own = replace(own, steps=made.steps, source=f"{sampler}; {own.source}")
+        kind = CausalVectors(runner, VectorResources(target, runner.name, None))
+    else:
+        kind = Codes(runner, HostedResources(target, hosted.pictures.codebook))
+    return Pipeline(kind, prompts_of(hosted), runner, own)

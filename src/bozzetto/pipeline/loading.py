@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bozzetto.adapters.families import way_out
 from bozzetto.checkpoints.captions import read_captions
 from bozzetto.checkpoints.folders import (
@@ -32,13 +34,15 @@ from bozzetto.common.checks import config_from, naming
 from bozzetto.common.classes import distinct
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
 from bozzetto.errors import UsageError, brief
+from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
 from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes, TextEncoder
+from bozzetto.pipeline.kinds import CausalVectors, Codes, MaskedVectors, TokenKind
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
-from bozzetto.pipeline.pipelines import CodePipeline, FlowPipeline, MaskedPipeline
+from bozzetto.pipeline.runner import Runner
+from bozzetto.runtime.graphs import Report
 from bozzetto.settings import GenerateSettings
 from bozzetto.targets.drift import DriftModel, DriftTarget
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
-from bozzetto.targets.llamagen import LlamaGenConfig
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.targets.mar import MAR
 from bozzetto.targets.mar_target import MARSampler, MARTarget, check_passes
@@ -47,9 +51,12 @@ from bozzetto.targets.sentence import SentenceEncoder
 _LONGEST = 200  # characters of a name
 
 
-def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **options: Any) -> Pipeline:
+def load(
+    model: str | Path = "flowers", settings: LoadSettings | None = None, report: Report | None = None, **options: Any
+) -> Pipeline:
     """Load a shipped model by name, a model folder, or a checkpoint in the Hugging Face layout (a folder, or its name
-    on the hub). options: fields of LoadSettings, in place of `settings`.
+    on the hub). report: told, in lines of text, of what is compiled; options: fields of LoadSettings, in place of
+    `settings`.
 
     Raises UsageError for an unknown model or option and for files that do not fit together.
     """
@@ -71,12 +78,9 @@ def load(model: str | Path = "flowers", settings: LoadSettings | None = None, **
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
-    if family in (FLOW, MASKED, DRIFT):
-        _refuse_text(folder, wanted)
-        pipe = _load_vectors(folder, config, wanted)
-    else:
-        pipe = _load_codes(folder, config, wanted)
-    pipe.own = own
+    read = _vectors if family in (FLOW, MASKED, DRIFT) else _codes
+    kind, conditions = read(folder, config, wanted, report)
+    pipe = Pipeline(kind, conditions, kind.runner, own)
     if SAMPLING in config:
         with naming(folder / CONFIG):  # what it says is allowed for this kind of model
             pipe.make_batch(GenerateSettings(drafter="none"))
@@ -120,31 +124,34 @@ def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipel
     return load_prompted(model, wanted, folder)
 
 
-def _load_codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> CodePipeline:
-    dtype, device, captions = wanted.dtype, wanted.device, wanted.captions
-    network = partial(load_target, folder, LLAMAGEN, dtype=wanted.torch_dtype, device=device)
-    tokenizer = load_tokenizer(folder, encoder=False).to(device)
-    names = config.get("class_names")
-    target = LlamaGenTarget(network(), wanted.torch_dtype)
-    if target.config.captioned:
-        if captions is None:
-            encoder, prompts = _encoder(folder, config, target, wanted)
-            _check_codes(folder, tokenizer.config, target.config)
-            twins: dict[tuple[str, bool], Any] = {}
-            said = Captions(encoder, prompts, lambda: (target, *twins.values()))
-            return CodePipeline(_name(folder, config), target, tokenizer, said, dtype, folder, network, twins)
-        if wanted.text_encoder:
-            raise UsageError("give either --captions, the features of captions, or --text-encoder, which makes them")
-        names, *given = read_captions(captions, target.config)
-        target = target.with_captions(*given)
-    else:
+def _codes(
+    folder: Path, config: dict[str, Any], wanted: LoadSettings, report: Report | None
+) -> tuple[TokenKind, Classes]:
+    network = partial(load_target, folder, LLAMAGEN, dtype=wanted.torch_dtype, device=wanted.device)
+    tokenizer = load_tokenizer(folder, encoder=False).to(wanted.device)
+    target, captions = LlamaGenTarget(network(), wanted.torch_dtype), wanted.captions
+    encoder: TextEncoder | None = None
+    names: Sequence[Any]
+    if not target.config.captioned:
         _refuse_text(folder, wanted)
         names = _class_names(folder, config, target.config.classes)
-    _check_codes(folder, tokenizer.config, target.config)
-    classes = Classes(distinct([str(n) for n in names]))
-    pipe = CodePipeline(_name(folder, config), target, tokenizer, classes, dtype, folder, network)
-    pipe.captions = None if captions is None else Path(captions)
-    return pipe
+    elif captions is None:
+        encoder, names = _encoder(folder, config, target, wanted)
+    elif wanted.text_encoder:
+        raise UsageError("give either --captions, the features of captions, or --text-encoder, which makes them")
+    else:
+        names, *given = read_captions(captions, target.config)
+        target = target.with_captions(*given)
+    have, want = tokenizer.config, target.config
+    if (have.codes, have.grid) != (want.vocab, want.grid):
+        raise UsageError(
+            f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
+            f"{want.vocab} on {want.grid}x{want.grid}"
+        )
+    files = () if captions is None else (Path(captions),)
+    runner = Runner(_name(folder, config), target, tokenizer, (folder,), files, network, report)
+    kind = Codes(runner, Resources(target, tokenizer.codebook, folder))
+    return kind, _classes(names) if encoder is None else Captions(encoder, names, runner.targets)
 
 
 def _refuse_text(folder: Path, wanted: LoadSettings) -> None:
@@ -189,45 +196,46 @@ def _encoder(
         raise UsageError("prompts need transformers, which is not installed: pip install 'bozzetto[hf]'") from error
 
 
-def _check_codes(folder: Path, have: Any, want: LlamaGenConfig) -> None:
-    if (have.codes, have.grid) != (want.vocab, want.grid):
-        raise UsageError(
-            f"{folder}: the tokenizer has {have.codes} codes on a {have.grid}x{have.grid} grid, the target expects "
-            f"{want.vocab} on {want.grid}x{want.grid}"
-        )
-
-
-def _load_vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> Pipeline:
-    dtype, device = wanted.dtype, wanted.device
+def _vectors(
+    folder: Path, config: dict[str, Any], wanted: LoadSettings, report: Report | None
+) -> tuple[TokenKind, Classes]:
+    _refuse_text(folder, wanted)
+    own, name, base = folder, _name(folder, config), None
     drift: DriftModel | None = None
-    own, name = folder, _name(folder, config)
     if config.get("family") == DRIFT:
-        folder = _base(own, config)
-        config, drift = read_config(folder), load_drift(own, folder).to(device)
-    again = partial(load_target, folder, FLOW, MASKED, dtype=wanted.torch_dtype, device=device)
+        folder = base = _base(own, config)
+        config, drift = read_config(folder), load_drift(own, folder).to(wanted.device)
+    again = partial(load_target, folder, FLOW, MASKED, dtype=wanted.torch_dtype, device=wanted.device)
     network = again() if drift is None else drift.flow
-    tokenizer = load_latents(folder).to(device)
-    classes = Classes(distinct([str(n) for n in _class_names(folder, config, network.config.classes)]))
+    tokenizer = load_latents(folder).to(wanted.device)
+    classes = _classes(_class_names(folder, config, network.config.classes))
     have, want = tokenizer.config, network.config
     if (have.token_dim, have.grid) != (want.token_dim, want.grid):
         raise UsageError(
             f"{folder}: the decoder takes {have.token_dim} numbers on a {have.grid}x{have.grid} grid, the target draws "
             f"{want.token_dim} on {want.grid}x{want.grid}"
         )
-    if drift is not None:
-        whole, tuned = DriftTarget(drift, wanted.torch_dtype), bool(drift.config.tuned)
-        return FlowPipeline(name, whole, tokenizer, classes, dtype, own, lambda: network, folder, tuned)
-    sampler, source = config.get("sampler", {}), folder / CONFIG
+    folders = (own,) if base is None else (own, base)
+    target: Any = _vector_target(network, drift, config.get("sampler", {}), folder / CONFIG, wanted.torch_dtype)
+    runner = Runner(name, target, tokenizer, folders, (), again if drift is None else lambda: network, report)
     if isinstance(network, MAR):
-        with naming(source):
-            masked = config_from(MARSampler, sampler, source)
-            check_passes(masked.passes, network.config.length)
-        drawn = MARTarget(network, masked, wanted.torch_dtype)
-        return MaskedPipeline(name, drawn, tokenizer, classes, dtype, folder)
+        return MaskedVectors(runner, MaskedResources(target, name, own, report)), classes
+    tuned = drift is not None and bool(drift.config.tuned)
+    return CausalVectors(runner, VectorResources(target, name, own, base, tuned)), classes
+
+
+def _vector_target(
+    network: Any, drift: DriftModel | None, sampler: Any, source: Path, dtype: torch.dtype
+) -> DriftTarget | MARTarget | FlowTarget:
+    """sampler: as the file `source` says."""
+    if drift is not None:
+        return DriftTarget(drift, dtype)
     with naming(source):
-        made = config_from(FlowSampler, sampler, source)
-    target = FlowTarget(network, made, wanted.torch_dtype)
-    return FlowPipeline(name, target, tokenizer, classes, dtype, folder, again)
+        if not isinstance(network, MAR):
+            return FlowTarget(network, config_from(FlowSampler, sampler, source), dtype)
+        masked = config_from(MARSampler, sampler, source)
+        check_passes(masked.passes, network.config.length)
+    return MARTarget(network, masked, dtype)
 
 
 def _base(folder: Path, config: dict[str, Any]) -> Path:
@@ -240,6 +248,10 @@ def _name(folder: Path, config: dict[str, Any]) -> str:
     if not isinstance(name, str) or not name.isprintable() or not len(name) <= _LONGEST:
         raise UsageError(f"{folder / CONFIG}: name = {brief(name)} is not allowed: a text of one line")
     return name
+
+
+def _classes(names: Sequence[Any]) -> Classes:
+    return Classes(distinct([str(name) for name in names]))
 
 
 def _texts(value: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +17,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bozzetto.checkpoints.folders import (
-    CONFIG,
-    PIPELINE,
-    TOKENIZER_CONFIG,
-    TOKENIZER_WEIGHTS,
-    convert_note,
-    read_config,
-    tokenizer_weights,
-)
+from bozzetto.checkpoints.folders import CONFIG, PIPELINE, convert_note, read_config
 from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
-from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
 from bozzetto.common.images import Origin, one_core, to_picture
@@ -40,9 +30,11 @@ from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError, brief
 from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.conditions import Classes
+from bozzetto.pipeline.kinds import TokenKind
 from bozzetto.pipeline.results import ROUNDING as ROUNDING
 from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, plan_batches
 from bozzetto.pipeline.results import settings_of as settings_of
+from bozzetto.pipeline.runner import Runner
 from bozzetto.settings import GenerateSettings
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -50,21 +42,21 @@ _GREY = 0.5  # of what is not drawn yet
 _WAVES = 64  # of images that follow each other into slots, before pictures are made of them
 
 
-class Pipeline(ABC):
-    """A target with its tokenizer. Make one with bozzetto.load. The kinds of token differ in `make_batch`, `resolve`.
+class Pipeline:
+    """A model that draws images. Make one with bozzetto.load. kind: what is particular to its kind of token;
+    conditions: what images are drawn of; runner: who runs its network; own: how its authors sample it.
 
-    target: has length and device; tokenizer: has decode and config, with its shape and size.
+    target: has length and device; tokenizer: has decode and config, with its shape and size; resources: the target's
+    drafters; undecoded: why its tokens cannot become pictures here ("": they can); folder: None for a model of another
+    library.
     """
 
-    default_methods: tuple[str, ...]
-    undecoded = ""  # why its tokens cannot become pictures here, where they cannot
-    resources: Any  # its drafters, see methods/resources.py
-
-    def __init__(self, name: str, target: Any, tokenizer: Any, conditions: Classes, dtype: str, folder: Path | None):
-        self.name, self.target, self.tokenizer = name, target, tokenizer
-        self.conditions, self.classes, self.dtype, self.folder = conditions, conditions.names, dtype, folder
-        self.captions: Path | None = None  # of a text-conditional model: the file that its captions come from
-        self.own = OwnSampling()  # how its authors sample it
+    def __init__(self, kind: TokenKind, conditions: Classes, runner: Runner, own: OwnSampling):
+        self.kind, self.conditions, self.runner, self.own = kind, conditions, runner, own
+        self.name, self.target, self.tokenizer = runner.name, runner.target, runner.pictures
+        self.classes, self.dtype, self.undecoded = conditions.names, kind.dtype, runner.undecoded
+        self.resources, self.default_methods = kind.resources, kind.default_methods
+        self.folder = next(iter(runner.folders), None)
         self._known = ""
         self._schedulers: dict[int, Scheduler] = {}  # of nobody, by images together
 
@@ -81,15 +73,16 @@ class Pipeline(ABC):
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Sizes (width, height) that the model can be asked for, its own first."""
-        return (self.size,)
+        return self.runner.sizes
 
     def in_size(self, size: tuple[int, int]) -> Pipeline:
         """The same model, with the same weights, for pictures of another size. Raises UsageError for one that it does
         not draw."""
-        if size != self.size:
+        made: Pipeline | None = self if size == self.size else self.runner.in_size(size)
+        if made is None:
             only = f"{self.size[0]}x{self.size[1]}"
             raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
-        return self
+        return made
 
     def need_pictures(self) -> None:
         """Raise UsageError where there are tokens only."""
@@ -98,23 +91,26 @@ class Pipeline(ABC):
                 f"{self.name} draws tokens and no pictures here: {self.undecoded} (bozzetto generate writes its tokens)"
             )
 
-    @abstractmethod
     def make_batch(self, settings: GenerateSettings, closed: bool = True) -> Batch:
         """A batch of `settings.batch` images. closed: see Scheduler."""
+        return self.kind.make_batch(self.resolve(settings), closed)
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         """With `auto` replaced, and with the model's own values where nothing is asked for. Raises UsageError for a
         method or an option of the other kind of token."""
         if settings.quality_words and not (self.own.suffix or self.own.negative_prompt):
             raise UsageError(f"quality_words is not allowed here: none are published for {self.name}")
-        return settings.with_own(self.own)
+        settings = settings.with_own(self.own)
+        if settings.negative_prompt and not self.conditions.takes_negative:
+            raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
+        return self.kind.resolve(settings)
 
     def sampling(self, settings: GenerateSettings | None = None) -> dict[str, Any]:
         """How images of these settings (None: those that say nothing) are sampled, ready for JSON: the law, the head's
         steps, the words around prompts; asked: what is not the model's own; source: where that was published."""
         given = GenerateSettings() if settings is None else settings
         used, unset = self.resolve(given), GenerateSettings()
-        shown: dict[str, Any] = {name: getattr(used, name) for name in LAW} | self.head_sampling(used)
+        shown: dict[str, Any] = {name: getattr(used, name) for name in LAW} | self.kind.head_sampling(used)
         words: dict[str, Any] = {
             "suffix": self.own.suffix * used.quality_words,
             "negative_prompt": used.negative_prompt,
@@ -123,10 +119,6 @@ class Pipeline(ABC):
         names = (*LAW, *HEAD, "negative_prompt", "quality_words")
         asked = [name for name in names if getattr(given, name) != getattr(unset, name)]
         return {**shown, **words, "asked": asked, "source": self.own.source}
-
-    def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
-        """Of resolved settings: steps, passes and guidance schedule, where there are."""
-        return {}
 
     def labels(self, asked: str | int | Sequence[str | int], settings: GenerateSettings | None = None) -> list[int]:
         """Labels of class names or numbers (one, or a list); none given: all in turn. Raises UsageError for one that is
@@ -144,26 +136,21 @@ class Pipeline(ABC):
         """Whether it takes any text, not only the names of classes."""
         return self.conditions.takes_prompts
 
-    def refuse_negative(self, settings: GenerateSettings) -> None:
-        """Raise UsageError for a negative prompt, which models of other libraries have."""
-        if settings.negative_prompt and not self.conditions.takes_negative:
-            raise UsageError(f"negative_prompt is not allowed here: {self.name} has a condition of its own for none")
-
     def remember(self, prompts: int, busy: Callable[[], set[int]] = set) -> None:
         """Keep what belongs to so many prompts, asked for last, and to `busy` labels (a server would only grow)."""
         self.conditions.remember(prompts, busy)
 
     def target_in(self, mode: str, deterministic: bool = False) -> Any:
-        """The target with its passes compiled as asked."""
-        return self.target
+        """The target with its passes compiled as asked. Raises UsageError where they cannot be."""
+        return self.runner.target_in(mode, deterministic)
 
     def fuses(self, settings: GenerateSettings, closed: bool = True) -> bool:
         """Whether images of resolved settings may enter a batch while others are decoded. closed: see Scheduler."""
-        return False
+        return self.kind.fuses(settings, closed)
 
     def batch_key(self, settings: GenerateSettings, seed: int, closed: bool = True) -> Hashable:
         """Equal for images of resolved settings that can be decoded in one batch."""
-        return (settings, seed)
+        return self.kind.batch_key(settings, seed, closed)
 
     def window(self, settings: GenerateSettings) -> int:
         """Places of a pass, at most, of images that are decoded `settings.batch` at a time."""
@@ -177,32 +164,17 @@ class Pipeline(ABC):
             settings = replace(settings, window=self.window(settings))
         return settings
 
-    @torch.no_grad()
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         """The target passes of sequential decoding of labels int64 [B] and nothing else: constant tokens, results
         thrown away. What any decoding is measured against."""
-        guided = settings.with_own(self.own).law.guided
-        session = self.target_in(settings.compile, settings.deterministic).begin(labels, guided, 1)
-        start = torch.zeros_like(labels)
-        inputs = self.blank_inputs(labels)
-        for number in range(self.target.length):
-            yield session.score(inputs, start, number)
-            start = start + 1
-
-    def blank_inputs(self, labels: Tensor) -> Tensor:
-        """Any token for each of B images, [B, 1, ...]."""
-        return torch.zeros_like(labels)[:, None]
+        return self.kind.bare_passes(labels, settings.with_own(self.own))
 
     def fingerprint(self) -> str:
         """A digest of the model's files, so that samples of two states of one model are not mixed up; taken once, for
-        large files take seconds. "unknown" for a model that has none."""
+        large files take seconds."""
         if not self._known:
-            self._known = "-".join(filter(None, (self._fingerprint(), self.conditions.fingerprint())))
+            self._known = "-".join(filter(None, (self.runner.fingerprint(), self.conditions.fingerprint())))
         return self._known
-
-    def _fingerprint(self) -> str:
-        more = () if self.captions is None else (self.captions,)
-        return "unknown" if self.folder is None else digest(*model_files(self.folder), *more)
 
     def drafter_weights(self, drafter: Drafting) -> str | None:
         """Digest of a trained drafter's weights, None for drafters without."""
@@ -331,34 +303,22 @@ class Pipeline(ABC):
     def decode_here(self, tokens: Tensor, origin: Origin | None = None) -> Image.Image:
         """Tokens int64 [N] -> RGB picture, in the calling thread. The bytes are those of `decode` where that thread has
         one core (`one_core`). origin: what it was drawn for, where that is known."""
-        return to_picture(self.tokenizer.decode(tokens[None].to(self.target.device))[0])
+        return self.runner.picture(tokens.to(self.target.device), origin)
 
     @torch.no_grad()
     def preview(self, tokens: Tensor, count: int, known: Tensor | None = None) -> Image.Image:
         """A picture of the first `count` tokens int64 [N], or of those that are `known`, bool [N]; the rest is grey."""
         pixels = self.tokenizer.decode(tokens[None].to(self.target.device))[0]
         rows, columns = self.grid
-        first = torch.arange(rows * columns, device=pixels.device) < self.codes_drawn(count)
+        first = torch.arange(rows * columns, device=pixels.device) < self.runner.codes_drawn(count)
         drawn = (first if known is None else known.to(pixels.device)).view(1, rows, columns).float()
         drawn = drawn.repeat_interleave(pixels.shape[1] // rows, 1).repeat_interleave(pixels.shape[2] // columns, 2)
         return to_picture(pixels * drawn + _GREY * (1 - drawn))
-
-    def codes_drawn(self, count: int) -> int:
-        """How many cells of the grid the first `count` tokens fill."""
-        return count
 
 
 def shipped_models() -> list[str]:
     """Names of the models inside the package."""
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files that say what a model draws; some models have the weights of their tokenizer from a folder beside."""
-    names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
-    own = [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
-    pixels = tokenizer_weights(folder, read_config(folder, TOKENIZER_CONFIG)) if own[2:] else own[-1]
-    return own if pixels in own else [*own, pixels]
 
 
 def model_folder(name_or_folder: str | Path) -> Path:

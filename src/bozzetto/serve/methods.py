@@ -34,15 +34,6 @@ def own_sampling(pipe: Pipeline) -> dict[str, Any]:
     return {**found, **{name: text for name, text in words.items() if text}}
 
 
-def takes_negative(pipe: Pipeline) -> bool:
-    """Whether a request may say what guidance leads away from."""
-    try:
-        pipe.refuse_negative(GenerateSettings(negative_prompt="-"))
-    except UsageError:
-        return False
-    return True
-
-
 def lossy(rules: dict[str, list[str]]) -> list[str]:
     """Names of rules that are not exact."""
     exact = {name: rule.exact for (_, name), rule in RULES.items()}

@@ -12,7 +12,7 @@ from typing import Any
 from bozzetto.errors import UsageError
 from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.serve.methods import lossy, own_sampling, takes_negative
+from bozzetto.serve.methods import lossy, own_sampling
 from bozzetto.serve.orders import Order, written
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.schema import Drawing, ImageGeneration
@@ -156,7 +156,7 @@ class Terms:
             "columns": columns,
             "tokens": pipe.target.length,
             "takes_prompts": pipe.takes_prompts,
-            "takes_negative_prompt": takes_negative(pipe),
+            "takes_negative_prompt": pipe.conditions.takes_negative,
             "prompts": list(self.worker.examples[name][:_LISTED]),
             "rules": rules,
             "lossy": lossy(rules),

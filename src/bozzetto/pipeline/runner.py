@@ -1,0 +1,84 @@
+"""Who runs a model's network: we do (here), or another library (hosted.py)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from bozzetto.checkpoints.folders import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, read_config, tokenizer_weights
+from bozzetto.checkpoints.weights import WEIGHTS
+from bozzetto.common.files import digest
+from bozzetto.common.images import Origin, to_picture
+from bozzetto.runtime.graphs import Report
+from bozzetto.targets.compiled_cache import compile_target
+
+
+class Runner:
+    """A network of ours, whose passes are compiled where that is asked for. name: the model's; target: has tokens,
+    length, dtype and device; pictures: its tokenizer, with decode and config; folders: the model's, and others that say
+    what it draws, as do `files`; network: reads what `target` was made from again; report: told of every graph that is
+    compiled; undecoded: why its tokens cannot become pictures here ("": they can)."""
+
+    undecoded = ""
+
+    def __init__(
+        self,
+        name: str,
+        target: Any,
+        pictures: Any,
+        folders: Sequence[Path] = (),
+        files: Sequence[Path] = (),
+        network: Callable[[], Any] | None = None,
+        report: Report | None = None,
+    ):
+        self.name, self.target, self.pictures, self.network, self.report = name, target, pictures, network, report
+        self.folders, self.files = folders, files
+        self.compiled: dict[tuple[str, bool], Any] = {}
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """See Pipeline.sizes."""
+        return (self.pictures.config.size,)
+
+    def in_size(self, size: tuple[int, int]) -> Any:
+        """A pipeline of the same model for another size, None where there is none."""
+        return None
+
+    def target_in(self, mode: str, deterministic: bool = False) -> Any:
+        """The target with its passes compiled as asked; each is made once."""
+        if mode == "off" or self.network is None:
+            return self.target
+        if (mode, deterministic) not in self.compiled:
+            target = copy.copy(self.target)
+            compile_target(target, self.network(), mode, self.report, deterministic)
+            self.compiled[mode, deterministic] = target
+        return self.compiled[mode, deterministic]
+
+    def targets(self) -> tuple[Any, ...]:
+        """The target and its compiled twins."""
+        return (self.target, *self.compiled.values())
+
+    def fingerprint(self) -> str:
+        """A digest of the model's files."""
+        return digest(*(file for folder in self.folders for file in model_files(folder)), *self.files)
+
+    def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
+        """Tokens int64 [N] of an image -> its picture. origin: what it was drawn for, where that is known."""
+        return to_picture(self.pictures.decode(tokens[None])[0])
+
+    def codes_drawn(self, count: int) -> int:
+        """How many cells of the grid the first `count` tokens fill."""
+        return count
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that say what a model draws; some models have the weights of their tokenizer from a folder beside."""
+    names = (CONFIG, WEIGHTS, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS)
+    own = [folder / name for name in names if name in (CONFIG, WEIGHTS) or (folder / name).is_file()]
+    pixels = tokenizer_weights(folder, read_config(folder, TOKENIZER_CONFIG)) if own[2:] else own[-1]
+    return own if pixels in own else [*own, pixels]

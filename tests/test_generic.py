@@ -189,7 +189,7 @@ def test_a_picture_is_its_decoders(plain: Path) -> None:
     lined = bozzetto.load(plain)
     drawn = lined.generate(["a dog"], drafter="none", temperature=0.0).images[0]
     assert len(drawn.tokens) == 20 and drawn.tokens.view(4, 5)[:, -1].tolist() == [CODES] * 4
-    assert lined.codes_drawn(7) == 6 and drawn.image.size == (8, 8)
+    assert lined.runner.codes_drawn(7) == 6 and drawn.image.size == (8, 8)
 
 
 def test_a_model_whose_logits_are_more_than_its_head_is_refused(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_one_call_of_the_decoder_draws_a_token(folder: Path) -> None:
         ({"steps": 4}, "steps = 4 is not allowed here: tiny-drift draws a token in one step"),
         ({"drafter": "none", "rule": "reflection"}, "maps noise to a token and has no density"),
         ({"drafter": "jacobi", "rule": "chains"}, "maps noise to a token and has no density"),
+        ({"drafter": "sketch", "rule": "cspd"}, "maps noise to a token and has no density"),
     ],
 )
 def test_what_needs_a_density_is_refused(folder: Path, options: dict, match: str) -> None:

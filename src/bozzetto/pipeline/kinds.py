@@ -158,7 +158,7 @@ class CausalVectors(TokenKind):
         for option in ("steps", "last_steps") if target.one_step else ():
             if (count := getattr(settings, option)) > 1:
                 raise UsageError(f"{option} = {count} is not allowed here: {self.name} draws a token in one step")
-        if target.one_step and not (rule.fixed_noise or rule.sequential):
+        if target.one_step and not (rule.sequential or (rule.fixed_noise and not rule.needs_law)):
             raise UsageError(
                 f"rule {rule.text!r} is not allowed here: {self.name} maps noise to a token and has no density "
                 "(plain, pathwise)"

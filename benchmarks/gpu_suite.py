@@ -346,7 +346,7 @@ def work_of_masked(
     c, size, rows = network.config, torch.empty(0, dtype=dtype).element_size(), 2 * batch
     if part == "head call":
         blocks = network.diffloss.net.res_blocks
-        weights = sum(layer.weight.numel() for block in blocks for layer in block.linears)
+        weights = sum(block.mlp[i].weight.numel() for block in blocks for i in (0, 2))
         return size * weights, 2 * rows * width * weights
     encoder, decoder = (
         sum(weight.numel() for weight in blocks.parameters() if weight.ndim > 1)

@@ -144,14 +144,14 @@ class SiblingsWithReplacement(TreeRejection):
     """Verifies siblings as if each had been drawn from the whole law."""
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
-        from bozzetto.rules import tree
+        from bozzetto.rules import walk
 
-        kept = tree.without
-        tree.without = lambda q, token: q
+        kept = walk.without
+        walk.without = lambda q, token: q
         try:
             return super().verify(draft, log_p, noise)
         finally:
-            tree.without = kept
+            walk.without = kept
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def test_bad_combinations_are_named(method: str, rule: str, message: str) -> Non
 
 
 def test_a_second_guess_needs_a_drafter() -> None:
-    with pytest.raises(ValueError, match="needs a workshop"):
+    with pytest.raises(ValueError, match="needs the resources of a model"):
         make_drafter("jacobi:second=eagle", 4)
 
 

@@ -179,7 +179,8 @@ class RowBatch(Batch):
             [torch.cat(pair, 1) for pair in zip(self.past, new, strict=True)] if self.past else new,
             [],
         )
-        sums = [part[self.over].double() for part in self.past]  # of count, accepted, drafted and spent, [n, passes]
+        over = torch.tensor(self.over).to(self.target.device)
+        sums = [part.index_select(0, over).double() for part in self.past]  # of the four figures, [n, passes]
         steps = [torch.diff(part, prepend=torch.zeros_like(part[:, :1])).tolist() for part in sums]
         for at, image, *columns in zip(self.over, done, *steps, strict=True):
             took_part = [i for i, committed in enumerate(columns[0]) if committed]

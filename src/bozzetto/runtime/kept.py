@@ -83,7 +83,7 @@ def made(name: str, make: Callable[[str], object], folder: Path | None) -> Path:
     try:
         path = keep(name, lambda at: shutil.copyfile(new, at), folder)
     except OSError as error:
-        if found := find(name, folder):  # another thread kept the same, and took `new` away
+        if not new.exists() and (found := find(name, folder)):  # another thread kept the same, and took `new` away
             return found
         _say_once(folder, error.strerror or str(error))
         return new

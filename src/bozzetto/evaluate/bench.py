@@ -204,7 +204,7 @@ def _ceiling(
         return None, None
     probe = CeilingProbe(window, pipe.target.length)
     labels, index = _images(pipe, cell.batch, 0)
-    EagerBatch(pipe.target, probe, entry.rule, entry.law).run(labels, seed, torch.tensor(index))
+    EagerBatch(pipe.target, probe, entry.rule, entry.law).run(labels, seed, torch.tensor(index, device=labels.device))
     by_offset = probe.by_offset()
     return float(by_offset.mean()), float(by_offset[0])
 

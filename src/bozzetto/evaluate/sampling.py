@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -28,6 +27,7 @@ from bozzetto.checkpoints.own_sampling import SAMPLING, OwnSampling
 from bozzetto.common.classes import labels_of
 from bozzetto.common.files import write_text
 from bozzetto.common.staging import locked
+from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError, brief, check_number
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.shards import (
@@ -182,8 +182,7 @@ class SampleRun:
             except DamagedShard as error:
                 if seen is not None and seen == _state(shard):  # not replaced by another process meanwhile
                     os.replace(shard, shard.with_name(f"damaged-{shard.name}"))
-                    note = f"note: {error}; moved to damaged-{shard.name}, its images are drawn again"
-                    print(note, file=sys.stderr, flush=True)
+                    note(f"note: {error}; moved to damaged-{shard.name}, its images are drawn again")
         return found
 
     def pending(self, count: int) -> list[int]:

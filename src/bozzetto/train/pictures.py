@@ -6,7 +6,6 @@ labels, or features of a prompt and their mask. Conditions of a set hold all its
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bozzetto.checkpoints.folders import read_config
+from bozzetto.common.terminal import note
 from bozzetto.data import ImageSet, read_captions, read_images
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, left_pad
@@ -56,8 +56,7 @@ class DataSource:
 def note_overlap(train: Sequence[DataSource], test: DataSource) -> None:
     """Say it on stderr where pictures that are held out are trained on as well."""
     if any(source.overlaps(test) for source in train):
-        line = f"note: {test}: trained on as well; held-out figures say nothing about new pictures"
-        print(line, file=sys.stderr, flush=True)
+        note(f"note: {test}: trained on as well; held-out figures say nothing about new pictures")
 
 
 def by_name(data: ImageSet, classes: Sequence[str], source: object) -> ImageSet:

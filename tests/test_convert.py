@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bozzetto import load
 from bozzetto.autoencoders.llamagen_vq import LlamaGenVQConfig
-from bozzetto.checkpoints.convert import convert_llamagen, recognise
+from bozzetto.checkpoints.convert import check_out, convert_llamagen, recognise
 from bozzetto.checkpoints.folders import load_target, load_tokenizer
 from bozzetto.checkpoints.states import family_of
 from bozzetto.errors import UsageError
@@ -68,6 +68,23 @@ LAYOUTS = [
     (None, "c2i.pt"),
     (None, "c2i.safetensors"),
 ]
+
+
+@pytest.mark.parametrize("ending", ["", ".done"])
+def test_what_a_killed_conversion_left_is_swept_or_finished(ending: str, tmp_path: Path) -> None:
+    left = tmp_path / f".bozzetto-0123abcd{ending}"
+    left.mkdir()
+    check_out(tmp_path)
+    assert not left.exists()
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    if ending:  # all was written: it is a model now, and not to be written over
+        with pytest.raises(UsageError, match="not an empty folder"):
+            check_out(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    else:
+        check_out(tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("wrapper", "name"), LAYOUTS)

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import path_toys
-from bozzetto.adapters.nextstep import NextStepParts, NextStepPictures, NextStepTarget, grid_positions
+from bozzetto.adapters.nextstep import NextStepTarget, grid_positions, next_step_parts, next_step_pictures
 from bozzetto.adapters.prompted import Prompt
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
@@ -64,7 +64,7 @@ def make_target(sampler: Any, positions: bool = True) -> NextStepTarget:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    body, parts = transformers.Qwen2Model(config).eval(), NextStepParts(D, DIM, 16, 2)
+    body, parts = transformers.Qwen2Model(config).eval(), next_step_parts(D, DIM, 16, 2)
     for number, part in enumerate((body, parts)):
         shaken(part, number)
         part.requires_grad_(False)
@@ -176,18 +176,18 @@ def test_a_norm_stands_between_a_token_and_what_follows() -> None:
     twin = 2.5 * tokens - 0.7
     torch.testing.assert_close(other.embed(tokens), other.embed(twin), atol=1e-4, rtol=0)
     torch.testing.assert_close(other.embed(tokens), other.image_in(other.settled(tokens)))
-    pictures = [NextStepPictures(other, lambda latents: latents, 2, 8).decode(part) for part in (tokens, twin)]
+    pictures = [next_step_pictures(other, lambda latents: latents, 2, 8).decode(part) for part in (tokens, twin)]
     torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
     assert not torch.allclose(target("euler").embed(tokens), target("euler").embed(twin))
 
 
 def test_tokens_are_patches_of_latents() -> None:
     rows, columns, channels, patch = 2, 3, 3, 2
-    wide = NextStepTarget(TARGET.body, NextStepParts(channels * patch**2, DIM, 16, 1), rows, columns, EulerSampler())
-    pictures = NextStepPictures(wide, lambda latents: latents, patch, 8, scale=2.0, shift=0.25)
+    wide = NextStepTarget(TARGET.body, next_step_parts(channels * patch**2, DIM, 16, 1), rows, columns, EulerSampler())
+    pictures = next_step_pictures(wide, lambda latents: latents, patch, 8, scale=2.0, shift=0.25)
     assert pictures.config.size == (16 * columns, 16 * rows)
     tokens = torch.arange(rows * columns * channels * patch**2).float().view(1, rows * columns, -1)
-    found = pictures.latents(tokens)
+    found = 2 * pictures.decoder(tokens.unflatten(1, (rows, columns))) - 1  # an identity in place of a decoder
     for r, c, channel, y, x in itertools.product(*map(range, (rows, columns, channels, patch, patch))):
         number = tokens[0, r * columns + c, channel * patch**2 + y * patch + x]
         assert found[0, channel, r * patch + y, c * patch + x] == number / 2 + 0.25
@@ -221,7 +221,7 @@ FROM = torch.randn(3 * D, DIM, generator=torch.Generator().manual_seed(4)) / mat
 
 @functools.cache
 def _head(sampler: Any, wrong: float) -> PackedDenoiser:
-    net = NextStepParts(D, DIM, 16, 1).image_head["net"].requires_grad_(False)
+    net = next_step_parts(D, DIM, 16, 1)["image_head"]["net"].requires_grad_(False)
     shaken(net, 7)
     for weight in net.parameters():
         weight.mul_(1 + wrong)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from bozzetto.adapters.source import (
     in_sizes,
     numbers,
     prompts_of,
+    without,
     word_number,
     written,
 )
@@ -52,29 +52,11 @@ _NORM = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_norm\.(weight|bias)")
 _PIXELS, _CODES = 32, 2  # of one of Lumina-mGPT's cells, per side: its pixels and its codes
 _MOST_RATIO = 4  # of the sides of a picture
 _SIZES = (512, 768, 1024)  # what checkpoints are called by and trained for
+ChameleonLanguage = without(ChameleonForConditionalGeneration, "vqmodel")
 _ELSEWHERE = (
     "give that of another Lumina-mGPT, which all have the same, with --tokenizer Alpha-VLLM/Lumina-mGPT-7B-768 "
     "(a folder or a name on the hub)"
 )
-
-
-class ChameleonLanguage(ChameleonForConditionalGeneration):
-    """Without the VQ model."""
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        del self.model.vqmodel
-
-
-@dataclass(frozen=True)
-class ChameleonFiles:
-    """What a folder holds. config: of transformers; language: the language model's weights under transformers' names
-    and in its shapes; vq: the VQ model's, under those of its own checkpoint (empty: there is none); codes: how many."""
-
-    config: Any
-    language: dict[str, Tensor]
-    vq: dict[str, Tensor]
-    codes: int
 
 
 def target(model: Any, rows: int, columns: int, end: int | None = None) -> PromptedCodes:
@@ -88,9 +70,9 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     if family_of(source.config) == "lumina-mgpt":
         return load_lumina(source, wanted)
     wanted.refuse(f"{source.name} has its own", "tokenizer")
-    processor, files = source.processor(), chameleon_files(source)
-    pictured = vqgan_pictures(source, wanted, files)
-    network = chameleon_network(source, wanted, files)
+    processor, (config, language, vq) = source.processor(), chameleon_files(source)
+    pictured = vqgan_pictures(source, wanted, vq, image_words(config))
+    network = source.network(ChameleonLanguage, wanted, config, language)
     grid = math.isqrt(processor.image_seq_length)
     drawn = target(network, grid, grid)
     pictures = pictured(grid, grid, network.device)
@@ -104,15 +86,20 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     return Hosted(drawn, pictures, ask, source.sampling(), processor.tokenizer)
 
 
-def chameleon_files(source: Source, mapped: bool = True) -> ChameleonFiles:
-    """The weights, mapped from their files. mapped: whether config.json has to say which words are image tokens. Raises
-    UsageError."""
+def image_words(config: Any) -> int:
+    """How many words config.json says are image tokens."""
+    return sum(str(word).startswith("IMGIMG") for word in config.vocabulary_map or ())
+
+
+def chameleon_files(source: Source, mapped: bool = True) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """What a folder holds: the config of transformers; the language model's weights under transformers' names and in
+    its shapes; the VQ model's under those of its own checkpoint (empty: there is none). Weights are mapped from their
+    files. mapped: whether config.json has to say which words are image tokens. Raises UsageError."""
     config = source.read("config.json", ChameleonForConditionalGeneration.config_class.from_pretrained)
     if not mapped and not config.vocabulary_map:
         config.vocabulary_map = {}
     source.check(ChameleonLanguage, config)
-    codes = sum(str(word).startswith("IMGIMG") for word in config.vocabulary_map or ())
-    if mapped and not codes:
+    if mapped and not image_words(config):
         raise UsageError(f"{source.folder / 'config.json'}: vocabulary_map has no words for image tokens (IMGIMG...)")
     language, vq = {}, {}
     for key, value in source.tensors().items():
@@ -120,12 +107,7 @@ def chameleon_files(source: Source, mapped: bool = True) -> ChameleonFiles:
             vq[key.removeprefix(_VQ)] = value
         else:
             language[key] = _per_head(source, config, key, value)
-    return ChameleonFiles(config, language, vq, codes)
-
-
-def chameleon_network(source: Source, wanted: LoadSettings, files: ChameleonFiles) -> Any:
-    """The language model. Raises UsageError for weights that do not fit."""
-    return source.network(ChameleonLanguage, wanted, files.config, files.language)
+    return config, language, vq
 
 
 def _per_head(source: Source, config: Any, key: str, value: Tensor) -> Tensor:
@@ -140,18 +122,18 @@ def _per_head(source: Source, config: Any, key: str, value: Tensor) -> Tensor:
 
 
 def vqgan_pictures(
-    source: Source, wanted: LoadSettings, files: ChameleonFiles, lined: bool = False
+    source: Source, wanted: LoadSettings, vq: Mapping[str, Tensor], codes: int, lined: bool = False
 ) -> Callable[[int, int, torch.device], HostedPictures]:
     """What makes pictures of so many rows and columns of codes on a device. The decoder is that of `wanted`, else that
-    of a file in the model's folder under one of _VQGANS, else that of the model's own VQ model; lined: whether each
-    row of tokens has an end.
+    of a file in the model's folder under one of _VQGANS, else that of the model's own VQ model, `vq`; codes: of the
+    model; lined: whether each row of tokens has an end.
 
     Raises UsageError where it is missing, of another family, or of other codes than the model's.
     """
-    state, where = _vqgan(source, wanted, files.vq)
-    codebook, own = state[CODES].float(), files.vq.get(CODES)
+    state, where = _vqgan(source, wanted, vq)
+    codebook, own = state[CODES].float(), vq.get(CODES)
     same = own is None or (own.shape == codebook.shape and torch.allclose(codebook, own.float(), rtol=1e-2, atol=1e-2))
-    if not same or len(codebook) != files.codes:
+    if not same or len(codebook) != codes:
         raise UsageError(f"{where}: its codes are not those of {source.name}")
     scale, decoder = decoder_config(state).downsample, vqgan_decoder(state, where).eval().requires_grad_(False)
 
@@ -192,9 +174,9 @@ def load_lumina(source: Source, wanted: LoadSettings) -> Hosted:
     tokenizer = source.tokenizer(wanted, _ELSEWHERE)
     sizes = lumina_sizes(side) if side else ()
     lumina_prompts(tokenizer, wanted.size or sizes[0])  # what it refuses is refused before weights are read
-    files = chameleon_files(source)
-    pictured = vqgan_pictures(source, wanted, files, lined=True)
-    network, own = chameleon_network(source, wanted, files), source.sampling()
+    config, language, vq = chameleon_files(source)
+    pictured = vqgan_pictures(source, wanted, vq, image_words(config), lined=True)
+    network, own = source.network(ChameleonLanguage, wanted, config, language), source.sampling()
 
     def made(size: tuple[int, int]) -> Hosted:
         ask, end = lumina_prompts(tokenizer, size)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bozzetto.adapters.chameleon import chameleon_files, chameleon_network
+from bozzetto.adapters.chameleon import ChameleonLanguage, chameleon_files
 from bozzetto.adapters.pictures import HostedPictures, PictureConfig, read_decoder, scale_of
 from bozzetto.adapters.prompted import Prompt, PromptedCodes, words_target
 from bozzetto.adapters.source import Hosted, Source, fits_context, in_sizes, prompts_of, word_number
@@ -72,7 +72,8 @@ def _network(source: Source, wanted: LoadSettings, spec: AdapterSpec) -> Any:
 
     kind = spec.body or str(source.config.get("model_type"))
     if kind == "chameleon":
-        return chameleon_network(source, wanted, chameleon_files(source, mapped=False))
+        config, language, _ = chameleon_files(source, mapped=False)
+        return source.network(ChameleonLanguage, wanted, config, language)
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(f"{source.name}: model type {brief(kind)} is no language model of transformers")
     config = source.read("config.json", CONFIG_MAPPING[kind].from_pretrained)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from bozzetto.adapters.source import (
     in_sizes,
     numbers,
     prompts_of,
+    without,
 )
 from bozzetto.checkpoints.folders import CONFIG, read_config
 from bozzetto.checkpoints.load_settings import LoadSettings
@@ -49,17 +51,8 @@ SIZES = ((1024, 1024), (1152, 768), (768, 1152), (1280, 1280))
 _FACTOR = 32  # pixels per token and side
 _TWICE = 2  # the second stage has a token for each 16 pixels
 _TYPES = ("F16", "BF16", "F32")  # diffusers 0.42 leaves float64 as it is beside others
+GlmImageDrawing = without(GlmImageForConditionalGeneration, "visual")
 _PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-
-
-class GlmImageDrawing(GlmImageForConditionalGeneration):
-    """Without the tower that looks at pictures: a billion of the published weights."""
-
-    _keys_to_ignore_on_load_unexpected = (r"^model\.visual\.",)
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        del self.model.visual
 
 
 def target(model: Any, preview: tuple[int, int], grid: tuple[int, int]) -> PromptedCodes:
@@ -93,6 +86,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
     besides = () if source.whole or lies is source else (beside / "tokenizer.json",)
     network = source.network(GlmImageDrawing, wanted)
     stage, own = second_stage(source, wanted), source.sampling()
+    codebook = F.normalize(network.model.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)
     if own.top_k >= network.config.vq_config.num_embeddings:  # as published: all words of the head
         own = replace(own, top_k=0)
 
@@ -107,36 +101,26 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         _, preview = prepared("")["image_grid_thw"].tolist()
         drawn = target(network, (preview[1], preview[2]), (rows, columns))
         fits_context(source, drawn, size)
-        pictures = GlmImagePictures(network, stage, preview[1] * preview[2], rows, columns)
+        config, known = PictureConfig(rows, columns, _FACTOR), isinstance(stage, str)
+        last = None if known else partial(_second_picture, stage, threading.Lock(), config)
+        skipped, missing = preview[1] * preview[2], stage if known else ""
+        pictures = HostedPictures(config, codebook, skipped=skipped, missing=missing, last=last)
         ask = prompts_of(lambda text: numbers(prepared(text)))
         return Hosted(drawn, pictures, ask, own, processor.tokenizer, besides=besides)
 
     return in_sizes(wanted, SIZES, made, _FACTOR)
 
 
-class GlmImagePictures(HostedPictures):
-    """network: GlmImageForConditionalGeneration; stage: the second stage, or why there is none; skipped: tokens before
-    those of the picture; rows, columns: of codes."""
-
-    def __init__(self, network: Any, stage: Any, skipped: int, rows: int, columns: int):
-        codebook = F.normalize(network.model.vqmodel.quantize.embedding.weight.detach().float(), dim=-1)
-        config, missing = PictureConfig(rows, columns, _FACTOR), stage if isinstance(stage, str) else ""
-        super().__init__(config, codebook, skipped=skipped, missing=missing)
-        self.stage, self.lock = None if missing else stage, threading.Lock()  # its sampler counts steps
-
-    @torch.no_grad()
-    def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
-        if self.stage is None or origin is None:
-            return super().picture(tokens, origin)
-        codes = self.codes(tokens[None])[0]
-        prior = codes.repeat_interleave(_TWICE, 0).repeat_interleave(_TWICE, 1).reshape(1, -1)
-        with self.lock:
-            latents = _noise(self.stage, origin, self.config).to(tokens.device)
-            width, height = self.config.size
-            asked = {"prompt": origin.text, "prior_token_ids": prior, "latents": latents}
-            made = self.stage(**asked, height=height, width=width)
-        picture: Image.Image = made.images[0]
-        return picture
+def _second_picture(stage: Any, one: Any, config: PictureConfig, codes: Tensor, origin: Origin) -> Image.Image:
+    """What the second stage makes of codes int64 [rows, columns]. one: lets one in, for its sampler counts steps."""
+    prior = codes.repeat_interleave(_TWICE, 0).repeat_interleave(_TWICE, 1).reshape(1, -1)
+    width, height = config.size
+    with one:
+        latents = _noise(stage, origin, config).to(codes.device)
+        asked = {"prompt": origin.text, "prior_token_ids": prior, "latents": latents}
+        made = stage(**asked, height=height, width=width)
+    picture: Image.Image = made.images[0]
+    return picture
 
 
 def _noise(stage: Any, origin: Origin, config: PictureConfig) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from bozzetto.adapters.source import (
     fixed_size,
     numbers,
     prompts_of,
+    without,
     word_number,
 )
 from bozzetto.autoencoders.decoder import levels_of, renamed
@@ -56,18 +57,9 @@ _NAMES = (
 _OF_FILES = ("model_type", "torch_dtype", "dtype")  # what is said of the files, not of the network
 _VQ, _HIDDEN = "model.vqmodel.", "generation_aligner.hidden_layers."
 _BEGIN, _PADDING = "<begin_of_image>", "<\uff5c\u2581pad\u2581\uff5c>"
+_LOOKING = ("vision_model", "aligner", "vqmodel.encoder", "vqmodel.quant_conv")
+JanusDrawing = without(JanusForConditionalGeneration, *_LOOKING)
 _ROLES = {"Janus-Pro": ("<|User|>", "<|Assistant|>"), "Janus-1.3B": ("User", "Assistant")}
-
-
-class JanusDrawing(JanusForConditionalGeneration):
-    """Without what looks at pictures: a fifth of Janus-Pro-1B's weights."""
-
-    # A list: transformers 5.0 adds another one to it.
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^model\.(vision_model|aligner|vqmodel\.(encoder|quant_conv))\."]
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        del self.model.vision_model, self.model.aligner, self.model.vqmodel.encoder, self.model.vqmodel.quant_conv
 
 
 def target(model: Any) -> PromptedCodes:

@@ -53,14 +53,11 @@ _UNUSED = ("lm_head.weight", "gen_pos_embed")  # of words; of a table that grid_
 _HEAD, _AREA, _BLOCKS = "image_head.net.", "<|image_area|>", ("num_res_blocks", 2)
 
 
-class NextStepParts(nn.Module):
+def next_step_parts(token_dim: int, hidden: int, width: int, depth: int) -> nn.ModuleDict:
     """All but the decoder, under the published names. token_dim: D; hidden: d; width, depth: of the head."""
-
-    def __init__(self, token_dim: int, hidden: int, width: int, depth: int):
-        super().__init__()
-        self.image_in_projector = nn.Linear(token_dim, hidden)
-        self.image_out_projector = nn.Linear(hidden, hidden)
-        self.image_head = nn.ModuleDict({"net": Denoiser(DenoiserConfig(token_dim, token_dim, hidden, width, depth))})
+    into, out = nn.Linear(token_dim, hidden), nn.Linear(hidden, hidden)
+    head = nn.ModuleDict({"net": Denoiser(DenoiserConfig(token_dim, token_dim, hidden, width, depth))})
+    return nn.ModuleDict({"image_in_projector": into, "image_out_projector": out, "image_head": head})
 
 
 class NextStepTarget(Sampled, PromptedTarget):
@@ -76,17 +73,17 @@ class NextStepTarget(Sampled, PromptedTarget):
     time_scale = 1.0
 
     @torch.no_grad()
-    def __init__(self, body: Any, parts: NextStepParts, rows: int, columns: int, sampler: Any, positions: Any = None):
+    def __init__(self, body: Any, parts: Any, rows: int, columns: int, sampler: Any, positions: Any = None):
         super().__init__(body, rows * columns)
         self.parts = parts
-        self.image_in, self.image_out = parts.image_in_projector, parts.image_out_projector
+        self.image_in, self.image_out = parts["image_in_projector"], parts["image_out_projector"]
         self.token_dim = self.image_in.in_features
         self.config = Shape(0, self.length, body.config.hidden_size, columns)
         self.positions = None if positions is None else positions.to(self.device, self.dtype)
         self.use_head(self.denoiser(parts), sampler)
 
-    def denoiser(self, model: NextStepParts) -> Any:
-        return model.image_head["net"]
+    def denoiser(self, model: Any) -> Any:
+        return model["image_head"]["net"]
 
     def settled(self, tokens: Tensor) -> Tensor:
         """What is fed back and decoded of tokens [..., D]."""
@@ -110,36 +107,26 @@ def grid_positions(rows: int, columns: int, dim: int) -> Tensor:
     return torch.cat([one[:columns].repeat(rows, 1), one[:rows].repeat_interleave(columns, 0)], 1)
 
 
-class NextStepPictures(HostedPictures):
-    """What a pipeline asks of a tokenizer: float [B, N, D] tokens of a target to [B, 3, H, W] in [0, 1].
+def next_step_pictures(
+    target: NextStepTarget,
+    decoder: Callable[[Tensor], Tensor],
+    patch: int,
+    factor: int,
+    scale: float = 1.0,
+    shift: float = 0.0,
+) -> HostedPictures:
+    """Of the tokens of a target. decoder: latents [B, C, h, w] -> [B, 3, H, W] in [-1, 1]; scale, shift: latents =
+    tokens / scale + shift; factor: pixels per latent and side. A token holds the p x p latents of a patch, channel by
+    channel."""
 
-    decoder: latents [B, C, h, w] -> [B, 3, H, W] in [-1, 1]; scale, shift: latents = tokens / scale + shift; factor:
-    pixels per latent and side. A token holds the p x p latents of a patch, channel by channel.
-    """
+    def pixels(tokens: Tensor) -> Tensor:
+        x = target.settled(tokens).unflatten(3, (-1, patch, patch))  # [B, row, column, C, p, p]
+        latents = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return (decoder(latents / scale + shift) + 1) / 2
 
-    def __init__(
-        self,
-        target: NextStepTarget,
-        decoder: Callable[[Tensor], Tensor],
-        patch: int,
-        factor: int,
-        scale: float = 1.0,
-        shift: float = 0.0,
-    ):
-        columns = target.config.grid
-        super().__init__(PictureConfig(target.length // columns, columns, patch * factor), torch.zeros(0, 0), decoder)
-        self.target, self.patch, self.scale, self.shift = target, patch, scale, shift
-
-    def latents(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, C, h, w]."""
-        p, grid = self.patch, self.config.shape
-        x = self.target.settled(tokens).unflatten(2, (-1, p, p)).unflatten(1, grid)  # [B, row, column, C, p, p]
-        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        return x / self.scale + self.shift
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        return ((self.decoder(self.latents(tokens)) + 1) / 2).clamp(0, 1)
+    columns = target.config.grid
+    config = PictureConfig(target.length // columns, columns, patch * factor)
+    return HostedPictures(config, torch.zeros(0, 0), pixels)
 
 
 def load(source: Source, wanted: LoadSettings) -> Hosted:
@@ -171,7 +158,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         places = _positions(source, rows, columns, body.config.hidden_size)
         target = NextStepTarget(body, parts, rows, columns, EulerSampler(), places)
         fits_context(source, target, size)
-        pictures = NextStepPictures(target, decoder, patch, factor, scale, shift)
+        pictures = next_step_pictures(target, decoder, patch, factor, scale, shift)
         return Hosted(target, pictures, _grammar(source, tokenizer, rows, columns), own, tokenizer)
 
     return in_sizes(wanted, ((side, side),), made, step)
@@ -225,7 +212,7 @@ def _network(
     def make() -> nn.ModuleList:
         body = _body(source)
         hidden, width = body.config.hidden_size, shapes[f"{_HEAD}input_proj.weight"].shape[0]
-        return nn.ModuleList([body, NextStepParts(token_dim, hidden, width, depth)])
+        return nn.ModuleList([body, next_step_parts(token_dim, hidden, width, depth)])
 
     check_folder(source.folder, make)
     with torch.device("meta"):

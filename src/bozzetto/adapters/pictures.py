@@ -53,9 +53,11 @@ class HostedPictures:
     """What a pipeline asks of a tokenizer.
 
     codebook: float [V', d], the codes that stand for something (V' is V, or one less where the last token ends a row;
-    [0, d]: they are not known); decoder: codes int64 [B, rows, columns] -> float [B, 3, H, W] (None: maps of the
-    tokens, a colour for each code); lined: whether each row of tokens has an end; skipped: tokens before those of the
-    picture; missing: why there are tokens and no pictures ("": there are, or maps are their previews).
+    [0, d]: they are not known); decoder: codes int64 [B, rows, columns], or tokens float [B, rows, columns, D] ->
+    float [B, 3, H, W] (None: maps of the tokens, a colour for each code); lined: whether each row of tokens has an end;
+    skipped: tokens before those of the picture; missing: why there are tokens and no pictures ("": there are, or maps
+    are their previews); last: makes pictures of codes int64 [rows, columns] and an image's origin (None: the decoder
+    does).
     """
 
     def __init__(
@@ -66,24 +68,28 @@ class HostedPictures:
         lined: bool = False,
         skipped: int = 0,
         missing: str = "",
+        last: Callable[[Tensor, Origin], Image.Image] | None = None,
     ):
         self.config, self.codebook, self.lined, self.skipped, self.missing = config, codebook, lined, skipped, missing
-        self.decoder = self._map if decoder is None else decoder
+        self.decoder, self.last = self._map if decoder is None else decoder, last
         self.mark = _marked(*config.size) if missing else None
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """int64 [B, N] -> [B, 3, H, W] in [0, 1]."""
+        """int64 [B, N] or float [B, N, D] -> [B, 3, H, W] in [0, 1]."""
         return self.decoder(self.codes(tokens)).float().clamp(0, 1)
 
+    @torch.no_grad()
     def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
-        """Tokens int64 [N] of an image -> its picture. origin: what it was drawn for, where that is known."""
+        """Tokens [N] or [N, D] of an image -> its picture. origin: what it was drawn for, where that is known."""
+        if self.last is not None and origin is not None:
+            return self.last(self.codes(tokens[None])[0], origin)
         return to_picture(self.decode(tokens[None])[0])
 
     def codes(self, tokens: Tensor) -> Tensor:
-        """int64 [B, N] -> the codes in their places, int64 [B, rows, columns]."""
+        """int64 [B, N] -> the codes in their places, int64 [B, rows, columns]; likewise tokens [B, N, D]."""
         width = self.config.columns
-        return tokens[:, self.skipped :].unflatten(1, (self.config.rows, width + self.lined))[..., :width]
+        return tokens[:, self.skipped :].unflatten(1, (self.config.rows, width + self.lined))[:, :, :width]
 
     def codes_drawn(self, count: int) -> int:
         """How many codes the first `count` tokens hold."""

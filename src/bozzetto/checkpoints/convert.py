@@ -40,7 +40,7 @@ from bozzetto.checkpoints.states import (
 from bozzetto.checkpoints.weights import OWN, check_fit, on_meta, weight_files
 from bozzetto.common.classes import note_on_doubles
 from bozzetto.common.files import read_json
-from bozzetto.common.staging import staged_folder
+from bozzetto.common.staging import recover, staged_folder
 from bozzetto.errors import UsageError, require
 from bozzetto.targets.llamagen import POSITIONS, SHAPES, LlamaGen, LlamaGenConfig, published_config
 
@@ -111,7 +111,9 @@ def convert_llamagen(
 
 
 def check_out(out: Path) -> None:
-    """Raise UsageError where a new folder cannot be written: it exists and holds something, or is a file."""
+    """Raise UsageError where a new folder cannot be written: it exists and holds something, or is a file. What a killed
+    process has left in it is finished, or swept."""
+    recover(out)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     require(not taken, "out", str(out), "it exists and is not an empty folder")
 

@@ -28,7 +28,7 @@ from bozzetto.decoding.loop import EagerBatch
 from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import make_drafter, make_rule
+from bozzetto.methods.table import read_method
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
 METHODS = {"none": ("none", "seed-exact"), "jacobi": ("jacobi", "seed-exact"), "jacobi/exact": ("jacobi", "exact")}
@@ -76,14 +76,14 @@ def most_held(device: str) -> float:
 
 def measured(target: Any, method: str, guidance: float, batch: int, window: int, device: str) -> dict[str, Any]:
     """One batch of whole images, after one that warms up."""
-    drafter, rule = METHODS[method]
+    drafter, rule = read_method(*METHODS[method])
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     index = torch.arange(batch, device=device)
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     def draw(seed: int) -> Any:
-        made = EagerBatch(target, make_drafter(drafter, window), make_rule(rule), LawSettings(guidance=guidance))
+        made = EagerBatch(target, drafter.make(window, None, None, None), rule, LawSettings(guidance=guidance))
         return made.run(labels, seed, index)
 
     draw(0)

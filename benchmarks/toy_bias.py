@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
-from bozzetto.methods.table import make_rule
+from bozzetto.methods.table import read_method
 from bozzetto.rules import exact, traversal, walk
 from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.neighbours import nearest_codes
@@ -205,7 +205,7 @@ def measure(specs: Sequence[str] = RULES) -> list[dict[str, Any]]:
     p, q = (torch.stack(laws) for laws in zip(*map(toy_laws, range(LAWS)), strict=True))
     rows = []
     for spec in specs:
-        rule = make_rule(spec)
+        _, rule = read_method("auto", spec)
         row: dict[str, Any] = {"rule": spec}
         for name, children, certain in SETTINGS:
             row[name] = None

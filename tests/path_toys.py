@@ -19,6 +19,16 @@ _STD = torch.tensor([0.9, 0.7, 0.55, 0.4, 0.3, 0.2])
 _PULL = torch.linspace(0.35, 0.85, STEPS)
 
 
+def token_of(a: Ancestry, mean: Tensor, x: Tensor, step: Tensor) -> Tensor:
+    """E[x_0 | state] of a step with that mean, [..., D]: x [..., D], step int64 [...]."""
+    return (mean - a.of_state[step][..., None] * x) / a.of_token[step][..., None]
+
+
+def mean_of(a: Ancestry, token: Tensor, x: Tensor, step: Tensor) -> Tensor:
+    """Mean of the step from state x with E[x_0 | state] = token, [..., D]."""
+    return a.of_token[step][..., None] * token + a.of_state[step][..., None] * x
+
+
 @dataclass(frozen=True)
 class ToyModel:
     """equal: the deviation of a step is one number, else each dimension's depends on state and context; still: the last

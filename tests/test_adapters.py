@@ -22,8 +22,8 @@ from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.shapes import read_shape
-from bozzetto.methods.table import make_drafter, make_rule
 from hf_toys import GRID, IMAGE, LINED, NEGATIVE, PROMPTS
+from toys import make_drafter, make_rule
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop
 

@@ -10,7 +10,7 @@ from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafts import VECTORS, Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import make_drafter, make_rule, read_drafter
+from bozzetto.methods.table import read_drafter
 from bozzetto.runtime.graphs import check_mode
 from bozzetto.targets.compiled import bucket
 from bozzetto.targets.compiled_cache import CompiledSession, compile_target
@@ -18,6 +18,7 @@ from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
+from toys import make_drafter, make_rule
 
 SMALL = LlamaGenConfig(dim=32, layers=2, heads=2, vocab=16, grid=4, classes=3)
 

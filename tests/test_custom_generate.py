@@ -24,10 +24,10 @@ from bozzetto.adapters.prompted import cache_argument
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.pipeline.custom_generate import _batch
 from bozzetto.settings import GenerateSettings
 from hf_toys import GRID, NEGATIVE, PROMPTS
+from toys import make_drafter, make_rule
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers tells so what it will drop
 

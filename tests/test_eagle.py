@@ -22,10 +22,10 @@ from bozzetto.drafts.tree import static_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.shapes import read_shape
-from bozzetto.methods.table import RULES, make_rule
+from bozzetto.methods.table import RULES
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-from toys import PLAIN, decode, tiny_llamagen
+from toys import PLAIN, decode, make_rule, tiny_llamagen
 
 MODEL = tiny_llamagen()
 C = MODEL.config

@@ -8,7 +8,7 @@ import torch
 from bozzetto.drafters.early_stop import EarlyStop, flatness_of
 from bozzetto.drafts import Verdict
 from bozzetto.errors import UsageError
-from bozzetto.methods.table import make_drafter, read_method
+from bozzetto.methods.table import read_method
 from tabular import TabularTarget
 from toys import constant_target, decode, sketched
 
@@ -94,5 +94,3 @@ def test_a_stop_saves_drafts_that_would_be_refused_and_keeps_those_of_the_target
 def test_a_stop_that_cannot_be_is_refused(drafter: str, rule: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         read_method(drafter, rule)
-    with pytest.raises((UsageError, ValueError)):
-        make_drafter(drafter)

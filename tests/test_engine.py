@@ -9,11 +9,12 @@ from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Start
 from bozzetto.drafts import CODES, Draft, Verdict
+from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import DRAFTERS, RULES, make_drafter, make_rule, named
+from bozzetto.methods.table import DRAFTERS, RULES, named, read_drafter, read_method
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from tabular import TabularTarget
-from toys import PLAIN, WINDOW_RULES, decode, sketched, tiny_llamagen
+from toys import PLAIN, WINDOW_RULES, decode, make_drafter, make_rule, sketched, tiny_llamagen
 
 TARGET = TabularTarget(4, 5, spread=1.0, seed=2)
 N = TARGET.length
@@ -158,10 +159,10 @@ def test_an_empty_batch_has_no_events() -> None:
 def test_the_registry_is_immutable_and_names_what_it_allows() -> None:
     with pytest.raises(TypeError):
         RULES[CODES, "new"] = RULES[CODES, "exact"]
-    for make, table in ((make_rule, named(RULES, CODES)), (lambda name: make_drafter(name, 2), named(DRAFTERS, CODES))):
-        with pytest.raises(ValueError, match="nonsense") as caught:
-            make("nonsense")
-        assert all(name in str(caught.value) for name in table)
+    for read, table in ((lambda name: read_method("none", name), RULES), (read_drafter, DRAFTERS)):
+        with pytest.raises(UsageError, match="nonsense") as caught:
+            read("nonsense")
+        assert all(name in str(caught.value) for name in named(table, CODES))
 
 
 @pytest.mark.parametrize(

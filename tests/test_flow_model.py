@@ -18,7 +18,7 @@ from bozzetto.drafters.base import Drafter
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import NormalField
-from bozzetto.rules.reflection import Plain
+from bozzetto.rules.reflection import PlainSteps
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 
@@ -184,7 +184,7 @@ def slow_loop(guidance: float, temperature: float, seed: int) -> Tensor:
 
 
 def batch_of(guidance: float = 1.0, temperature: float = 1.0) -> EagerBatch:
-    return EagerBatch(TARGET, Drafter(D), Plain(), LawSettings(guidance=guidance, temperature=temperature))
+    return EagerBatch(TARGET, Drafter(D), PlainSteps(), LawSettings(guidance=guidance, temperature=temperature))
 
 
 def decoded(guidance: float = 1.0, temperature: float = 1.0, seed: int = 7) -> DecodeState:

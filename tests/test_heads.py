@@ -13,6 +13,7 @@ from torch import Tensor
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule, diffusion_schedule, flow_schedule
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig, time_features
 from bozzetto.targets.heads import DiffusionLaw, FlowLaw, PackedDenoiser
+from path_toys import token_of
 
 D, CONDITION, STEPS = 5, 7, 6
 SHAPE, PLACES = (2, 3), 6
@@ -206,7 +207,7 @@ def test_a_laws_ancestry_is_the_schedules(kind: type[Law]) -> None:
 
 def test_an_exact_prediction_leads_back_to_the_token_through_the_ancestry() -> None:
     law, (x, step, place) = make(FlowLaw), rows_of_places()
-    token = law.ancestry.token_of(law.kernel(x, step, place).mean, x, step)
+    token = token_of(law.ancestry, law.kernel(x, step, place).mean, x, step)
     wanted = x + (1 - FLOW.time[step, None]) * by_hand(FlowLaw, 1.0, x, step, place)
     torch.testing.assert_close(token, wanted.float(), atol=1e-4, rtol=1e-4)
 

@@ -13,9 +13,8 @@ from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.jacobi import FilledJacobi, Jacobi, SecondGuess
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.laws.categorical import LawSettings, coin_margin
-from bozzetto.methods.table import make_rule
 from tabular import TabularTarget
-from toys import EXACT_RULES, PLAIN, decode, sketched
+from toys import EXACT_RULES, PLAIN, decode, make_rule, sketched
 
 IMAGES, V, N = 20_000, 6, 5
 NOISE, FLAG = 5e-4, 1e-2  # of logits: what rounding does, enlarged until it shows

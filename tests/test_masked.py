@@ -21,7 +21,7 @@ from bozzetto.methods.options import SmallerMasked
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.cspd import Cspd
 from bozzetto.rules.pathwise import Pathwise
-from bozzetto.rules.reflection import Coupled, Plain, Reflection
+from bozzetto.rules.reflection import Coupled, PlainSteps, Reflection
 from bozzetto.targets.mar import MAR, MARConfig
 from bozzetto.targets.mar_target import MARSampler, MARTarget
 from path_toys import compare
@@ -150,7 +150,7 @@ def test_bfloat16_is_near():
     assert features.dtype == torch.bfloat16
     slow = TARGET.features(LABELS, tokens, order[:, :5], order[:, 5:7], True)
     assert (features.float() - slow).abs().max() < 0.2
-    assert MaskedBatch(low, Plain(), GUIDED).run(LABELS, 0, INDEX).tokens.isfinite().all()
+    assert MaskedBatch(low, PlainSteps(), GUIDED).run(LABELS, 0, INDEX).tokens.isfinite().all()
 
 
 # Noise and order.
@@ -216,7 +216,7 @@ def slow_image(model: MAR, label: int, seed: int, index: int, passes: int, guida
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("passes", [16, 5])
 def test_plain_equals_the_slow_loop(guidance, passes):
-    batch = MaskedBatch(with_passes(passes), Plain(), LawSettings(guidance=guidance))
+    batch = MaskedBatch(with_passes(passes), PlainSteps(), LawSettings(guidance=guidance))
     fast = batch.run(LABELS[:1], 3, INDEX[:1])
     slow = slow_image(MODEL, int(LABELS[0]), 3, int(INDEX[0]), passes, guidance)
     assert slow.std() > 0.1 and slow.abs().max() < 100
@@ -229,7 +229,7 @@ def test_plain_equals_the_slow_loop(guidance, passes):
 class Way:
     """A way to decode."""
 
-    rule: Plain | Coupled | Cspd | Pathwise
+    rule: PlainSteps | Coupled | Cspd | Pathwise
     settings: LawSettings = GUIDED
     drafted: bool = False
 
@@ -244,8 +244,8 @@ def known_in(batch: MaskedBatch, state: DecodeState) -> Tensor:
 
 
 WAYS = [
-    Way(Plain()),
-    Way(Plain(), UNGUIDED),
+    Way(PlainSteps()),
+    Way(PlainSteps(), UNGUIDED),
     Way(Coupled(depth=3)),
     Way(Cspd("released"), drafted=True),
     Way(Cspd("paper", inner_temperature=42.0), drafted=True),
@@ -266,7 +266,7 @@ def test_an_image_does_not_depend_on_its_batch(way):
 
 
 def test_events_tell_what_is_known():
-    decoder = Way(Plain()).decoder()
+    decoder = Way(PlainSteps()).decoder()
     events = [(state, decoder.meter.passes, decoder.places) for state in decoder.passes(LABELS, 0, INDEX)]
     assert [number for _, number, _ in events] == list(range(1, 9))
     assert [places for *_, places in events] == TARGET.counts(8)
@@ -282,7 +282,7 @@ def test_events_tell_what_is_known():
 
 def test_guidance_and_its_schedule_matter():
     def run(target: MARTarget, settings: LawSettings) -> Tensor:
-        return MaskedBatch(target, Plain(), settings).run(LABELS, 0, INDEX).tokens
+        return MaskedBatch(target, PlainSteps(), settings).run(LABELS, 0, INDEX).tokens
 
     constant = MARTarget(MODEL, replace(SAMPLER, guidance_schedule="constant"))
     linear, flat, off = run(TARGET, GUIDED), run(constant, GUIDED), run(TARGET, UNGUIDED)
@@ -295,7 +295,7 @@ def test_guidance_and_its_schedule_matter():
 FEW = random_mar(replace(CONFIG, grid=2, depth=1, buffer=1))
 
 
-def first_tokens(rule: Plain | Coupled, index: Tensor, settings: LawSettings) -> Tensor:
+def first_tokens(rule: PlainSteps | Coupled, index: Tensor, settings: LawSettings) -> Tensor:
     """What the first of 4 passes draws, [B, D]."""
     batch = MaskedBatch(with_passes(4, FEW), rule, settings)
     state = next(batch.passes(torch.full_like(index, 1), 0, index))
@@ -306,15 +306,15 @@ def first_tokens(rule: Plain | Coupled, index: Tensor, settings: LawSettings) ->
 def test_coupled_has_the_law_of_plain(settings):
     """20,000 images of a class each, different images: coordinates, projections and norm of the first token."""
     here, there = torch.arange(20_000), torch.arange(20_000, 40_000)
-    one = first_tokens(Plain(), here, settings)
+    one = first_tokens(PlainSteps(), here, settings)
     assert compare(one, first_tokens(Coupled(depth=3), there, settings)).p_value > 1e-3
     warmer = replace(settings, temperature=settings.temperature + 0.2)
-    assert compare(one, first_tokens(Plain(), there, warmer)).p_value < 1e-6  # what the test can see
+    assert compare(one, first_tokens(PlainSteps(), there, warmer)).p_value < 1e-6  # what the test can see
 
 
 def test_coupled_calls_the_head_less_often():
     target = MARTarget(MODEL, replace(SAMPLER, steps=60))
-    batches = [MaskedBatch(target, rule, GUIDED) for rule in (Plain(), Coupled())]
+    batches = [MaskedBatch(target, rule, GUIDED) for rule in (PlainSteps(), Coupled())]
     passes = [batch.run(LABELS, 0, INDEX).passes for batch in batches]
     plain, coupled = (batch.meter for batch in batches)
     assert plain.head_calls == 8 * 60 and coupled.head_calls < 0.9 * plain.head_calls
@@ -326,7 +326,7 @@ def test_coupled_calls_the_head_less_often():
 
 
 def test_windows_with_the_target_as_its_own_drafter_are_the_plain_image():
-    plain = Way(Plain()).decoder().run(LABELS, 0, INDEX)
+    plain = Way(PlainSteps()).decoder().run(LABELS, 0, INDEX)
     for rule in (Cspd("paper"), Pathwise(1e-3)):
         decoder = MaskedBatch(TARGET, rule, GUIDED, TARGET, SmallerMasked(length=3, prefill=0.25))
         result = decoder.run(LABELS, 0, INDEX)
@@ -336,7 +336,7 @@ def test_windows_with_the_target_as_its_own_drafter_are_the_plain_image():
 
 
 def test_pathwise_without_slack_and_full_prefill_are_the_plain_image():
-    plain = Way(Plain()).decoder().run(LABELS, 0, INDEX)
+    plain = Way(PlainSteps()).decoder().run(LABELS, 0, INDEX)
     result = Way(Pathwise(0.0), drafted=True).decoder().run(LABELS, 0, INDEX)
     torch.testing.assert_close(result.tokens, plain.tokens, atol=1e-4, rtol=1e-4)
     assert int(result.accepted.sum()) == 0 and (result.farthest == 0).all()
@@ -385,7 +385,7 @@ def test_paper_windows_see_the_drafts_and_end_at_the_first_rejection():
 def test_context_of_a_window_matters():
     """The second step of a window is the target's own given the drafts before it (paper), or given none (released)."""
     target, label, index = with_passes(2), LABELS[:1], INDEX[:1]
-    plain = MaskedBatch(target, Plain(), GUIDED).run(label, 0, index).tokens
+    plain = MaskedBatch(target, PlainSteps(), GUIDED).run(label, 0, index).tokens
     results = {}
     for variant in ("paper", "released"):
         decoder = MaskedBatch(target, Cspd(variant, tries=0), GUIDED, target, SmallerMasked(length=2, prefill=0.0))
@@ -398,11 +398,11 @@ def test_context_of_a_window_matters():
 def test_what_does_not_go_together_is_refused():
     small = MARTarget(random_mar(replace(CONFIG, grid=2)), replace(SAMPLER, passes=4))
     cases = [
-        (Plain(), LawSettings(temperature=0), None, "temperature > 0"),
-        (Plain(), LawSettings(top_k=3), None, "top_k = 0"),
+        (PlainSteps(), LawSettings(temperature=0), None, "temperature > 0"),
+        (PlainSteps(), LawSettings(top_k=3), None, "top_k = 0"),
         (Reflection(), UNGUIDED, None, "'reflection' is not allowed"),
         (Chains(), UNGUIDED, DRAFTER, "'chains' is not allowed"),
-        (Plain(), UNGUIDED, DRAFTER, "needs no draft model"),
+        (PlainSteps(), UNGUIDED, DRAFTER, "needs no draft model"),
         (Cspd(), UNGUIDED, None, "needs a draft model"),
         (Cspd(), UNGUIDED, small, "grid = 2, the target 4"),
         (Cspd(), UNGUIDED, MARTarget(MODEL, replace(SAMPLER, steps=7)), "steps = 7, the target 6"),

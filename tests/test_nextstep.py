@@ -21,7 +21,7 @@ from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafts import VECTORS
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import make_rule, read_drafter
+from bozzetto.methods.table import read_drafter
 from bozzetto.rules.base import Rule
 from bozzetto.rules.chains import Chains
 from bozzetto.rules.joint import Joint
@@ -29,6 +29,7 @@ from bozzetto.rules.path_block import PathBlock
 from bozzetto.targets.flow_cache import EulerSampler, FlowSdeSampler
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
 from path_toys import compare, sequential
+from toys import make_rule
 
 GRID, D, DIM = 3, 4, 32
 N = GRID * GRID

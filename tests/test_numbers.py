@@ -15,8 +15,9 @@ from bozzetto.cli.main import main
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.profile import ProfileSettings
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import DRAFTERS, RULES, make_rule, read_drafter
+from bozzetto.methods.table import DRAFTERS, RULES, read_drafter
 from bozzetto.settings import GenerateSettings
+from toys import make_rule
 
 NAN, INF, DIGITS = float("nan"), float("inf"), 10**5000  # Python writes no whole number of more than 4,300 digits
 NUMBERS = ("window", "guidance", "temperature", "top_k", "top_p", "batch", "tv_budget", "steps", "last_steps", "passes")

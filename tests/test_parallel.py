@@ -30,12 +30,11 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.shapes import read_shape
-from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.train.families import train
 from bozzetto.train.recipes import DataSource, ParallelRecipe
 from test_eagle import GUIDED, LABELS, MODEL, TARGET, TOKENS, C, seen, true_features
 from test_eagle import sketcher as eagle_sketcher
-from toys import PLAIN, decode
+from toys import PLAIN, decode, make_drafter, make_rule
 
 PLACES = 4
 KINDS = ("plane", "block", "glance")

@@ -21,7 +21,7 @@ from bozzetto.rules.cspd import Cspd
 from bozzetto.rules.joint import Joint
 from bozzetto.rules.path_block import PathBlock, finish, weights
 from bozzetto.rules.pathwise import Pathwise
-from bozzetto.rules.reflection import Coupled, Plain, Reflection
+from bozzetto.rules.reflection import Coupled, PlainSteps, Reflection
 from path_toys import (
     DIM,
     STEPS,
@@ -40,7 +40,7 @@ from path_toys import (
 IMAGES, FEWER, ACCEPTABLE, DAMNING, WRONG = 60_000, 20_000, 1e-3, 1e-9, 0.15
 EXACT: dict[str, Rule] = {rule.name: rule for rule in (Joint(tries=1), PathBlock(), Chains())}
 NEAR = Chains(reach=1.0)
-ALONE: dict[str, Rule] = {rule.name: rule for rule in (Plain(), Coupled(depth=3), Reflection(depth=3))}
+ALONE: dict[str, Rule] = {rule.name: rule for rule in (PlainSteps(), Coupled(depth=3), Reflection(depth=3))}
 ALL: dict[str, Rule] = {**EXACT, "pathwise": Pathwise(0.3), "cspd": Cspd(), "cspd-released": Cspd("released")}
 
 by_rule = pytest.mark.parametrize("rule", EXACT)

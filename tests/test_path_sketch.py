@@ -26,14 +26,15 @@ from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.chain import Trajectory, sample_trajectory
 from bozzetto.laws.gaussian import AffineChain, gaussian_chain
 from bozzetto.laws.noise import NormalField, image_keys
-from bozzetto.methods.table import make_rule, read_drafter
+from bozzetto.methods.table import read_drafter
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from bozzetto.train.families import read_recipe, train
 from bozzetto.train.gaussian import GaussianFit
 from bozzetto.train.recipes import DataSource, SketchRecipe
-from path_toys import compare
+from path_toys import compare, token_of
+from toys import make_rule
 
 SCHEDULE = FlowSampler(steps=5).schedule
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ def test_a_gaussian_chain_predicts_the_posterior_mean_of_its_token() -> None:
         precision = 1 / spread**2 + t**2 / (1 - t) ** 2  # Bayes' rule for x = t token + (1 - t) noise
         wanted = (centre / spread**2 + t * x / (1 - t) ** 2) / precision
         mean = law.kernel(x, torch.tensor([step]), place).mean
-        torch.testing.assert_close(law.ancestry.token_of(mean, x, torch.tensor([step])), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(token_of(law.ancestry, mean, x, torch.tensor([step])), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -21,7 +21,7 @@ from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.pipeline.pipeline import shipped_models
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
-from bozzetto.train.families import FAMILIES, read_recipe
+from bozzetto.train.families import TRAINABLE, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def test_commands_parse(command):
     parsed = cli._parse(shlex.split(command)[1:])
     assert type(parsed) in cli.HANDLERS
     if isinstance(parsed, cli.verb.Train):
-        kinds = tuple(kind for kind, _ in FAMILIES[parsed.what].values())
+        kinds = tuple(kind for kind, _ in TRAINABLE[parsed.what].values())
         assert isinstance(read_recipe(ROOT / parsed.recipe, parsed.what), kinds)
 
 

@@ -311,7 +311,7 @@ assert p_value(decode(target, "at-most", index=range(20000)).tokens, target.join
 
 def test_a_rule_is_a_file_and_a_row(house: House, tiny_model: Path) -> None:
     house.file("rules/at_most.py", RULE)
-    behind = "            *(SeedExact(), Exact(), TreeRejection(), Traversal(), Block()),\n"
+    behind = "            *(SeedExact(), Exact(), TreeRejection(), Traversal(), BlockVerification()),\n"
     house.row("methods/table.py", behind, "            AtMost(),\n", "from bozzetto.rules.at_most import AtMost\n")
     assert house.touched() == ["methods/table.py", "rules/at_most.py"]
     house.run(GENERATE_SERVE_VERIFY, tiny_model)

@@ -18,14 +18,13 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import static_tree
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.shapes import read_shape
-from bozzetto.methods.table import make_rule
 from bozzetto.rules.base import Noise, Rule
 from bozzetto.rules.exact import Exact
 from bozzetto.rules.lantern import Lantern
 from bozzetto.rules.neighbours import nearest_codes
 from bozzetto.rules.relaxed import Annealed, Grouped, KeepingRule
 from tabular import TabularTarget
-from toys import PLAIN, RELAXED_RULES, cells, fit_p_value, sketched
+from toys import PLAIN, RELAXED_RULES, cells, fit_p_value, make_rule, sketched
 
 _SPEC = importlib.util.spec_from_file_location("toy_bias", Path(__file__).parent.parent / "benchmarks" / "toy_bias.py")
 assert _SPEC and _SPEC.loader

@@ -9,11 +9,10 @@ from torch import Tensor
 from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import gumbel_argmax, weighted_draw
 from bozzetto.laws.noise import fold, gumbel, image_keys, uniform
-from bozzetto.methods.table import make_rule
 from bozzetto.rules.base import Noise, Rule, leading
 from bozzetto.rules.exact import Exact, residual
 from bozzetto.rules.seed_exact import SeedExact
-from toys import WINDOW_RULES, fit_p_value
+from toys import WINDOW_RULES, fit_p_value, make_rule
 
 TRIALS, V = 60_000, 5
 P = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])

@@ -26,8 +26,8 @@ from bozzetto.evaluate.samelaw import (
 )
 from bozzetto.evaluate.shards import Samples
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.rules.exact import Exact
+from toys import make_drafter, make_rule
 
 N = 500
 LAW = LawSettings(guidance=2.0, top_k=5)

@@ -19,6 +19,7 @@ from bozzetto.laws.schedules import (
     flow_sde_schedule,
     noised_tables,
 )
+from path_toys import mean_of, token_of
 
 FLOWS = [(1, 0.05, 1.0), (2, 0.3, 1.0), (7, 0.05, 2.5), (16, 0.01, 0.4)]
 CPU = torch.device("cpu")
@@ -121,8 +122,8 @@ def test_a_flows_ancestry_gives_the_same_means(steps: int, last_std: float, shif
     mean = schedule.of_state[:, None] * x + schedule.of_velocity[:, None] * velocity
     token = x + (1 - schedule.time[:, None]) * velocity
     assert ancestry.signal.dtype == torch.float32
-    torch.testing.assert_close(ancestry.mean_of(token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ancestry.token_of(mean.float(), x, step), token.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mean_of(ancestry, token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(token_of(ancestry, mean.float(), x, step), token.float(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ancestry.signal + ancestry.noise, torch.ones(steps))
     torch.testing.assert_close(ancestry.signal, schedule.time.float())
 
@@ -202,7 +203,7 @@ def test_the_ancestry_of_a_published_sampler_gives_its_means(schedule: FlowSched
     x, v = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
     mean = schedule.of_state[:, None] * x + schedule.of_velocity[:, None] * v
     token = x + (1 - schedule.time[:, None]) * v
-    torch.testing.assert_close(ancestry.mean_of(token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mean_of(ancestry, token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +322,7 @@ def test_a_diffusions_ancestry_keeps_the_variance_and_undoes_itself() -> None:
         ancestry.signal[:, None] * token + ancestry.noise[:, None] * noise, x.double(), atol=1e-5, rtol=1e-5
     )
     mean = schedule.of_token[:, None] * token + schedule.of_state[:, None] * x
-    torch.testing.assert_close(ancestry.mean_of(token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mean_of(ancestry, token.float(), x, step), mean.float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

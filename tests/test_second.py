@@ -18,11 +18,20 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.drafts.tree import comb_tree, make_tree
 from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, weighted_draw
-from bozzetto.methods.table import make_drafter, read_method
+from bozzetto.methods.table import read_method
 from bozzetto.rules.base import Noise, leading
 from bozzetto.rules.exact import Exact
 from tabular import TabularTarget
-from toys import PLAIN, WINDOW_RULES, alternating_target, cells, constant_target, decode, fit_p_value, p_value
+from toys import (
+    PLAIN,
+    WINDOW_RULES,
+    alternating_target,
+    cells,
+    constant_target,
+    decode,
+    fit_p_value,
+    p_value,
+)
 
 IMAGES, ACCEPTABLE, DAMNING = 30_000, 1e-3, 1e-9
 V, N = 4, 5
@@ -262,11 +271,6 @@ def test_the_battery_rejects_planted_biases(rule: type[Exact]) -> None:
 def test_bad_combinations_are_named(method: str, rule: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read_method(method, rule)
-
-
-def test_a_second_guess_needs_a_drafter() -> None:
-    with pytest.raises(ValueError, match="needs the resources of a model"):
-        make_drafter("jacobi:second=eagle", 4)
 
 
 @pytest.mark.parametrize("model", ["flowers", "emoji"])

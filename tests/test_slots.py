@@ -16,10 +16,9 @@ from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceFill, GlanceNet
 from bozzetto.drafters.jacobi import FilledJacobi
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.llamagen_cache import CausalSession, LlamaGenTarget
-from toys import PLAIN, tiny_llamagen
+from toys import PLAIN, make_drafter, make_rule, tiny_llamagen
 
 LENGTH = 16
 

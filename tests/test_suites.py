@@ -15,8 +15,9 @@ from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafts import CODES, VECTORS
 from bozzetto.evaluate.sampling import method_settings
 from bozzetto.evaluate.suites import SUITES, suite_models
-from bozzetto.methods.table import RULES, make_rule, named, split_method
+from bozzetto.methods.table import RULES, named, split_method
 from bozzetto.settings import GenerateSettings
+from toys import make_rule
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from bozzetto.decoding.images import ImageRequest, PassTrace
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.evaluate.report.traces import acceptance_by_offset, mean_progress
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.table import make_drafter, make_rule
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-from toys import tiny_llamagen
+from toys import make_drafter, make_rule, tiny_llamagen
 
 
 @pytest.fixture(scope="module", params=["seed-exact", "exact"])

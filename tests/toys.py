@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from bozzetto.common.written import filled, split_spec
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Drafter, Start
@@ -14,7 +17,7 @@ from bozzetto.drafts import CODES
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import GumbelField
 from bozzetto.methods.shapes import read_shape
-from bozzetto.methods.table import RULES, make_drafter, make_rule, named
+from bozzetto.methods.table import RULES, named, read_drafter
 from bozzetto.rules.base import Rule
 from bozzetto.targets.base import Target
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
@@ -24,6 +27,17 @@ PLAIN = LawSettings()
 WINDOW_RULES = [name for name, rule in named(RULES, CODES).items() if rule.window and rule.exact]
 EXACT_RULES = [name for name, rule in named(RULES, CODES).items() if rule.exact]
 RELAXED_RULES = [name for name, rule in named(RULES, CODES).items() if not rule.exact]
+
+
+def make_rule(text: str, tokens: str = CODES) -> Any:
+    """A rule as written."""
+    name, options = split_spec(text)
+    return filled(RULES[tokens, name], text, options)
+
+
+def make_drafter(text: str, window: int = 1) -> Drafter:
+    """A drafter of codes as written, without the resources of a model."""
+    return read_drafter(text).make(window, None, None, None)
 
 
 def start_of(noise: GumbelField, with_laws: bool = True, settings: LawSettings = PLAIN) -> Start:

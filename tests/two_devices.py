@@ -264,7 +264,7 @@ class Cases:
         import hf_toys
         from bozzetto.decoding.loop import EagerBatch
         from bozzetto.laws.categorical import LawSettings
-        from bozzetto.methods.table import make_drafter, make_rule
+        from toys import make_drafter, make_rule
 
         ready, found = hf_toys._ready, dict[str, list[Any]]()
         for device in ("second", "cpu"):
@@ -294,7 +294,7 @@ class Cases:
         from bozzetto.adapters import janus
         from bozzetto.decoding.loop import EagerBatch
         from bozzetto.laws.categorical import LawSettings
-        from bozzetto.methods.table import make_drafter, make_rule
+        from toys import make_drafter, make_rule
 
         found = []
         for spread in (True, False):

@@ -192,6 +192,7 @@ class PromptedCodes(PromptedTarget):
     """
 
     tokens = CODES
+    step = None  # passes are those of transformers
 
     @torch.no_grad()
     def __init__(

@@ -15,15 +15,15 @@ from bozzetto.autoencoders.decoder import PublishedDecoder
 from bozzetto.autoencoders.kl16 import decoder_config, decoder_part, from_published
 from bozzetto.errors import UsageError
 
-CODES = "quantize.embedding.weight"
+CODEBOOK = "quantize.embedding.weight"
 SPATIAL = "decoder.norm_out.conv_y.weight"  # no other decoder has it
 
 
 def movq_decoder(state: Mapping[str, Tensor], source: str | Path) -> PublishedDecoder:
     """The decoder of codes for a published state, its weights yet to be loaded. Raises UsageError naming the file for a
     state of another family, and where diffusers is not installed."""
-    if CODES not in state or SPATIAL not in state:
-        raise UsageError(f"{source}: not a MoVQGAN tokenizer (wanted {CODES}, {SPATIAL}, ...)")
+    if CODEBOOK not in state or SPATIAL not in state:
+        raise UsageError(f"{source}: not a MoVQGAN tokenizer (wanted {CODEBOOK}, {SPATIAL}, ...)")
     try:
         from diffusers import VQModel
     except ImportError as error:
@@ -40,7 +40,9 @@ def movq_decoder(state: Mapping[str, Tensor], source: str | Path) -> PublishedDe
         num_vq_embeddings=1,
         norm_type="spatial",
     )
-    return PublishedDecoder(whole, whole.quant_conv.weight.new_zeros(len(state[CODES]), config.token_dim), spatial=True)
+    return PublishedDecoder(
+        whole, whole.quant_conv.weight.new_zeros(len(state[CODEBOOK]), config.token_dim), spatial=True
+    )
 
 
 def from_published_movq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,4 +50,4 @@ def from_published_movq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     held = {key: value.float() for key, value in decoder_part(state).items()}
     named = from_published(held, len(decoder_config(state).widths))
     spatial = {name.replace(".group_norm.", ".spatial_norm."): value for name, value in named.items()}
-    return {**spatial, "codebook": state[CODES].float()}
+    return {**spatial, "codebook": state[CODEBOOK].float()}

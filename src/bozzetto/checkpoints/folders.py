@@ -68,7 +68,7 @@ DRAFTERS: Mapping[str, Family] = {
     **{name: Family(kind.config, kind.net) for name, kind in TRAINED.items()},
     SKETCH: Family(GaussianConfig, GaussianNet),
 }
-CODES: Mapping[str, Family] = {
+TOKENIZERS: Mapping[str, Family] = {
     VQ_TINY: Family(VQConfig, VQTokenizer),
     VQ_LLAMAGEN: Family(LlamaGenVQConfig, LlamaGenVQ),
 }
@@ -191,7 +191,7 @@ def load_tokenizer(folder: str | Path, encoder: bool = True) -> Any:
     """
     source, weights = Path(folder) / TOKENIZER_CONFIG, Path(folder) / TOKENIZER_WEIGHTS
     content = {"kind": VQ_TINY, **read_config(folder, TOKENIZER_CONFIG)}  # folders of before there were kinds
-    kind, config = described(content, CODES, source, "kind")
+    kind, config = described(content, TOKENIZERS, source, "kind")
     if kind.config is VQConfig:
         return load_module(lambda: kind.network(config), weights)
     model = on_meta(lambda: LlamaGenVQ(config))

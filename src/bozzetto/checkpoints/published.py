@@ -28,7 +28,7 @@ _FID = "FoundationVision/LlamaGen, GETTING_STARTED.md (sampling for FID)"
 _MAR_USUAL = OwnSampling(**MAR_SAMPLER, source="LTH14/mar, README.md (evaluation)")  # type: ignore[arg-type]
 
 
-FAMILIES: Mapping[str, OwnSampling] = MappingProxyType(
+PUBLISHED: Mapping[str, OwnSampling] = MappingProxyType(
     {
         "janus": OwnSampling(5.0, source="deepseek-ai/Janus, generation_inference.py"),
         "emu3": OwnSampling(
@@ -69,7 +69,7 @@ STATED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def published(family: str) -> OwnSampling:
     """What is known of a family ("llamagen-c2i-B", "mar-H", "emu3"); the usual values of one that is not."""
-    return FAMILIES.get(family, OwnSampling())
+    return PUBLISHED.get(family, OwnSampling())
 
 
 def sampling_of(family: str, folder: Path) -> OwnSampling:

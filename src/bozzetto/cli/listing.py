@@ -9,7 +9,6 @@ from typing import Any
 from bozzetto.adapters.families import FAMILIES
 from bozzetto.adapters.spec import find_spec_file, known_by, read_spec
 from bozzetto.checkpoints.folders import (
-    CODES,
     CONFIG,
     DRAFTERS,
     DRIFT,
@@ -18,6 +17,7 @@ from bozzetto.checkpoints.folders import (
     PIPELINE,
     TARGETS,
     TOKENIZER_CONFIG,
+    TOKENIZERS,
     VARIANTS,
     VQ_TINY,
     described,
@@ -97,7 +97,7 @@ def _figures(folder: Path, content: dict[str, Any]) -> tuple[str, ...]:
         _, parameters, *rest = _figures(base, inner)
         return (f"drift (of {content['base']})", f"{own} and {parameters}", *rest)
     pixels = {"kind": VQ_TINY, **read_config(folder, TOKENIZER_CONFIG)}
-    size = described(pixels, {**CODES, **LATENTS}, place, "kind")[1].image_size
+    size = described(pixels, {**TOKENIZERS, **LATENTS}, place, "kind")[1].image_size
     labels = "captions" if getattr(config, "captioned", False) else str(config.classes)
     return (family, own, f"{size}x{size}", str(config.length), labels)
 

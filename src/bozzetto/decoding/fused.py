@@ -63,8 +63,7 @@ class FusedBatch(Batch):
         self.state: SlotState | None = None
         self.numbers = torch.arange(target.vocab, device=target.device)
         self.ring = 2 * widest + 2 * _AHEAD
-        self.step_of: Any = getattr(target, "step", None)  # compiled passes
-        self.draw_noise = gumbel_rows if self.step_of is None else self.step_of.noise  # int64 [n], [V] -> [n, V]
+        self.draw_noise = gumbel_rows if target.step is None else target.step.noise  # int64 [n], [V] -> [n, V]
         self.runs: dict[int, Run] = {}
 
     @property
@@ -191,8 +190,8 @@ class FusedBatch(Batch):
         """What runs passes of `width` places and what follows them."""
         if width not in self.runs:
             advance = Advance(self.rule, self.target.length, width, self.filtered, self.filler)
-            compiled = self.step_of is not None
-            run, what = (_compiled, self.step_of.slots(advance)) if compiled else (_eager, advance)
+            step = self.target.step
+            run, what = (_eager, advance) if step is None else (_compiled, step.slots(advance))
             self.runs[width] = functools.partial(run, what)
         return self.runs[width]
 

@@ -31,7 +31,7 @@ from bozzetto.laws.chain import ChainLaw, Trajectory, sample_trajectory
 from bozzetto.laws.noise import STREAM_ORDER, STREAM_TOKEN, fold, image_keys, normal_rows
 from bozzetto.methods.options import SmallerMasked
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.rules.reflection import Plain
+from bozzetto.rules.reflection import PlainSteps
 from bozzetto.targets.mar_target import MARTarget
 
 # What a draft model has in common with its target: fields of MARConfig and of MARSampler.
@@ -136,7 +136,7 @@ class MaskedBatch(RowBatch):
         features = self._features(self.target, rows, self.state.tokens[rows], step, step + 1)
         self.meter.lap("target")
         law = self._law(self.target, features, len(places), self.guidances[step], self.starts[step])
-        sampler: Any = self.rule if self.rule.alone else Plain()
+        sampler: Any = self.rule if self.rule.alone else PlainSteps()
         tokens = sampler.sample(law, self._fixed(rows, places).flatten(0, 1), self._fresh(rows, places).flatten())
         self.meter.count(law)
         return places, 1, Verdict(tokens.unflatten(0, places.shape), torch.zeros_like(places[:, 0])), None

@@ -38,14 +38,6 @@ class Ancestry(NamedTuple):
     of_token: Tensor
     of_state: Tensor
 
-    def token_of(self, mean: Tensor, x: Tensor, step: Tensor) -> Tensor:
-        """E[x_0 | state] of a step with that mean, [..., D]: x [..., D], step int64 [...]."""
-        return (mean - self.of_state[step][..., None] * x) / self.of_token[step][..., None]
-
-    def mean_of(self, token: Tensor, x: Tensor, step: Tensor) -> Tensor:
-        """Mean of the step from state x with E[x_0 | state] = token, [..., D]."""
-        return self.of_token[step][..., None] * token + self.of_state[step][..., None] * x
-
 
 class ChainLaw(Protocol):
     """The laws of the tokens at R places, one chain each.

@@ -72,7 +72,7 @@ class NoDrafts(Drafting):
 
 
 @dataclass(frozen=True)
-class Window(Drafting):
+class CodeWindow(Drafting):
     """A window of codes. fill: the trained drafter (one of TRAINED) that fills the slots which enter the window,
     empty for a copy of the window's last law; fresh: drafts at the head of the window that it fills in every pass;
     second: the trained drafter that guesses a second token beside the window's at its first `places` places, empty for

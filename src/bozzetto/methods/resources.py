@@ -81,8 +81,7 @@ class Resources:
         if not drafter.trained:
             return None
         net = self._net(drafter.trained, str(self.trained_folder(drafter.trained, drafter.folder)))
-        step = getattr(target, "step", None)
-        output = None if step is None else step.step.head
+        output = None if target.step is None else target.step.step.head
         return TRAINED[drafter.trained].fused(net, self.target.embedding, self.target.head, drafter.fresh, output)
 
     def smaller(self, folder: str) -> DraftModel:

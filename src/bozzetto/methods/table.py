@@ -6,17 +6,17 @@ A drafter or rule is written NAME or NAME:key=value:key=value, a method DRAFTER/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from bozzetto.common.written import NO_OPTION, Written, filled, split_spec
-from bozzetto.drafters.base import Drafter
 from bozzetto.drafters.trained import TRAINED
 from bozzetto.drafts import CODES, VECTORS
 from bozzetto.errors import UsageError
 from bozzetto.methods.options import (
+    CodeWindow,
     Drafting,
     NoDrafts,
     Sketch,
@@ -24,7 +24,6 @@ from bozzetto.methods.options import (
     SmallerMasked,
     Trained,
     VectorWindow,
-    Window,
 )
 from bozzetto.rules.base import Rule
 from bozzetto.rules.cascade import Cascade
@@ -35,10 +34,10 @@ from bozzetto.rules.joint import Joint
 from bozzetto.rules.lantern import Lantern, LanternPlusPlus
 from bozzetto.rules.path_block import PathBlock
 from bozzetto.rules.pathwise import Pathwise
-from bozzetto.rules.reflection import Coupled, Plain, Reflection
+from bozzetto.rules.reflection import Coupled, PlainSteps, Reflection
 from bozzetto.rules.relaxed import Annealed, Grouped
 from bozzetto.rules.seed_exact import SeedExact
-from bozzetto.rules.traversal import Block, Traversal
+from bozzetto.rules.traversal import BlockVerification, Traversal
 from bozzetto.rules.tree import TreeRejection
 from bozzetto.targets.flow_cache import EulerSampler, FlowSdeSampler
 
@@ -53,17 +52,17 @@ def _keyed(rows: Mapping[str, tuple[Any, ...]]) -> Mapping[tuple[str, str], Any]
 # Of each its usual options, by (kind of token, name).
 DRAFTERS: Mapping[tuple[str, str], Drafting] = _keyed(
     {
-        CODES: (NoDrafts(), Window(), *map(Trained, TRAINED), Smaller()),
+        CODES: (NoDrafts(), CodeWindow(), *map(Trained, TRAINED), Smaller()),
         VECTORS: (NoDrafts(), SmallerMasked(), VectorWindow(), Sketch()),
     }
 )
 RULES: Mapping[tuple[str, str], Rule] = _keyed(
     {
         CODES: (
-            *(SeedExact(), Exact(), TreeRejection(), Traversal(), Block()),
+            *(SeedExact(), Exact(), TreeRejection(), Traversal(), BlockVerification()),
             *(Lantern(), LanternPlusPlus(), Grouped(), Annealed(), Cascade()),
         ),
-        VECTORS: (Plain(), Reflection(), Coupled(), Chains(), Joint(), PathBlock(), Pathwise(), Cspd()),
+        VECTORS: (PlainSteps(), Reflection(), Coupled(), Chains(), Joint(), PathBlock(), Pathwise(), Cspd()),
     }
 )
 SAMPLERS: Mapping[str, Any] = MappingProxyType({"euler": EulerSampler(), "flow-sde": FlowSdeSampler()})
@@ -107,21 +106,6 @@ def _read(table: Mapping[tuple[str, str], P], what: str, tokens: str, text: str)
 def read_drafter(text: str, tokens: str = CODES) -> Drafting:
     """A drafter as written. Raises UsageError for an unknown name or option, or a value out of range."""
     return _read(DRAFTERS, "drafter", tokens, text)
-
-
-def make_rule(text: str, tokens: str = CODES) -> Any:
-    """A rule as written. Raises UsageError as `read_drafter`."""
-    return _read(RULES, "rule", tokens, text)
-
-
-def make_drafter(
-    text: str, window: int = 1, widen: Callable[[int], int] | None = None, resources: Any = None
-) -> Drafter:
-    """A drafter of codes, from text to what drafts: see `Drafting.make`. Raises ValueError without what it needs."""
-    asked = read_drafter(text)
-    if resources is None and (asked.trained or asked.smaller):
-        raise ValueError(f"drafter {asked.name!r} needs the resources of a model")
-    return asked.make(window, widen, resources, None)
 
 
 def make_sampler(text: str) -> Any:

@@ -23,7 +23,7 @@ from bozzetto.errors import UsageError
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
 from bozzetto.methods.table import USUAL_RULES
 from bozzetto.pipeline.runner import Runner
-from bozzetto.rules.reflection import Plain
+from bozzetto.rules.reflection import PlainSteps
 from bozzetto.settings import GenerateSettings
 from bozzetto.targets.mar_target import MARSampler
 
@@ -53,7 +53,7 @@ class TokenKind:
         tokens = self.target.tokens
         settings = settings.with_method(self.default_drafter, self.default_rules)
         if tokens == VECTORS and settings.sequential:
-            settings = replace(settings, rule=Plain.name)
+            settings = replace(settings, rule=PlainSteps.name)
         rule, drafter = settings.rule, settings.drafter
         if rule.tokens != tokens:
             raise UsageError(f"rule {rule.text!r} is for {_CALLED[rule.tokens]}: {self.name} draws {_CALLED[tokens]}")

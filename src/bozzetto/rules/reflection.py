@@ -179,7 +179,7 @@ class Reflection(Coupled):
 
 
 @dataclass(frozen=True)
-class Plain(Rule):
+class PlainSteps(Rule):
     """The sequential sampler: T serial head calls with the position's own noise."""
 
     name: ClassVar[str] = "plain"
@@ -202,7 +202,7 @@ class Plain(Rule):
         return _one_each(self, law, noise)
 
 
-def _one_each(rule: Coupled | Plain, law: ChainLaw, noise: Noise) -> Verdict:
+def _one_each(rule: Coupled | PlainSteps, law: ChainLaw, noise: Noise) -> Verdict:
     """A token of every image, sampled."""
     fixed, keys = given(noise.fixed, rule, "fixed noise"), given(noise.keys, rule, "fresh keys")[:, 0]
     return Verdict(rule.sample(law, fixed[:, 0], keys)[:, None], torch.zeros_like(keys))

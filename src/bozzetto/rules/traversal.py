@@ -61,7 +61,7 @@ class Traversal(Rule):
 
 
 @dataclass(frozen=True)
-class Block(Traversal):
+class BlockVerification(Traversal):
     """Block verification of a chain: how far to go is decided for the chain as a whole."""
 
     name: ClassVar[str] = "block"

@@ -19,7 +19,7 @@ from bozzetto.train.tokenizer import TokenizerFit
 
 _PARALLEL = (recipes.ParallelRecipe, ParallelFit)
 # By what is trained and the family, "" where a recipe names none: the recipe and what fits it.
-FAMILIES: Mapping[str, Mapping[str, tuple[type, type]]] = {
+TRAINABLE: Mapping[str, Mapping[str, tuple[type, type]]] = {
     "tokenizer": {"": (recipes.TokenizerRecipe, TokenizerFit)},
     "target": {
         "": (recipes.TargetRecipe, CodeFit),
@@ -39,12 +39,12 @@ FAMILIES: Mapping[str, Mapping[str, tuple[type, type]]] = {
 
 
 def read_recipe(path: str | Path, what: str) -> Any:
-    """Read a YAML recipe of what is trained (a key of FAMILIES). Raises UsageError naming the file, the key and what is
-    allowed.
+    """Read a YAML recipe of what is trained (a key of TRAINABLE). Raises UsageError naming the file, the key and
+    what is allowed.
 
     Relative paths inside a recipe are relative to the working directory.
     """
-    path, known = Path(path), FAMILIES[what]
+    path, known = Path(path), TRAINABLE[what]
     content = read_mapping(path)
     family = content.get("family", "")
     if len(known) > 1 and "family" in content and (not isinstance(family, str) or not family or family not in known):
@@ -56,7 +56,7 @@ def read_recipe(path: str | Path, what: str) -> Any:
 def train(recipe: Any, restart: bool = False) -> Path:
     """Train (or resume) until the last step, or until the held-out loss stops falling. Returns the folder of what was
     trained. restart: put an earlier run in the recipe's `out` aside and begin anew."""
-    rows = [row for known in FAMILIES.values() for row in known.values()]
+    rows = [row for known in TRAINABLE.values() for row in known.values()]
     fit: Any = next(fit for kind, fit in rows if kind is type(recipe))(recipe, restart)
     fit.fit()
     return Path(fit.folder)

@@ -117,7 +117,7 @@ def test_bench_and_its_suites(suite, monkeypatch, tmp_path):
     own |= {"compile": "max", "deterministic": True, "waves": 2}
     lists = {"methods": "none", "batch": "2", "guidance": "1.5", "window": "3", "top_k": "4"}
     right = BenchSettings(("none",), (2,), (1.5,), (3,), (4,), **own)
-    words = ["bench", *typed(own), *typed(lists)]
+    words = ["bench", *typed(own), *typed({k: v for k, v in lists.items() if k != "methods" or not suite})]
     if not suite:
         assert arrived(monkeypatch, words, "bozzetto.evaluate.bench.bench", BenchSettings) == right
         fixed = {"model", "suite", "images", "quality_batch", "data", "extractor", "out", "json"}
@@ -200,7 +200,7 @@ def test_convert_train_report_and_models(monkeypatch, tmp_path):
     for what, (function, values) in wanted.items():
         monkeypatch.setattr(f"bozzetto.checkpoints.{function}", stop)
         with pytest.raises(Arrived) as caught:
-            cli.main(["convert", what, *typed(names)])
+            cli.main(["convert", what, *typed({k: v for k, v in names.items() if path[k] in values or v in values})])
         assert caught.value.args[0] == values
     monkeypatch.setattr("bozzetto.evaluate.report.build_report", stop)
     with pytest.raises(Arrived) as caught:
@@ -246,3 +246,31 @@ def test_help_names_every_drafter_and_rule(capsys):
     shown = capsys.readouterr().out
     names = {name for table in (DRAFTERS, RULES) for _, name in table}
     assert not [name for name in names if name not in shown]
+
+
+CONVERT = ["convert", "mar", "--out", "o", "--checkpoint", "c", "--vae", "v"]
+COMPARE = ["evaluate", "--compare", "none", "jacobi/exact"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "said"),
+    [
+        *(
+            (["bench"], option, "belongs to --suite")
+            for option in ("images", "quality_batch", "data", "out", "extractor")
+        ),
+        (["bench", "--suite", "lantern"], "methods", "--suite has methods"),
+        *((COMPARE, option, "--compare has no use") for option in ("methods", "reference", "data", "bootstrap")),
+        *((CONVERT, option, "convert mar has no use") for option in ("gpt", "text_encoder", "drafter", "image_size")),
+        (["convert", "eagle", "--out", "o", "--drafter", "d", "--model", "m"], "class_names", "eagle has no use"),
+        *((["serve"], option, "belongs to --ray") for option in ("replicas", "max_replicas", "ongoing")),
+        (["serve", "--ray"], "ongoing", "belongs to --max-replicas"),
+    ],
+)
+def test_an_option_of_another_mode_is_refused(words, option, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    flag = "--" + option.replace("_", "-")
+    assert cli.main([*words, flag, "512"]) == 2
+    message = capsys.readouterr().err
+    assert f"{flag} = " in message and "512" in message and said in message
+    assert not list(tmp_path.iterdir())

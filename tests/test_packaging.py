@@ -23,7 +23,7 @@ FLOORS = {
     "errors": 0,
     "common": 1,
     "laws": 1,
-    "data": 1,
+    "data": 2,
     "runtime": 2,
     "autoencoders": 2,
     "drafts": 2,  # drafts of continuous tokens carry laws

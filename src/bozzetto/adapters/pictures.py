@@ -60,6 +60,8 @@ class HostedPictures:
     does).
     """
 
+    encodes = False
+
     def __init__(
         self,
         config: PictureConfig,

@@ -19,6 +19,7 @@ from torch import Tensor
 from bozzetto.autoencoders.decoder import GROUPS, PublishedDecoder, levels_of, renamed
 from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
+from bozzetto.common.extras import needed
 from bozzetto.errors import UsageError
 
 # Published part of a key, and the same part in diffusers. Plain replacements, valid in both directions.
@@ -95,12 +96,8 @@ def kl16_autoencoder(config: KL16Config) -> Any:
     Its encoder has attention at the lowest level and in the middle, its decoder in the middle only.
     Raises UsageError where diffusers is not installed.
     """
-    try:
+    with needed("MAR's autoencoder needs", "mar", "diffusers"):
         from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise UsageError(
-            "MAR's autoencoder needs diffusers, which is not installed: pip install 'bozzetto[mar]'"
-        ) from error
     levels = len(config.widths)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),

@@ -34,6 +34,7 @@ class LatentDecoder(nn.Module):
     decoder: latents [B, D, h, w] -> pixels; kind: what it is.
     """
 
+    encodes = False
     scale: Tensor
     shift: Tensor
 

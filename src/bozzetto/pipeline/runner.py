@@ -20,9 +20,9 @@ from bozzetto.targets.compiled_cache import compile_target
 
 class Runner:
     """A network of ours, whose passes are compiled where that is asked for. name: the model's; target: has tokens,
-    length, dtype and device; pictures: its tokenizer, with decode and config; folders: the model's, and others that say
-    what it draws, as do `files`; network: reads what `target` was made from again; report: told of every graph that is
-    compiled; undecoded: why its tokens cannot become pictures here ("": they can)."""
+    length, dtype and device; pictures: its tokenizer, with decode, config and encodes; folders: the model's, and others
+    that say what it draws, as do `files`; network: reads what `target` was made from again; report: told of every graph
+    that is compiled; undecoded: why its tokens cannot become pictures here ("": they can)."""
 
     undecoded = ""
 

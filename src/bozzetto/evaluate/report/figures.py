@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from bozzetto.common.extras import needed
 from bozzetto.decoding.images import PassTrace
-from bozzetto.errors import UsageError
 from bozzetto.evaluate.metrics import Interval
 
 # Offsets beyond this share the last colour of the maps.
@@ -60,13 +60,9 @@ def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:
 def drawing() -> Iterator[None]:
     """matplotlib's defaults with ours on top, whatever the user's own settings are. Raises UsageError where matplotlib
     or jinja2 is not installed."""
-    try:
+    with needed("the report needs", "report", "jinja2", "matplotlib"):
         import jinja2  # noqa: F401
         import matplotlib
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "the report needs jinja2 and matplotlib, which are not installed: pip install 'bozzetto[report]'"
-        ) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(

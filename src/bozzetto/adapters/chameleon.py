@@ -37,10 +37,9 @@ from bozzetto.adapters.source import (
     prompts_of,
     without,
     word_number,
-    written,
 )
 from bozzetto.autoencoders.kl16 import decoder_config
-from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.load_settings import LoadSettings, written
 from bozzetto.checkpoints.published import family_of
 from bozzetto.checkpoints.states import check_finite, read_state
 from bozzetto.common.hub import model_name

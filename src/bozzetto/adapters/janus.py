@@ -35,7 +35,7 @@ from bozzetto.adapters.source import (
     without,
     word_number,
 )
-from bozzetto.autoencoders.decoder import levels_of, renamed
+from bozzetto.autoencoders.decoder import levels_of, renamed, renamed_whole
 from bozzetto.autoencoders.llamagen_vq import MODULES
 from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.checkpoints.load_settings import LoadSettings
@@ -137,12 +137,7 @@ def drawing_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that draw, under transformers' names."""
     found = {}
     for key, value in state.items():
-        for theirs, ours in _NAMES:
-            if match := re.fullmatch(theirs, key):
-                name = match.expand(ours)
-                break
-        else:
-            continue
+        name = renamed_whole(key, _NAMES) or ""
         if name.startswith(_VQ):
             name = renamed(name, MODULES)
         if _HIDDEN in name:  # a linear layer follows an activation: 2, 4, ... are hidden layers 0, 1, ...

@@ -33,6 +33,7 @@ from bozzetto.adapters.source import (
     fits_context,
     in_sizes,
     prompts_of,
+    refuse_keys,
 )
 from bozzetto.autoencoders.decoder import numbered
 from bozzetto.autoencoders.kl16 import KL16Config, from_published, kl16_autoencoder
@@ -218,13 +219,10 @@ def _network(
     with torch.device("meta"):
         body, parts = made = make()
     names = {key.partition(".")[2]: value.shape for key, value in made.named_parameters()}
-    for what, found in (
-        ("missing", [key for key in names if key not in shapes]),
-        ("misshapen", [key for key, shape in names.items() if key in shapes and shapes[key].shape != tuple(shape)]),
-        ("of an unknown network", [key for key in shapes if key not in names and key not in _UNUSED]),
-    ):
-        if found:
-            raise UsageError(f"{source.name}: {what} in its weights: {', '.join(found[:4])} ({len(found)} in all)")
+    odd = [key for key, shape in names.items() if key in shapes and shapes[key].shape != tuple(shape)]
+    refuse_keys(source.name, "missing", [key for key in names if key not in shapes])
+    refuse_keys(source.name, "misshapen", odd)
+    refuse_keys(source.name, "of an unknown network", [k for k in shapes if k not in names and k not in _UNUSED])
     for path in weight_files(source.folder):
         with open_tensors(path) as content:
             for key in sorted(set(content.keys()) & set(names)):

@@ -278,7 +278,8 @@ class PromptedSession:
         t = self.target
         self.lead = torch.tensor([len(p) - 1 for p in self.prompts], device=t.device)
         longest = int(self.lead.max())
-        self.cache = SlotCache(t.layers, len(self.prompts), self._slots(longest))
+        slots = -(-(longest + t.length + self.max_width) // _WHOLE) * _WHOLE
+        self.cache = SlotCache(t.layers, len(self.prompts), slots)
         last = torch.tensor([p[-1] for p in self.prompts], device=t.device)
         self.condition = t.words(last)[:, None].to(t.dtype)
         if longest:
@@ -287,9 +288,6 @@ class PromptedSession:
     @property
     def rows(self) -> int:
         return len(self.lead)
-
-    def _slots(self, longest: int) -> int:
-        return -(-(longest + self.target.length + self.max_width) // _WHOLE) * _WHOLE
 
     def _fill(self, longest: int) -> None:
         """Run all prompt tokens but the last through the layers. What shorter prompts leave behind their end is
@@ -352,12 +350,16 @@ class PromptedSession:
     def admit(self, rows: Tensor, labels: Tensor) -> None:
         every, t = self._every(rows), self.target
         fresh = PromptedSession(t, t.conditions_of(labels, self.copies > 1), self.copies, self.max_width)
-        slots = max(self.cache.slots, fresh.cache.slots)
-        self.cache = self.cache.replaced(self.rows, slots, lambda table: _longer(table, slots))
+        slots, blank = max(self.cache.slots, fresh.cache.slots), not self.cache.tables()  # nothing has run here yet
+
+        def longer(table: Tensor) -> Tensor:
+            if blank:
+                return table.new_zeros(self.rows, slots, *table.shape[2:])
+            return F.pad(table, (0, 0, 0, 0, 0, slots - table.shape[1]))
+
+        self.cache = (fresh if blank else self).cache.replaced(self.rows, slots, longer)
         for ours, theirs in zip(self.cache.tables(), fresh.cache.tables(), strict=False):
             ours[every.to(ours.device), : theirs.shape[1]] = theirs
-        if not self.cache.tables():  # nothing has run here yet
-            self.cache = fresh.cache.replaced(self.rows, slots, lambda table: _spread(table, every, self.rows, slots))
         self.lead[every], self.condition[every] = fresh.lead, fresh.condition
         for row, prompt in zip(every.tolist(), fresh.prompts, strict=True):
             self.prompts[row] = prompt
@@ -366,15 +368,3 @@ class PromptedSession:
         """Batch rows -> rows of sequences."""
         batch = self.rows // self.copies
         return torch.cat([rows + i * batch for i in range(self.copies)])
-
-
-def _longer(table: Tensor, slots: int) -> Tensor:
-    """[R, S, H, D] with zeros up to `slots`."""
-    return F.pad(table, (0, 0, 0, 0, 0, slots - table.shape[1]))
-
-
-def _spread(table: Tensor, rows: Tensor, count: int, slots: int) -> Tensor:
-    """[n, S, H, D] as `rows` of a table of `count` rows."""
-    whole = table.new_zeros(count, slots, *table.shape[2:])
-    whole[rows.to(table.device), : table.shape[1]] = table
-    return whole

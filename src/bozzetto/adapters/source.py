@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bozzetto.adapters.prompted import Prompt, PromptedTarget
 from bozzetto.checkpoints.folders import CONFIG, read_config
-from bozzetto.checkpoints.load_settings import LoadSettings
+from bozzetto.checkpoints.load_settings import LoadSettings, written
 from bozzetto.checkpoints.own_sampling import OwnSampling
 from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.states import open_state
@@ -195,13 +195,18 @@ def check_counts(content: dict[str, Any], source: Path) -> None:
 def check_weights(name: str, network: Any, notes: Mapping[str, Any]) -> None:
     """Weights are all there, of the right shape, and finite. notes: transformers' loading info."""
     for key, what in (("missing_keys", "missing"), ("mismatched_keys", "misshapen")):
-        if found := sorted(map(str, notes.get(key, ()))):
-            raise UsageError(f"{name}: {what} in its weights: {', '.join(found[:4])} ({len(found)} in all)")
+        refuse_keys(name, what, sorted(map(str, notes.get(key, ()))))
     for key, weight in network.named_parameters():
         if weight.is_meta:
             raise UsageError(f"{name}: the devices here are too small for it: {key} found no place on them")
         if not finite(weight):
             raise UsageError(f"{name}: {key} has non-finite values")
+
+
+def refuse_keys(name: str, what: str, keys: Sequence[str]) -> None:
+    """Raise UsageError where there are any keys of which this is wrong."""
+    if keys:
+        raise UsageError(f"{name}: {what} in its weights: {', '.join(keys[:4])} ({len(keys)} in all)")
 
 
 def of_words(ask: Ask, tokenizer: Any, target: PromptedTarget) -> Ask:
@@ -313,11 +318,6 @@ def fits_context(source: Source, target: PromptedTarget, size: tuple[int, int]) 
             f"{source.name}: image_size = {written(size)} is not allowed: {target.length} image tokens, the model's "
             f"context is {target.context}"
         )
-
-
-def written(size: tuple[int, int]) -> str:
-    """WIDTHxHEIGHT, as sizes are asked for."""
-    return f"{size[0]}x{size[1]}"
 
 
 def numbers(tokens: Any) -> list[int]:

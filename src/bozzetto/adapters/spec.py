@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bozzetto.checkpoints.load_settings import size_of
+from bozzetto.checkpoints.load_settings import size_of, written
 from bozzetto.checkpoints.own_sampling import HEAD, OwnSampling
 from bozzetto.common.checks import Count, Size, config_from, read_mapping
 from bozzetto.errors import UsageError, brief, require
@@ -108,11 +108,9 @@ class AdapterSpec:
         listed, step = size in self.every_size, self.multiple
         if not listed and not (step and size[0] % step == size[1] % step == 0):
             wide = ", ".join(self.sizes) + (f", or multiples of {step}" if step else "")
-            raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {wide}")
+            raise UsageError(f"image_size = {written(size)} is not allowed: {wide}")
         if size[0] % self.pixels or size[1] % self.pixels or not min(size):
-            raise UsageError(
-                f"size {size[0]}x{size[1]} is not allowed: multiples of {self.pixels}, the pixels per code"
-            )
+            raise UsageError(f"size {written(size)} is not allowed: multiples of {self.pixels}, the pixels per code")
         return size[1] // self.pixels, size[0] // self.pixels
 
     def said(self, text: str, size: tuple[int, int], bos: str, prompt: str = "") -> str:

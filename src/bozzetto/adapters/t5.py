@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bozzetto.adapters.load import checkpoint_digest
+from bozzetto.adapters.source import refuse_keys
 from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.common.files import digest
 from bozzetto.common.hub import local_folder, split_name
@@ -120,8 +121,7 @@ class T5Encoder:
             network, notes = self._read("weights", T5EncoderModel, dtype=self.dtype, output_loading_info=True)
         finally:
             said.enable_progress_bar()
-        if missing := sorted(map(str, notes["missing_keys"])):
-            raise UsageError(f"{self.source}: missing in its weights: {', '.join(missing[:4])} ({len(missing)} in all)")
+        refuse_keys(self.source, "missing", sorted(map(str, notes["missing_keys"])))
         self._network = network.to(self.device).eval().requires_grad_(False)
 
     def _read(self, what: str, kind: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,14 @@ def renamed(key: str, names: Sequence[tuple[str, str]], back: bool = False) -> s
     for theirs, ours in names:
         key = key.replace(ours, theirs) if back else key.replace(theirs, ours)
     return key
+
+
+def renamed_whole(key: str, names: Sequence[tuple[str, str]]) -> str | None:
+    """A parameter's name by the first (pattern of all of it, replacement) that fits; None where none does."""
+    for theirs, ours in names:
+        if match := re.fullmatch(theirs, key):
+            return match.expand(ours)
+    return None
 
 
 def numbered(state: Iterable[str], before: str) -> int:

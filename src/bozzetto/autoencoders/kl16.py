@@ -8,7 +8,6 @@ format of their own.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bozzetto.autoencoders.decoder import GROUPS, PublishedDecoder, levels_of, renamed
-from bozzetto.autoencoders.latents import KL16, LatentConfig, LatentDecoder
+from bozzetto.autoencoders.latents import LatentConfig, LatentDecoder
 from bozzetto.common.checks import Layers, Levels, Pixels, Size
 from bozzetto.common.extras import needed
 from bozzetto.errors import UsageError
@@ -79,15 +78,10 @@ def kl16_decoder(config: KL16Config) -> PublishedDecoder:
     return PublishedDecoder(kl16_autoencoder(config))
 
 
-def kl16_latents(config: LatentConfig) -> LatentDecoder:
-    """The decoder of KL-16, its weights yet to be loaded (on the meta device it takes no time to make). A config that
-    says nothing of the network means the published one.
-
-    Raises UsageError where diffusers is not installed.
-    """
-    if not isinstance(config, KL16Config):
-        config = KL16Config(**dataclasses.asdict(config))
-    return LatentDecoder(config, kl16_decoder(config), KL16)
+def kl16_latents(config: KL16Config) -> LatentDecoder:
+    """The decoder of KL-16, its weights yet to be loaded (on the meta device it takes no time to make). Raises
+    UsageError where diffusers is not installed."""
+    return LatentDecoder(config, kl16_decoder(config))
 
 
 def kl16_autoencoder(config: KL16Config) -> Any:

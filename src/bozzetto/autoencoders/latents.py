@@ -29,18 +29,16 @@ class LatentConfig(SquareConfig):
 
 
 class LatentDecoder(nn.Module):
-    """decode: float [B, N, D] tokens in raster order -> [B, 3, H, W] in [0, 1].
-
-    decoder: latents [B, D, h, w] -> pixels; kind: what it is.
-    """
+    """decode: float [B, N, D] tokens in raster order -> [B, 3, H, W] in [0, 1]. decoder: latents [B, D, h, w] ->
+    pixels."""
 
     encodes = False
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, config: LatentConfig, decoder: nn.Module, kind: str):
+    def __init__(self, config: LatentConfig, decoder: nn.Module):
         super().__init__()
-        self.config, self.kind, self.decoder = config, kind, decoder
+        self.config, self.decoder = config, decoder
         self.register_buffer("scale", torch.ones(config.token_dim))
         self.register_buffer("shift", torch.zeros(config.token_dim))
 
@@ -52,4 +50,4 @@ class LatentDecoder(nn.Module):
 
 def tiny_latents(image_size: int = 128) -> LatentDecoder:
     """The tiny autoencoder's decoder, its weights yet to be loaded."""
-    return LatentDecoder(LatentConfig(image_size), tiny_decoder(), TINY)
+    return LatentDecoder(LatentConfig(image_size), tiny_decoder())

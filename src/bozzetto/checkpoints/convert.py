@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bozzetto.autoencoders.decoder import renamed_whole
 from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, LlamaGenVQConfig, infer_config
 from bozzetto.checkpoints.folders import CONFIG, LLAMAGEN, VQ_LLAMAGEN, write_model, write_tokenizer
 from bozzetto.checkpoints.own_sampling import SAMPLING
@@ -132,7 +133,8 @@ def _transformer(path: Path) -> dict[str, Tensor]:
 def _as_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state under LlamaGen's names. What has none there keeps its own, as the parts of a matrix that is not whole
     do, so that they are named as unexpected."""
-    found = {_renamed(key): value for key, value in state.items() if not key.endswith("rotary_emb.inv_freq")}
+    kept = (key for key in state if not key.endswith("rotary_emb.inv_freq"))
+    found = {renamed_whole(key, _NAMES) or key: state[key] for key in kept}
     for name in [key.removesuffix(_FUSED[0]) for key in found if key.endswith(_FUSED[0])]:
         three = [found[name + part] for part in _FUSED if name + part in found]
         if len(three) == 3 and len({part.shape[1:] for part in three}) == 1:
@@ -140,13 +142,6 @@ def _as_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 del found[name + part]
             found[f"{name}attention.wqkv.weight"] = torch.cat(three)
     return found
-
-
-def _renamed(key: str) -> str:
-    for old, new in _NAMES:
-        if re.fullmatch(old, key):
-            return re.sub(old, new, key)
-    return key
 
 
 def recognise(state: Mapping[str, Tensor], source: Path, grid: int) -> tuple[str, LlamaGenConfig]:

@@ -57,13 +57,11 @@ def convert_eagle(drafter: Path, model: Path, out: Path, store: str = OWN) -> st
     rows = state.pop(_EMBEDDING, None)
     if rows is not None:
         config = replace(config, embedding=_which_rows(drafter, rows.float(), target))
-    check_fit(on_meta(lambda: EagleNet(config)).state_dict(), state, drafter)
-    notes = {"target_name": read_config(model).get("name", model.name), "converted": drafter.name}
-    with staged_folder(out) as folder:
-        write_model(folder, EAGLE, config, state, {"target_weights": target_digest(model), **notes}, store=store)
+    notes = {"target_weights": target_digest(model), "target_name": read_config(model).get("name", model.name)}
+    types = _write(drafter, config, state, notes, out, store)
     return (
         f"drafter of {config.dim} dimensions, tokens embedded by the target's {config.embedding} rows, weights as "
-        f"{types_in(state, store)}: {out}"
+        f"{types}: {out}"
     )
 
 
@@ -86,15 +84,20 @@ def convert_lantern(drafter: Path, model: str | Path, out: Path, store: str = OW
     rows = state.pop(_EMBEDDING, None)
     if rows is not None:
         _check_rows(drafter, rows, target)
-    state = _interleaved(state, config)
+    name = model_name(model)
+    types = _write(drafter, config, _interleaved(state, config), {"target_name": name}, out, store)
+    return f"drafter of {config.dim} dimensions for {name}, behind the words of its prompts, weights as {types}: {out}"
+
+
+def _write(
+    drafter: Path, config: EagleConfig, state: Mapping[str, Tensor], notes: Mapping[str, str], out: Path, store: str
+) -> str:
+    """Write the drafter's folder; returns the types of its weights in words. Raises UsageError for keys that do not
+    fit."""
     check_fit(on_meta(lambda: EagleNet(config)).state_dict(), state, drafter)
-    notes = {"target_name": model_name(model), "converted": drafter.name}
     with staged_folder(out) as folder:
-        write_model(folder, EAGLE, config, state, notes, store=store)
-    return (
-        f"drafter of {config.dim} dimensions for {notes['target_name']}, behind the words of its prompts, weights as "
-        f"{types_in(state, store)}: {out}"
-    )
+        write_model(folder, EAGLE, config, state, {**notes, "converted": drafter.name}, store=store)
+    return types_in(state, store)
 
 
 def _read_drafter(path: Path, store: str) -> dict[str, Tensor]:

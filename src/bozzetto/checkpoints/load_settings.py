@@ -107,6 +107,11 @@ def size_of(asked: int | str) -> tuple[int, int] | None:
     return (width, int(found[2] or width)) if width else None
 
 
+def written(size: tuple[int, int]) -> str:
+    """WIDTHxHEIGHT, as sizes are asked for."""
+    return f"{size[0]}x{size[1]}"
+
+
 def refuse_flow_options(wanted: LoadSettings, name: str) -> None:
     """Raise UsageError where what is for NextStep-1 alone was asked of another model."""
     for option in ("vae", "sampler"):

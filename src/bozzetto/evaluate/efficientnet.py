@@ -8,7 +8,6 @@ Apache 2.0), which the user installs. Written here from the published layout.
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bozzetto.autoencoders.decoder import renamed_whole
 from bozzetto.checkpoints.weights import load_strict
 from bozzetto.common.extras import lacking
 from bozzetto.common.files import digest
@@ -223,8 +223,5 @@ def efficientnet_lite0() -> LiteNetwork:
 def _our_key(key: str) -> str:
     """Our name for a published key; an unknown key stays, so that load_strict can name it."""
     prefix, _, parameter = key.rpartition(".")
-    for pattern, ours in _KEYS:
-        match = re.fullmatch(pattern, prefix)
-        if match:
-            return f"{match.expand(ours)}.{parameter}"
-    return key
+    ours = renamed_whole(prefix, _KEYS)
+    return key if ours is None else f"{ours}.{parameter}"

@@ -89,8 +89,8 @@ def generate_fn(
         asked = {**_arguments_of_generate(model), **kwargs}
         length = target.length + len(ending)
         _refuse_rest(target, generation_config, asked, kwargs)
-        _check_lengths(generation_config, stopping_criteria, asked, input_ids.shape[1], length)
-        _check_stops(target, stopping_criteria)
+        _check_lengths(generation_config, asked, input_ids.shape[1], length)
+        _check_stops(target, generation_config, stopping_criteria, input_ids.shape[1], length)
         law, without = _law(logits_processor, generation_config, input_ids)
         if law.guided and target.offsets is not None:
             _refuse("guidance_scale", law.guidance, "generate's guidance tells this model nothing of its grids")
@@ -253,7 +253,7 @@ def _refuse_rest(target: PromptedCodes, config: Any, asked: dict[str, Any], kwar
                 _refuse("position_ids", list(row), "0, 1, 2, ... are")
 
 
-def _check_lengths(config: Any, criteria: Any, asked: dict[str, Any], prompt: int, length: int) -> None:
+def _check_lengths(config: Any, asked: dict[str, Any], prompt: int, length: int) -> None:
     """A picture is `length` tokens, no fewer and no more. prompt: tokens before it."""
     new, most, least = (getattr(config, name, None) for name in ("max_new_tokens", "max_length", "min_length"))
     wanted = f"the picture takes {length} tokens"
@@ -265,19 +265,19 @@ def _check_lengths(config: Any, criteria: Any, asked: dict[str, Any], prompt: in
         _refuse("max_length", most, f"{wanted} beside {prompt} of the prompt")
     if least is not None and least > prompt + length:
         _refuse("min_length", least, f"{wanted} beside {prompt} of the prompt")
-    for part in criteria:
-        if type(part).__name__ == "MaxLengthCriteria" and part.max_length != most and part.max_length < prompt + length:
-            _refuse("stopping_criteria", f"MaxLengthCriteria({part.max_length})", wanted)
 
 
-def _check_stops(target: PromptedCodes, criteria: Any) -> None:
-    """A picture ends when it is full."""
+def _check_stops(target: PromptedCodes, config: Any, criteria: Any, prompt: int, length: int) -> None:
+    """A picture ends when it is full. prompt, length: as `_check_lengths` has them."""
     for part in criteria:
         name = type(part).__name__
-        if name == "EosTokenCriteria":
+        if name == "MaxLengthCriteria":
+            if part.max_length != getattr(config, "max_length", None) and part.max_length < prompt + length:
+                _refuse("stopping_criteria", f"{name}({part.max_length})", f"the picture takes {length} tokens")
+        elif name == "EosTokenCriteria":
             if found := set(torch.as_tensor(part.eos_token_id).flatten().tolist()) & set(target.numbers):
                 _refuse("eos_token_id", min(found), "it is an image token")
-        elif name != "MaxLengthCriteria":
+        else:
             _refuse("stopping_criteria", name)
 
 

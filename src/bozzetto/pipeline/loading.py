@@ -34,11 +34,12 @@ from bozzetto.common.checks import config_from, naming
 from bozzetto.common.classes import distinct
 from bozzetto.common.extras import needed
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, brief, require
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
 from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes, TextEncoder
 from bozzetto.pipeline.kinds import CausalVectors, Codes, MaskedVectors, TokenKind
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
+from bozzetto.pipeline.results import settings_of
 from bozzetto.pipeline.runner import Runner
 from bozzetto.runtime.graphs import Report
 from bozzetto.settings import GenerateSettings
@@ -61,7 +62,7 @@ def load(
 
     Raises UsageError for an unknown model or option and for files that do not fit together.
     """
-    wanted = load_settings_of(settings, options)
+    wanted = settings_of(LoadSettings, settings, options)
     if wanted.offline:
         go_offline()
     place = _described(model) if on_hub(model) else model
@@ -101,21 +102,8 @@ def _described(model: str | Path) -> Path:
     return found
 
 
-def load_settings_of(settings: LoadSettings | None, options: dict[str, Any]) -> LoadSettings:
-    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
-    if settings is not None and options:
-        raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
-    allowed = LoadSettings.__dataclass_fields__
-    for name in options:
-        if name not in allowed:
-            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
-    return LoadSettings(**options) if settings is None else settings
-
-
 def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipeline:
-    for name in ("captions", "text_encoder"):
-        if getattr(wanted, name):
-            raise UsageError(f"{model} takes prompts: --{name.replace('_', '-')} is for LlamaGen models")
+    _refuse_text(wanted, f"{model} takes prompts", "LlamaGen models")
     with needed(f"{model} needs", "hf", "transformers"):
         from bozzetto.pipeline.hosted import load_prompted
     return load_prompted(model, wanted, folder)
@@ -130,7 +118,7 @@ def _codes(
     encoder: TextEncoder | None = None
     names: Sequence[Any]
     if not target.config.captioned:
-        _refuse_text(folder, wanted)
+        _refuse_text(wanted, f"{folder} draws classes")
         names = _class_names(folder, config, target.config.classes)
     elif captions is None:
         encoder, names = _encoder(folder, config, target, wanted)
@@ -151,10 +139,10 @@ def _codes(
     return kind, _classes(names) if encoder is None else Captions(encoder, names, runner.targets)
 
 
-def _refuse_text(folder: Path, wanted: LoadSettings) -> None:
+def _refuse_text(wanted: LoadSettings, why: str, others: str = "text-conditional models") -> None:
     for name in ("captions", "text_encoder"):
         if getattr(wanted, name):
-            raise UsageError(f"{folder} draws classes: --{name.replace('_', '-')} is for text-conditional models")
+            raise UsageError(f"{why}: --{name.replace('_', '-')} is for {others}")
 
 
 def _encoder(
@@ -174,25 +162,21 @@ def _encoder(
         return SentenceEncoder(shape.condition_tokens), prompts
     with needed("prompts need", "hf", "transformers"):
         from bozzetto.adapters.t5 import DIM, PUBLISHED, T5Encoder
-
-        if not isinstance(own, str | None):
-            raise UsageError(
-                f"{folder / CONFIG}: encoder = {brief(own)} is not allowed: a folder, or a name on the hub"
-            )
-        source = source or own or ""
-        if not source and shape.caption_dim != DIM:
-            raise UsageError(
-                f"{folder} draws captions of {shape.caption_dim} numbers a token, which {PUBLISHED} does not give: "
-                "name its text encoder with --text-encoder, or give a file of features with --captions"
-            )
-        dims = shape.condition_tokens, shape.caption_dim
-        return T5Encoder(source or PUBLISHED, *dims, target.dtype, str(target.device)), EXAMPLES
+    require(isinstance(own, str | None), f"{folder / CONFIG}: encoder", own, "a folder, or a name on the hub")
+    source = source or own or ""
+    if not source and shape.caption_dim != DIM:
+        raise UsageError(
+            f"{folder} draws captions of {shape.caption_dim} numbers a token, which {PUBLISHED} does not give: "
+            "name its text encoder with --text-encoder, or give a file of features with --captions"
+        )
+    dims = shape.condition_tokens, shape.caption_dim
+    return T5Encoder(source or PUBLISHED, *dims, target.dtype, str(target.device)), EXAMPLES
 
 
 def _vectors(
     folder: Path, config: dict[str, Any], wanted: LoadSettings, report: Report | None
 ) -> tuple[TokenKind, Classes]:
-    _refuse_text(folder, wanted)
+    _refuse_text(wanted, f"{folder} draws classes")
     own, name, base = folder, _name(folder, config), None
     drift: DriftModel | None = None
     if config.get("family") == DRIFT:

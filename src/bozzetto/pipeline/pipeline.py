@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import repeat
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bozzetto.checkpoints.folders import CONFIG, PIPELINE, convert_note, read_config
 from bozzetto.checkpoints.load_settings import DTYPES as DTYPES
+from bozzetto.checkpoints.load_settings import written
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
@@ -32,8 +33,7 @@ from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.conditions import Classes
 from bozzetto.pipeline.kinds import TokenKind
 from bozzetto.pipeline.results import ROUNDING as ROUNDING
-from bozzetto.pipeline.results import BatchPlan, GeneratedImage, GenerateResult, StreamEvent, plan_batches
-from bozzetto.pipeline.results import settings_of as settings_of
+from bozzetto.pipeline.results import GeneratedImage, GenerateResult, StreamEvent, plan_batches, settings_of
 from bozzetto.pipeline.runner import Runner
 from bozzetto.settings import GenerateSettings
 
@@ -80,8 +80,8 @@ class Pipeline:
         not draw."""
         made: Pipeline | None = self if size == self.size else self.runner.in_size(size)
         if made is None:
-            only = f"{self.size[0]}x{self.size[1]}"
-            raise UsageError(f"image_size = {size[0]}x{size[1]} is not allowed: {self.name} draws {only} pixels")
+            draws = f"{self.name} draws {written(self.size)} pixels"
+            raise UsageError(f"image_size = {written(size)} is not allowed: {draws}")
         return made
 
     def need_pictures(self) -> None:
@@ -195,8 +195,9 @@ class Pipeline:
 
         A partial picture of an event is `pipe.preview(event.tokens[i], int(event.count[i]))`.
         """
-        settings = self.resolve(settings_of(settings, options))
-        for indices, labels in plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch):
+        settings = self.resolve(settings_of(GenerateSettings, settings, options))
+        asked = self.labels(classes, settings)
+        for indices, labels in plan_batches(asked, count, seed, first_index, settings.batch)[1]:
             names, seconds = [self.classes[label] for label in labels], 0.0
             for images, batch in self.passes(labels, seed, indices, settings):
                 yield StreamEvent.of(images, batch, names, batch.meter.total - seconds)
@@ -250,13 +251,13 @@ class Pipeline:
         `options` are fields of GenerateSettings.
         Raises UsageError for an unknown class or a setting out of range.
         """
-        settings = self.resolve(settings_of(settings, options))
-        plan = plan_batches(self.labels(classes, settings), count, seed, first_index, settings.batch, indices)
-        if self.fuses(settings):  # such a batch takes more images than it holds
-            plan = replace(plan, batch=_WAVES * settings.batch)
+        settings = self.resolve(settings_of(GenerateSettings, settings, options))
+        together = settings.batch * (_WAVES if self.fuses(settings) else 1)  # a fused one takes more than it holds
+        labels = self.labels(classes, settings)
+        images, plan = plan_batches(labels, count, seed, first_index, together, indices)
         result = GenerateResult([], settings, [], dict.fromkeys(("total", "draft", "target", "decode"), 0.0))
         began, handed = time.perf_counter(), 0.0
-        with tqdm(total=plan.count * self.target.length, unit="token", disable=not progress) as bar:
+        with tqdm(total=images * self.target.length, unit="token", disable=not progress) as bar:
             for image in self._images(plan, seed, result, bar):
                 start = time.perf_counter()
                 result.add(image)
@@ -265,7 +266,9 @@ class Pipeline:
         result.seconds["total"] = time.perf_counter() - began - handed
         return result
 
-    def _images(self, plan: BatchPlan, seed: int, result: GenerateResult, bar: Any) -> Iterator[GeneratedImage]:
+    def _images(
+        self, plan: Iterable[tuple[list[int], list[int]]], seed: int, result: GenerateResult, bar: Any
+    ) -> Iterator[GeneratedImage]:
         """Draw the batches in turn and note in the result what they took."""
         settings, together = result.settings, max(result.settings.batch, torch.get_num_threads())
         for indices, labels in plan:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from bozzetto.settings import GenerateSettings
 # Two candidates closer than this (in perturbed log-probability) may swap when a pass has another shape.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.04}
 MOST = 2**63  # seeds and indices are below
+T = TypeVar("T")
 
 
 @dataclass
@@ -152,26 +153,6 @@ class StreamEvent:
         )
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """Images in batches: iterating gives the (indices, labels) of one after the other, made when they are asked for.
-    labels: taken in turn by index; indices: of all images; batch: how many at a time."""
-
-    labels: Sequence[int]
-    indices: Sequence[int]
-    batch: int
-
-    @property
-    def count(self) -> int:
-        """Images in all."""
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
-        for first in range(0, self.count, self.batch):
-            chunk = list(self.indices[first : first + self.batch])
-            yield chunk, [self.labels[index % len(self.labels)] for index in chunk]
-
-
 def plan_batches(
     labels: Sequence[int],
     count: int | None,
@@ -179,8 +160,10 @@ def plan_batches(
     first_index: int,
     batch: int,
     indices: Sequence[int] | None = None,
-) -> BatchPlan:
-    """The batches of a request; count None: one image per label; `indices` in place of a first one and a count.
+) -> tuple[int, Iterator[tuple[list[int], list[int]]]]:
+    """How many images a request is for, and the (indices, labels) of one batch after the other, made when they are
+    asked for: labels are taken in turn by index. count None: one image per label; `indices` in place of a first one
+    and a count; batch: how many at a time.
 
     Raises UsageError for a value out of range.
     """
@@ -190,20 +173,20 @@ def plan_batches(
     check_number("count", count, 1, MOST - 1, "a whole number >= 1", whole=True)
     check_number("seed", seed, 0, MOST - 1, "a whole number from 0 to 2^63 - 1", whole=True)
     check_number("first_index", first_index, 0, MOST - count, "a whole number >= 0, with no index above 2^63 - 1", True)
-    return BatchPlan(labels, range(first_index, first_index + count) if indices is None else indices, batch)
+    drawn = range(first_index, first_index + count) if indices is None else indices
+    chunks = (list(drawn[first : first + batch]) for first in range(0, count, batch))
+    return count, ((chunk, [labels[index % len(labels)] for index in chunk]) for chunk in chunks)
 
 
-def settings_of(settings: GenerateSettings | None, options: dict[str, object]) -> GenerateSettings:
-    """Settings as given, or made of single options. Raises UsageError for both, or for an unknown option."""
-    if settings is not None:
-        if options:
-            raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
-        return settings
-    allowed = GenerateSettings.__dataclass_fields__
-    for name in options:
-        if name not in allowed:
-            raise UsageError(f"unknown option {name!r} (allowed: {', '.join(allowed)})")
-    return GenerateSettings(**options)  # type: ignore[arg-type]
+def settings_of(kind: type[T], settings: T | None, options: Mapping[str, Any]) -> T:
+    """Settings of this kind as given, or made of single options. Raises UsageError for both, or for an unknown
+    option."""
+    if settings is not None and options:
+        raise UsageError(f"give either settings or single options, not both: {', '.join(options)}")
+    allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if unknown := next((name for name in options if name not in allowed), ""):
+        raise UsageError(f"unknown option {unknown!r} (allowed: {', '.join(allowed)})")
+    return kind(**options) if settings is None else settings
 
 
 def listed(asked: str | int | Iterable[str | int]) -> Sequence[str | int]:

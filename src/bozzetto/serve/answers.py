@@ -14,8 +14,9 @@ from typing import Any
 
 from PIL import Image
 
+from bozzetto.checkpoints.load_settings import written
 from bozzetto.errors import UsageError
-from bozzetto.serve.orders import Event, Finished, Job, Order, Partial, written
+from bozzetto.serve.orders import Event, Finished, Job, Order, Partial
 from bozzetto.serve.problems import ApiError, without_places
 from bozzetto.serve.worker import Worker
 

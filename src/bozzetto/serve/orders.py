@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from bozzetto.checkpoints.load_settings import written
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.settings import GenerateSettings
 
@@ -38,11 +39,6 @@ class Order:
     def place(self) -> str:
         """What its images share passes with: those of a model, of one size."""
         return self.model if self.size is None else f"{self.model} {written(self.size)}"
-
-
-def written(size: tuple[int, int]) -> str:
-    """WIDTHxHEIGHT."""
-    return f"{size[0]}x{size[1]}"
 
 
 @dataclass(frozen=True)

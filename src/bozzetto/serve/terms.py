@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bozzetto.checkpoints.load_settings import written
 from bozzetto.errors import UsageError
 from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.methods import lossy, own_sampling
-from bozzetto.serve.orders import Order, written
+from bozzetto.serve.orders import Order
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.schema import Drawing, ImageGeneration
 from bozzetto.serve.worker import Worker

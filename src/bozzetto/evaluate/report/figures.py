@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,15 +33,8 @@ _LONG, _LEGEND_ROW = 26, 0.16  # letters of a method that needs a line of its ow
 _WIDTH = 4.4  # inches; small, so that the text is still read when a phone shrinks the figure
 
 
-# One mark of a scatter: its label, x and y.
-Point = tuple[str, Interval, Interval]
-
-
-class Style(NamedTuple):
-    """How a method looks in every figure: #rrggbb and matplotlib's letter of a marker."""
-
-    colour: str
-    marker: str
+Point = tuple[str, Interval, Interval]  # one mark of a scatter: its label, x and y
+Style = Mapping[str, Any]  # how a line looks, in matplotlib's words; a method's in every figure: color, #rrggbb, and marker
 
 
 def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:
@@ -53,7 +46,7 @@ def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:
     left = [c for c in _OTHERS if c not in known.values()]
     others = [label for label in labels if label not in known]
     known.update({label: left[i % len(left)] for i, label in enumerate(others)})
-    return {label: Style(known[label], _MARKERS[i % len(_MARKERS)]) for i, label in enumerate(labels)}
+    return {label: {"color": known[label], "marker": _MARKERS[i % len(_MARKERS)]} for i, label in enumerate(labels)}
 
 
 @contextlib.contextmanager
@@ -96,13 +89,13 @@ def acceptance_figure(
     for label, (offered, kept) in curves.items():
         j = np.flatnonzero(offered)
         longest = max(longest, *(j + 1)) if len(j) else longest
-        axes.plot(j + 1, kept[j] / offered[j], color=styles[label].colour, marker=styles[label].marker, ms=5)
+        axes.plot(j + 1, kept[j] / offered[j], ms=5, **styles[label])
     _percent(axes.yaxis)
     axes.set(xlim=(0.6, longest + 0.4), ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="offset j of the draft in its target pass", ylabel="kept, of those offered")
-    _legend(figure, axes, [(label, styles[label]) for label in curves])
-    return _svg(figure, name, f"Line chart: share of offered drafts kept, by offset, for {', '.join(curves)}")
+    alt = f"Line chart: share of offered drafts kept, by offset, for {', '.join(curves)}"
+    return _svg(figure, name, alt, {label: styles[label] for label in curves})
 
 
 def progress_figure(curves: Mapping[str, np.ndarray], styles: Mapping[str, Style], name: str) -> str:
@@ -114,8 +107,8 @@ def progress_figure(curves: Mapping[str, np.ndarray], styles: Mapping[str, Style
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
     axes.set(xlabel="target passes", ylabel="share of the image committed")
-    _legend(figure, axes, [(label, styles[label]) for label in curves])
-    return _svg(figure, name, f"Line chart: share of the image committed against target passes, {', '.join(curves)}")
+    alt = f"Line chart: share of the image committed against target passes, {', '.join(curves)}"
+    return _svg(figure, name, alt, {label: styles[label] for label in curves})
 
 
 def spend_figure(
@@ -127,19 +120,18 @@ def spend_figure(
     for label, curve in curves.items():
         _ended(axes, np.linspace(0, 1, len(curve)), curve, len(curve) - 1, styles[label])
         if label in budgets:
-            axes.axhline(budgets[label], color=styles[label].colour, lw=1, ls=":")
+            axes.axhline(budgets[label], color=styles[label]["color"], lw=1, ls=":")
     _percent(axes.xaxis)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="share of the image committed", ylabel="total variation spent")
-    _legend(figure, axes, [(label, styles[label]) for label in curves])
-    return _svg(figure, name, f"Line chart: bias spent against the share of the image committed, {', '.join(curves)}")
+    alt = f"Line chart: bias spent against the share of the image committed, {', '.join(curves)}"
+    return _svg(figure, name, alt, {label: styles[label] for label in curves})
 
 
 def _ended(axes: Any, x: np.ndarray, y: np.ndarray, end: int, look: Style) -> None:
     """A line with a mark at its end."""
-    axes.plot(x, y, color=look.colour)
-    axes.plot([x[end]], [y[end]], color=look.colour, marker=look.marker, ms=6, clip_on=False)
+    axes.plot(x, y, markevery=[end], ms=6, clip_on=False, **look)
 
 
 def strip_figure(traces: Mapping[str, PassTrace], styles: Mapping[str, Style], name: str) -> str:
@@ -150,7 +142,7 @@ def strip_figure(traces: Mapping[str, PassTrace], styles: Mapping[str, Style], n
     longest = max(len(t.committed) for t in traces.values())
     for axes, (label, trace) in zip(rows, traces.items(), strict=True):
         edges = np.arange(len(trace.committed) + 1) + 0.5
-        axes.stairs(trace.accepted, edges, fill=True, color=styles[label].colour)
+        axes.stairs(trace.accepted, edges, fill=True, color=styles[label]["color"])
         axes.stairs(trace.committed, edges, baseline=trace.accepted, fill=True, color=_GREY, alpha=0.45)
         axes.set_title(f"{label}: {len(trace.committed)} passes", loc="left", fontsize=8.5)
         axes.set_ylim(0, tallest + 0.3)
@@ -181,18 +173,18 @@ def quality_figure(
     """Speed-up across, distance upwards, both with their intervals; `lines`: distances that have no speed."""
     figure, axes = _figure(3.1)
     _scatter(axes, points, styles)
-    entries: list[tuple[str, Any]] = [(label, styles[label]) for label, _, _ in points]
+    entries = {label: styles[label] for label, _, _ in points}
     for dash, (label, value) in zip(("--", ":", "-."), lines.items(), strict=False):
-        axes.axhline(value.value, color=_GREY, ls=dash, lw=1.4)
+        entries[label] = {"color": _GREY, "ls": dash, "lw": 1.4}
+        axes.axhline(value.value, **entries[label])
         if value.low is not None and value.high is not None:
             axes.axhspan(value.low, value.high, color=_GREY, alpha=0.12, lw=0)
-        entries.append((label, dash))
     axes.margins(0.12, 0.12)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="speed-up over sequential decoding", ylabel=axis)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
-    _legend(figure, axes, entries)
-    return _svg(figure, name, f"Scatter: {axis} against speed-up for {', '.join(label for label, _, _ in points)}")
+    alt = f"Scatter: {axis} against speed-up for {', '.join(label for label, _, _ in points)}"
+    return _svg(figure, name, alt, entries)
 
 
 def bench_figure(points: Sequence[Point], styles: Mapping[str, Style], name: str) -> str:
@@ -205,15 +197,14 @@ def bench_figure(points: Sequence[Point], styles: Mapping[str, Style], name: str
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="tokens per target pass", ylabel="speed-up over sequential decoding")
-    _legend(figure, axes, [(label, styles[label]) for label in dict.fromkeys(label for label, _, _ in points)])
-    return _svg(figure, name, "Scatter: speed-up against tokens per target pass")
+    alt = "Scatter: speed-up against tokens per target pass"
+    return _svg(figure, name, alt, {label: styles[label] for label, _, _ in points})
 
 
 def _scatter(axes: Any, points: Sequence[Point], styles: Mapping[str, Style]) -> None:
     for label, x, y in points:
-        look = styles[label]
         bars = {"xerr": _whiskers(x), "yerr": _whiskers(y), "elinewidth": 1.3, "capsize": 2.5}
-        axes.errorbar([x.value], [y.value], fmt=look.marker, color=look.colour, ms=6.5, **bars)
+        axes.errorbar([x.value], [y.value], ls="none", ms=6.5, **styles[label], **bars)
 
 
 def _whiskers(figure: Interval) -> np.ndarray | None:
@@ -238,25 +229,21 @@ def _percent(axis: Any) -> None:
     axis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
 
 
-def _legend(figure: Any, axes: Any, entries: Sequence[tuple[str, Any]]) -> None:
-    """Above the plot, where it covers nothing; an entry has a Style, or the dash of a line."""
+def _legend(figure: Any, entries: Mapping[str, Style]) -> None:
+    """Above the plot, where it covers nothing."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, ms=5)
-        if isinstance(look, Style)
-        else Line2D([], [], color=_GREY, ls=look, lw=1.4)
-        for _, look in entries
-    ]
-    longest = max((len(label) for label, _ in entries), default=0)
-    columns = 3 if sum(len(label) for label, _ in entries) < 40 else 2 if longest < _LONG else 1
+    handles = [Line2D([], [], ms=5, **look) for look in entries.values()]
+    columns = 3 if sum(map(len, entries)) < 40 else 2 if max(map(len, entries)) < _LONG else 1
     rows = -(-len(entries) // columns)
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
-    figure.legend(handles, [label for label, _ in entries], loc="outside upper left", ncols=columns, columnspacing=1.2)
+    figure.legend(handles, list(entries), loc="outside upper left", ncols=columns, columnspacing=1.2)
 
 
-def _svg(figure: Any, name: str, alt: str) -> str:
-    """The figure as an <svg> element whose ids start with `name`, so that several share a page."""
+def _svg(figure: Any, name: str, alt: str, entries: Mapping[str, Style] | None = None) -> str:
+    """The figure as an <svg> element whose ids start with `name`, so that several share a page. entries: its legend."""
+    if entries is not None:
+        _legend(figure, entries)
     out = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(out, format="svg", metadata=nothing, transparent=True)

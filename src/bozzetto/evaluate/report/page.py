@@ -155,7 +155,7 @@ class _Study:
                 stats.append((f"change of the {name}, against {row.get('reference')}", cell(change, sign=True)))
             elif distance:
                 stats.append((f"{name}, against {row.get('reference')}", cell(distance)))
-            tiles.append({"label": label, "colour": self.styles[label].colour, "stats": stats})
+            tiles.append({"label": label, "colour": self.styles[label]["color"], "stats": stats})
         return tiles or self._bench_tiles()
 
     def _bench_tiles(self) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ class _Study:
                 if values:
                     ends = " to ".join(dict.fromkeys([number(min(values), 2), number(max(values), 2)]))
                     stats.append((f"{words}, over {len(mine)} settings", {"text": ends, "range": ""}))
-            tiles.append({"label": method, "colour": self.styles[method].colour, "stats": stats})
+            tiles.append({"label": method, "colour": self.styles[method]["color"], "stats": stats})
         return tiles
 
     def _speed(self) -> Table | None:

@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from bozzetto.evaluate.roofline import Machine
+from bozzetto.evaluate.passes import ATTENTION, DISPATCH, EMBEDDING, NARROW, PRODUCTS, roof
 
-PRODUCTS, ATTENTION, NARROW = "matrix products", "attention", "norms, rotation, elementwise"
-EMBEDDING, DISPATCH = "embedding, mask", "python and dispatch"
 _WORTH = 1.05  # gains below this are not mentioned
 _MUCH_DISPATCH, _LOW_ROOF, _MUCH_DRAFTING, _FEW_TOKENS = 0.15, 0.6, 0.25, 1.5
 _MATRIX_UNIT = 2.0  # bfloat16 products over float32 ones from which there is a unit for them
@@ -109,13 +107,13 @@ def _drafting(figures: Figures) -> Iterator[Hint]:
 
 
 def _dtype(figures: Figures) -> Iterator[Hint]:
-    machine, last = Machine(**figures["machine"]), figures["passes"][-1]
-    ratio = machine.bfloat16 / machine.float32
-    if machine.dtype != "float32" or ratio < _MATRIX_UNIT:
+    machine, last = figures["machine"], figures["passes"][-1]
+    ratio = machine["bfloat16"] / machine["float32"]
+    if machine["dtype"] != "float32" or ratio < _MATRIX_UNIT:
         return
     # Compiled passes are not taken apart: what the roofline explains is products.
     products = _share(figures, PRODUCTS) if figures["settings"]["compile"] == "off" else min(1.0, last["share"])
-    left = machine.roof(last["work"], "bfloat16") / last["roofline"]
+    left = roof(machine, last["work"], "bfloat16") / last["roofline"]
     yield (
         _without(figures, products * (1 - left)),
         f"--dtype bfloat16: matrix products run {ratio:.1f}x faster, and half the bytes are read",

@@ -1,4 +1,5 @@
-"""One target pass alone, on a cache filled to the middle of the image: its time, and the parts of it.
+"""One target pass alone, on a cache filled to the middle of the image: its time, the parts of it, and what it must at
+least do on this machine, the roofline (Williams et al., 2009).
 
 An eager pass is taken apart by operator. What the operators did not take of the time of an undisturbed pass is Python
 and dispatch, so that the parts add up to a pass.
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,12 +19,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bozzetto.decoding.meter import now
-from bozzetto.evaluate.advice import ATTENTION, DISPATCH, EMBEDDING, NARROW, PRODUCTS
-from bozzetto.evaluate.roofline import Machine, pass_work, timed
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
+from bozzetto.runtime.native import processor
 from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget
 
+PRODUCTS, ATTENTION, NARROW = "matrix products", "attention", "norms, rotation, elementwise"
+EMBEDDING, DISPATCH = "embedding, mask", "python and dispatch"
 GRAPH, AROUND = "compiled graph", "python around it"
+LARGE = 1 << 30  # bytes that are read to measure memory: far beyond any cache
+SIDE = 2048  # of the square matrices
+_LEAST_CALLS = 3
 _ROUNDS = 8  # passes under the profiler, each after some without
 _ATTENTION = "scaled_dot_product_flash_attention_for_cpu scaled_dot_product_attention scaled_dot_product_attention_math"
 _OPERATORS = {
@@ -32,6 +38,88 @@ _OPERATORS = {
     "repeat cat clamp_max gather",
 }
 _GROUP_OF = {operator: group for group, known in _OPERATORS.items() for operator in known.split()}
+
+
+# processor, device, threads; read, copy: bytes per second of main memory (a copied byte counts twice, read and
+# written); float32, bfloat16: floating point operations per second of a square matrix product in that dtype; dtype: the
+# one asked for, own: in it, if it is neither.
+Machine = Mapping[str, Any]
+
+
+def bandwidth(machine: Machine) -> float:
+    """The faster of reading and copying, bytes per second."""
+    return float(max(machine["read"], machine["copy"]))
+
+
+def rate(machine: Machine, dtype: str = "") -> float:
+    """Operations per second in a dtype ("": the one asked for)."""
+    return float(machine.get(dtype or machine["dtype"], machine["own"]))
+
+
+def roof(machine: Machine, work: Mapping[str, int], dtype: str = "") -> float:
+    """Seconds in which work (see `pass_work`) of this machine's dtype cannot be outdone as long as it reads main
+    memory; dtype: the same work in another one."""
+    dtype = dtype or machine["dtype"]
+    size, own = (getattr(torch, name).itemsize for name in (dtype, machine["dtype"]))
+    return max(work["bytes"] * size / own / bandwidth(machine), work["flops"] / rate(machine, dtype))
+
+
+def pass_work(target: CausalTarget, batch: int, copies: int, width: int, start: int) -> dict[str, int]:
+    """What a pass of `width` places of `batch` images must do, `copies` rows each, after `start` tokens of an image:
+    bytes that it reads, and flops, floating point operations (a multiplication and an addition are two).
+
+    Read are the weights of all layers and of the read-out, one embedding per place, and the keys and values of the
+    places before; what a pass writes is not counted, nor are narrow operations. A place attends to all before it and to
+    itself. The head of continuous tokens is no part of a pass.
+    """
+    c = target.config
+    vocab, token = getattr(target, "vocab", 0), getattr(target, "token_dim", 0)
+    rows, past = batch * copies, c.condition_tokens - 1 + start
+    maps = c.layers * (4 * c.dim**2 + 3 * c.dim * c.ffn) + vocab * c.dim
+    narrow = c.layers * 2 * c.dim + c.dim + (token + 1) * c.dim * bool(token)
+    read = maps + narrow + batch * width * c.dim + 2 * c.layers * rows * past * c.dim
+    seen = width * past + width * (width + 1) // 2  # pairs of a place and what it attends to
+    flops = 2 * rows * width * maps + 4 * c.layers * rows * seen * c.dim + 2 * batch * width * token * c.dim
+    return {"bytes": read * target.dtype.itemsize, "flops": flops}
+
+
+def measure_machine(dtype: str, device: torch.device, seconds: float) -> Machine:
+    """Measure memory and matrix products in about five times `seconds`; the fastest call counts."""
+
+    def fastest(call: Callable[[], Any]) -> float:
+        return min(timed(call, seconds, device))
+
+    memory, ones = torch.ones(LARGE // 4, device=device), torch.ones(1024, device=device)
+    half = len(memory) // 2
+    # Sums are bound by arithmetic on some machines, products with a vector by threading on others.
+    read = min(fastest(memory.sum), fastest(partial(torch.mv, memory.view(-1, 1024), ones)))
+    copy = fastest(partial(memory[:half].copy_, memory[half:]))
+    rates = {}
+    for name in {"float32", "bfloat16", dtype}:
+        square = torch.randn(SIDE, SIDE, device=device).to(getattr(torch, name))
+        rates[name] = 2 * SIDE**3 / fastest(partial(torch.mm, square, square))
+    return {
+        "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "read": LARGE / read,
+        "copy": LARGE / copy,
+        "float32": rates["float32"],
+        "bfloat16": rates["bfloat16"],
+        "own": rates.get("float16", 0.0),
+    }
+
+
+def timed(call: Callable[[], Any], seconds: float, device: torch.device) -> list[float]:
+    """Seconds of each of the calls that fit into `seconds`, at least three, after one that warms up."""
+    call()
+    found: list[float] = []
+    while len(found) < _LEAST_CALLS or sum(found) < seconds:
+        began = now(device)
+        call()
+        found.append(now(device) - began)
+    return found
 
 
 class BarePass:
@@ -55,7 +143,7 @@ class BarePass:
         """Times of passes in `seconds`, and what a pass has to do; see `profile`."""
         found = timed(self.run, seconds, self.target.device)
         work = pass_work(self.target, len(self.starts), self.session.copies, self.width, self.start)
-        fastest, roofline = min(found), machine.roof(work)
+        fastest, roofline = min(found), roof(machine, work)
         times = {"fastest": fastest, "median": median(found), "roofline": roofline}
         return {"width": self.width, **times, "work": work, "share": roofline / fastest}
 

@@ -23,9 +23,8 @@ from bozzetto.decoding.meter import Meter, now
 from bozzetto.errors import UsageError, check_number
 from bozzetto.evaluate.advice import advise
 from bozzetto.evaluate.columns import SEQUENTIAL, table
-from bozzetto.evaluate.passes import BarePass
+from bozzetto.evaluate.passes import BarePass, Machine, bandwidth, measure_machine, rate
 from bozzetto.evaluate.provenance import on_threads, provenance
-from bozzetto.evaluate.roofline import Machine, measure_machine
 from bozzetto.evaluate.sampling import WARM_UP_PASSES, method_settings
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen_cache import CausalTarget
@@ -94,7 +93,7 @@ def _measured(pipe: Pipeline, method: GenerateSettings, seconds: float, tick: Ca
     if not method.sequential:
         methods[method.method] = method
     decoding = _decoding(pipe, methods, labels, seconds, tick)
-    return {"machine": asdict(machine), "passes": passes, "parts": parts, "decoding": decoding}
+    return {"machine": machine, "passes": passes, "parts": parts, "decoding": decoding}
 
 
 def _decoding(
@@ -140,7 +139,7 @@ def _decoded(
 
 def profile_table(report: dict[str, Any]) -> str:
     """The figures for people."""
-    machine = Machine(**report["machine"])
+    machine = report["machine"]
     sections = [_machine_text(machine), _pass_table(report, machine), _part_table(report), _decoding_table(report)]
     advice = [f"  {hint['gain']:.2f}x  {hint['text']}" for hint in report["advice"]]
     found = "What would help most, by estimate:" if advice else "No rule finds anything that would help."
@@ -148,11 +147,11 @@ def profile_table(report: dict[str, Any]) -> str:
 
 
 def _machine_text(m: Machine) -> str:
-    threads = f"{m.threads} thread{'s' * (m.threads > 1)}"
+    threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
     return (
-        f"{m.processor}, {m.device}, {threads}, {m.dtype}\n"
-        f"memory: reads {m.read / 1e9:.1f} GB/s, copies {m.copy / 1e9:.1f} GB/s; "
-        f"matrix products: {m.bfloat16 / 1e9:.0f} GFLOP/s in bfloat16, {m.float32 / 1e9:.0f} in float32"
+        f"{m['processor']}, {m['device']}, {threads}, {m['dtype']}\n"
+        f"memory: reads {m['read'] / 1e9:.1f} GB/s, copies {m['copy'] / 1e9:.1f} GB/s; "
+        f"matrix products: {m['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, {m['float32'] / 1e9:.0f} in float32"
     )
 
 
@@ -161,7 +160,7 @@ def _pass_table(report: dict[str, Any], machine: Machine) -> str:
     rows = []
     for p in report["passes"]:
         read, flops = p["work"]["bytes"], p["work"]["flops"]
-        bound = "memory" if read / machine.bandwidth >= flops / machine.rate(machine.dtype) else "products"
+        bound = "memory" if read / bandwidth(machine) >= flops / rate(machine) else "products"
         times = [f"{p['width']}", f"{1e3 * p['fastest']:.3f}", f"{1e3 * p['median']:.3f}"]
         work = [f"{read / 1e6:.2f}", f"{flops / 1e9:.3f}", f"{1e3 * p['roofline']:.3f}", bound]
         rows.append([*times, *work, f"{read / p['fastest'] / 1e9:.1f}", f"{flops / p['fastest'] / 1e9:.0f}"])

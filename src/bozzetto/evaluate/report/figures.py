@@ -34,7 +34,9 @@ _WIDTH = 4.4  # inches; small, so that the text is still read when a phone shrin
 
 
 Point = tuple[str, Interval, Interval]  # one mark of a scatter: its label, x and y
-Style = Mapping[str, Any]  # how a line looks, in matplotlib's words; a method's in every figure: color, #rrggbb, and marker
+Style = Mapping[
+    str, Any
+]  # how a line looks, in matplotlib's words; a method's in every figure: color, #rrggbb, and marker
 
 
 def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:

@@ -333,7 +333,14 @@ BROKEN_VAE: dict[str, tuple[Callable[[], dict], str]] = {
         lambda: pixels(**{"decoder.up.2.attn.0.q.bias": torch.zeros(64)}),
         "unexpected key 'decoder.up.2.attn.0.q.bias'",
     ),
-    "an odd width": (lambda: pixels(**{"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}), "multiples of 32"),
+    "an odd width": (
+        lambda: pixels(**{"decoder.up.0.block.0.conv1.weight": torch.zeros(48, 32, 3, 3)}),
+        "multiples of 32",
+    ),
+    "another width of the encoder": (
+        lambda: pixels(**{"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}),
+        r"'encoder.conv_in.weight' has shape \(48, 3, 3, 3\), expected \(32, 3, 3, 3\)",
+    ),
     "a NaN": (lambda: pixels(**{"quant_conv.bias": torch.full((12,), torch.nan)}), "'quant_conv.bias' has non-finite"),
     "whole numbers": (
         lambda: pixels(**{"post_quant_conv.bias": torch.ones(6).long()}),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import ChameleonForConditionalGeneration
 
-from bozzetto.adapters.pictures import CODES, FIRST, HostedPictures, PictureConfig, vqgan_decoder
+from bozzetto.adapters.pictures import FIRST, HostedPictures, PictureConfig, vqgan_decoder
 from bozzetto.adapters.prompted import PromptedCodes, codes_of, words_target
 from bozzetto.adapters.source import (
     Ask,
@@ -38,7 +38,8 @@ from bozzetto.adapters.source import (
     without,
     word_number,
 )
-from bozzetto.autoencoders.kl16 import decoder_config
+from bozzetto.autoencoders.kl16 import infer_config
+from bozzetto.autoencoders.movqgan import CODEBOOK
 from bozzetto.checkpoints.load_settings import LoadSettings, written
 from bozzetto.checkpoints.published import family_of
 from bozzetto.checkpoints.states import check_finite, read_state
@@ -130,11 +131,11 @@ def vqgan_pictures(
     Raises UsageError where it is missing, of another family, or of other codes than the model's.
     """
     state, where = _vqgan(source, wanted, vq)
-    codebook, own = state[CODES].float(), vq.get(CODES)
+    codebook, own = state[CODEBOOK].float(), vq.get(CODEBOOK)
     same = own is None or (own.shape == codebook.shape and torch.allclose(codebook, own.float(), rtol=1e-2, atol=1e-2))
     if not same or len(codebook) != codes:
         raise UsageError(f"{where}: its codes are not those of {source.name}")
-    scale, decoder = decoder_config(state).downsample, vqgan_decoder(state, where).eval().requires_grad_(False)
+    scale, decoder = infer_config(state).downsample, vqgan_decoder(state, where).eval().requires_grad_(False)
 
     def made(rows: int, columns: int, device: torch.device) -> HostedPictures:
         return HostedPictures(PictureConfig(rows, columns, scale), codebook.to(device), decoder.to(device), lined)
@@ -156,8 +157,8 @@ def _vqgan(source: Source, wanted: LoadSettings, inside: Mapping[str, Tensor]) -
     state = inside if path is None else read_state(path)
     if path is None:
         check_finite(where, {key: value for key, value in inside.items() if not key.startswith("encoder.")})
-    if CODES not in state or FIRST not in state:
-        raise UsageError(f"{where}: not a VQGAN tokenizer (wanted {CODES}, {FIRST}, ...)")
+    if CODEBOOK not in state or FIRST not in state:
+        raise UsageError(f"{where}: not a VQGAN tokenizer (wanted {CODEBOOK}, {FIRST}, ...)")
     return state, where
 
 

@@ -104,7 +104,7 @@ def load(source: Source, wanted: LoadSettings) -> Hosted:
         config, known = PictureConfig(rows, columns, _FACTOR), isinstance(stage, str)
         last = None if known else partial(_second_picture, stage, threading.Lock(), config)
         skipped, missing = preview[1] * preview[2], stage if known else ""
-        pictures = HostedPictures(config, codebook, skipped=skipped, missing=missing, last=last)
+        pictures = HostedPictures(config, codebook, skipped=skipped, missing=missing, stage=last)
         ask = prompts_of(lambda text: numbers(prepared(text)))
         return Hosted(drawn, pictures, ask, own, processor.tokenizer, besides=besides)
 

@@ -15,17 +15,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from bozzetto.autoencoders import llamagen_vq
 from bozzetto.autoencoders.decoder import PublishedDecoder
-from bozzetto.autoencoders.kl16 import decoder_config, decoder_part, from_published, kl16_decoder
-from bozzetto.autoencoders.llamagen_vq import USED, LlamaGenVQ, infer_config, levels_of
-from bozzetto.autoencoders.llamagen_vq import from_published as vq_published
-from bozzetto.autoencoders.movqgan import from_published_movq, movq_decoder
+from bozzetto.autoencoders.kl16 import decoder_state, infer_config, kl16_decoder
+from bozzetto.autoencoders.movqgan import CODEBOOK, from_published_movq, movq_decoder
 from bozzetto.checkpoints.states import read_state
 from bozzetto.checkpoints.weights import check_fit, fill, load_strict, on_meta
 from bozzetto.common.images import Origin, to_picture
 from bozzetto.errors import UsageError
 
-CODES, FIRST = "quantize.embedding.weight", "decoder.conv_in.weight"  # what every tokenizer of codes has
+FIRST = "decoder.conv_in.weight"  # every tokenizer of codes has it
 _MARK = "tokens, not a picture"
 _LINE = 14  # pixels of a line of text
 
@@ -56,7 +55,7 @@ class HostedPictures:
     [0, d]: they are not known); decoder: codes int64 [B, rows, columns], or tokens float [B, rows, columns, D] ->
     float [B, 3, H, W] (None: maps of the tokens, a colour for each code); lined: whether each row of tokens has an end;
     skipped: tokens before those of the picture; missing: why there are tokens and no pictures ("": there are, or maps
-    are their previews); last: makes pictures of codes int64 [rows, columns] and an image's origin (None: the decoder
+    are their previews); stage: makes pictures of codes int64 [rows, columns] and an image's origin (None: the decoder
     does).
     """
 
@@ -70,10 +69,10 @@ class HostedPictures:
         lined: bool = False,
         skipped: int = 0,
         missing: str = "",
-        last: Callable[[Tensor, Origin], Image.Image] | None = None,
+        stage: Callable[[Tensor, Origin], Image.Image] | None = None,
     ):
         self.config, self.codebook, self.lined, self.skipped, self.missing = config, codebook, lined, skipped, missing
-        self.decoder, self.last = self._map if decoder is None else decoder, last
+        self.decoder, self.stage = self._map if decoder is None else decoder, stage
         self.mark = _marked(*config.size) if missing else None
 
     @torch.no_grad()
@@ -84,8 +83,8 @@ class HostedPictures:
     @torch.no_grad()
     def picture(self, tokens: Tensor, origin: Origin | None) -> Image.Image:
         """Tokens [N] or [N, D] of an image -> its picture. origin: what it was drawn for, where that is known."""
-        if self.last is not None and origin is not None:
-            return self.last(self.codes(tokens[None])[0], origin)
+        if self.stage is not None and origin is not None:
+            return self.stage(self.codes(tokens[None])[0], origin)
         return to_picture(self.decode(tokens[None])[0])
 
     def codes(self, tokens: Tensor) -> Tensor:
@@ -117,17 +116,16 @@ def _marked(width: int, height: int) -> tuple[Tensor, Tensor]:
 
 def vqgan_decoder(state: Mapping[str, Tensor], path: Path) -> PublishedDecoder:
     """Of Chameleon's kind: the decoder of KL-16, under the same names."""
-    config, part = decoder_config(state), {key: value.float() for key, value in decoder_part(state).items()}
-    decoder = kl16_decoder(config)
-    load_strict(decoder, from_published(part, len(config.widths)), path)
-    decoder.codebook = state[CODES].float()
+    decoder = kl16_decoder(infer_config(state))
+    load_strict(decoder, decoder_state(state), path)
+    decoder.codebook = state[CODEBOOK].float()
     return decoder
 
 
 def llamagen_decoder(state: Mapping[str, Tensor], path: Path) -> PublishedDecoder:
     """LlamaGen's VQ-16 or VQ-8."""
-    whole = LlamaGenVQ(infer_config(state, 2 ** max(len(levels_of(state, "encoder.conv_blocks.", "res")[0]) - 1, 0)))
-    load_strict(whole, vq_published({key: value for key, value in state.items() if key != USED}), path)
+    whole = llamagen_vq.LlamaGenVQ(llamagen_vq.infer_config(state))
+    load_strict(whole, llamagen_vq.from_published(state), path)
     return PublishedDecoder(whole, whole.codebook)
 
 
@@ -148,8 +146,8 @@ def read_decoder(kind: str, path: Path) -> Any:
     """The decoder of a checkpoint (a pickle, opened safely, or safetensors): codes int64 [B, rows, columns] -> pixels;
     it has its `codebook`. Raises UsageError for a file of another kind, or that does not fit together."""
     state = read_state(path)
-    if CODES not in state or FIRST not in state:
-        raise UsageError(f"{path}: not a tokenizer of codes (wanted {CODES}, {FIRST}, ...)")
+    if CODEBOOK not in state or FIRST not in state:
+        raise UsageError(f"{path}: not a tokenizer of codes (wanted {CODEBOOK}, {FIRST}, ...)")
     try:
         made = DECODERS[kind](state, path)
     except (KeyError, IndexError) as error:

@@ -135,6 +135,12 @@ def to_published(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     }
 
 
+def decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of `kl16_decoder` from a published one of any widths, float32."""
+    part = from_published(decoder_part(state), len(infer_config(state).widths))
+    return {key: value.float() for key, value in part.items()}
+
+
 def decoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What generation needs of a published state, under its published names."""
     return {key: value for key, value in state.items() if key.startswith(_DECODER)}
@@ -151,29 +157,19 @@ def latents_state(state: Mapping[str, Tensor], config: KL16Config, scale: float)
     }
 
 
-def infer_config(state: Mapping[str, Tensor], grid: int) -> KL16Config:
-    """The config of a published state for pictures of grid x grid latents, from the shapes of its tensors.
+def infer_config(state: Mapping[str, Tensor], grid: int = 1) -> KL16Config:
+    """The config of a published state for pictures of grid x grid latents, from the shapes of its decoder's tensors.
 
-    Raises KeyError or IndexError for a state that lacks the tensors that tell, UsageError as KL16Config does.
+    Raises KeyError, IndexError or ZeroDivisionError for a state that lacks the tensors that tell, UsageError as
+    KL16Config does.
     """
-    channels = max(state["encoder.conv_in.weight"].shape[0], 1)
-    return _config(state, grid, channels, *levels_of(state, "encoder.down."))
-
-
-def decoder_config(state: Mapping[str, Tensor]) -> KL16Config:
-    """The widths of a published decoder of this kind, from the shapes of its tensors; for pictures of one token. Raises
-    as infer_config does."""
     widths, blocks = levels_of(state, "decoder.up.")
-    return _config(state, 1, widths[0], widths, blocks - 1)
-
-
-def _config(state: Mapping[str, Tensor], grid: int, channels: int, widths: list[int], blocks: int) -> KL16Config:
     downsample = 2 ** max(len(widths) - 1, 0)
     return KL16Config(
         image_size=grid * downsample,
         token_dim=state["post_quant_conv.weight"].shape[1],
         downsample=downsample,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        blocks=blocks,
+        channels=widths[0],
+        multipliers=tuple(width // widths[0] for width in widths),
+        blocks=blocks - 1,
     )

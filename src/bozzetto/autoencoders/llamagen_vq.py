@@ -117,8 +117,8 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def infer_config(state: Mapping[str, Tensor], image_size: int) -> LlamaGenVQConfig:
-    """The config of a published state, from the shapes of its tensors.
+def infer_config(state: Mapping[str, Tensor], image_size: int = 0) -> LlamaGenVQConfig:
+    """The config of a published state, from the shapes of its tensors. image_size: 0 for pictures of one token.
 
     Raises KeyError for a state that lacks the tensors that tell.
     """
@@ -132,5 +132,5 @@ def infer_config(state: Mapping[str, Tensor], image_size: int) -> LlamaGenVQConf
         multipliers=tuple(width // channels for width in widths),
         blocks=blocks,
         latent=len(state["post_quant_conv.weight"]),
-        image_size=image_size,
+        image_size=image_size or 2 ** max(len(widths) - 1, 0),
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bozzetto.autoencoders.decoder import PublishedDecoder
-from bozzetto.autoencoders.kl16 import decoder_config, decoder_part, from_published
+from bozzetto.autoencoders.kl16 import decoder_state, infer_config
 from bozzetto.common.extras import needed
 from bozzetto.errors import UsageError
 
@@ -27,7 +27,7 @@ def movq_decoder(state: Mapping[str, Tensor], source: str | Path) -> PublishedDe
         raise UsageError(f"{source}: not a MoVQGAN tokenizer (wanted {CODEBOOK}, {SPATIAL}, ...)")
     with needed("MoVQGAN's decoder needs", "hf", "diffusers"):
         from diffusers import VQModel
-    config = decoder_config(state)
+    config = infer_config(state)
     attended = [f"decoder.up.{n}.attn.0.q.weight" in state for n in range(len(config.widths))]
     blocks = ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attended)]
     whole = VQModel(
@@ -46,7 +46,6 @@ def movq_decoder(state: Mapping[str, Tensor], source: str | Path) -> PublishedDe
 
 def from_published_movq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state -> that of its decoder, float32."""
-    held = {key: value.float() for key, value in decoder_part(state).items()}
-    named = from_published(held, len(decoder_config(state).widths))
-    spatial = {name.replace(".group_norm.", ".spatial_norm."): value for name, value in named.items()}
+    held = decoder_state(state)
+    spatial = {name.replace(".group_norm.", ".spatial_norm."): value for name, value in held.items()}
     return {**spatial, "codebook": state[CODEBOOK].float()}

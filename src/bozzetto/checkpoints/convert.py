@@ -187,9 +187,7 @@ def _stored_grid(state: Mapping[str, Tensor]) -> int | None:
     table, captions = state.get(POSITIONS), state.get("cls_embedding.uncond_embedding")
     if table is None or not table.ndim or (captions is not None and not captions.ndim):
         return None
-    tokens = len(table) - (1 if captions is None else len(captions))
-    side = round(max(tokens, 0) ** 0.5)
-    return side if side * side == tokens and side else None
+    return _side(len(table) - (1 if captions is None else len(captions)))
 
 
 def _grid_of(folder: Path) -> int | None:
@@ -197,10 +195,13 @@ def _grid_of(folder: Path) -> int | None:
     if not (folder / CONFIG).is_file():
         return None
     tokens: Any = read_json(folder / CONFIG).get("block_size")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        return None
-    side = math.isqrt(tokens)
-    return side if side * side == tokens else None
+    return _side(tokens) if type(tokens) is int else None
+
+
+def _side(tokens: int) -> int | None:
+    """Tokens a side of a square grid of them; None where they are none."""
+    side = math.isqrt(max(tokens, 0))
+    return side if side and side * side == tokens else None
 
 
 def read_class_names(path: Path | None, classes: int) -> list[str]:

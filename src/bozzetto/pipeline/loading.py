@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -116,7 +116,7 @@ def _codes(
     tokenizer = load_tokenizer(folder, encoder=False).to(wanted.device)
     target, captions = LlamaGenTarget(network(), wanted.torch_dtype), wanted.captions
     encoder: TextEncoder | None = None
-    names: Sequence[Any]
+    names: Sequence[str]
     if not target.config.captioned:
         _refuse_text(wanted, f"{folder} draws classes")
         names = _class_names(folder, config, target.config.classes)
@@ -136,7 +136,7 @@ def _codes(
     files = () if captions is None else (Path(captions),)
     runner = Runner(_name(folder, config), target, tokenizer, (folder,), files, network, report)
     kind = Codes(runner, Resources(target, tokenizer.codebook, folder))
-    return kind, _classes(names) if encoder is None else Captions(encoder, names, runner.targets)
+    return kind, Classes(distinct(names)) if encoder is None else Captions(encoder, names, runner.targets)
 
 
 def _refuse_text(wanted: LoadSettings, why: str, others: str = "text-conditional models") -> None:
@@ -155,7 +155,7 @@ def _encoder(
         if source:
             raise UsageError(f"text_encoder = {str(source)!r} is not allowed: {folder} comes with its own, {ENCODER}")
         prompts = config.get("prompts")
-        if not isinstance(prompts, list) or not _texts(prompts) or not prompts:
+        if not _texts(prompts) or not prompts:
             raise UsageError(f"{folder / CONFIG}: prompts must list one text or more")
         if shape.caption_dim != SentenceEncoder.dim:
             raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
@@ -185,7 +185,7 @@ def _vectors(
     again = partial(load_target, folder, FLOW, MASKED, dtype=wanted.torch_dtype, device=wanted.device)
     network = again() if drift is None else drift.flow
     tokenizer = load_latents(folder).to(wanted.device)
-    classes = _classes(_class_names(folder, config, network.config.classes))
+    classes = Classes(distinct(_class_names(folder, config, network.config.classes)))
     have, want = tokenizer.config, network.config
     if (have.token_dim, have.grid) != (want.token_dim, want.grid):
         raise UsageError(
@@ -227,16 +227,12 @@ def _name(folder: Path, config: dict[str, Any]) -> str:
     return name
 
 
-def _classes(names: Sequence[Any]) -> Classes:
-    return Classes(distinct([str(name) for name in names]))
-
-
-def _texts(value: object) -> bool:
+def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _class_names(folder: Path, config: dict[str, Any], classes: int) -> list[Any]:
+def _class_names(folder: Path, config: dict[str, Any], classes: int) -> list[str]:
     names = config.get("class_names")
-    if not isinstance(names, list) or not _texts(names) or len(names) != classes:
+    if not _texts(names) or len(names) != classes:
         raise UsageError(f"{folder / CONFIG}: class_names must list {classes} names")
     return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.common.options import LawOptions, MethodOptions
@@ -13,7 +13,6 @@ from bozzetto.common.written import Written
 from bozzetto.drafts import CODES
 from bozzetto.errors import UsageError, brief, check_number, check_text
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.methods.options import Drafting
 from bozzetto.methods.table import AUTO, read_method
 from bozzetto.rules.seed_exact import SeedExact
 from bozzetto.runtime.graphs import check_mode
@@ -22,20 +21,6 @@ from bozzetto.runtime.native import cheap_rows
 SCHEDULES = ("", "linear", "constant")
 _MOST, _MOST_BATCH = 100_000, 65_536  # of a window, of steps and of passes; of images decoded together
 _HUGE = sys.float_info.max
-P = TypeVar("P")
-
-
-class _Read(Generic[P]):
-    """A field that takes a drafter or a rule, or the text of one, and holds what was read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, settings: Any, owner: Any = None) -> P:
-        return AUTO if settings is None else vars(settings)[self.name]
-
-    def __set__(self, settings: Any, value: P | str) -> None:
-        vars(settings)[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -44,8 +29,8 @@ class GenerateSettings(LawOptions, MethodOptions):
     they are afterwards (methods/options.py, rules/); `auto`: what suits the model and the other of the two, without
     bias; what is None, 0 or "": as the model says. Raises UsageError for a value out of range."""
 
-    drafter: _Read[Drafting] = _Read()  # type: ignore[assignment]
-    rule: _Read[Any] = _Read()  # type: ignore[assignment]
+    drafter: Any = AUTO
+    rule: Any = AUTO
 
     def __post_init__(self) -> None:
         if self.tv_budget is not None:
@@ -73,9 +58,9 @@ class GenerateSettings(LawOptions, MethodOptions):
     def with_method(self, drafter: str, rules: Mapping[str, str]) -> GenerateSettings:
         """With `auto` replaced. drafter: the model's default; rules: the default rule by the drafter's name. Raises
         UsageError for what does not go together."""
-        chosen: Any = self.drafter
+        chosen = self.drafter
         if chosen is AUTO:
-            chosen = "none" if self.rule.alone else drafter
+            chosen = "none" if self.rule is not AUTO and self.rule.alone else drafter
         name = chosen if isinstance(chosen, str) else chosen.name
         rule = rules.get(name, rules[drafter]) if self.rule is AUTO else self.rule
         return replace(self, drafter=chosen, rule=rule)
@@ -83,7 +68,7 @@ class GenerateSettings(LawOptions, MethodOptions):
     @property
     def sequential(self) -> bool:
         """Whether this is the sequential sampler: no drafts, and no speculation inside a token."""
-        return not self.drafter.drafts and self.rule.sequential
+        return not self.drafter.drafts and self.rule is not AUTO and self.rule.sequential
 
     @property
     def verifier(self) -> Any:

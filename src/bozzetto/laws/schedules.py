@@ -184,23 +184,12 @@ def diffusion_schedule(steps: int, noisiest: int = _TRAINED - 1) -> DiffusionSch
     return DiffusionSchedule(**{name: value.flip(0) for name, value in vars(table).items()})
 
 
-@dataclass(frozen=True)
-class NoisedTables:
-    """The cosine diffusion by time, float32 [1000]: x_t = signal x_0 + noise eps; of_noise: how the posterior mean
-    follows the predicted noise; log_small, log_large: bounds of the log variance."""
-
-    signal: Tensor
-    noise: Tensor
-    of_noise: Tensor
-    log_small: Tensor
-    log_large: Tensor
-
-
 @lru_cache
-def noised_tables() -> NoisedTables:
-    """The tables that training needs."""
+def noised_tables() -> tuple[Tensor, ...]:
+    """What training needs of the cosine diffusion, by time, float32 [1000] each: signal and noise, x_t = signal x_0 +
+    noise eps; how the posterior mean follows the predicted noise; the lower and upper bound of the log variance."""
     schedule = diffusion_schedule(_TRAINED)
     product = _cosine_products()
     of_noise = (schedule.of_token * schedule.recip_minus).flip(0)
     tables = (product.sqrt(), (1 - product).sqrt(), of_noise, schedule.log_small.flip(0), schedule.log_large.flip(0))
-    return NoisedTables(*(table.float() for table in tables))
+    return tuple(table.float() for table in tables)

@@ -7,11 +7,10 @@ A drafter or rule is written NAME or NAME:key=value:key=value, a method DRAFTER/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from bozzetto.common.written import NO_OPTION, Written, filled, split_spec
+from bozzetto.common.written import Written, filled, split_spec
 from bozzetto.drafters.trained import TRAINED
 from bozzetto.drafts import CODES, VECTORS
 from bozzetto.errors import UsageError
@@ -68,20 +67,8 @@ RULES: Mapping[tuple[str, str], Rule] = _keyed(
 SAMPLERS: Mapping[str, Any] = MappingProxyType({"euler": EulerSampler(), "flow-sde": FlowSdeSampler()})
 
 
-@dataclass(frozen=True)
-class Auto(Written):
-    """What suits the model and the other of the two, drafter or rule: known when the model is (`Pipeline.resolve`)."""
-
-    name: str = field(default="auto", metadata=NO_OPTION)
-    drafts: ClassVar[bool] = True
-    window: ClassVar[bool] = False
-    trained: ClassVar[str] = ""
-    nodes: ClassVar[None] = None
-    sequential: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
-
-
-AUTO: Any = Auto()
+# What suits the model and the other of the two, drafter or rule: known when the model is (`Pipeline.resolve`).
+AUTO: Any = Drafting("auto")
 
 
 def named(table: Mapping[tuple[str, str], P], tokens: str) -> dict[str, P]:

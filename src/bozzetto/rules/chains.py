@@ -17,6 +17,7 @@ final; that too is an event at earlier places, so that it does not select among 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,11 +57,12 @@ class Chains(Rule):
             path = Trajectory(*(part[:, None] for part in path))
             return Verdict(path.token, torch.zeros_like(keys[:, 0]), trajectory=path)
         drafted = given(draft.trajectory, self, "the drafts' paths")
-        pairs = _Pairs(_with_plain(drafted, fresh), law, keys, self.reach)
-        x, states, laws = pairs.first, [pairs.first], []
+        path = _with_plain(drafted, fresh)
+        couple, x = _coupling(path, law, keys, self.reach), path.states[:, :, 0].flatten(0, 1)
+        states, laws = [x], []
         for k in range(law.steps):
             kernel = law.all_places(x, k)
-            x = pairs.couple(kernel, k)
+            x = couple(kernel, k)
             states.append(x)
             laws.append(kernel)
         mean, std = (torch.stack(part, 1) for part in zip(*laws, strict=True))
@@ -77,46 +79,39 @@ def _with_plain(path: Trajectory, fresh: Tensor) -> Trajectory:
     return Trajectory(*(torch.cat(pair, 1) for pair in zip(path, extra, strict=True)))
 
 
-class _Pairs:
-    """Recorded draft chains [B, M + 1, ...] that a target's are coupled with, step by step, and the randomness. Places
-    are numbered as the law's; the last of each image has no draft."""
+def _coupling(path: Trajectory, law: ChainLaw, keys: Tensor, reach: float) -> Callable[[Gaussian, int], Tensor]:
+    """What gives the target's next states [P, D] at a step from its laws there, coupled with recorded draft chains
+    [B, M + 1, ...]. Places are numbered as the law's; the last of each image has no draft."""
+    batch, places = keys.shape
+    plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)
+    keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
+    states, mean, std = (part.flatten(0, 1) for part in path)
+    # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
+    drafts = path.std[:, :-1]
+    step, steps = torch.zeros_like(keys[:1, 0]), torch.arange(law.steps, device=keys.device)[None]
+    reflected = law.isotropic and bool((drafts > 0).all())
+    equal = reflected and bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())
+    drawn = states[:, 1:]
+    noises, log_us = _by_step((drawn - mean) / std), uniform(keys).log().masked_fill_(plain[:, None], torch.inf)
+    by_step = tuple(zip(_by_step(drawn), _by_step(mean), _by_step(std), noises, _by_step(log_us), strict=True))
 
-    def __init__(self, path: Trajectory, law: ChainLaw, keys: Tensor, reach: float):
-        batch, places = keys.shape
-        self.reach, self.first = reach, path.states[:, :, 0].flatten(0, 1)
-        self.plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)
-        self.keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
-        states, mean, std = (part.flatten(0, 1) for part in path)
-        # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
-        drafts = path.std[:, :-1]
-        step, steps = torch.zeros_like(self.keys[:1, 0]), torch.arange(law.steps, device=keys.device)[None]
-        self.reflected = law.isotropic and bool((drafts > 0).all())
-        self.equal = self.reflected and bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())
-        drawn = states[:, 1:]
-        self.drafted, self.mean, self.std = (_by_step(part) for part in (drawn, mean, std))
-        self.noise = _by_step((drawn - mean) / std)
-        log_u = uniform(self.keys).log().masked_fill_(self.plain[:, None], torch.inf)
-        self.log_u = _by_step(log_u)
-
-    def couple(self, target: Gaussian, k: int) -> Tensor:
-        """The target's next states [P, D] at step k."""
-        if not self.equal or self.reach < math.inf:
-            return self._couple(target, k)
-        return reflect(self.noise[k], self.mean[k], target, self.log_u[k], self.drafted[k])[0]
-
-    def _couple(self, target: Gaussian, k: int) -> Tensor:
-        """The same in general."""
-        drafted, noise, draft = self.drafted[k], self.noise[k], Gaussian(self.mean[k], self.std[k])
-        far = separation(draft, target) > self.reach
-        if self.reflected:
-            x, _ = reflect(noise, draft.mean, target, self.log_u[k], drafted)
-            far |= (draft.std != target.std).any(-1)  # no mirror image
+    def couple(target: Gaussian, k: int) -> Tensor:
+        drafted, mean, std, noise, log_u = by_step[k]
+        if equal and reach == math.inf:
+            return reflect(noise, mean, target, log_u, drafted)[0]
+        draft = Gaussian(mean, std)
+        far = separation(draft, target) > reach
+        if reflected:
+            x, _ = reflect(noise, mean, target, log_u, drafted)
+            far |= (std != target.std).any(-1)  # no mirror image
         else:
-            far &= (draft.std > 0).all(-1)  # a point has no noise to share
+            far &= (std > 0).all(-1)  # a point has no noise to share
             x = torch.empty_like(drafted)
-            near = (~(far | self.plain)).nonzero()[:, 0]
-            x[near], _ = overlap(drafted[near], draft.rows(near), target.rows(near), self.keys[near, k])
-        return torch.where((far | self.plain)[:, None], target.at(noise), x)
+            near = (~(far | plain)).nonzero()[:, 0]
+            x[near], _ = overlap(drafted[near], draft.rows(near), target.rows(near), keys[near, k])
+        return torch.where((far | plain)[:, None], target.at(noise), x)
+
+    return couple
 
 
 def _by_step(part: Tensor) -> tuple[Tensor, ...]:

@@ -27,12 +27,11 @@ WIDEST = 100  # deviation of a token, in token units: far beyond what any model 
 
 @dataclass
 class _Rows:
-    """Chains in progress. slot: int64 [R], where each stands among the caller's; place: which law; x: float32 [R, D] at
+    """Chains in progress. place: int64 [R], which law; x: float32 [R, D] at
     state index k int64 [R]; centre [R, D]: mean of the Gaussian that stands for the token's law; std [R, D or 1],
     std_step: the deviation last seen and its step; noise [R, T + 1, D]; keys int64 [R]; log_u float64 [R, T]: of the
     tests, by step."""
 
-    slot: Tensor
     place: Tensor
     x: Tensor
     k: Tensor
@@ -47,80 +46,76 @@ class _Rows:
         return _Rows(**{name: value[rows] for name, value in vars(self).items()})
 
 
-class DraftedSteps:
-    """Samples chains of a law with drafted steps. depth: drafted steps per head call, M; spread: see above."""
+def drafted_steps(law: ChainLaw, depth: int, spread: float, noise: Tensor, keys: Tensor) -> Tensor:
+    """Tokens float32 [R, D] of all R places of a law, their chains sampled with drafted steps. depth: drafted steps per
+    head call, M; spread: see above; noise float32 [R, T + 1, D]: of state 0 and of each step; keys int64 [R]: what the
+    couplings' own randomness is made of."""
+    place, a = torch.arange(len(keys), device=keys.device), law.ancestry
+    # Posterior mean of a token N(m, s^2) given a state x: m + gain (x - signal m). So the step's mean is linear in the
+    # state and in m.
+    gain = a.signal * spread**2 / (a.signal.square() * spread**2 + a.noise.square())  # [T]
+    of_x, of_centre = a.of_token * gain + a.of_state, a.of_token * (1 - gain * a.signal)
+    linear = torch.stack([of_x, of_centre], -1)[..., None]  # [T, 2, 1]
+    # The centre from the step's mean and the state, the same equation solved for m.
+    solved = torch.stack([1 / of_centre, -of_x / of_centre], -1)[..., None]
+    zeros, start = torch.zeros_like(place), noise[:, 0]
+    centre, std = torch.zeros_like(start), torch.ones_like(start[:, :1])
+    steps = fold(keys[:, None], torch.arange(law.steps, device=keys.device))
+    log_u = uniform(fold(steps, 0)).log()
+    rows = _Rows(place, start, zeros, centre, std, zeros, noise, keys, log_u)
+    out = torch.empty_like(start)
+    while len(rows.place):
+        rows = _round(law, depth, linear, solved, rows)
+        going = (rows.k < law.steps).nonzero()[:, 0]
+        if len(going) < len(rows.place):
+            out[rows.place] = rows.x  # those in progress are written again later
+            rows = rows.keep(going)
+    return out
 
-    def __init__(self, law: ChainLaw, depth: int, spread: float):
-        self.law, self.depth = law, depth
-        a = law.ancestry
-        # Posterior mean of a token N(m, s^2) given a state x: m + gain (x - signal m). So the step's mean is linear in
-        # the state and in m.
-        self.gain = a.signal * spread**2 / (a.signal.square() * spread**2 + a.noise.square())  # [T]
-        of_x, of_centre = a.of_token * self.gain + a.of_state, a.of_token * (1 - self.gain * a.signal)
-        self.linear = torch.stack([of_x, of_centre], -1)[..., None]  # [T, 2, 1]
-        # The centre from the step's mean and the state, the same equation solved for m.
-        self.solved = torch.stack([1 / of_centre, -of_x / of_centre], -1)[..., None]
 
-    def run(self, place: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D] of places int64 [R]. noise float32 [R, T + 1, D]: of state 0 and of each step; keys
-        int64 [R]: what the couplings' own randomness is made of."""
-        slot, zeros = torch.arange(len(place), device=place.device), torch.zeros_like(place)
-        start = noise[:, 0]
-        centre, std = torch.zeros_like(start), torch.ones_like(start[:, :1])
-        steps = fold(keys[:, None], torch.arange(self.law.steps, device=keys.device))
-        log_u = uniform(fold(steps, 0)).log()
-        rows = _Rows(slot, place, start, zeros, centre, std, zeros, noise, keys, log_u)
-        out = torch.empty_like(start)
-        while len(rows.slot):
-            rows = self._round(rows)
-            going = (rows.k < self.law.steps).nonzero()[:, 0]
-            if len(going) < len(rows.slot):
-                out[rows.slot] = rows.x  # those in progress are written again later
-                rows = rows.keep(going)
-        return out
+def _draft(law: ChainLaw, linear: Tensor, rows: _Rows, step: Tensor, fresh: Tensor) -> tuple[Tensor, Gaussian]:
+    """States float32 [R, M + 1, D] from the present one on, and the laws [R, M, ...] they were drawn from. linear: how
+    the mean of a step follows state and centre, [T, 2, 1]; step int64 [R, M + 1]: the steps that start there; fresh
+    [R, M + 1, D]: their noise."""
+    states, means = [rows.x], []
+    stds = law.std_later(rows.std, rows.std_step, step[:, :-1])
+    of_x, of_centre = linear[step].unbind(2)  # [R, M + 1, 1]
+    fixed, moved = of_centre * rows.centre[:, None], stds * fresh[:, :-1]
+    for j in range(step.shape[1] - 1):
+        means.append(torch.addcmul(fixed[:, j], of_x[:, j], states[-1]))
+        states.append(means[-1] + moved[:, j])
+    return torch.stack(states, 1), Gaussian(torch.stack(means, 1), stds)
 
-    def _draft(self, rows: _Rows, step: Tensor, fresh: Tensor) -> tuple[Tensor, Gaussian]:
-        """States float32 [R, M + 1, D] from the present one on, and the laws [R, M, ...] they were drawn from. step
-        int64 [R, M + 1]: the steps that start there; fresh [R, M + 1, D]: their noise."""
-        states, means = [rows.x], []
-        stds = self.law.std_later(rows.std, rows.std_step, step[:, :-1])
-        of_x, of_centre = self.linear[step].unbind(2)  # [R, M + 1, 1]
-        fixed, moved = of_centre * rows.centre[:, None], stds * fresh[:, :-1]
-        for j in range(self.depth):
-            means.append(torch.addcmul(fixed[:, j], of_x[:, j], states[-1]))
-            states.append(means[-1] + moved[:, j])
-        return torch.stack(states, 1), Gaussian(torch.stack(means, 1), stds)
 
-    def _round(self, rows: _Rows) -> _Rows:
-        """Draft M steps, check them in one head call, go on to the first that fails, or one step past the last."""
-        law, count = self.law, len(rows.slot)
-        row = torch.arange(count, device=rows.k.device)
-        offset = torch.arange(self.depth + 1, device=rows.k.device)
-        step = (rows.k[:, None] + offset).clamp_max(law.steps - 1)  # [R, M + 1]; what is past the end is not used
-        fresh = rows.noise[row[:, None], step + 1]
-        states, drafted = self._draft(rows, step, fresh)
-        scored = law.kernel(states.flatten(0, 1), step.flatten(), rows.place.repeat_interleave(self.depth + 1))
-        target = Gaussian(*(part.unflatten(0, step.shape) for part in scored))
-        head = Gaussian(target.mean[:, :-1], target.std[:, :-1])
-        log_u = rows.log_u[row[:, None], step[:, :-1]]
-        if law.isotropic:
-            coupled, kept = reflect(fresh[:, :-1], drafted.mean, head, log_u)
-        else:
-            coupled, kept = states[:, 1:], log_u <= log_ratio(states[:, 1:], head, drafted)
-            kept &= (head.std > 0).all(-1)  # a step without noise is repaired: its mean is the state
-        accepted = torch.minimum(leading(kept), (law.steps - 1 - rows.k).clamp_max(self.depth))
-        at, failed = accepted.clamp_max(self.depth - 1), accepted < self.depth
-        here = (row, accepted)
-        taken, seen, seen_step = Gaussian(target.mean[here], target.std[here]), states[here], step[here]
-        repaired = coupled[row, at]
-        if not law.isotropic:
-            draft = Gaussian(drafted.mean[row, at], drafted.std[row, at])
-            repaired = _repair(taken, draft, fold(rows.keys, seen_step), failed & ~kept[row, at], repaired)
-        # Behind the last draft comes one plain step.
-        x = torch.where(failed[:, None], repaired, taken.at(fresh[here]))
-        of_mean, of_x = self.solved[seen_step].unbind(1)
-        centre = torch.addcmul(of_mean * taken.mean, of_x, seen)
-        return replace(rows, x=x, k=rows.k + accepted + 1, centre=centre, std=taken.std, std_step=seen_step)
+def _round(law: ChainLaw, depth: int, linear: Tensor, solved: Tensor, rows: _Rows) -> _Rows:
+    """Draft M steps, check them in one head call, go on to the first that fails, or one step past the last."""
+    row = torch.arange(len(rows.place), device=rows.k.device)
+    offset = torch.arange(depth + 1, device=rows.k.device)
+    step = (rows.k[:, None] + offset).clamp_max(law.steps - 1)  # [R, M + 1]; what is past the end is not used
+    fresh = rows.noise[row[:, None], step + 1]
+    states, drafted = _draft(law, linear, rows, step, fresh)
+    scored = law.kernel(states.flatten(0, 1), step.flatten(), rows.place.repeat_interleave(depth + 1))
+    target = Gaussian(*(part.unflatten(0, step.shape) for part in scored))
+    head = Gaussian(target.mean[:, :-1], target.std[:, :-1])
+    log_u = rows.log_u[row[:, None], step[:, :-1]]
+    if law.isotropic:
+        coupled, kept = reflect(fresh[:, :-1], drafted.mean, head, log_u)
+    else:
+        coupled, kept = states[:, 1:], log_u <= log_ratio(states[:, 1:], head, drafted)
+        kept &= (head.std > 0).all(-1)  # a step without noise is repaired: its mean is the state
+    accepted = torch.minimum(leading(kept), (law.steps - 1 - rows.k).clamp_max(depth))
+    at, failed = accepted.clamp_max(depth - 1), accepted < depth
+    here = (row, accepted)
+    taken, seen, seen_step = Gaussian(target.mean[here], target.std[here]), states[here], step[here]
+    repaired = coupled[row, at]
+    if not law.isotropic:
+        draft = Gaussian(drafted.mean[row, at], drafted.std[row, at])
+        repaired = _repair(taken, draft, fold(rows.keys, seen_step), failed & ~kept[row, at], repaired)
+    # Behind the last draft comes one plain step.
+    x = torch.where(failed[:, None], repaired, taken.at(fresh[here]))
+    of_mean, of_x = solved[seen_step].unbind(1)
+    centre = torch.addcmul(of_mean * taken.mean, of_x, seen)
+    return replace(rows, x=x, k=rows.k + accepted + 1, centre=centre, std=taken.std, std_step=seen_step)
 
 
 def _repair(target: Gaussian, draft: Gaussian, keys: Tensor, failed: Tensor, x: Tensor) -> Tensor:
@@ -154,9 +149,8 @@ class Coupled(Rule):
         require(0 <= self.spread <= WIDEST, "spread", self.spread, f"a number from 0 to {WIDEST}")
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D] of all R places of a law; noise and keys as in `DraftedSteps.run`."""
-        place = torch.arange(len(keys), device=keys.device)
-        return DraftedSteps(law, min(self.depth, law.steps), self.spread).run(place, noise, keys)
+        """Tokens float32 [R, D] of all R places of a law; noise and keys as in `drafted_steps`."""
+        return drafted_steps(law, min(self.depth, law.steps), self.spread, noise, keys)
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         if draft.length:
@@ -193,7 +187,7 @@ class PlainSteps(Rule):
     needs_fixed: ClassVar[bool] = True
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
-        """Tokens float32 [R, D] of all R places of a law; noise as in `DraftedSteps.run`."""
+        """Tokens float32 [R, D] of all R places of a law; noise as in `drafted_steps`."""
         return sample_trajectory(law, None, noise).token
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:

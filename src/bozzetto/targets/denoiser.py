@@ -43,25 +43,18 @@ def embed_times(mlp: Any, times: Tensor) -> Tensor:
     return mlp(time_features(times).to(mlp[0].weight.dtype))
 
 
-class ModulatedBlock(nn.Module):
+def _new_block(width: int) -> nn.ModuleDict:
     """x + gate * MLP(scaled and shifted layer norm of x); shift, scale and gate come from the condition."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.in_ln = nn.LayerNorm(width, eps=_EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)
-        return x + gate * self.mlp(torch.addcmul(shift, self.in_ln(x), 1 + scale))
+    mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+    modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+    return nn.ModuleDict({"in_ln": nn.LayerNorm(width, eps=_EPS), "mlp": mlp, "adaLN_modulation": modulation})
 
 
 class Denoiser(nn.Module):
     """(noisy token, time, condition) -> prediction. It starts as the zero map."""
 
     time_embed: Any
-    res_blocks: Any  # of ModulatedBlock
+    res_blocks: Any
     final_layer: Any  # a linear read-out of the scaled and shifted layer norm
 
     def __init__(self, config: DenoiserConfig):
@@ -72,7 +65,7 @@ class Denoiser(nn.Module):
         self.time_embed = nn.ModuleDict({"mlp": mlp})  # its published name
         self.cond_embed = nn.Linear(config.condition_dim, config.width)
         self.input_proj = nn.Linear(config.token_dim, config.width)
-        self.res_blocks = nn.ModuleList(ModulatedBlock(config.width) for _ in range(config.depth))
+        self.res_blocks = nn.ModuleList(_new_block(config.width) for _ in range(config.depth))
         last, modulation = nn.Linear(width, config.out_dim), nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.final_layer = nn.ModuleDict({"linear": last, "adaLN_modulation": modulation})
         self._initialise()
@@ -93,7 +86,8 @@ class Denoiser(nn.Module):
         y = embed_times(self.time_embed.mlp, times) + self.cond_embed(condition)
         x = self.input_proj(x)
         for block in self.res_blocks:
-            x = block(x, y)
+            shift, scale, gate = block.adaLN_modulation(y).chunk(3, -1)
+            x = x + gate * block.mlp(torch.addcmul(shift, block.in_ln(x), 1 + scale))
         shift, scale = self.final_layer.adaLN_modulation(y).chunk(2, -1)
         normed = F.layer_norm(x, (x.shape[-1],), eps=_EPS)
         return self.final_layer.linear(torch.addcmul(shift, normed, 1 + scale))

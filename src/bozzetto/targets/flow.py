@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Count, Grid, Layers, Size
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
 from bozzetto.targets.layers import RMSNorm
-from bozzetto.targets.llamagen import ClassEmbedding, LlamaGenConfig, TransformerBlock
+from bozzetto.targets.llamagen import LlamaGenConfig, TransformerBlock, class_embedding
 
 TIME_SCALE = 1000.0  # the denoiser's times run from 0 to 1000
 
@@ -68,7 +68,7 @@ class FlowModel(nn.Module):
     def __init__(self, config: FlowConfig, dropout: float = 0.0):
         super().__init__()
         self.config, body = config, config.body
-        self.cls_embedding = ClassEmbedding(body)
+        self.cls_embedding = class_embedding(body)
         self.token_embedding = nn.Linear(config.token_dim, config.dim)
         self.positions = nn.Parameter(torch.zeros(config.length, config.dim))
         self.drop = nn.Dropout(dropout)

@@ -27,28 +27,28 @@ _LEAST_GAP = 1e-2  # between the bounds of a log variance, for the mix to be rea
 _FEW_ROWS, _SMALL_WIDTH = 12, 512
 
 
-class _Narrow:
-    """A denoiser's narrow layers in one dtype; tokens go in and predictions come out in float32."""
+def _narrow_layers(net: Denoiser, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser's narrow layers in one dtype, called as `PackedDenoiser` is; tokens go in and predictions come out in
+    float32."""
+    width = net.config.width
+    into, out = (Dense.of(part, torch.float32) for part in (net.input_proj, net.final_layer.linear))
+    blocks: list[tuple[Tensor, Tensor, Dense, Dense]] = []  # gain and bias of the norm, the two linear maps
+    for block in net.res_blocks:
+        gain, bias = block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)
+        up, down = (Dense.of(layer, dtype) for layer in block.mlp[::2])
+        blocks.append((gain, bias, up, down))
 
-    def __init__(self, net: Denoiser, dtype: torch.dtype):
-        self.width, self.dtype = net.config.width, dtype
-        self.input, self.output = (Dense.of(part, torch.float32) for part in (net.input_proj, net.final_layer.linear))
-        self.blocks: list[tuple[Tensor, Tensor, Dense, Dense]] = []  # gain and bias of the norm, the two linear maps
-        for block in net.res_blocks:
-            gain, bias = block.in_ln.weight.detach().to(dtype), block.in_ln.bias.detach().to(dtype)
-            up, down = (Dense.of(layer, dtype) for layer in block.mlp[::2])
-            self.blocks.append((gain, bias, up, down))
-
-    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """As `PackedDenoiser.__call__`."""
-        shape, parts = (self.width,), modulation.to(self.dtype).split(self.width, -1)
-        x = self.input(x).to(self.dtype)  # copies of a token part in the first block
-        for i, (gain, bias, up, down) in enumerate(self.blocks):
+    def call(x: Tensor, modulation: Tensor) -> Tensor:
+        parts = modulation.to(dtype).split(width, -1)
+        x = into(x).to(dtype)  # copies of a token part in the first block
+        for i, (gain, bias, up, down) in enumerate(blocks):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
-            h = torch.addcmul(shift, F.layer_norm(x, shape, gain, bias, LN_EPS), scale)
+            h = torch.addcmul(shift, F.layer_norm(x, (width,), gain, bias, LN_EPS), scale)
             x = torch.addcmul(x, gate, down(up.silu(h)))
         shift, scale = parts[-2:]
-        return self.output(torch.addcmul(shift, F.layer_norm(x, shape, eps=LN_EPS), scale).float())
+        return out(torch.addcmul(shift, F.layer_norm(x, (width,), eps=LN_EPS), scale).float())
+
+    return call
 
 
 class PackedDenoiser:
@@ -73,9 +73,9 @@ class PackedDenoiser:
         own = kernels and own_linear_pays(weight)
         # [(3 depth + 2) width, width]
         self.modulation = fixed_map(weight, dtype, bias) if own else Dense(weight, bias, dtype)
-        self.narrow = self.few = _Narrow(net, dtype)
+        self.narrow = self.few = _narrow_layers(net, dtype)
         if dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
-            self.few = _Narrow(net, torch.float32)
+            self.few = _narrow_layers(net, torch.float32)
 
     @torch.no_grad()
     def retimed(self, times: Tensor) -> PackedDenoiser:
@@ -110,8 +110,11 @@ class HeadLaw(ChainLaw):
     """What flow and diffusion heads share: conditions, guidance, counting.
 
     condition: [copies B W, C], [cond; uncond] rows under guidance; shape: (B, W); guidance: float, or float32 [B W], a
-    scale per place; temperature: multiplies every deviation.
+    scale per place; temperature: multiplies every deviation. A kind of head says what `coefficients` a step has, and
+    which law they make of a prediction.
     """
+
+    coefficients: Tensor  # [T, n]
 
     def __init__(
         self,
@@ -150,6 +153,16 @@ class HeadLaw(ChainLaw):
         scale = self.guidance[:, None] if isinstance(self.guidance, Tensor) else self.guidance
         return self._call(self.head.lock_step, x, self.modulations()[step], scale)
 
+    def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
+        return self._law(x, self.predict(x, step, place), self.coefficients[step].unsqueeze(-1).unbind(1))
+
+    def all_places(self, x: Tensor, step: int) -> Gaussian:
+        return self._law(x, self.predict_all(x, step), self.coefficients[step].unbind(0))
+
+    def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:
+        """Of the next states, from the head's predictions at states x [R, D] and the coefficients of their steps."""
+        raise NotImplementedError
+
     def _call(
         self, head: Callable[[Tensor, Tensor], Tensor], x: Tensor, modulation: Tensor, scale: float | Tensor
     ) -> Tensor:
@@ -181,15 +194,9 @@ class FlowLaw(HeadLaw):
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
         return self.coefficients[later, 2, None]
 
-    def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
-        velocity = self.predict(x, step, place)
-        of_state, of_velocity, std = self.coefficients[step].unsqueeze(-1).unbind(1)
-        return Gaussian(torch.addcmul(of_state * x, of_velocity, velocity), std)
-
-    def all_places(self, x: Tensor, step: int) -> Gaussian:
-        velocity = self.predict_all(x, step)
-        of_state, of_velocity, std = self.coefficients[step].unbind(0)
-        return Gaussian(torch.addcmul(of_state * x, of_velocity, velocity), std.expand(len(x), 1))
+    def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:
+        of_state, of_velocity, std = coefficients
+        return Gaussian(torch.addcmul(of_state * x, of_velocity, predicted), std.expand(len(x), 1))
 
 
 @lru_cache(maxsize=64)
@@ -217,12 +224,6 @@ class DiffusionLaw(HeadLaw):
         mix = torch.where(high - low > _LEAST_GAP, mix.clamp(0, 1), 0.5).unsqueeze(-2)
         low, high, moving = self.coefficients[later, 2:5].unsqueeze(-1).unbind(-2)
         return (0.5 * torch.lerp(low, high, mix)).exp() * (moving * self.temperature)
-
-    def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
-        return self._law(x, self.predict(x, step, place), self.coefficients[step].unsqueeze(-1).unbind(1))
-
-    def all_places(self, x: Tensor, step: int) -> Gaussian:
-        return self._law(x, self.predict_all(x, step), self.coefficients[step].unbind(0))
 
     def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:
         noise, mix = predicted.chunk(2, -1)

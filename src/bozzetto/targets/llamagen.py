@@ -10,6 +10,7 @@ Conditions: a class (one token), or the features of a caption (120 tokens, padde
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,16 +130,10 @@ class TransformerBlock(nn.Module):
         return x + self.drop(f.w2(F.silu(f.w1(h)) * f.w3(h)))
 
 
-class ClassEmbedding(nn.Module):
-    """Rows 0..classes-1 are labels; row `classes` is the unconditional one."""
-
-    def __init__(self, config: LlamaGenConfig):
-        super().__init__()
-        self.embedding_table = nn.Embedding(config.classes + 1, config.dim)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """int64 [B] -> [B, 1, d]."""
-        return self.embedding_table(labels)[:, None]
+def class_embedding(config: LlamaGenConfig) -> nn.Sequential:
+    """Labels int64 [B] -> [B, 1, d]. Rows 0..classes-1 are labels; row `classes` is the unconditional one."""
+    table = nn.Embedding(config.classes + 1, config.dim)
+    return nn.Sequential(OrderedDict(embedding_table=table, as_token=nn.Unflatten(1, (1, config.dim))))
 
 
 class CaptionEmbedding(nn.Module):
@@ -192,7 +187,7 @@ class LlamaGen(nn.Module):
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0):
         super().__init__()
         self.config = config
-        self.cls_embedding = CaptionEmbedding(config) if config.captioned else ClassEmbedding(config)
+        self.cls_embedding = CaptionEmbedding(config) if config.captioned else class_embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.drop = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, dropout) for _ in range(config.layers))

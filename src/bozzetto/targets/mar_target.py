@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.targets.annealed import annealed
 from bozzetto.targets.heads import DiffusionLaw, PackedDenoiser
-from bozzetto.targets.mar import MAR, ViTBlock
+from bozzetto.targets.mar import MAR
 
 _LN_EPS = 1e-6
 _GUIDANCES = ("linear", "constant")
@@ -65,34 +66,28 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-class _Block:
-    """A pre-norm transformer block's weights in the compute dtype."""
+def _packed(block: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A pre-norm transformer block (`ViTBlock`) in the compute dtype: x [R, L, dim] -> the same, or, given places int64
+    [R, W], only what is there, [R, W, dim]."""
+    norm1, norm2 = (_norm(part, dtype) for part in (block.norm1, block.norm2))
+    maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    qkv, proj, fc1, fc2 = (Dense.of(part, dtype) for part in maps)
 
-    def __init__(self, block: ViTBlock, dtype: torch.dtype):
-        self.heads = block.heads
-        self.norm1, self.norm2 = (_weights(part, dtype) for part in (block.norm1, block.norm2))
-        maps = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        self.qkv, self.proj, self.fc1, self.fc2 = (Dense.of(part, dtype) for part in maps)
-
-    def __call__(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """x [R, L, dim] -> the same, or only what is at int64 [R, W]: [R, W, dim]."""
-        fused = self.qkv(_norm(x, self.norm1))
-        q, k, v = fused.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def call(x: Tensor, at: Tensor | None = None) -> Tensor:
+        q, k, v = qkv(norm1(x)).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if at is not None:
-            x, q = _gather(x, at), _gather(q, at[:, None].expand(-1, self.heads, -1))
+            x, q = _gather(x, at), _gather(q, at[:, None].expand(-1, block.heads, -1))
         mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(_norm(x, self.norm2))))
+        x = x + proj(mixed.transpose(1, 2).flatten(2))
+        return x + fc2(F.gelu(fc1(norm2(x))))
+
+    return call
 
 
-def _weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a norm."""
+def _norm(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A layer norm in the compute dtype."""
     weight, bias = (getattr(layer, name).detach().to(dtype) for name in ("weight", "bias"))
-    return weight, bias
-
-
-def _norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], *weights, _LN_EPS)
+    return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, _LN_EPS)
 
 
 class MARTarget:
@@ -111,9 +106,9 @@ class MARTarget:
         self.classes = torch.cat([model.class_emb.weight, model.fake_latent]).to(dtype)  # the last: no class
         self.embedding, self.bridge = Dense.of(model.z_proj, dtype), Dense.of(model.decoder_embed, dtype)
         norms = (model.z_proj_ln, model.encoder_norm, model.decoder_norm)
-        self.input_norm, self.encoder_norm, self.decoder_norm = (_weights(norm, dtype) for norm in norms)
-        self.encoder = [_Block(b, dtype) for b in model.encoder_blocks if isinstance(b, ViTBlock)]
-        self.decoder = [_Block(b, dtype) for b in model.decoder_blocks if isinstance(b, ViTBlock)]
+        self.input_norm, self.encoder_norm, self.decoder_norm = (_norm(norm, dtype) for norm in norms)
+        self.encoder = [_packed(block, dtype) for block in model.encoder_blocks]
+        self.decoder = [_packed(block, dtype) for block in model.decoder_blocks]
         self.encoder_places = model.encoder_pos_embed_learned[0].to(dtype)  # [buffer + N, dim]
         self.decoder_places = model.decoder_pos_embed_learned[0].to(dtype)
         self.blank = (model.mask_token + model.decoder_pos_embed_learned).to(dtype)  # [1, buffer + N, dim]
@@ -179,15 +174,15 @@ class MARTarget:
         first = len(self.buffer)
         slots = torch.cat([self.buffer.expand(len(labels), -1), known + first], 1)
         x = torch.cat([self.classes[labels][:, None].expand(-1, first, -1), seen], 1)
-        x = _norm(x + self.encoder_places[slots], self.input_norm)
+        x = self.input_norm(x + self.encoder_places[slots])
         for block in self.encoder:
             x = block(x)
-        x = self.bridge(_norm(x, self.encoder_norm)) + self.decoder_places[slots]
+        x = self.bridge(self.encoder_norm(x)) + self.decoder_places[slots]
         x = self.blank.repeat(len(x), 1, 1).scatter_(1, slots[..., None].expand_as(x), x)
         for block in self.decoder[:-1]:
             x = block(x)
         x = self.decoder[-1](x, places + first)
-        return (_norm(x, self.decoder_norm) + self.condition_places[places]).flatten(0, 1)
+        return (self.decoder_norm(x) + self.condition_places[places]).flatten(0, 1)
 
     def law(
         self, features: Tensor, shape: tuple[int, int], guidance: float | Tensor, temperature: float, done: int = 0

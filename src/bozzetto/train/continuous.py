@@ -66,16 +66,15 @@ def mar_loss(
     z = gather_rows(model.features(labels, tokens, known), masked).expand(len(times), -1, -1, -1).flatten(0, 2)
     x0 = gather_rows(tokens, masked).expand_as(noise).flatten(0, 2)
     noise, times = noise.flatten(0, 2), times.flatten()
-    table = noised_tables()
-    at = table.signal[times, None] * x0 + table.noise[times, None] * noise
+    signal, of_eps, of_noise, low, high = (table[times, None] for table in noised_tables())
+    at = signal * x0 + of_eps * noise
     predicted, mix = (part.float() for part in model.predict(at, times.float(), z))
     error = (predicted - noise).square().mean()
     share = (mix + 1) / 2
-    log_variance = share * table.log_large[times, None] + (1 - share) * table.log_small[times, None]
+    log_variance = share * high + (1 - share) * low
     # The mean's share of the bound does not train the mean.
-    gap = table.of_noise[times, None] * (predicted.detach() - noise)
-    true = table.log_small[times, None]
-    bound = 0.5 * (log_variance - true - 1 + (true - log_variance).exp() + gap.square() * (-log_variance).exp())
+    gap = of_noise * (predicted.detach() - noise)
+    bound = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + gap.square() * (-log_variance).exp())
     return error + bound[times > 0].mean() / math.log(2)
 
 

@@ -106,21 +106,22 @@ class RowBatch(Batch):
 
     def passes(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[DecodeState]:
         """Decode to the end, arguments as in `begin`; yields the whole batch after every pass."""
-        self.meter = Meter(self.target.device)
-        self.begin(labels, seed, index)
-        while self.going:
-            self.advance()
+        for _ in self._decode(labels, seed, index):
             yield self.whole()
-            self.leave()
 
     def run(self, labels: Tensor, seed: int, index: Tensor) -> DecodeState:
         """Decode to the end, arguments as in `begin`; `meter` says what it took."""
+        for _ in self._decode(labels, seed, index):
+            pass
+        return self.whole()
+
+    def _decode(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[None]:
         self.meter = Meter(self.target.device)
         self.begin(labels, seed, index)
         while self.going:
             self.advance()
+            yield
             self.leave()
-        return self.whole()
 
     def whole(self) -> DecodeState:
         """The whole batch, in the order of its images."""

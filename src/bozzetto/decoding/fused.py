@@ -32,7 +32,7 @@ _AHEAD = 16  # positions whose noise is made at a time
 
 
 Width = Callable[[int], int]
-Run = Callable[[Any, int, int, SlotState], Sequence[Tensor]]  # (session, places, furthest count, slots)
+Run = Callable[[Any, int, int, list[Tensor]], Sequence[Tensor]]  # (session, places, furthest count, SlotState's)
 
 
 class FusedBatch(Batch):
@@ -191,8 +191,7 @@ class FusedBatch(Batch):
         if width not in self.runs:
             advance = Advance(self.rule, self.target.length, width, self.filtered, self.filler)
             step = self.target.step
-            run, what = (_eager, advance) if step is None else (_compiled, step.slots(advance))
-            self.runs[width] = functools.partial(run, what)
+            self.runs[width] = functools.partial(_eager, advance) if step is None else step.slots(advance)
         return self.runs[width]
 
     @torch.no_grad()
@@ -206,7 +205,9 @@ class FusedBatch(Batch):
         self._fill_noise(width)
         self.meter.lap("draft")
         furthest = max(image.count for image in self.images if image is not None)
-        report = s.take(self._run(width)(self.session, width, furthest, s)).tolist()  # the one synchronisation
+        report = s.take(
+            self._run(width)(self.session, width, furthest, s.tensors())
+        ).tolist()  # the one synchronisation
         self.meter.lap("target")
         self.places, self.meter.passes = width, self.meter.passes + 1
         done = self._note(report, width)
@@ -224,7 +225,7 @@ class FusedBatch(Batch):
         for _ in range(2 + rounds):
             state.count = torch.full_like(state.count, middle)
             began = now(device)
-            state.take(run(session, width, middle, state)).tolist()
+            state.take(run(session, width, middle, state.tensors())).tolist()
             times.append(now(device) - began)
         return min(times[2:])
 
@@ -282,16 +283,12 @@ class FusedBatch(Batch):
             self.noise_keys = self._noise_keys()
 
 
-def _eager(advance: Advance, session: Any, width: int, furthest: int, state: SlotState) -> tuple[Tensor, ...]:
-    """A pass and what follows it, of a target that is not compiled."""
-    scores = session.score(state.inputs.contiguous(), state.count, furthest)
+def _eager(advance: Advance, session: Any, width: int, furthest: int, state: list[Tensor]) -> tuple[Tensor, ...]:
+    """A pass and what follows it, of a target that is not compiled. state: the tensors of SlotState."""
+    s = SlotState(*state)
+    scores = session.score(s.inputs.contiguous(), s.count, furthest)
     assert scores.logits is not None
-    return advance(scores.logits, scores.features, *state.tensors())
-
-
-def _compiled(step: Callable[..., Any], session: Any, width: int, furthest: int, state: SlotState) -> Sequence[Tensor]:
-    """The same of one that is."""
-    return step(session, width, furthest, state.tensors())
+    return advance(scores.logits, scores.features, *state)
 
 
 def fuses(settings: GenerateSettings) -> bool:

@@ -94,12 +94,12 @@ class Codes:
     ) -> dict[str, Tensor]:
         """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
         out, verdict = {}, seen.verdict
-        inf = float("inf")
+        inf, gaps = float("inf"), None
         if self.lead is not None:
             gaps = along(verdict.path, self.lead[..., None], seen.longest)[..., 0]
-            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
         elif self.rule.seed_exact and given.fixed is not None and seen.log_p is not None:
             gaps = gumbel_margin(*(along(verdict.path, part, seen.longest) for part in (seen.log_p, given.fixed)))
+        if gaps is not None:
             out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
         elif verdict.margin is not None:
             place = torch.arange(verdict.margin.shape[1], device=state.count.device)

@@ -269,8 +269,9 @@ class JacobiVectors(Jacobi):
             path = self._first(count[:, None] + offset)
         else:
             seen = self.seen
-            count, old = seen.start + seen.committed, _path(seen)
-            width = seen.verdict.tokens.shape[1]
+            tokens, trajectory = seen.verdict.tokens, seen.verdict.trajectory
+            count, old = seen.start + seen.committed, _only_tokens(tokens) if trajectory is None else trajectory
+            width = tokens.shape[1]
             # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
             new = max(0, seen.longest + length - width)
             entering = self._first(seen.start[:, None] + torch.arange(width, width + new, device=device))
@@ -302,14 +303,6 @@ class JacobiVectors(Jacobi):
     def keep(self, rows: Tensor) -> None:
         self.known = self.known[rows]
         super().keep(rows)
-
-
-def _path(seen: Observation) -> Trajectory:
-    """The target's paths of the last window, as far as the rule left any."""
-    verdict = seen.verdict
-    if verdict.trajectory is not None:
-        return verdict.trajectory
-    return _only_tokens(verdict.tokens)
 
 
 def _only_tokens(tokens: Tensor) -> Trajectory:

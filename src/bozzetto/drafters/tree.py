@@ -76,10 +76,6 @@ class TreeDrafter(Drafter):
     def _law(self, logits: Tensor) -> Tensor:
         return law_of(logits, soft(self.start.settings))
 
-    def _cond(self, hidden: Tensor) -> Tensor:
-        """The conditional rows."""
-        return hidden[: len(self.keys)]
-
     def _noise(self, tree: Tree, vocab: int) -> Tensor:
         """Gumbel noise [B, I, V] of the draws from every law of a tree, in the order of the laws."""
         if self.start.fixed_noise:
@@ -103,7 +99,7 @@ class TreeDrafter(Drafter):
         device, greedy, all_grow = self.keys.device, self.start.settings.temperature == 0, self.start.with_hidden
         tokens = torch.zeros(len(self.keys), tree.nodes + 1, dtype=torch.int64, device=device)
         grown = torch.zeros(1, dtype=torch.int64, device=device)  # scored indices in the order of growing, root first
-        level, laws, states, row = grown, [], [self._cond(hidden)], 0
+        level, laws, states, row = grown, [], [hidden[: len(self.keys)]], 0
         margin = torch.full((len(self.keys),), torch.inf, device=device)
         noise = None if greedy else self._noise(tree, logits.shape[-1])
         if self.early is not None:
@@ -133,7 +129,7 @@ class TreeDrafter(Drafter):
             logits, hidden = self.model.grow(
                 tokens[:, level], parent, first, Layout(at, torch.full_like(at, depth), sees)
             )
-            states.append(self._cond(hidden))
+            states.append(hidden[: len(self.keys)])  # the conditional rows
             if not more:
                 break
         if len(laws) < tree.max_depth:

@@ -51,15 +51,20 @@ def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     return uncond + (cond - uncond) * scale
 
 
+def _guided(logits: Tensor, settings: LawSettings) -> Tensor:
+    logits = logits.float()
+    if not settings.guided:
+        return logits
+    cond, uncond = logits.chunk(2)
+    return guide(cond, uncond, settings.guidance)
+
+
 def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
     """Log-probabilities [B, W, V] of raw logits [B, W, V], or of [2B, W, V] = [cond; uncond] rows when guided.
 
     Ties at the top-k threshold are all kept; top-p keeps the smallest set of largest probabilities that reaches p.
     """
-    logits = logits.float()
-    if settings.guided:
-        cond, uncond = logits.chunk(2)
-        logits = guide(cond, uncond, settings.guidance)
+    logits = _guided(logits, settings)
     if settings.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -math.inf).scatter_(-1, best, 0.0)
@@ -79,11 +84,7 @@ def law_of(logits: Tensor, settings: LawSettings) -> Tensor:
 
 def greedy_margin(logits: Tensor, settings: LawSettings) -> Tensor:
     """What greedy decoding chooses by: best guided logit less the second best, [B, W]; logits as in `law_of`."""
-    logits = logits.float()
-    if settings.guided:
-        cond, uncond = logits.chunk(2)
-        logits = guide(cond, uncond, settings.guidance)
-    return _lead(logits)
+    return _lead(_guided(logits, settings))
 
 
 def row_laws(

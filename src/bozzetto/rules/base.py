@@ -75,15 +75,9 @@ class Rule(Written):
     sequential: ClassVar[bool] = False
     fused: ClassVar[bool] = False
     masked: ClassVar[bool] = False
+    blind: ClassVar[bool] = False
+    columns: ClassVar[int] = 0
     bias: ClassVar[str] = ""
-
-    @property
-    def columns(self) -> int:
-        return 0
-
-    @property
-    def blind(self) -> bool:
-        return False
 
     def verify(self, draft: Draft, law: Any, noise: Noise) -> Verdict:
         """law: the target's at the root and at every drafted node: log-laws float32 [B, M + 1, V] of codes; of vectors

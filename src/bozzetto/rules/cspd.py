@@ -64,7 +64,7 @@ class Cspd(Rule):
         require(0 < self.last_std < math.inf, "last_std", self.last_std, "a number > 0")
 
     @property
-    def blind(self) -> bool:
+    def blind(self) -> bool:  # type: ignore[override]
         """As released."""
         return self.variant == "released"
 

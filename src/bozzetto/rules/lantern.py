@@ -50,7 +50,7 @@ class Lantern(Rule):
         require(0 <= self.delta <= 1, "delta", self.delta, "a number from 0 to 1")
 
     @property
-    def columns(self) -> int:
+    def columns(self) -> int:  # type: ignore[override]
         """Columns of the neighbour table that are read."""
         return self.k + 1 if self.residual == "released" else self.k
 

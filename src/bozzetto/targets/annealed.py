@@ -4,16 +4,10 @@ coarser chain draws them nearly as well. It is another sampler than the one with
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
-from torch import Tensor
+from typing import Any
 
 from bozzetto.errors import require
-from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.targets.heads import PackedDenoiser
-
-S = TypeVar("S", FlowSchedule, DiffusionSchedule)
 
 
 def annealed_steps(first: int, last: int, done: int, length: int) -> int:
@@ -22,17 +16,17 @@ def annealed_steps(first: int, last: int, done: int, length: int) -> int:
     return round(first + (last - first) * min(1.0, share))
 
 
-def annealed(
-    head: PackedDenoiser, schedule: Callable[[int], S], times: Callable[[S], Tensor], last: int, length: int
-) -> list[tuple[S, PackedDenoiser]]:
-    """Schedule and head for tokens drawn when so many of `length` are known. head: that of the first tokens; schedule:
-    of a number of steps; times: what the head is told at the steps of a schedule; last: steps of the last token.
+def annealed(head: PackedDenoiser, sampler: Any, scale: float, length: int) -> list[tuple[Any, PackedDenoiser]]:
+    """Schedule and head for tokens drawn when so many of `length` are known (one of these for all, where steps do not
+    grow fewer). head: that of the first tokens; scale: of the schedule's times, as the head is told them.
 
-    Raises UsageError for a last number that is not from 1 to that of the first token.
+    Raises UsageError for `last_steps` that are not from 1 to those of the first token.
     """
-    first = head.steps
+    first, last = head.steps, sampler.last_steps
+    if not last:
+        return [(sampler.schedule, head)]
     require(1 <= last <= first, "last_steps", last, f"a whole number from 1 to steps = {first}")
     counts = [annealed_steps(first, last, done, length) for done in range(length)]
-    made = {count: schedule(count) for count in set(counts)}
-    heads = {count: (found, head.retimed(times(found))) for count, found in made.items()}
+    made = {count: sampler.with_steps(count) for count in set(counts)}
+    heads = {count: (found, head.retimed(found.time * scale)) for count, found in made.items()}
     return [heads[count] for count in counts]

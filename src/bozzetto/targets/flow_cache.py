@@ -22,7 +22,7 @@ from bozzetto.targets.compiled_head import CompiledNarrow
 from bozzetto.targets.denoiser import Denoiser
 from bozzetto.targets.flow import TIME_SCALE, FlowModel
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
-from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget
+from bozzetto.targets.llamagen_cache import CausalTarget
 
 
 class _Scheduled:
@@ -95,7 +95,7 @@ class Sampled:
     tokens = VECTORS
     one_step = False  # a token is one call of a network, not a chain
     narrow: Any = None
-    stages: Sequence[tuple[FlowSchedule, PackedDenoiser]] = ()  # by known tokens, where steps grow fewer
+    stages: Sequence[tuple[FlowSchedule, PackedDenoiser]]  # by known tokens
     time_scale = TIME_SCALE
     length: int
     dtype: torch.dtype
@@ -122,17 +122,14 @@ class Sampled:
         """Sample the head in another way; weights are shared."""
         self.sampler, self.schedule = sampler, sampler.schedule
         self.head = self.head.retimed(self.schedule.time * self.time_scale)
-        self.stages = ()
-        if sampler.last_steps:
-            at = (sampler.with_steps, lambda schedule: schedule.time * self.time_scale)
-            self.stages = annealed(self.head, *at, sampler.last_steps, self.length)
+        self.stages = annealed(self.head, sampler, self.time_scale, self.length)
 
     def law(self, features: Tensor, guidance: float, temperature: float, done: int = 0) -> Any:
         """Laws of the tokens at scored places. features [R, W, d], [cond; uncond] rows where guidance is not 1; done:
         tokens that are known."""
         rows, width = features.shape[:2]
         batch = rows if guidance == 1 else rows // 2
-        schedule, head = self.stages[min(done, self.length - 1)] if self.stages else (self.schedule, self.head)
+        schedule, head = self.stages[min(done, len(self.stages) - 1)]
         return FlowLaw(schedule, head, features.flatten(0, 1), (batch, width), guidance, temperature)
 
 
@@ -149,14 +146,10 @@ class FlowTarget(Sampled, CausalTarget):
         self.embedding = Dense.of(model.token_embedding, dtype)
         self.use_head(self.denoiser(model), sampler)
 
-    @torch.no_grad()
-    def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
-        """labels int64 [B] in 0..classes (classes: unconditional); guided: also keep unconditional rows; max_width:
-        widest later pass."""
+    def conditions_of(self, labels: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
-        condition = self.conditions(labels) + self.positions[0]
-        return self.session(self, condition, None, 2 if guided else 1, max_width)
+        return self.conditions(labels) + self.positions[0], None
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         x = self.embedding(inputs.to(self.dtype))

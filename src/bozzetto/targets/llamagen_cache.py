@@ -95,6 +95,14 @@ class CausalTarget:
         rope = rope[self.config.condition_tokens - 1 :]  # from the last condition token on
         self.rope = torch.view_as_complex(rope.contiguous())  # complex64 [N + 1, hd/2]
 
+    @torch.no_grad()
+    def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
+        """labels int64 [B] in 0..classes (classes: unconditional), or numbers of the captions given.
+
+        Raises UsageError for a text-conditional target without captions.
+        """
+        return self.session(self, *self.conditions_of(labels, guided), 2 if guided else 1, max_width)
+
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         """Tokens [B, W, ...] standing at inputs `position` int64 [B, W] -> [B, W, d]."""
         raise NotImplementedError
@@ -151,14 +159,6 @@ class LlamaGenTarget(CausalTarget):
         other = copy.copy(self)
         other.captions = (features.to(self.device, self.dtype), mask.bool().to(self.device))
         return other
-
-    @torch.no_grad()
-    def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
-        """labels int64 [B] in 0..classes (classes: unconditional), or numbers of the captions given.
-
-        Raises UsageError for a text-conditional target without captions.
-        """
-        return self.session(self, *self.conditions_of(labels, guided), 2 if guided else 1, max_width)
 
     @torch.no_grad()
     def conditions_of(self, labels: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:

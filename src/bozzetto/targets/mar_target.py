@@ -128,14 +128,11 @@ class MARTarget:
     def _sample_with(self, sampler: MARSampler) -> None:
         self.sampler, self.schedule = sampler, sampler.schedule
         self.counts(sampler.passes)
-        self.stages: list[tuple[DiffusionSchedule, PackedDenoiser]] = []  # by known tokens, where steps grow fewer
-        if sampler.last_steps:
-            at = (sampler.with_steps, lambda schedule: schedule.time)
-            self.stages = annealed(self.head, *at, sampler.last_steps, self.length)
+        self.stages = annealed(self.head, sampler, 1.0, self.length)
 
     def use_compiled(self, narrow: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Let serial calls of the head run compiled layers."""
-        for head in (self.head, *(head for _, head in self.stages)):
+        for _, head in self.stages:
             head.compiled = narrow
 
     def counts(self, passes: int) -> list[int]:
@@ -189,5 +186,5 @@ class MARTarget:
     ) -> DiffusionLaw:
         """Laws of the tokens at places. features [copies B W, dim]; shape: (B, W); guidance: one scale, or float32
         [B W]; done: tokens that are known."""
-        schedule, head = self.stages[min(done, self.length - 1)] if self.stages else (self.schedule, self.head)
+        schedule, head = self.stages[min(done, len(self.stages) - 1)]
         return DiffusionLaw(schedule, head, features, shape, guidance, temperature)

@@ -36,7 +36,7 @@ def _place_keys(state: DecodeState, places: int) -> Tensor:
 
 
 @dataclass
-class Codes:
+class CodeKind:
     """Tokens of a codebook. budget, neighbours: see `EagerBatch`; noisy: whether drafts are drawn with the fixed noise,
     whatever the rule asks for."""
 
@@ -112,8 +112,8 @@ class Codes:
 
 
 @dataclass
-class Vectors:
-    """Continuous tokens of a causal model; methods as of Codes."""
+class VectorKind:
+    """Continuous tokens of a causal model; methods as of CodeKind."""
 
     target: FlowTarget
     rule: Rule
@@ -159,11 +159,11 @@ def check_continuous(law: LawSettings) -> None:
         )
 
 
-def kind_of(target: Any, rule: Any, settings: LawSettings, *more: Any) -> Codes | Vectors:
-    """The kind of a target's tokens. more: what `Codes` is given besides. Raises UsageError for a rule of the other
+def kind_of(target: Any, rule: Any, settings: LawSettings, *more: Any) -> CodeKind | VectorKind:
+    """The kind of a target's tokens. more: what `CodeKind` is given besides. Raises UsageError for a rule of the other
     kind."""
     vectors = target.tokens == VECTORS
     if target.tokens != rule.tokens:
         drawn = "continuous tokens" if vectors else "codes"
         raise UsageError(f"rule {rule.name!r} is not allowed here: the model draws {drawn}")
-    return Vectors(target, rule, settings) if vectors else Codes(target, rule, settings, *more)
+    return VectorKind(target, rule, settings) if vectors else CodeKind(target, rule, settings, *more)

@@ -85,11 +85,6 @@ class Drafter:
         self.dim = dim
 
     @property
-    def tokens(self) -> str:
-        """What is drafted, `codes` or `vectors`."""
-        return "codes" if self.dim is None else "vectors"
-
-    @property
     def max_nodes(self) -> int:
         """The most nodes ever drafted in a pass."""
         return 0

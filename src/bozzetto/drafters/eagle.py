@@ -30,7 +30,7 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, visible
+from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, small_weights, visible
 from bozzetto.targets.llamagen import LlamaGenConfig
 from bozzetto.targets.llamagen_cache import PackedLayer
 
@@ -78,55 +78,43 @@ def eagle_config(target: LlamaGenConfig, embedding: Rows = "tokens", layers: int
     return EagleConfig(*shape, embedding, rope_base=target.rope_base, layers=layers)
 
 
-class EagleLayer(nn.Module):
+def _new_layer(config: EagleConfig, first: bool) -> nn.ModuleDict:
     """A decoder layer; its attention is written out by whoever calls it (training and cached drafting differ). first:
     without a norm before the attention, unless the config says so. Norms of heads have a gain and a bias for each head,
     as Chameleon's (arXiv 2405.09818, section 2.3)."""
+    dim, ffn, heads = config.dim, config.ffn, (config.heads, config.head_dim)
+    attention = nn.ModuleDict({f"{name}_proj": nn.Linear(dim, dim, bias=False) for name in "qkvo"})
+    for name in "qk" if config.head_norms else "":
+        both = [("weight", torch.ones(heads)), ("bias", torch.zeros(heads))]  # a mapping would be sorted
+        attention[f"{name}_norm"] = nn.ParameterDict(both)
+    sizes = {"gate_proj": (dim, ffn), "up_proj": (dim, ffn), "down_proj": (ffn, dim)}
+    mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+    before = {} if first and not config.first_norm else {"input_layernorm": RMSNorm(dim, config.norm_eps)}
+    behind = RMSNorm(dim, config.norm_eps)
+    return nn.ModuleDict({"self_attn": attention, "mlp": mlp, **before, "post_attention_layernorm": behind})
 
-    self_attn: Any
-    mlp: Any
 
-    def __init__(self, config: EagleConfig, first: bool):
-        super().__init__()
-        dim, ffn, heads = config.dim, config.ffn, (config.heads, config.head_dim)
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(dim, dim, bias=False) for name in "qkvo"})
-        for name in "qk" if config.head_norms else "":
-            both = [("weight", torch.ones(heads)), ("bias", torch.zeros(heads))]  # a mapping would be sorted
-            self.self_attn[f"{name}_norm"] = nn.ParameterDict(both)
-        sizes = {"gate_proj": (dim, ffn), "up_proj": (dim, ffn), "down_proj": (ffn, dim)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
-        self.input_layernorm = None if first and not config.first_norm else RMSNorm(config.dim, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-
-    def before(self, h: Tensor) -> Tensor:
-        """What the attention sees of hidden states."""
-        return h if self.input_layernorm is None else self.input_layernorm(h)
-
-    def feed(self, h: Tensor) -> Tensor:
-        """The part behind the attention."""
-        m, seen = self.mlp, self.post_attention_layernorm(h)
-        return h + m.down_proj(F.silu(m.gate_proj(seen)) * m.up_proj(seen))
+def _feed(layer: Any, h: Tensor) -> Tensor:
+    """The part of a layer behind its attention."""
+    m, seen = layer.mlp, layer.post_attention_layernorm(h)
+    return h + m.down_proj(F.silu(m.gate_proj(seen)) * m.up_proj(seen))
 
 
 class EagleNet(nn.Module):
     """The trainable part: no embedding and no head, which are the target's own, frozen."""
 
     rope: Tensor
-    layers: Any  # of EagleLayer
+    layers: Any
 
     def __init__(self, config: EagleConfig):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(2 * config.dim, config.dim)
-        self.layers = nn.ModuleList(EagleLayer(config, number == 0) for number in range(config.layers))
+        self.layers = nn.ModuleList(_new_layer(config, number == 0) for number in range(config.layers))
         self.register_buffer(
             "rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False
         )  # [N, hd/2, 2]
-        for name, weight in self.named_parameters():
-            if weight.ndim > 1:
-                nn.init.normal_(weight, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
+        small_weights(self)
         for layer in self.layers[1:]:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -151,16 +139,16 @@ class EagleNet(nn.Module):
             h = self.fc(torch.cat([embedded, fed], -1))
             mask = _roll_out_mask(at, step).to(h.dtype)
             for layer, (keys, values) in zip(self.layers, seen, strict=True):
-                q, k, v = self._project(layer, layer.before(h), rotation)
+                q, k, v = self._project(layer, layer.input_layernorm(h) if "input_layernorm" in layer else h, rotation)
                 keys.append(k)
                 values.append(v)
                 mixed = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
-                h = layer.feed(h + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)))
+                h = _feed(layer, h + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)))
             out.append(h)
             fed = torch.cat([features[:, :1], h[:, :-1]], 1)
         return out
 
-    def _project(self, layer: EagleLayer, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: Any, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[R, n, d] -> rotated q, k and plain v, [R, H, n, hd] each."""
         a, heads = layer.self_attn, (self.config.heads, self.config.head_dim)
         q, k, v = (p(h).unflatten(-1, heads) for p in (a.q_proj, a.k_proj, a.v_proj))
@@ -175,12 +163,13 @@ def _roll_out_mask(at: Tensor, step: int) -> Tensor:
     return torch.zeros(len(at), step * len(at), device=at.device).masked_fill(~torch.cat(blocks, 1), -torch.inf)
 
 
-def _packed(layer: EagleLayer, dtype: torch.dtype) -> PackedLayer:
+def _packed(layer: Any, dtype: torch.dtype) -> PackedLayer:
     """A drafter layer's maps in the compute dtype."""
-    a, m, before = layer.self_attn, layer.mlp, layer.input_layernorm
+    a, m = layer.self_attn, layer.mlp
     wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
     w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
-    gains = None if before is None else before.weight.to(dtype), layer.post_attention_layernorm.weight.to(dtype)
+    before = layer.input_layernorm.weight.to(dtype) if "input_layernorm" in layer else None
+    gains = before, layer.post_attention_layernorm.weight.to(dtype)
     norms = None
     if "q_norm" in a:
         norms = [torch.stack([getattr(n, part) for n in (a.q_norm, a.k_norm)]).to(dtype) for part in ("weight", "bias")]

@@ -22,7 +22,7 @@ from bozzetto.drafters.base import gather_rows
 from bozzetto.drafters.parallel import CachedParallel, check_counts, gated
 from bozzetto.errors import require
 from bozzetto.runtime.linear import TorchMap, fixed_map
-from bozzetto.targets.layers import RMSNorm
+from bozzetto.targets.layers import RMSNorm, small_maps
 
 TOKENS_ABOVE = (-1, 0, 1, 2)  # columns of the row above, relative to a place's own
 FEATURES_ABOVE = (0, 1, 2)  # a feature knows the tokens before its own
@@ -71,9 +71,7 @@ class GlanceNet(nn.Module):
         self.down = nn.Linear(c.ffn, c.dim, bias=False)
         self.before = nn.Embedding(c.vocab, c.rank)
         self.to_logits = nn.Linear(c.rank, c.vocab, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        small_maps(self)
         nn.init.eye_(self.last.weight)
         nn.init.zeros_(self.to_logits.weight)
 

@@ -25,7 +25,7 @@ from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, visible
+from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, small_weights, visible
 
 
 def check_counts(config: object, *names: str) -> None:
@@ -103,7 +103,7 @@ class PlaneNet(nn.Module):
         self.below = _new_head(config.dim, config.ffn)
         self.mix = nn.Parameter(torch.zeros(config.places, config.dim))
         self.turn = nn.Linear(config.dim, config.dim, bias=False)
-        _small(self)
+        small_weights(self)
 
     def guesses_below(self, features: Tensor, embedded: Tensor) -> Tensor:
         """Of pairs [R, n, d]: the features a row below them, [R, n, d]."""
@@ -160,7 +160,7 @@ class BlockNet(nn.Module):
         self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
         self.register_buffer("rope", None, persistent=False)  # [N, hd/2, 2]
         self.reset_rope()
-        _small(self)
+        small_weights(self)
         nn.init.normal_(self.marks, std=0.02)
         nn.init.zeros_(self.to_logits.weight)
 
@@ -203,14 +203,6 @@ class BlockNet(nn.Module):
     def bias(self, tokens: Tensor) -> Tensor | None:
         """Logits [..., V] that follow tokens int64 [...]."""
         return self.to_logits(self.before(tokens))
-
-
-def _small(net: nn.Module) -> None:
-    for name, weight in net.named_parameters():
-        if weight.ndim > 1:
-            nn.init.normal_(weight, std=0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(weight)
 
 
 class CachedParallel(DraftModel):

@@ -32,11 +32,6 @@ class Dynamic:
     beam: int = 10
 
 
-def soft(settings: LawSettings) -> LawSettings:
-    """The settings with greedy decoding replaced by the plain law, which can be ranked."""
-    return settings if settings.temperature else LawSettings(guidance=settings.guidance)
-
-
 class TreeDrafter(Drafter):
     """Drafts trees of one static shape, or dynamic ones, from a draft model. stop: see drafters/early_stop.py; a static
     tree goes on below a node only where that is likely enough to be reached."""
@@ -74,7 +69,9 @@ class TreeDrafter(Drafter):
         return self._static(static_tree(self.shape, self.keys.device), logits, hidden)
 
     def _law(self, logits: Tensor) -> Tensor:
-        return law_of(logits, soft(self.start.settings))
+        """The law; for greedy decoding the plain one, which can be ranked."""
+        settings = self.start.settings
+        return law_of(logits, settings if settings.temperature else LawSettings(guidance=settings.guidance))
 
     def _noise(self, tree: Tree, vocab: int) -> Tensor:
         """Gumbel noise [B, I, V] of the draws from every law of a tree, in the order of the laws."""

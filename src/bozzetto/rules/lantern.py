@@ -44,9 +44,6 @@ class Lantern(Rule):
     def __post_init__(self) -> None:
         require(self.k >= 1, "k", self.k, "a whole number >= 1")
         require(self.residual in RESIDUALS, "residual", self.residual, ", ".join(RESIDUALS))
-        self._check_budget()
-
-    def _check_budget(self) -> None:
         require(0 <= self.delta <= 1, "delta", self.delta, "a number from 0 to 1")
 
     @property
@@ -143,7 +140,8 @@ class LanternPlusPlus(Lantern):
     name: ClassVar[str] = "lantern++"
     bias: ClassVar[str] = "each decision's distance from the exact one; a probability is raised at most lambda times"
 
-    def _check_budget(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(1 <= self.lam < float("inf"), "lambda", self.lam, "a number >= 1")
 
     def budget(self, px: Tensor) -> Tensor:

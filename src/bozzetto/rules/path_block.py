@@ -44,7 +44,8 @@ class PathBlock(Rule):
         if length:
             drafted = given(draft.trajectory, self, "the drafts' paths")
             place = images[:, None] * (length + 1) + torch.arange(length, device=device)
-            target = _unflat(score_trajectory(law, place.flatten(), drafted.states.flatten(0, 1)), batch)
+            scored = score_trajectory(law, place.flatten(), drafted.states.flatten(0, 1))
+            target = Gaussian(*(part.unflatten(0, (batch, -1)) for part in scored))
             log_w = weights(log_ratio(drafted.states[:, :, 1:], target, drafted.kernels()))
             accepted = leading(uniform(fold(keys[:, :length], 0)).log() < log_w[..., -1])
             rejected = (accepted < length).nonzero()[:, 0]
@@ -115,7 +116,3 @@ def finish(law: ChainLaw, place: Tensor, x: Tensor, step: Tensor, noise: Tensor)
             kernel = law.kernel(x[:count], torch.full_like(place[:count], k), place[:count])
             x[:count] = kernel.at(noise[:count, k + 1])
     return torch.empty_like(x).index_copy_(0, order, x)
-
-
-def _unflat(law: Gaussian, batch: int) -> Gaussian:
-    return Gaussian(*(part.unflatten(0, (batch, -1)) for part in law))

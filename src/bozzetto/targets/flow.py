@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Grid, Layers, Size
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
-from bozzetto.targets.layers import RMSNorm
+from bozzetto.targets.layers import RMSNorm, small_maps
 from bozzetto.targets.llamagen import LlamaGenConfig, TransformerBlock, class_embedding
 
 TIME_SCALE = 1000.0  # the denoiser's times run from 0 to 1000
@@ -75,9 +75,7 @@ class FlowModel(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(body, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, body.norm_eps)
         self.register_buffer("rope", body.rope(), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        small_maps(self)
         nn.init.zeros_(self.token_embedding.bias)
         nn.init.normal_(self.positions, std=0.02)
         self.head = Denoiser(config.denoiser)

@@ -68,7 +68,8 @@ class PackedDenoiser:
         self.condition = Dense.of(net.cond_embed, dtype)
         parts = [block.adaLN_modulation[-1] for block in (*net.res_blocks, net.final_layer)]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
-        for start in self._scales():  # "1 + scale" becomes part of the bias
+        # Each block has shift, scale, gate, the last shift, scale; "1 + scale" becomes part of the bias.
+        for start in (self.width * (3 * i + 1) for i in range(self.depth + 1)):
             bias[start : start + self.width] += 1
         own = kernels and own_linear_pays(weight)
         # [(3 depth + 2) width, width]
@@ -83,10 +84,6 @@ class PackedDenoiser:
         other = copy.copy(self)
         other.steps, other.times = len(times), self.embed_times(times.to(self.times.device)).to(self.dtype)
         return other
-
-    def _scales(self) -> list[int]:
-        """Where the scales begin among the modulations: each block has shift, scale, gate, the last shift, scale."""
-        return [self.width * (3 * i + 1) for i in range(self.depth + 1)]
 
     def embed(self, condition: Tensor) -> Tensor:
         """Conditions [P, C] -> [P, width]."""

@@ -24,6 +24,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+def small_weights(net: nn.Module) -> None:
+    """Where a network's training begins: weights of deviation 0.02, biases of zero."""
+    for name, weight in net.named_parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
+
+
+def small_maps(net: nn.Module) -> None:
+    """The same of its linear maps and embeddings only, biases as they are."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+
 def check_heads(dim: int, heads: int) -> None:
     """Raise UsageError where heads do not divide dim into fours: two directions, each turned in pairs."""
     if heads < 1 or dim < 1 or dim % (4 * heads):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Base, Count, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError
-from bozzetto.targets.layers import RMSNorm, check_heads, rope_table, rotate
+from bozzetto.targets.layers import RMSNorm, check_heads, rope_table, rotate, small_maps
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class LlamaGen(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
         self.register_buffer("rope", config.rope(), persistent=False)
-        self.apply(_initialise)
+        small_maps(self)
         nn.init.zeros_(self.output.weight)
 
     def reset_rope(self) -> None:
@@ -216,8 +216,3 @@ class LlamaGen(nn.Module):
         for layer in self.layers:
             x = layer(x, rotation, sight)
         return self.norm(x[:, self.config.condition_tokens - 1 :])
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)

@@ -182,7 +182,7 @@ REFERENCE = {
 @needs_weights
 @pytest.mark.parametrize("size", REFERENCE)
 def test_logits_are_the_references(lite0, size):
-    logits = lite0.logits(pattern(*size))
+    logits = lite0.classifier(lite0(pattern(*size)))
     assert logits.shape == (1, 1000)
     assert int(logits.argmax()) == 506  # "coil": the pattern is made of rings
     picked = logits[0, [0, 9, 207, 388, 504, 985, 999]]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bozzetto.serve import guard
-from bozzetto.serve.guard import Guard
+from bozzetto.serve.guard import guarding
 from bozzetto.serve.metrics import Metrics
 from bozzetto.serve.server import Connection, Server
 from serving import listening_at, until
@@ -64,7 +64,7 @@ class App:
 
 @contextlib.contextmanager
 def serving(app: Any, limit: float = 10, connection: type[Connection] = Hurried) -> Iterator[int]:
-    guarded = Guard(app, (), ("localhost",), Metrics())
+    guarded = guarding(app, (), ("localhost",), Metrics())
     with listening_at(Server(guarded, limit, connection), unsent=4096) as port:
         yield port
 
@@ -185,7 +185,7 @@ def guarded(headers: list[tuple[bytes, bytes]], query: bytes = b"") -> bytes:
     async def app(*_: Any) -> None:
         await send({"status": 200, "body": b""})
 
-    asyncio.run(Guard(app, (), ("localhost",), Metrics())(scope, lambda: asyncio.sleep(0), send))  # type: ignore[arg-type]
+    asyncio.run(guarding(app, (), ("localhost",), Metrics())(scope, lambda: asyncio.sleep(0), send))  # type: ignore[arg-type]
     return f"{told[0]['status']} ".encode() + told[-1]["body"]
 
 

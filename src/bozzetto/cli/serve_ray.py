@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from bozzetto.cli.options import Serve, settings_from
 from bozzetto.cli.serve import app_of, make_worker, models_of
 from bozzetto.cli.signals import signals
 from bozzetto.errors import UsageError
-from bozzetto.serve.server import GRACE, Stop
+from bozzetto.serve.server import GRACE, stopper
 
 # Requests at a replica at a time, and beyond them at the proxy. Ray Serve (2.60.0) keeps what a replica may not have
 # in a queue of its own, which has no limit and answers nobody, not even /health; where it is given one it says 503 in
@@ -69,7 +70,7 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
     ours = not ray.is_initialized()
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    stop = Stop(options.limit + GRACE)
+    told = threading.Event()
     try:
         http = {"host": options.host, "port": options.port, "request_timeout_s": options.limit + GRACE}
         gpus = gpus_of(settings_from(options, LoadSettings)) * max(options.replicas, options.max_replicas)
@@ -82,9 +83,9 @@ def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], ob
         what = f"{options.replicas} replicas of {', '.join(models_of(options))}"
         # A driver that has started a cluster would else kill it at SIGTERM, with what is drawn, and abort (Ray 2.60.0
         # has a handler of its own).
-        with signals(stop, signal.SIGINT, signal.SIGTERM):
+        with signals(stopper(options.limit + GRACE, told), signal.SIGINT, signal.SIGTERM):
             print(f"serving {what} at http://{options.host}:{options.port}", flush=True)
-            (wait or stop.told.wait)()
+            (wait or told.wait)()
             _drain(options.limit + GRACE)
     finally:
         serve.shutdown()

@@ -146,11 +146,6 @@ class LiteNetwork(nn.Module):
             features[start : start + _CHUNK] = self.pooled(x)
         return features
 
-    @torch.no_grad()
-    def logits(self, images: np.ndarray) -> Tensor:
-        """uint8 images [B, H, W, 3] -> ImageNet logits, float32 [B, 1000]; UsageError for any other array."""
-        return self.classifier(self(images))
-
     def fold(self) -> LiteNetwork:
         """Fold every batch-norm into its convolution, for evaluation only; returns the network."""
         for module in self.modules():

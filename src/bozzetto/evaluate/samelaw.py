@@ -13,6 +13,7 @@ weighted one-hot tokens it is a two-sample chi-square.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -103,14 +104,19 @@ def frequency_groups(a: Tensor, b: Tensor, vocab: int, groups: int = _GROUPS) ->
     return group[a], group[b]
 
 
+def _side(tokens: Tensor) -> int:
+    """Of the square that tokens [n, N, ...] make; 0 where they make none."""
+    side = math.isqrt(tokens.shape[1])
+    return side * (side**2 == tokens.shape[1])
+
+
 def token_tests(a: Tensor, b: Tensor, vocab: int, permutations: int = PERMUTATIONS) -> list[SwapTest]:
     """Tests on tokens int64 [n, N] of A and B: by position, counts over the image, neighbouring pairs."""
-    side = round(a.shape[1] ** 0.5)
     found = [
         swap_test("tokens by position", code_differences(by_position(a, vocab), by_position(b, vocab)), permutations),
         swap_test("token counts", code_differences(a, b), permutations),
     ]
-    if side * side == a.shape[1]:
+    if side := _side(a):
         pairs = [neighbour_pairs(g, side) for g in frequency_groups(a, b, vocab)]
         found.append(swap_test("neighbouring pairs", code_differences(*pairs), permutations))
     return found
@@ -137,13 +143,12 @@ def _waves(values: Tensor, seed: int) -> Tensor:
 def vector_tests(a: Tensor, b: Tensor, permutations: int = PERMUTATIONS) -> list[SwapTest]:
     """Tests on continuous tokens float [n, N, D] of A and B: their mean and spread by position, the law of a token over
     the image, and that of neighbouring pairs."""
-    side = round(a.shape[1] ** 0.5)
     found = [
         swap_test("tokens by position", linear_differences(a, b), permutations),
         swap_test("squares by position", linear_differences(a.square(), b.square()), permutations),
         swap_test("token values", linear_differences(_waves(a, 0), _waves(b, 0)), permutations),
     ]
-    if side * side == a.shape[1]:
+    if side := _side(a):
         pairs = [_vector_pairs(x, side) for x in (a, b)]
         found.append(swap_test("neighbouring pairs", linear_differences(*(_waves(p, 1) for p in pairs)), permutations))
     return found

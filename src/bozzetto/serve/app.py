@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from bozzetto import __version__
 from bozzetto.serve.answers import Events, accepted, shown, streamed, while_connected, whole
-from bozzetto.serve.guard import Guard
+from bozzetto.serve.guard import guarding
 from bozzetto.serve.problems import ApiError, error_body, misread
 from bozzetto.serve.schema import Drawing, ImageGeneration
 from bozzetto.serve.terms import Terms
@@ -47,7 +47,7 @@ def make_app(
     terms: Terms | None = None,
     wait: bool = False,
 ) -> FastAPI:
-    """The app over a worker, which starts and stops with it. keys, hosts: see guard.Guard; terms: what is agreed to
+    """The app over a worker, which starts and stops with it. keys, hosts: see `guarding`; terms: what is agreed to
     (None: models by their own names, pictures as they are drawn); wait: it begins when the worker is warm, or raises
     RuntimeError, instead of answering 503 until then."""
 
@@ -64,7 +64,7 @@ def make_app(
 
     app = FastAPI(title="bozzetto", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    app.add_middleware(Guard, keys=keys, hosts=hosts, metrics=worker.metrics)
+    app.add_middleware(guarding, keys=keys, hosts=hosts, metrics=worker.metrics)
     _handle_errors(app)
     _add_api(app, terms or Terms(worker))
     _add_page(app)

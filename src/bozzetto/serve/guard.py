@@ -9,10 +9,9 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from starlette.responses import JSONResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bozzetto.errors import UsageError
 from bozzetto.serve.metrics import Metrics
@@ -63,17 +62,14 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
-class Guard:
-    """Wraps an ASGI app. keys: allowed ones (none: open to all); hosts: names that requests may be for (none: any; a
-    page elsewhere could else reach a server on loopback by a name of its own)."""
+def guarding(app: ASGIApp, keys: Sequence[str], hosts: Sequence[str], metrics: Metrics) -> ASGIApp:
+    """An ASGI app behind all this. keys: allowed ones (none: open to all); hosts: names that requests may be for (none:
+    any; a page elsewhere could else reach a server on loopback by a name of its own)."""
+    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def __init__(self, app: Any, keys: Sequence[str], hosts: Sequence[str], metrics: Metrics):
-        self.app, self.hosts, self.metrics = app, tuple(hosts), metrics
-        self.keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def behind(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
             return
         began, status, started = time.monotonic(), 500, False
 
@@ -87,51 +83,55 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope)
-            await self.app(scope, _capped(receive), out)
+            _check(scope, hosts, digests)
+            await app(scope, _capped(receive), out)
         except ApiError as error:
             if not started:
                 await JSONResponse(error.body(), error.status_code, error.headers)(scope, receive, out)
         finally:
             path = scope["path"] if scope["path"] in _KNOWN else "other"
-            self.metrics.answered(path, status, time.monotonic() - began)
+            metrics.answered(path, status, time.monotonic() - began)
 
-    def _check(self, scope: Scope) -> None:
-        """Raises ApiError for what may not come in."""
-        given = [(name.lower(), value) for name, value in scope["headers"]]
-        if sum(map(len, (*(part for pair in given for part in pair), scope["query_string"]))) > MOST_HEAD:
-            raise ApiError(431, f"headers and query are too large: at most {MOST_HEAD} bytes are allowed")
-        headers, names = dict(given), [name for name, _ in given]
-        if double := [name.decode() for name in _ONCE if names.count(name) > 1]:
-            raise ApiError(400, f"more than one header {double[0]!r} is not allowed")
-        if b"content-length" in headers and b"transfer-encoding" in headers:
-            raise ApiError(400, "content-length beside transfer-encoding is not allowed")
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        if self.hosts and name.lower() not in self.hosts:
-            raise ApiError(400, f"host {name[:100]!r} is not served here", code="unknown_host")
-        if self.keys and scope["path"] not in _OPEN:
-            self._check_key(headers.get(b"authorization", b""))
-        if missing := _ABSENT.get(scope["path"]):  # whatever the size and the kind of its body
-            raise ApiError(404, f"{missing} here: POST /v1/images/generations draws new ones", code="unknown_url")
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit():
-            raise ApiError(400, "content-length is not a number")
-        if int(length[:20]) > MOST_BYTES:
-            raise ApiError(413, TOO_LARGE, code="body_too_large")
-        if scope["method"] == "POST" and scope["path"] in _JSON:
-            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-            if kind != b"application/json":
-                raise ApiError(415, "content-type has to be application/json", code="unsupported_media_type")
+    return behind
 
-    def _check_key(self, header: bytes) -> None:
-        scheme, _, given = header.partition(b" ")
-        digest = hashlib.sha256(given.strip()).digest()
-        # Every key is compared, each in constant time.
-        found = sum(hmac.compare_digest(digest, key) for key in self.keys)
-        if scheme.lower() != b"bearer" or not found:
-            message = "a valid API key is needed: send the header 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+def _check(scope: Scope, hosts: Sequence[str], keys: Sequence[bytes]) -> None:
+    """Raises ApiError for what may not come in. keys: their digests."""
+    given = [(name.lower(), value) for name, value in scope["headers"]]
+    if sum(map(len, (*(part for pair in given for part in pair), scope["query_string"]))) > MOST_HEAD:
+        raise ApiError(431, f"headers and query are too large: at most {MOST_HEAD} bytes are allowed")
+    headers, names = dict(given), [name for name, _ in given]
+    if double := [name.decode() for name in _ONCE if names.count(name) > 1]:
+        raise ApiError(400, f"more than one header {double[0]!r} is not allowed")
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        raise ApiError(400, "content-length beside transfer-encoding is not allowed")
+    host = headers.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    if hosts and name.lower() not in hosts:
+        raise ApiError(400, f"host {name[:100]!r} is not served here", code="unknown_host")
+    if keys and scope["path"] not in _OPEN:
+        _check_key(headers.get(b"authorization", b""), keys)
+    if missing := _ABSENT.get(scope["path"]):  # whatever the size and the kind of its body
+        raise ApiError(404, f"{missing} here: POST /v1/images/generations draws new ones", code="unknown_url")
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit():
+        raise ApiError(400, "content-length is not a number")
+    if int(length[:20]) > MOST_BYTES:
+        raise ApiError(413, TOO_LARGE, code="body_too_large")
+    if scope["method"] == "POST" and scope["path"] in _JSON:
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise ApiError(415, "content-type has to be application/json", code="unsupported_media_type")
+
+
+def _check_key(header: bytes, keys: Sequence[bytes]) -> None:
+    scheme, _, given = header.partition(b" ")
+    digest = hashlib.sha256(given.strip()).digest()
+    # Every key is compared, each in constant time.
+    found = sum(hmac.compare_digest(digest, key) for key in keys)
+    if scheme.lower() != b"bearer" or not found:
+        message = "a valid API key is needed: send the header 'Authorization: Bearer KEY'"
+        raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def _capped(receive: Receive) -> Receive:

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -95,7 +96,7 @@ class Server(uvicorn.Server):
             access_log=False,
         )
         super().__init__(config)
-        self.stop, self.word = Stop(limit + GRACE), word
+        self.stop, self.word = stopper(limit + GRACE, threading.Event()), word
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -103,25 +104,24 @@ class Server(uvicorn.Server):
             print(self.word, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.stop(sig)
+        self.stop(sig, frame)
         super().handle_exit(sig, frame)
 
 
-class Stop:
-    """What signals mean: the first one starts a clock, the second, or the end of these seconds, ends the process."""
+def stopper(seconds: float, told: threading.Event) -> Callable[[int, Any], None]:
+    """What signals mean: the first one sets `told` and starts a clock, the second, or the end of these seconds, ends
+    the process."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self.told = seconds, threading.Event()
-
-    def __call__(self, sig: int, frame: FrameType | None = None) -> None:
-        if self.told.is_set():
+    def stop(sig: int, frame: FrameType | None) -> None:
+        if told.is_set():
             leave("stopped at once: what was still drawn is lost", 128 + sig)
-        self.told.set()
+        told.set()
         _write("stopping: what was accepted is still drawn (a second signal stops at once)")
-        late = f"{self.seconds:g} s are over: what was still drawn is lost"
-        watch = threading.Timer(self.seconds, leave, (late, 1))
+        watch = threading.Timer(seconds, leave, (f"{seconds:g} s are over: what was still drawn is lost", 1))
         watch.daemon = True
         watch.start()
+
+    return stop
 
 
 def leave(message: str, code: int) -> None:

@@ -32,11 +32,8 @@ _QUALITY = 90
 _LONG, _LEGEND_ROW = 26, 0.16  # letters of a method that needs a line of its own; inches of a line
 _WIDTH = 4.4  # inches; small, so that the text is still read when a phone shrinks the figure
 
-
 Point = tuple[str, Interval, Interval]  # one mark of a scatter: its label, x and y
-Style = Mapping[
-    str, Any
-]  # how a line looks, in matplotlib's words; a method's in every figure: color, #rrggbb, and marker
+Style = Mapping[str, Any]  # how a line looks, in matplotlib's words; a method's: color, #rrggbb, and marker
 
 
 def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:

@@ -9,7 +9,7 @@ import torch
 import bozzetto
 from bozzetto.decoding.images import ImageRequest, PassTrace
 from bozzetto.decoding.loop import EagerBatch
-from bozzetto.evaluate.report.traces import acceptance_by_offset, mean_progress
+from bozzetto.evaluate.report.figures import acceptance_by_offset, mean_progress
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from toys import make_drafter, make_rule, tiny_llamagen

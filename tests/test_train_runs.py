@@ -24,13 +24,12 @@ from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
 from bozzetto.train.continuous import LATENTS, LatentFit
-from bozzetto.train.drafter import DrafterFit
+from bozzetto.train.drafter import DrafterFit, ParallelFit
 from bozzetto.train.drift import DriftFit
 from bozzetto.train.families import train
 from bozzetto.train.fit import Fit
 from bozzetto.train.folder import CHECKPOINT, RUN, RunFolder, data_digest
 from bozzetto.train.gaussian import GaussianFit
-from bozzetto.train.parallel import ParallelFit
 from bozzetto.train.pictures import DataSource, nothing
 from bozzetto.train.recipes import (
     DrafterRecipe,

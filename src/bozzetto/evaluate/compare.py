@@ -19,8 +19,8 @@ from bozzetto.evaluate.bias import surprisal
 from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.features import FeatureExtractor, features_of
 from bozzetto.evaluate.output import write_report
+from bozzetto.evaluate.photographs import LEAST, MOST
 from bozzetto.evaluate.provenance import provenance
-from bozzetto.evaluate.reference import LEAST, MOST
 from bozzetto.evaluate.samelaw import (
     LEVEL,
     PERMUTATIONS,

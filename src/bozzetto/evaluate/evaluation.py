@@ -35,10 +35,19 @@ from bozzetto.evaluate.columns import (
 from bozzetto.evaluate.features import FeatureExtractor
 from bozzetto.evaluate.metrics import Comparison, Interval, interval, resamples
 from bozzetto.evaluate.output import plain, write_report
-from bozzetto.evaluate.photographs import SPLITS, balanced, data_path, prompts_for, reconstructions
+from bozzetto.evaluate.photographs import (
+    LEAST,
+    MOST,
+    SPLITS,
+    Reference,
+    balanced,
+    data_path,
+    few,
+    prompts_for,
+    reconstructions,
+)
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.quality import QUALITY, memorisation, nearest
-from bozzetto.evaluate.reference import LEAST, MOST, Reference, few
 from bozzetto.evaluate.sampling import SampleRun, batched, method_settings, own_for, slug
 from bozzetto.evaluate.shards import Samples, read_samples
 from bozzetto.pipeline.pipeline import ROUNDING, GenerateSettings, Pipeline

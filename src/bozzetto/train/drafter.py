@@ -1,4 +1,5 @@
-"""`bozzetto train drafter RECIPE.yaml`: fit an EAGLE-style drafter to a trained target, resumably.
+"""`bozzetto train drafter RECIPE.yaml`: fit a drafter of codes to a trained target, one like EAGLE or one of several
+tokens in a pass, resumably.
 
 Pictures are tokenised as for the target; the target's features are computed anew for every batch, nothing is dumped.
 Losses are taken on the guided law that drafting will use, over several steps of the drafter's own roll-out.
@@ -23,17 +24,18 @@ from bozzetto.checkpoints.folders import (
     target_digest,
 )
 from bozzetto.checkpoints.weights import load_strict
+from bozzetto.drafters.base import gather_rows
 from bozzetto.drafters.trained import new_net
 from bozzetto.errors import UsageError
-from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.sentence import SentenceEncoder
 from bozzetto.train.fit import autocast, compute_dtype, decayed_mean, pass_over
 from bozzetto.train.pictures import Condition, class_names, conditions_of, dropped, nothing, of_rows, together
-from bozzetto.train.recipes import DrafterRecipe
+from bozzetto.train.recipes import DrafterRecipe, ParallelRecipe
 from bozzetto.train.target import TokenFit
 
 _DEPTHS = 5  # of the roll-out in the held-out report
 _ROWS = 16
+_EVERY = 11  # pairs between held-out anchors of a drafter of several tokens
 
 
 class DrafterFit(TokenFit):
@@ -44,7 +46,6 @@ class DrafterFit(TokenFit):
     model: Any
 
     def load_target(self) -> None:
-        self.target_folder = model_folder(self.recipe.model)
         self.target = load_target(self.target_folder, LLAMAGEN)
         self.labelled = not self.target.config.captioned
         if self.labelled:
@@ -172,8 +173,62 @@ class DrafterFit(TokenFit):
         return {"acceptance": self.acceptance}
 
     def export(self) -> None:
-        notes = self.notes(
-            target_name=read_config(self.target_folder).get("name", self.target_folder.name),
-            acceptance_by_depth={k: [round(x, 4) for x in v] for k, v in self.acceptance.items()},
-        )
+        acceptance = {k: [round(x, 4) for x in v] for k, v in self.acceptance.items()}
+        notes = self.notes(target_name=self.target_name, acceptance_by_depth=acceptance)
         save_drafter(self.folder, self.model, self.target_folder, notes, self.recipe.compact)
+
+
+class ParallelFit(DrafterFit):
+    """Fits a drafter of several tokens in one pass: families plane, block and glance.
+
+    A step looks at the places after some anchors of each picture, held-out acceptance at those after evenly spaced
+    ones. Laws of later places are taken given the true tokens before, as verification does while drafts are kept.
+    """
+
+    recipe: ParallelRecipe
+
+    def load_target(self) -> None:
+        self.family = self.recipe.family
+        super().load_target()
+
+    def draws(self, batch: int) -> tuple[Tensor, ...]:
+        """Anchors int64 [B, A]."""
+        pairs, r = self.target.config.length - 1, self.recipe
+        return (torch.rand(batch, pairs, generator=self.generator).argsort(1)[:, : min(r.anchors, pairs)],)
+
+    def loss(self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, *drawn: Tensor) -> Tensor:
+        r = self.recipe
+        log_p, log_q, real, near = self.both(features, fed, tokens, scale, drawn[0])
+        weight = real * r.decay ** torch.arange(r.places)
+        loss = self.apart(log_p.flatten(1, 2), log_q.flatten(1, 2)).view_as(weight)
+        if r.feature_weight:
+            copies = len(near) // len(weight)
+            loss = loss + r.feature_weight * near.view(copies, *weight.shape).mean(0)
+        return (loss * weight).sum() / weight.sum()
+
+    def both(
+        self, features: Tensor, fed: Tensor, tokens: Tensor, scale: Tensor, anchors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-laws of target and drafter [B, A, K, V], which places are inside the picture, float [B, A, K], and the
+        distance of the predicted features, [R, A, K]. anchors int64 [B, A]."""
+        copies, (batch, count) = len(features) // len(scale), anchors.shape
+        every = anchors.repeat(copies, 1)
+        with autocast():
+            guessed = self.model.after(fed[:, :-1], self.rows[tokens[:, :-1]], every)  # [R, A, K, d]
+        place = every[..., None] + torch.arange(1, self.recipe.places + 1)
+        inside = place.clamp_max(features.shape[1] - 1).flatten(1)  # [R, A K]
+        wanted = gather_rows(features, inside)
+        with autocast():
+            more = self.model.bias(tokens.gather(1, inside - 1))
+        log_p = self.laws(wanted, scale)
+        log_q = self.laws(guessed.flatten(1, 2), scale, more)
+        near = F.smooth_l1_loss(guessed.flatten(1, 2).float(), wanted.float(), reduction="none").mean(-1)
+        real = (place[:batch] < features.shape[1]).float()
+        shape = (count, self.recipe.places)
+        return log_p.unflatten(1, shape), log_q.unflatten(1, shape), real, near.unflatten(1, shape)
+
+    def overlaps(self, features: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
+        last = self.target.config.length - 1 - self.recipe.places
+        anchors = torch.arange(0, max(1, last), _EVERY).expand(len(scale), -1)
+        log_p, log_q, *_ = self.both(features, features, tokens, scale, anchors)
+        return torch.minimum(log_p.exp(), log_q.exp()).sum(-1).mean(1).sum(0).double()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from bozzetto.checkpoints.folders import load_base, save_drift
 from bozzetto.drafters.base import gather_rows
 from bozzetto.laws.schedules import FlowSchedule
-from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.drift import DriftConfig, DriftModel, guided_features
 from bozzetto.targets.flow import TIME_SCALE
 from bozzetto.targets.heads import PackedDenoiser, flow_coefficients
@@ -89,7 +88,6 @@ class DriftFit(LatentFit):
     model: DriftModel
 
     def load_target(self) -> None:
-        self.target_folder = model_folder(self.recipe.model)
         self.teacher = load_base(self.target_folder)
         self.schedule = self.take_over(self.teacher, self.target_folder)
         self.head = PackedDenoiser(self.teacher.head, self.schedule.time * TIME_SCALE, compute_dtype())

@@ -10,10 +10,9 @@ from bozzetto.common.checks import checked_as, read_mapping
 from bozzetto.errors import UsageError
 from bozzetto.train import recipes
 from bozzetto.train.continuous import LatentFit
-from bozzetto.train.drafter import DrafterFit
+from bozzetto.train.drafter import DrafterFit, ParallelFit
 from bozzetto.train.drift import DriftFit
 from bozzetto.train.gaussian import GaussianFit
-from bozzetto.train.parallel import ParallelFit
 from bozzetto.train.target import CodeFit
 from bozzetto.train.tokenizer import TokenizerFit
 

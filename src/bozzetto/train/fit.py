@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bozzetto.autoencoders.vq import VQTokenizer
+from bozzetto.checkpoints.folders import read_config
 from bozzetto.common.files import write_whole
 from bozzetto.common.images import contact_sheet
 from bozzetto.data import ImageSet, augment, read_captions
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.loading import load
+from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.runtime.native import products_prefer_bfloat16
 from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.train.folder import RunFolder, data_digest
@@ -174,6 +177,16 @@ class Fit:
     def folder(self) -> Path:
         """What is exported."""
         return self.run.path / self.family
+
+    @cached_property
+    def target_folder(self) -> Path:
+        """Of the trained model that this one is made for."""
+        return model_folder(self.recipe.model)
+
+    @property
+    def target_name(self) -> str:
+        """What that model is called."""
+        return str(read_config(self.target_folder).get("name", self.target_folder.name))
 
     @property
     def image_size(self) -> int:

@@ -20,13 +20,11 @@ from bozzetto.checkpoints.folders import (
     SKETCH,
     load_drafter,
     load_target,
-    read_config,
     save_drafter,
     target_digest,
 )
 from bozzetto.drafters.gaussian import GaussianNet, gaussian_config
 from bozzetto.errors import UsageError
-from bozzetto.pipeline.pipeline import model_folder
 from bozzetto.targets.flow import FlowModel
 from bozzetto.train.continuous import LatentFit
 from bozzetto.train.fit import autocast, decayed_mean, mean_over
@@ -44,7 +42,6 @@ class GaussianFit(LatentFit):
     model: GaussianNet
 
     def load_target(self) -> None:
-        self.target_folder = model_folder(self.recipe.model)
         target = load_target(self.target_folder, FLOW, MASKED)
         if not isinstance(target, FlowModel):
             raise UsageError(f"{self.target_folder}: a drafter of continuous tokens is for a flow model")
@@ -135,8 +132,5 @@ class GaussianFit(LatentFit):
         plain = GaussianNet(self.model.config)
         state = {name: value for name, value in self.model.state_dict().items() if "parametrizations" not in name}
         plain.load_state_dict({**state, "basis": self.model.basis.detach()})
-        notes = self.notes(
-            target_name=read_config(self.target_folder).get("name", self.target_folder.name),
-            divergence_by_depth=[round(v, 3) for v in self.by_depth],
-        )
+        notes = self.notes(target_name=self.target_name, divergence_by_depth=[round(v, 3) for v in self.by_depth])
         save_drafter(self.folder, plain, self.target_folder, notes, compact=True)

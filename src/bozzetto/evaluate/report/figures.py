@@ -1,4 +1,5 @@
-"""The report's figures: SVG text to put into the page, and pictures as data addresses.
+"""The report's figures: what the traces of many images say together, SVG text to put into the page, and pictures as
+data addresses.
 
 Text in a figure stays text: the page sets its font and, in light and dark, its colour. Lines are of middle tones that
 show on both. Equal input gives equal bytes.
@@ -12,6 +13,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -252,6 +254,34 @@ def _svg(figure: Any, name: str, alt: str, entries: Mapping[str, Style] | None =
     text = re.sub(r'^<svg\b([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'^<svg\b([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+
+
+def acceptance_by_offset(traces: Sequence[PassTrace]) -> tuple[np.ndarray, np.ndarray]:
+    """How often the j-th draft of a pass was offered and how often kept, over all passes: int64 [L] each, j = 1..L."""
+    longest = max((max(t.drafted, default=0) for t in traces), default=0)
+    offered, kept = np.zeros(longest + 1, np.int64), np.zeros(longest + 1, np.int64)
+    for trace in traces:
+        np.add.at(offered, trace.drafted, 1)
+        np.add.at(kept, trace.accepted, 1)
+    # A pass that offers d drafts offers each of the first d.
+    return offered[::-1].cumsum()[::-1][1:], kept[::-1].cumsum()[::-1][1:]
+
+
+def mean_spend(traces: Sequence[PassTrace], points: int = 65) -> np.ndarray:
+    """Mean bias spent per image when a share 0..1 of its tokens is committed, float64 [points]."""
+    at = np.linspace(0, 1, points)
+    curves = []
+    for t in traces:
+        done = np.cumsum([0, *t.committed]) / max(1, sum(t.committed))
+        curves.append(np.interp(at, done, np.cumsum([0, *t.spent])))
+    return np.mean(curves, 0)
+
+
+def mean_progress(traces: Sequence[PassTrace]) -> np.ndarray:
+    """Mean share of the image that is committed after 0, 1, 2, ... passes, float64 [passes + 1]; finished images
+    stay at 1."""
+    curves = [np.cumsum([0, *t.committed]) / max(1, sum(t.committed)) for t in traces]
+    return np.array([np.mean(step) for step in zip_longest(*curves, fillvalue=1.0)])
 
 
 def offset_colours(count: int) -> np.ndarray:

@@ -34,7 +34,6 @@ from bozzetto.evaluate.report.tables import (
     speed_table,
     spend_table,
 )
-from bozzetto.evaluate.report.traces import acceptance_by_offset, mean_progress, mean_spend
 
 MOST_SHOWN, MOST_MAPS = 24, 8
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -277,7 +276,7 @@ class _Study:
         ]
 
     def _acceptance(self, drafting: Mapping[str, list[PassTrace]], name: str) -> dict[str, Any]:
-        curves = {label: acceptance_by_offset(traces) for label, traces in drafting.items()}
+        curves = {label: draw.acceptance_by_offset(traces) for label, traces in drafting.items()}
         offered = {label: int(o.sum()) for label, (o, _) in curves.items()}
         shares = {m: f"{100 * k.sum() / o.sum():.0f}%" for m, (o, k) in curves.items()}
         return {"svg": draw.acceptance_figure(curves, self.styles, name), "offered": offered, "shares": shares}
@@ -285,7 +284,7 @@ class _Study:
     def _passes(
         self, shown: Mapping[str, list[int]], traced: Mapping[str, list[PassTrace]], ids: Any
     ) -> dict[str, Any]:
-        curves = {label: mean_progress(traces) for label, traces in traced.items()}
+        curves = {label: draw.mean_progress(traces) for label, traces in traced.items()}
         first = {label: shown[label][0] for label in traced}
         one = {label: traced[label][i] for label, i in first.items()}
         names = dict.fromkeys(
@@ -309,7 +308,7 @@ class _Study:
         budgets = {label: self.drawn[label].budget for label in relaxed}
         known = {label: budget for label, budget in budgets.items() if budget is not None}
         content = spend_table({m: spent[m] for m in relaxed}, {m: self.drawn[m].length for m in relaxed}, known)
-        curves = {label: mean_spend(traced[label]) for label in relaxed}
+        curves = {label: draw.mean_spend(traced[label]) for label in relaxed}
         return {"svg": draw.spend_figure(curves, known, self.styles, next(ids)), "table": content}
 
     def _scatters(self, ids: Any) -> list[dict[str, Any]]:

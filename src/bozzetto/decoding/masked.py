@@ -145,18 +145,18 @@ class MaskedBatch(RowBatch):
         """Steps first..last - 1 by the drafter, one after another, with the noise of the target's own sampler; and the
         tokens of these images with them."""
         assert self.drafter is not None
-        paths, tokens = [], self.state.tokens[rows]
+        drawn, tokens = [], self.state.tokens[rows]
         for step in range(first, last):
             places = self._places(rows, step, step + 1)
             features = self._features(self.drafter, rows, tokens, step, step + 1)
             law = self._law(self.drafter, features, len(places), self.guidances[step])
-            path = sample_trajectory(law, None, self._fixed(rows, places).flatten(0, 1))
+            trajectory = sample_trajectory(law, None, self._fixed(rows, places).flatten(0, 1))
             self.meter.count(law)
-            paths.append(Trajectory(*(part.unflatten(0, places.shape) for part in path)))
-            new = paths[-1].token
+            drawn.append(Trajectory(*(part.unflatten(0, places.shape) for part in trajectory)))
+            new = drawn[-1].token
             tokens = tokens.scatter(1, places[..., None].expand_as(new), new)
-        path = Trajectory(*(torch.cat(parts, 1) for parts in zip(*paths, strict=True)))
-        return Draft(path.token, trajectory=path), tokens
+        trajectory = Trajectory(*(torch.cat(parts, 1) for parts in zip(*drawn, strict=True)))
+        return Draft(trajectory.token, trajectory=trajectory), tokens
 
     def _drafted(self, rows: Tensor, first: int) -> tuple[Tensor, int, Verdict, Draft]:
         """A window of steps from `first` on, drafted and verified: its places int64 [B, W], passes, the verdict and the

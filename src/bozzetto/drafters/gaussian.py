@@ -137,22 +137,22 @@ class GaussianDrafter(Drafter):
         hidden = self.model.take_in(self.seen)
         noise = self._noise(self.seen.start + self.seen.committed, length)
         laws: list[Any] = []
-        paths: list[Trajectory] = []
+        drawn: list[Trajectory] = []
         for place in range(length):
             laws.append(self._law(hidden, (batch, 1)))
-            paths.append(self._draw(laws[-1], noise[:, place]))
+            drawn.append(self._draw(laws[-1], noise[:, place]))
             if not self._goes_on(place, hidden):
                 break
             if place + 1 < length:
                 layout = link(place, self.keys.device)
-                hidden = self.model.put_out(paths[-1].token[:, None], layout.slot, layout)
-        path = Trajectory(*(torch.stack(parts, 1) for parts in zip(*paths, strict=True)))
+                hidden = self.model.put_out(drawn[-1].token[:, None], layout.slot, layout)
+        trajectory = Trajectory(*(torch.stack(parts, 1) for parts in zip(*drawn, strict=True)))
         if self.start.with_laws:
-            return Draft(path.token, trajectory=path, law=self._together(laws, batch))
+            return Draft(trajectory.token, trajectory=trajectory, law=self._together(laws, batch))
         if self.early is None:
-            return Draft(path.token)
-        present = self.early.present[:, 1 : len(paths) + 1, None]
-        return Draft(path.token.masked_fill(~present, _NOBODYS))
+            return Draft(trajectory.token)
+        present = self.early.present[:, 1 : len(drawn) + 1, None]
+        return Draft(trajectory.token.masked_fill(~present, _NOBODYS))
 
     def _goes_on(self, place: int, hidden: Tensor) -> bool:
         """Whether any image drafts on after a place, whose law hidden [R, 1, d] gave."""
@@ -187,7 +187,7 @@ class GaussianDrafter(Drafter):
         return AffineChain(gain, offset, self.ancestry, std, shape, self.model.basis)
 
     def _draw(self, law: Any, noise: Tensor) -> Trajectory:
-        """One path per image: noise float32 [B, T + 1, D]."""
+        """One trajectory per image: noise float32 [B, T + 1, D]."""
         return law.sample(noise)
 
     def _together(self, laws: list[AffineChain], batch: int) -> AffineChain:

@@ -13,10 +13,10 @@ tokens that a trained drafter draws after what is committed now. Every pass ends
 may be right; then one more token is known behind it. Windows and drafters fail in different places, so that the two
 gains add up.
 
-`JacobiVectors`, the continuous form: one pass gives every place of a window a path of the target's law given the drafts
-before it; under the next pass's contexts the rule couples these paths to new ones or runs them again with the same
-noise. A place that enters the window has no path of the target's yet. Its first draft is a Gaussian around the drafted
-or committed tokens beside and above it, whose chain has a closed form (laws/gaussian.py); it costs no call of the head.
+`JacobiVectors`, the continuous form: one pass gives every place of a window a trajectory of the target's law given the
+drafts before it; under the next pass's contexts the rule couples these to new ones or runs them again with the same
+noise. A place that enters the window has none of the target's yet. Its first draft is a Gaussian around the drafted or
+committed tokens beside and above it, whose chain has a closed form (laws/gaussian.py); it costs no call of the head.
 """
 
 from __future__ import annotations
@@ -266,35 +266,35 @@ class JacobiVectors(Jacobi):
         offset = torch.arange(length, device=device)
         if self.seen is None:
             count = torch.zeros(batch, dtype=torch.int64, device=device)
-            path = self._first(count[:, None] + offset)
+            trajectory = self._first(count[:, None] + offset)
         else:
             seen = self.seen
-            tokens, trajectory = seen.verdict.tokens, seen.verdict.trajectory
-            count, old = seen.start + seen.committed, _only_tokens(tokens) if trajectory is None else trajectory
-            width = tokens.shape[1]
+            tokens, old = seen.verdict.tokens, seen.verdict.trajectory
+            old = _only_tokens(tokens) if old is None else old
+            count, width = seen.start + seen.committed, tokens.shape[1]
             # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
             new = max(0, seen.longest + length - width)
             entering = self._first(seen.start[:, None] + torch.arange(width, width + new, device=device))
             rows = torch.arange(batch, device=device)[:, None]
             column = seen.committed[:, None] + offset
             both = zip(old, entering, strict=True)
-            path = Trajectory(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
-        self._write(count, path.token)
-        return Draft(path.token, trajectory=path) if self.start.with_laws else Draft(path.token)
+            trajectory = Trajectory(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
+        self._write(count, trajectory.token)
+        return Draft(trajectory.token, trajectory=trajectory) if self.start.with_laws else Draft(trajectory.token)
 
     def _write(self, start: Tensor, tokens: Tensor) -> None:
         place = self.grid + start[:, None] + torch.arange(tokens.shape[1], device=start.device)
         self.known[torch.arange(len(start), device=start.device)[:, None], place] = tokens
 
     def _first(self, position: Tensor) -> Trajectory:
-        """First drafts at positions int64 [B, L]: paths [B, L, ...], with the positions' own noise."""
+        """First drafts at positions int64 [B, L]: trajectories [B, L, ...], with the positions' own noise."""
         rows = torch.arange(len(position), device=position.device)[:, None]
         centre = _ABOVE * self.known[rows, position].flatten(0, 1)  # the token above
         spread, shape = torch.full_like(centre, self.spread), (len(position), position.shape[1])
         law = gaussian_chain(centre, spread, self.ancestry, self.tempered, shape)
-        path = law.sample(self.start.noise.rows(position).flatten(0, 1))
-        path = Trajectory(*(part.unflatten(0, position.shape) for part in path))
-        return path if self.start.with_laws else _only_tokens(path.token)
+        trajectory = law.sample(self.start.noise.rows(position).flatten(0, 1))
+        trajectory = Trajectory(*(part.unflatten(0, position.shape) for part in trajectory))
+        return trajectory if self.start.with_laws else _only_tokens(trajectory.token)
 
     def observe(self, seen: Observation) -> None:
         self._write(seen.start, seen.verdict.tokens)
@@ -306,5 +306,5 @@ class JacobiVectors(Jacobi):
 
 
 def _only_tokens(tokens: Tensor) -> Trajectory:
-    """Tokens [B, L, D] as paths of one state."""
+    """Tokens [B, L, D] as trajectories of one state."""
     return Trajectory(tokens[:, :, None], tokens[:, :, None, :0], tokens[:, :, None, :0])

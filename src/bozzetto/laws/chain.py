@@ -113,8 +113,8 @@ class Trajectory(NamedTuple):
 def sample_trajectory(law: ChainLaw, place: Tensor | None, noise: Tensor) -> Trajectory:
     """Run the chains of the given places with the given noise: T serial calls of the head.
 
-    place int64 [R], None: every place in turn; noise float32 [R, T + 1, D]: of state 0 and of each step. Returns paths
-    [R, ...].
+    place int64 [R], None: every place in turn; noise float32 [R, T + 1, D]: of state 0 and of each step. Returns
+    trajectories [R, ...].
     """
     by_step = noise.transpose(0, 1).contiguous()
     states, means, stds = [by_step[0]], [], []

@@ -121,10 +121,10 @@ class CodeWindow(Drafting):
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
         if not self.trained:
             return Jacobi(window, widen)
-        sketcher = resources.trained(self.trained, self.folder)
+        model = resources.trained(self.trained, self.folder)
         if self.second:
-            return SecondGuess(window, sketcher, self.places, self.reach, widen)
-        return FilledJacobi(window, sketcher, self.fresh, widen)
+            return SecondGuess(window, model, self.places, self.reach, widen)
+        return FilledJacobi(window, model, self.fresh, widen)
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ class Trained(Drafting):
             raise UsageError(f"rule {rule.text!r} needs a fixed tree, tree = {self.tree!r} is dynamic")
 
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
-        return TreeDrafter(self.name, self._sketcher(resources), self.shape, self.stop)
+        return TreeDrafter(self.name, self._draft_model(resources), self.shape, self.stop)
 
-    def _sketcher(self, resources: Any) -> Any:
+    def _draft_model(self, resources: Any) -> Any:
         return resources.trained(self.name, self.folder)
 
 
@@ -190,7 +190,7 @@ class Smaller(Trained):
     smaller = True
     trained = ""  # type: ignore[assignment]
 
-    def _sketcher(self, resources: Any) -> Any:
+    def _draft_model(self, resources: Any) -> Any:
         return resources.smaller(self.folder)
 
 
@@ -260,8 +260,8 @@ class Sketch(Drafting):
             raise UsageError(f"{message} (0 is; or {fit})")
 
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
-        sketcher = resources.trained(self.trained, self.folder)
+        model = resources.trained(self.trained, self.folder)
         if target.one_step:
-            return DriftDrafter(sketcher, self.length, target, self.stop)
+            return DriftDrafter(model, self.length, target, self.stop)
         std, ancestry = target.schedule.std.float().to(target.device), target.schedule.ancestry(target.device)
-        return GaussianDrafter(sketcher, self.length, ancestry, std, target.token_dim, self.stop)
+        return GaussianDrafter(model, self.length, ancestry, std, target.token_dim, self.stop)

@@ -127,7 +127,7 @@ class VectorResources:
 
     def __init__(self, target: Any, name: str, folder: Path | None, base: Path | None = None, tuned: bool = False):
         self.target, self.name, self.folder, self.base, self.tuned = target, name, folder, base, tuned
-        self._sketcher = functools.cache(self._load)
+        self._draft_model = functools.cache(self._load)
 
     def trained_folder(self, folder: str) -> Path:
         """Where the trained drafter lies: in a folder, or under a name on the hub; "": the model's own, else its base
@@ -141,7 +141,7 @@ class VectorResources:
 
     def trained(self, name: str, folder: str) -> CachedGaussian:
         """The trained drafter. Raises UsageError as `trained_folder`, and where it was trained for another target."""
-        return self._sketcher(self.trained_folder(folder))
+        return self._draft_model(self.trained_folder(folder))
 
     def _load(self, folder: Path) -> CachedGaussian:
         if self.tuned:

@@ -53,12 +53,12 @@ class Chains(Rule):
         (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")
         fresh = fresh_noise(keys[:, -1], law.steps, law.dim)[:, None]  # [B, 1, T + 1, D]
         if not length:
-            path = sample_trajectory(law, None, fresh[:, 0])
-            path = Trajectory(*(part[:, None] for part in path))
-            return Verdict(path.token, torch.zeros_like(keys[:, 0]), trajectory=path)
+            trajectory = sample_trajectory(law, None, fresh[:, 0])
+            trajectory = Trajectory(*(part[:, None] for part in trajectory))
+            return Verdict(trajectory.token, torch.zeros_like(keys[:, 0]), trajectory=trajectory)
         drafted = given(draft.trajectory, self, "the drafts' paths")
-        path = _with_plain(drafted, fresh)
-        couple, x = _coupling(path, law, keys, self.reach), path.states[:, :, 0].flatten(0, 1)
+        trajectory = _with_plain(drafted, fresh)
+        couple, x = _coupling(trajectory, law, keys, self.reach), trajectory.states[:, :, 0].flatten(0, 1)
         states, laws = [x], []
         for k in range(law.steps):
             kernel = law.all_places(x, k)
@@ -66,28 +66,29 @@ class Chains(Rule):
             states.append(x)
             laws.append(kernel)
         mean, std = (torch.stack(part, 1) for part in zip(*laws, strict=True))
-        path = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in (torch.stack(states, 1), mean, std)))
-        same = (path.token[:, :length] == draft.tokens).all(-1)
-        return Verdict(path.token, leading(same), trajectory=path)
+        parts = (torch.stack(states, 1), mean, std)
+        trajectory = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in parts))
+        same = (trajectory.token[:, :length] == draft.tokens).all(-1)
+        return Verdict(trajectory.token, leading(same), trajectory=trajectory)
 
 
-def _with_plain(path: Trajectory, fresh: Tensor) -> Trajectory:
-    """Draft paths [B, M, ...] with one more place, which has no draft: a stand-in of fresh noise [B, 1, T + 1, D], of
-    mean 0 and deviation 1. (Nothing is kept of it, and the mirror image of fresh noise is fresh noise.)"""
+def _with_plain(trajectory: Trajectory, fresh: Tensor) -> Trajectory:
+    """Draft trajectories [B, M, ...] with one more place, which has no draft: a stand-in of fresh noise [B, 1, T + 1,
+    D], of mean 0 and deviation 1. (Nothing is kept of it, and the mirror image of fresh noise is fresh noise.)"""
     mean = torch.zeros_like(fresh[:, :, 1:])
-    extra = (fresh, mean, torch.ones_like(path.std[:, :1]))
-    return Trajectory(*(torch.cat(pair, 1) for pair in zip(path, extra, strict=True)))
+    extra = (fresh, mean, torch.ones_like(trajectory.std[:, :1]))
+    return Trajectory(*(torch.cat(pair, 1) for pair in zip(trajectory, extra, strict=True)))
 
 
-def _coupling(path: Trajectory, law: ChainLaw, keys: Tensor, reach: float) -> Callable[[Gaussian, int], Tensor]:
+def _coupling(trajectory: Trajectory, law: ChainLaw, keys: Tensor, reach: float) -> Callable[[Gaussian, int], Tensor]:
     """What gives the target's next states [P, D] at a step from its laws there, coupled with recorded draft chains
     [B, M + 1, ...]. Places are numbered as the law's; the last of each image has no draft."""
     batch, places = keys.shape
     plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)
     keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
-    states, mean, std = (part.flatten(0, 1) for part in path)
+    states, mean, std = (part.flatten(0, 1) for part in trajectory)
     # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
-    drafts = path.std[:, :-1]
+    drafts = trajectory.std[:, :-1]
     step, steps = torch.zeros_like(keys[:1, 0]), torch.arange(law.steps, device=keys.device)[None]
     reflected = law.isotropic and bool((drafts > 0).all())
     equal = reflected and bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())

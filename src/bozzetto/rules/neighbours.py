@@ -14,15 +14,15 @@ from bozzetto.errors import require
 MOST = 1024
 
 
-def nearest_codes(codebook: Tensor, k: int, *, raw: bool = False, chunk: int = 1024) -> Tensor:
+def nearest_codes(codebook: Tensor, k: int, chunk: int = 1024) -> Tensor:
     """Indices int32 [V, k] of the k nearest other codes of each row, nearest first; ties by the smaller index.
 
-    codebook: float [V, d]. raw: Euclidean distance of the rows as they are, instead of the unit vectors that a
-    tokenizer with normalised codes sees. Raises UsageError for a k that is not in 1..min(V - 1, 1024).
+    codebook: float [V, d], of which the unit vectors are compared, as a tokenizer with normalised codes sees them.
+    Raises UsageError for a k that is not in 1..min(V - 1, 1024).
     """
     most = min(len(codebook) - 1, MOST)
     require(1 <= k <= most, "k", k, f"a whole number from 1 to {most} (the codebook has {len(codebook)})")
-    codes = codebook.float() if raw else F.normalize(codebook.float(), dim=-1)
+    codes = F.normalize(codebook.float(), dim=-1)
     square = codes.square().sum(-1)
     parts = []
     for first in range(0, len(codes), chunk):

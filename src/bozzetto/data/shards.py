@@ -27,7 +27,7 @@ _SHARD = re.compile(r"(.*)-\d+-of-(\d{1,6})")
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Errors of the file become errors of the user."""
-    with needed(f"{path}: parquet needs", "train", "pyarrow"):
+    with needed(f"{path}: parquet needs", "train"):
         from pyarrow import ArrowException
     try:
         yield

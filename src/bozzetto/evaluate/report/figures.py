@@ -54,7 +54,7 @@ def styles_of(labels: Mapping[str, str]) -> dict[str, Style]:
 def drawing() -> Iterator[None]:
     """matplotlib's defaults with ours on top, whatever the user's own settings are. Raises UsageError where matplotlib
     or jinja2 is not installed."""
-    with needed("the report needs", "report", "jinja2", "matplotlib"):
+    with needed("the report needs", "report"):
         import jinja2  # noqa: F401
         import matplotlib
     with matplotlib.rc_context():

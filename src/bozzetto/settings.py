@@ -11,7 +11,7 @@ from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.common.options import LawOptions, MethodOptions
 from bozzetto.common.written import Written
 from bozzetto.drafts import CODES
-from bozzetto.errors import UsageError, brief, check_number, check_text
+from bozzetto.errors import UsageError, check_number, check_text, require
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import AUTO, read_method
 from bozzetto.rules.seed_exact import SeedExact
@@ -43,9 +43,8 @@ class GenerateSettings(LawOptions, MethodOptions):
         for name in ("drafter", "rule", "negative_prompt", "guidance_schedule", "compile"):
             if not isinstance(value := getattr(self, name), Written):
                 check_text(name, value or "")
-        if self.guidance_schedule not in SCHEDULES:
-            allowed = ", ".join(s for s in SCHEDULES if s)
-            raise UsageError(f"guidance_schedule = {brief(self.guidance_schedule)} is not allowed: {allowed}")
+        known = self.guidance_schedule in SCHEDULES
+        require(known, "guidance_schedule", self.guidance_schedule, ", ".join(s for s in SCHEDULES if s))
         if check_mode(self.compile) == "off" and self.deterministic:
             raise UsageError("deterministic is not allowed with compile = 'off': default, max")
         vars(self).update(zip(("drafter", "rule"), read_method(self.drafter, self.rule), strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import CANCELLED, DONE, DRAWING, FAILED, WAITING, ImageRequest
-from bozzetto.errors import UsageError, check_number
+from bozzetto.errors import UsageError, check_number, require
 from bozzetto.settings import GenerateSettings
 
 _OVER = (DONE, CANCELLED, FAILED)
@@ -38,8 +38,7 @@ class Scheduler:
 
     def __init__(self, pipe: Any, slots: int = 8, queue: int = 64, closed: bool = False):
         for name, value in (("slots", slots), ("queue", queue)):
-            if value < 1:
-                raise UsageError(f"{name} = {value} is not allowed: a whole number >= 1")
+            require(value >= 1, name, value, "a whole number >= 1")
         self.pipe, self.slots, self.queue, self.closed = pipe, slots, queue, closed
         self.waiting: deque[ImageRequest] = deque()
         self.batches: dict[Hashable, Batch] = {}

@@ -204,8 +204,7 @@ class VectorWindow(Drafting):
     window = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.spread <= WIDEST:
-            raise UsageError(f"spread = {self.spread} is not allowed: a number above 0, {WIDEST} at most")
+        require(0 < self.spread <= WIDEST, "spread", self.spread, f"a number above 0, {WIDEST} at most")
 
     def check(self, rule: Any, rules: Sequence[Any]) -> None:
         self._carried(rule, rules)

@@ -31,7 +31,7 @@ from bozzetto.drafters.drift import CachedDrift
 from bozzetto.drafters.gaussian import CachedGaussian
 from bozzetto.drafters.small_target import SmallTarget
 from bozzetto.drafters.trained import TRAINED
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.methods.options import Drafting
 from bozzetto.rules.neighbours import MOST, nearest_codes
 from bozzetto.runtime.graphs import Compiler, Report, digest_of
@@ -104,9 +104,7 @@ class Resources:
         """The nearest codes, int [V, columns] on the target's device. Raises UsageError for more columns than there
         are other codes."""
         most = min(MOST, len(self.codebook) - 1)
-        if columns > most:
-            held = f"the codebook has {len(self.codebook)} codes"
-            raise UsageError(f"k = {columns} is not allowed: at most {most} ({held})")
+        require(columns <= most, "k", columns, f"at most {most} (the codebook has {len(self.codebook)} codes)")
         if self._table is None:
             self._table = self._all_neighbours(most).to(self.target.device)
         return self._table[:, :columns]

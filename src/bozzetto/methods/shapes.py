@@ -7,7 +7,7 @@ import re
 
 from bozzetto.drafters.tree import Dynamic, Shape
 from bozzetto.drafts.tree import SHAPES
-from bozzetto.errors import UsageError, brief
+from bozzetto.errors import UsageError, require
 
 MOST_NODES = 128
 _LONGEST = 300  # characters of a tree that the cache holds
@@ -18,8 +18,7 @@ def read_shape(text: str) -> Shape | Dynamic:
     `dynamic-NODES-DEPTH-BEAM` (NODES counts the root, as published). Raises UsageError."""
     if text in SHAPES:
         return SHAPES[text]
-    if len(text) > _LONGEST:
-        raise UsageError(f"tree = {brief(text)} is not allowed: the cache holds {MOST_NODES} nodes at most")
+    require(len(text) <= _LONGEST, "tree", text, f"the cache holds {MOST_NODES} nodes at most")
     shape: Shape | Dynamic | None = None
     if found := re.fullmatch(r"chain-(\d+)", text):
         _check_nodes(text, int(found[1]))  # before a huge one is built

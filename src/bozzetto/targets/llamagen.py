@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Base, Count, Epsilon, Grid, Layers, Size
-from bozzetto.errors import UsageError
+from bozzetto.errors import UsageError, require
 from bozzetto.targets.layers import RMSNorm, check_heads, rope_table, rotate, small_maps
 
 
@@ -43,8 +43,8 @@ class LlamaGenConfig:
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
-        if not self.captioned and self.condition_tokens != 1:
-            raise UsageError(f"condition_tokens = {self.condition_tokens} is not allowed: a class is one token")
+        one = self.captioned or self.condition_tokens == 1
+        require(one, "condition_tokens", self.condition_tokens, "a class is one token")
 
     @property
     def captioned(self) -> bool:

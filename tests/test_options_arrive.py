@@ -74,7 +74,7 @@ def arrived(monkeypatch: pytest.MonkeyPatch, arguments: list[str], where: str, k
 
 def test_the_table_of_this_file_knows_every_option():
     defaults = {f.name: f.default for f in fields(Draw)}
-    assert set(LAW) | ENGINE == set(defaults) and not [k for k, v in LAW.items() if defaults[k] == v]
+    assert set(LAW) | ENGINE | {"model"} == set(defaults) and not [k for k, v in LAW.items() if defaults[k] == v]
     assert set(GENERATE) | {"drafter", "rule"} == {f.name for f in fields(GenerateSettings)}
 
 

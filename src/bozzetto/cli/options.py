@@ -24,6 +24,9 @@ OWN = "own"  # in a list: the model's own value
 class Draw(LawOptions, LoadOptions):
     """What every verb that draws images can be told."""
 
+    model: str = "flowers"
+    """A shipped model by name, a model folder (see `bozzetto models`), or a checkpoint in the Hugging Face layout (a
+    folder, or ORGANISATION/NAME)."""
     seed: int = 0
     """Image i of a seed is the same picture in any batch and with any number of images or processes around it."""
     batch: int = 8
@@ -44,9 +47,6 @@ class Generate(Draw, MethodOptions):
     classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
     """Class names or numbers, or prompts where the model takes them, in turn until --count is reached. None: all of the
     model's classes, or its example prompts."""
-    model: str = "flowers"
-    """A shipped model by name, a model folder (see `bozzetto models`), or a checkpoint in the Hugging Face layout (a
-    folder, or ORGANISATION/NAME)."""
     count: int | None = None
     """How many images in all. Not given: one for each class."""
     batch: int = 4
@@ -122,8 +122,6 @@ class Sample(Draw):
 
     classes: tyro.conf.Positional[tuple[str | int, ...]] = ()
     """Class names or numbers, taken in turn. None: all classes of the model."""
-    model: str = "flowers"
-    """As of `generate`."""
     method: str = "auto"
     """none, DRAFTER/RULE, or auto: the model's default, without bias."""
     count: int = 1000
@@ -148,8 +146,6 @@ class Evaluate(Draw):
     Example: bozzetto evaluate --compare none jacobi/exact --count 500
     """
 
-    model: str = "flowers"
-    """As of `generate`."""
     methods: str = "auto"
     """none, or DRAFTER/RULE, separated by commas; auto: the model's usual ones. none always takes part."""
     count: int = 500

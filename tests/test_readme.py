@@ -119,7 +119,8 @@ def test_commands_run(command, small_model, tiny_flow, photographs, tmp_path, mo
     if arguments[0] not in ("models", "report") and "--model" not in arguments:
         arguments += ["--model", str(small_model)]
     if arguments[0] == "evaluate":
-        arguments += ["--count", "8", "--batch", "4", "--bootstrap", "4", "--data", str(photographs)]
+        arguments += ["--count", "8", "--batch", "4"]
+        arguments += [] if "--compare" in arguments else ["--bootstrap", "4", "--data", str(photographs)]
     parsed = cli._parse(arguments)
     if isinstance(parsed, cli.verb.Report):
         for run in parsed.runs:

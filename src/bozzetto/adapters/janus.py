@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, LlamaConfig
 
 from bozzetto.adapters.pictures import HostedPictures, PictureConfig
 from bozzetto.adapters.prompted import Prompt, PromptedCodes
@@ -35,8 +35,8 @@ from bozzetto.adapters.source import (
     without,
     word_number,
 )
-from bozzetto.autoencoders.decoder import levels_of, renamed, renamed_whole
-from bozzetto.autoencoders.llamagen_vq import MODULES
+from bozzetto.autoencoders.decoder import renamed, renamed_whole
+from bozzetto.autoencoders.llamagen_vq import MODULES, hosted_config, infer_config
 from bozzetto.checkpoints.folders import CONFIG
 from bozzetto.checkpoints.load_settings import LoadSettings
 from bozzetto.common.files import read_json
@@ -154,7 +154,11 @@ def janus_config(source: Source, state: Mapping[str, Tensor]) -> JanusConfig:
         aligner, head = config["gen_aligner_config"]["params"], config["gen_head_config"]["params"]
         kind = aligner.get("projector_type", "mlp_gelu")
         require(kind == "mlp_gelu", f"{place}: projector_type", kind, "'mlp_gelu'")
-        vq = _vq_config(state, int(aligner["n_embed"]), int(head["image_token_embed"]), int(aligner["depth"]))
+        own = {k.removeprefix(_VQ): value for k, value in state.items() if k.startswith(_VQ)}
+        shape = infer_config({renamed(key, MODULES, back=True): value for key, value in own.items()})
+        aligned = {"projection_dim": int(aligner["n_embed"]), "num_hidden_layers": int(aligner["depth"])}
+        read = {"image_token_embed_dim": int(head["image_token_embed"])}
+        vq = hosted_config(shape, num_embeddings=shape.codes, **aligned, **read)
         pixels, scale = int(config["vision_config"]["params"]["image_size"]), 2 ** (len(vq.channel_multiplier) - 1)
         language = {k: v for k, v in config["language_config"].items() if k not in _OF_FILES}
         vision = JanusVisionConfig(image_size=pixels, patch_size=scale, num_image_tokens=(pixels // scale) ** 2)
@@ -164,24 +168,6 @@ def janus_config(source: Source, state: Mapping[str, Tensor]) -> JanusConfig:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{place}: not Janus' own layout: {error!r}") from error
-
-
-def _vq_config(state: Mapping[str, Tensor], width: int, head: int, depth: int) -> JanusVQVAEConfig:
-    """width, depth: of the aligner; head: what the head reads."""
-    widths, blocks = levels_of(state, f"{_VQ}encoder.down.")
-    base = len(state[f"{_VQ}encoder.conv_in.weight"])
-    codes, dim = state[f"{_VQ}quantize.embedding.weight"].shape
-    return JanusVQVAEConfig(
-        embed_dim=dim,
-        num_embeddings=codes,
-        latent_channels=len(state[f"{_VQ}encoder.conv_out.weight"]),
-        base_channels=base,
-        channel_multiplier=[n // base for n in widths],
-        num_res_blocks=blocks,
-        projection_dim=width,
-        num_hidden_layers=depth,
-        image_token_embed_dim=head,
-    )
 
 
 def _grammar(source: Source, tokenizer: Any) -> Ask:

@@ -96,16 +96,21 @@ class LlamaGenVQ(nn.Module):
 def _networks(config: LlamaGenVQConfig) -> Any:
     """The two networks and the convolutions beside the codes, with random weights."""
     with needed("LlamaGen's tokenizer needs", "llamagen"):
-        from transformers import JanusVQVAE, JanusVQVAEConfig
-    return JanusVQVAE(
-        JanusVQVAEConfig(
-            embed_dim=config.code_dim,
-            num_embeddings=1,  # the codebook is our own
-            latent_channels=config.latent,
-            base_channels=config.channels,
-            channel_multiplier=list(config.multipliers),
-            num_res_blocks=config.blocks,
-        )
+        from transformers import JanusVQVAE
+    return JanusVQVAE(hosted_config(config, num_embeddings=1))  # the codebook is our own
+
+
+def hosted_config(config: LlamaGenVQConfig, **besides: int) -> Any:
+    """The same config as transformers has it, a JanusVQVAEConfig. besides: more of its fields."""
+    from transformers import JanusVQVAEConfig
+
+    return JanusVQVAEConfig(
+        embed_dim=config.code_dim,
+        latent_channels=config.latent,
+        base_channels=config.channels,
+        channel_multiplier=list(config.multipliers),
+        num_res_blocks=config.blocks,
+        **besides,
     )
 
 

@@ -47,14 +47,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.GroupNorm(_GROUPS, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(_GROUPS, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        halves = [(nn.GroupNorm(_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(2)]
+        self.net = nn.Sequential(*halves[0], *halves[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)

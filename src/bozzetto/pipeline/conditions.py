@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,25 +13,12 @@ from bozzetto.errors import UsageError
 from bozzetto.pipeline.results import listed
 from bozzetto.targets.llamagen import left_pad
 
+if TYPE_CHECKING:
+    from bozzetto.adapters.t5 import T5Encoder
+    from bozzetto.targets.sentence import SentenceEncoder
+
 ENCODER = "all-MiniLM-L6-v2"  # as models name it that take prompts through targets/sentence.py
 EXAMPLES = ("a red tulip in a white vase", "a small house by a lake", "a portrait of an old sailor")
-
-
-class TextEncoder(Protocol):
-    """Texts -> features float32 [K, T, C], padded on the right, and their mask [K, T]. keeps: whether features are
-    written to disk. Raises UsageError."""
-
-    keeps: bool
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
-
-    def release(self) -> None:
-        """Let go of what takes much memory, until it is needed again."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A digest of its files; "" for one that comes with a package."""
-        ...
 
 
 class Classes:
@@ -124,13 +111,14 @@ class PromptBook(Classes):
 
 
 class Captions(PromptBook):
-    """Prompts of a text-conditional model whose text encoder is at hand. prompts: those that stand for classes where
-    none is asked; targets: the model's target and its compiled twins. The encoder is let go of when prompts have become
-    labels, unless a server will be asked for more (`remember`)."""
+    """Prompts of a text-conditional model whose text encoder is at hand (texts -> features float32 [K, T, C], padded
+    on the right, and their mask [K, T]). prompts: those that stand for classes where none is asked; targets: the
+    model's target and its compiled twins. The encoder is let go of when prompts have become labels, unless a server
+    will be asked for more (`remember`)."""
 
     takes_negative = False
 
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], targets: Callable[[], Sequence[Any]]):
+    def __init__(self, encoder: SentenceEncoder | T5Encoder, prompts: Sequence[str], targets: Callable[[], Any]):
         super().__init__([], self._add)
         self.encoder, self.targets, self.serving = encoder, targets, False
         for text in prompts:

@@ -36,7 +36,7 @@ from bozzetto.common.extras import needed
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
 from bozzetto.errors import UsageError, brief, require
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
-from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes, TextEncoder
+from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes
 from bozzetto.pipeline.kinds import CausalVectors, Codes, MaskedVectors, TokenKind
 from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipeline.results import settings_of
@@ -115,7 +115,7 @@ def _codes(
     network = partial(load_target, folder, LLAMAGEN, dtype=wanted.torch_dtype, device=wanted.device)
     tokenizer = load_tokenizer(folder, encoder=False).to(wanted.device)
     target, captions = LlamaGenTarget(network(), wanted.torch_dtype), wanted.captions
-    encoder: TextEncoder | None = None
+    encoder: Any = None  # of texts
     names: Sequence[str]
     if not target.config.captioned:
         _refuse_text(wanted, f"{folder} draws classes")
@@ -147,7 +147,7 @@ def _refuse_text(wanted: LoadSettings, why: str, others: str = "text-conditional
 
 def _encoder(
     folder: Path, config: dict[str, Any], target: LlamaGenTarget, wanted: LoadSettings
-) -> tuple[TextEncoder, Sequence[str]]:
+) -> tuple[Any, Sequence[str]]:
     """The text encoder of a model that draws captions, and the prompts that stand for its classes."""
     shape = target.config
     own, source = config.get("encoder"), wanted.text_encoder

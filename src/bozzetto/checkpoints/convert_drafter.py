@@ -161,16 +161,12 @@ def _interleaved(state: Mapping[str, Tensor], config: EagleConfig) -> dict[str, 
     order = torch.arange(config.head_dim).view(2, half).t().flatten()  # 0, half, 1, half + 1, ...
     found = dict(state)
     for key, value in state.items():
+        of_heads = value.shape[1:] == (config.head_dim,) and len(value) > 0 and config.heads % len(value) == 0
         if key in (f"{_LAYER}.q_proj.weight", f"{_LAYER}.k_proj.weight") and value.shape == (config.dim, config.dim):
             found[key] = value.unflatten(0, (config.heads, config.head_dim))[:, order].flatten(0, 1)
-        elif key.startswith((f"{_LAYER}.q_norm.", f"{_LAYER}.k_norm.")) and _of_heads(value, config):
+        elif key.startswith((f"{_LAYER}.q_norm.", f"{_LAYER}.k_norm.")) and of_heads:
             found[key] = value.repeat_interleave(config.heads // len(value), 0)[:, order]
     return found
-
-
-def _of_heads(value: Tensor, config: EagleConfig) -> bool:
-    """Whether it is of shape [groups of heads, head size]."""
-    return value.ndim == 2 and len(value) > 0 and config.heads % len(value) == 0 and value.shape[1] == config.head_dim
 
 
 def _check_rows(drafter: Path, rows: Tensor, target: Path) -> None:

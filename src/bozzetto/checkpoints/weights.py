@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bozzetto.common.files import pointer_note, read_json, write_whole
 from bozzetto.errors import UsageError, brief
+from bozzetto.targets.layers import Rotating
 
 WEIGHTS = "model.safetensors"
 _INDEX, _PICKLE = ".index.json", "pytorch_model.bin"
@@ -232,8 +233,8 @@ def fill(module: M, state: Mapping[str, Tensor]) -> M:
     """Give a module that was made on the meta device its weights, which fit, and what is made from its config."""
     module.load_state_dict(state, assign=True)
     for part in module.modules():
-        if (reset := getattr(part, "reset_rope", None)) is not None:
-            reset()
+        if isinstance(part, Rotating):
+            part.turn_by(part.turns)
     return module.eval().requires_grad_(False)
 
 

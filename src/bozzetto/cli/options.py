@@ -12,7 +12,7 @@ import tyro
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
-from bozzetto.common.options import BenchOptions, LawOptions, LoadOptions, MethodOptions, ProfileOptions
+from bozzetto.common.options import BenchOptions, EngineOptions, LawOptions, LoadOptions, MethodOptions, ProfileOptions
 from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError, require
 
@@ -67,8 +67,9 @@ class Bench(BenchOptions, LoadOptions):
     model: str = "flowers"
     """As of `generate`."""
     methods: str = "auto"
-    """none, or DRAFTER/RULE, separated by commas; @steps=, @last_steps=, @passes= or @window= gives one a setting of
-    its own (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take part."""
+    """none, or DRAFTER/RULE, separated by commas; @steps=, @last_steps=, @passes=, @window= or @compile= gives one a
+    setting of its own (none@passes=64). auto: the model's usual ones. none and the bare loop of passes always take
+    part."""
     suite: Literal["lantern", "continuous", "followers"] | None = None
     """A set of methods in place of --methods, measured in speed and in picture quality and bias too. followers: every
     rule, with the drafters that are shipped, on all models but the masked one."""
@@ -250,7 +251,7 @@ class Train:
 
 
 @checked(frozen=True, config=STRICT)
-class Serve(LoadOptions):
+class Serve(LoadOptions, EngineOptions):
     """Serve models over HTTP as the OpenAI Images API does, with a page to look at.
 
     Example: bozzetto serve --model flowers --model emoji --port 8000
@@ -280,10 +281,6 @@ class Serve(LoadOptions):
     to all who reach the address."""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Names under which the server may be asked. None: those of this machine for a loopback address, else any."""
-    compile: str = "off"
-    """off, default or max, see `generate`."""
-    deterministic: bool = False
-    """See `generate`."""
     ray: bool = False
     """Run replicas under Ray Serve (extra `ray`)."""
     replicas: int = 1

@@ -49,18 +49,14 @@ def application(options: Serve, keys: Sequence[str] = ()) -> Any:
         count = {"autoscaling_config": {**scaling, "target_ongoing_requests": options.ongoing}}
     deployment = serve.deployment(
         name="bozzetto",
-        max_ongoing_requests=most_ongoing(options),
+        # More than a replica takes, by as many as may be told so.
+        max_ongoing_requests=max(options.slots + options.queue, options.ongoing) + _ONGOING,
         max_queued_requests=_QUEUED,
         graceful_shutdown_timeout_s=options.limit + GRACE,
         ray_actor_options={"num_gpus": gpus_of(settings_from(options, LoadSettings))},
         **count,
     )(serve.ingress(build)(Replica))
     return deployment.bind()
-
-
-def most_ongoing(options: Serve) -> int:
-    """Requests that Ray hands to a replica at a time: more than it takes, by as many as may be told so."""
-    return max(options.slots + options.queue, options.ongoing) + _ONGOING
 
 
 def serve_on_ray(options: Serve, keys: Sequence[str] = (), wait: Callable[[], object] | None = None) -> None:

@@ -62,8 +62,21 @@ class MethodOptions:
     coupled (without a drafter), chains, joint, block (exact) and pathwise, cspd (lossy): pathwise:epsilon=0.1."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How passes are run."""
+
+    compile: str = "off"
+    """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
+    half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to
+    rounding."""
+    deterministic: bool = False
+    """With --compile: passes of any width and batch agree to the last bit, so that seed-exact images are the same bytes
+    in bfloat16 too, whatever the batch."""
+
+
 @dataclass(frozen=True)
-class LawOptions:
+class LawOptions(EngineOptions):
     """The law that images are drawn from, and the engine that draws them."""
 
     window: int = 0
@@ -97,17 +110,10 @@ class LawOptions:
     quality_words: bool = False
     """Append to every prompt what the model's authors append to theirs (Emu3, NextStep-1), and take their negative
     prompt where none is given."""
-    compile: str = "off"
-    """off, default or max: compile the passes of a causal model. The first pass of each shape then takes seconds (max:
-    half a minute), the others less than before; they are kept on disk. Float32 results agree with `off` up to
-    rounding."""
-    deterministic: bool = False
-    """With --compile: passes of any width and batch agree to the last bit, so that seed-exact images are the same bytes
-    in bfloat16 too, whatever the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(EngineOptions):
     """What all cells of a benchmark share."""
 
     count: int = 4
@@ -122,16 +128,12 @@ class BenchOptions:
     """Seed of the images."""
     threads: int = 0
     """CPU threads. 0: as torch chooses."""
-    compile: str = "off"
-    """off, default or max, of all methods but those with @compile= (none@compile=off)."""
-    deterministic: bool = False
-    """With --compile: passes of any width and batch agree to the last bit."""
     waves: int = 1
     """Images per round for each place in the batch: with more than one, images enter as others finish."""
 
 
 @dataclass(frozen=True)
-class ProfileOptions:
+class ProfileOptions(EngineOptions):
     """What is profiled, and how long."""
 
     method: str = "auto"
@@ -142,10 +144,6 @@ class ProfileOptions:
     """Images decoded together."""
     guidance: float | None = None
     """Classifier-free guidance, 1 or more. 1: off. Not given: the model's own."""
-    compile: str = "off"
-    """off, default or max. Compiled passes are timed whole, eager ones by operator."""
-    deterministic: bool = False
-    """With --compile: passes of any width and batch agree to the last bit."""
     seconds: float = 0.3
     """Spent on measuring each part, at least."""
     threads: int = 0

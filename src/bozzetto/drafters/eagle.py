@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,18 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, small_weights, visible
+from bozzetto.targets.layers import (
+    OnGrid,
+    RMSNorm,
+    Rotating,
+    additive,
+    check_heads,
+    copied,
+    rope_table,
+    rotate,
+    small_weights,
+    visible,
+)
 from bozzetto.targets.llamagen import LlamaGenConfig
 from bozzetto.targets.llamagen_cache import PackedLayer
 
@@ -41,7 +53,7 @@ QUIET = {"quiet": True}  # a field that config.json holds only where it is not t
 
 
 @dataclass(frozen=True)
-class EagleConfig:
+class EagleConfig(OnGrid):
     """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; embedding: which rows of the
     target stand for a token, `tokens` (its embedding) or `head` (published LlamaGen drafters); layers: how many.
 
@@ -66,10 +78,6 @@ class EagleConfig:
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
         require(self.layers >= 1, "layers", self.layers, "a whole number >= 1")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
 
 
 def eagle_config(target: LlamaGenConfig, embedding: Rows = "tokens", layers: int = 1) -> EagleConfig:
@@ -100,10 +108,9 @@ def _feed(layer: Any, h: Tensor) -> Tensor:
     return h + m.down_proj(F.silu(m.gate_proj(seen)) * m.up_proj(seen))
 
 
-class EagleNet(nn.Module):
+class EagleNet(Rotating):
     """The trainable part: no embedding and no head, which are the target's own, frozen."""
 
-    rope: Tensor
     layers: Any
 
     def __init__(self, config: EagleConfig):
@@ -111,17 +118,11 @@ class EagleNet(nn.Module):
         self.config = config
         self.fc = nn.Linear(2 * config.dim, config.dim)
         self.layers = nn.ModuleList(_new_layer(config, number == 0) for number in range(config.layers))
-        self.register_buffer(
-            "rope", rope_table(config.grid, config.head_dim, config.rope_base), persistent=False
-        )  # [N, hd/2, 2]
+        self.turn_by(partial(rope_table, config.grid, config.head_dim, config.rope_base))
         small_weights(self)
         for layer in self.layers[1:]:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
-
-    def reset_rope(self) -> None:
-        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base)
 
     def roll_out(self, features: Tensor, embedded: Tensor, steps: int) -> list[Tensor]:
         """Predictions of `steps` roll-out steps over whole sequences, the slow twin of cached drafting.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,18 @@ from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.layers import RMSNorm, additive, check_heads, copied, rope_table, rotate, small_weights, visible
+from bozzetto.targets.layers import (
+    OnGrid,
+    RMSNorm,
+    Rotating,
+    additive,
+    check_heads,
+    copied,
+    rope_table,
+    rotate,
+    small_weights,
+    visible,
+)
 
 
 def check_counts(config: object, *names: str) -> None:
@@ -51,7 +63,7 @@ class PlaneConfig:
 
 
 @dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(OnGrid):
     """dim, heads, ffn: shape of a layer (dim is the target's); vocab, grid: the target's; places: K; layers: how many;
     rank: of the table of the token before."""
 
@@ -69,10 +81,6 @@ class BlockConfig:
     def __post_init__(self) -> None:
         check_counts(self, "dim", "heads", "ffn", "grid", "places", "layers", "rank")
         check_heads(self.dim, self.heads)
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
 
 
 def gated(h: Tensor, seen: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
@@ -144,10 +152,9 @@ def _mixed_in(layer: Any, h: Tensor, mixed: Tensor) -> Tensor:
     return gated(h, layer.post_attention_layernorm(h), layer.gate_up, layer.down)
 
 
-class BlockNet(nn.Module):
+class BlockNet(Rotating):
     """fc: pairs to contexts; marks: [K, d], what tells the places apart; before: low-rank table, token -> logits."""
 
-    rope: Tensor
     layers: Any
 
     def __init__(self, config: BlockConfig):
@@ -158,15 +165,10 @@ class BlockNet(nn.Module):
         self.layers = nn.ModuleList(_new_layer(config) for _ in range(config.layers))
         self.before = nn.Embedding(config.vocab, config.rank)
         self.to_logits = nn.Linear(config.rank, config.vocab, bias=False)
-        self.register_buffer("rope", None, persistent=False)  # [N, hd/2, 2]
-        self.reset_rope()
+        self.turn_by(partial(rope_table, config.grid, config.head_dim, config.rope_base))
         small_weights(self)
         nn.init.normal_(self.marks, std=0.02)
         nn.init.zeros_(self.to_logits.weight)
-
-    def reset_rope(self) -> None:
-        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base)
 
     def rotated(self, x: Tensor, position: Tensor) -> Tensor:
         """x [R, n, d] at grid cells int64 [R or 1, n] -> heads, rotated: [R, n, H, hd]."""

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Grid, Layers, Size
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
-from bozzetto.targets.layers import RMSNorm, small_maps
+from bozzetto.targets.layers import OnGrid, RMSNorm, Rotating, small_maps
 from bozzetto.targets.llamagen import LlamaGenConfig, TransformerBlock, class_embedding
 
 TIME_SCALE = 1000.0  # the denoiser's times run from 0 to 1000
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(OnGrid):
     """dim, layers, heads: the transformer; token_dim: D, numbers of a token; grid: tokens per side; classes: labels
     (one more row is the unconditional one); head_width, head_depth: the flow head."""
 
@@ -50,19 +50,13 @@ class FlowConfig:
         )
 
     @property
-    def length(self) -> int:
-        """Tokens per image, N."""
-        return self.grid * self.grid
-
-    @property
     def denoiser(self) -> DenoiserConfig:
         return DenoiserConfig(self.token_dim, self.token_dim, self.dim, self.head_width, self.head_depth)
 
 
-class FlowModel(nn.Module):
+class FlowModel(Rotating):
     """The whole-sequence network, used for training and as the slow twin of the cached decoder."""
 
-    rope: Tensor
     layers: Any  # of TransformerBlock
 
     def __init__(self, config: FlowConfig, dropout: float = 0.0):
@@ -74,15 +68,11 @@ class FlowModel(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerBlock(body, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, body.norm_eps)
-        self.register_buffer("rope", body.rope(), persistent=False)
+        self.turn_by(body.rope)
         small_maps(self)
         nn.init.zeros_(self.token_embedding.bias)
         nn.init.normal_(self.positions, std=0.02)
         self.head = Denoiser(config.denoiser)
-
-    def reset_rope(self) -> None:
-        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = self.config.body.rope()
 
     def features(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """Conditions of tokens 0..n: labels int64 [B] (config.classes: unconditional), tokens float [B, n, D], n < N ->

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,33 @@ def small_maps(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+
+
+class OnGrid:
+    """What configs of transformers over a grid of tokens share."""
+
+    dim: Any
+    heads: Any
+    grid: Any
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.dim // self.heads)
+
+    @property
+    def length(self) -> int:
+        """Tokens per image, N."""
+        return int(self.grid * self.grid)
+
+
+class Rotating(nn.Module):
+    """A network with a table of rotations [N, hd/2, 2], which is made by a function and not stored."""
+
+    rope: Tensor
+
+    def turn_by(self, turns: Callable[[], Tensor]) -> None:
+        self.turns = turns
+        self.register_buffer("rope", turns(), persistent=False)
 
 
 def check_heads(dim: int, heads: int) -> None:

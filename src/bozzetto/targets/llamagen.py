@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Base, Count, Epsilon, Grid, Layers, Size
 from bozzetto.errors import UsageError, require
-from bozzetto.targets.layers import RMSNorm, check_heads, rope_table, rotate, small_maps
+from bozzetto.targets.layers import OnGrid, RMSNorm, Rotating, check_heads, rope_table, rotate, small_maps
 
 
 @dataclass(frozen=True)
-class LlamaGenConfig:
+class LlamaGenConfig(OnGrid):
     """dim, layers, heads: transformer shape; vocab: codebook size V; grid: tokens per side (N = grid^2);
     classes: class-conditional labels (one more row is the unconditional one), 0 where captions are the condition;
     condition_tokens: T, the condition's inputs; caption_dim: length of a caption feature, 0 for classes."""
@@ -52,19 +52,10 @@ class LlamaGenConfig:
         return self.caption_dim > 0
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
     def ffn(self) -> int:
         """2/3 of 4 dim, rounded up to a multiple of `ffn_multiple`."""
         hidden = int(2 * (4 * self.dim) / 3)
         return -(-hidden // self.ffn_multiple) * self.ffn_multiple
-
-    @property
-    def length(self) -> int:
-        """Tokens per image, N."""
-        return self.grid * self.grid
 
     def rope(self) -> Tensor:
         """The table of rotations [T + N, head_dim / 2, 2]; those of the condition are zero."""
@@ -178,10 +169,9 @@ def caption_sight(mask: Tensor, width: int) -> Tensor:
     return causal & real | torch.eye(width, dtype=torch.bool, device=mask.device)
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(Rotating):
     """The whole-sequence network, used for training and as the slow twin of the cached decoder."""
 
-    rope: Tensor
     layers: Any  # of TransformerBlock
 
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0):
@@ -193,13 +183,9 @@ class LlamaGen(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, dropout) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
-        self.register_buffer("rope", config.rope(), persistent=False)
+        self.turn_by(config.rope)
         small_maps(self)
         nn.init.zeros_(self.output.weight)
-
-    def reset_rope(self) -> None:
-        """Compute the table of rotations, which is not stored (for a model that was made on the meta device)."""
-        self.rope = self.config.rope()
 
     def forward(self, condition: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, n + 1, V] of tokens 0..n, given tokens int64 [B, n] with n < N and the condition: labels int64 [B]

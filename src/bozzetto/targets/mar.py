@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from bozzetto.common.checks import Count, Grid, Layers, Size
 from bozzetto.errors import UsageError
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
+from bozzetto.targets.layers import OnGrid
 
 _EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class MARConfig:
+class MARConfig(OnGrid):
     """dim, depth, heads: of the encoder and of the decoder; token_dim: D; grid: tokens per side; classes: labels;
     buffer: copies of the class that the transformer sees; head_width, head_depth: the diffusion head."""
 
@@ -43,24 +44,12 @@ class MARConfig:
             raise UsageError(f"dim = {self.dim} with heads = {self.heads} is not allowed: heads must divide dim")
 
     @property
-    def length(self) -> int:
-        """Tokens per image, N."""
-        return self.grid * self.grid
-
-    @property
     def denoiser(self) -> DenoiserConfig:
         return DenoiserConfig(self.token_dim, 2 * self.token_dim, self.dim, self.head_width, self.head_depth)
 
 
 # Published sizes: dim, depth (each of encoder and decoder), heads, head width, head depth.
 SHAPES = {"B": (768, 12, 12, 1024, 6), "L": (1024, 16, 16, 1280, 8), "H": (1280, 20, 16, 1536, 12)}
-
-
-def published_mar(size: str) -> MARConfig:
-    """Config of a published size (256 px ImageNet)."""
-    if size not in SHAPES:
-        raise UsageError(f"unknown MAR size {size!r} (allowed: {', '.join(SHAPES)})")
-    return MARConfig(*SHAPES[size])
 
 
 class ViTBlock(nn.Module):

@@ -313,16 +313,7 @@ def overlay(trace: PassTrace, grid: tuple[int, int], colours: np.ndarray) -> np.
 
 
 def picture_uri(pixels: np.ndarray) -> str:
-    """A photograph-like picture, uint8 [H, W, 3], as the address of a JPEG."""
-    return _uri(pixels, "JPEG", quality=_QUALITY, subsampling=0)
-
-
-def overlay_uri(pixels: np.ndarray) -> str:
-    """A mask, uint8 [rows, columns, 4], as the address of a PNG."""
-    return _uri(pixels, "PNG", optimize=True)
-
-
-def _uri(pixels: np.ndarray, kind: str, **options: Any) -> str:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind, **options)
+    """A photograph-like picture, uint8 [H, W, 3], as the address of a JPEG, a mask [rows, columns, 4] as a PNG's."""
+    kind, out = "JPEG" if pixels.shape[-1] == 3 else "PNG", io.BytesIO()
+    Image.fromarray(pixels).save(out, kind, optimize=kind == "PNG", quality=_QUALITY, subsampling=0)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -251,7 +251,7 @@ class _Study:
             for i in rows:
                 mask = draw.overlay(traces[i], d.grid, colours)
                 kept, passes = float((mask[..., 3] > 0).mean()), len(traces[i].committed)
-                sources = {"src": draw.picture_uri(d.load(i)), "mask": draw.overlay_uri(mask)}
+                sources = {"src": draw.picture_uri(d.load(i)), "mask": draw.picture_uri(mask)}
                 items.append({**sources, **_name(d, i), "kept": f"{100 * kept:.0f}%", "passes": passes})
             groups.append({"label": label, "items": items, "grid": d.grid, "total": d.total})
         legend = [{"colour": f"#{bytes(c).hex()}", "offset": str(j)} for j, c in enumerate(colours, 1)]

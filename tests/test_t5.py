@@ -19,6 +19,7 @@ import bozzetto
 from bozzetto.adapters.load import checkpoint_digest
 from bozzetto.adapters.t5 import T5Encoder, encoder_digest
 from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
+from bozzetto.checkpoints.captions import write_captions
 from bozzetto.checkpoints.convert import convert_llamagen
 from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.cli.main import main
@@ -173,9 +174,7 @@ def test_every_verb_takes_prompts_and_captions(given: str, model: Path, tmp_path
 
 def test_features_written_to_a_file_draw_what_the_prompts_draw(encoder: T5Encoder, model: Path, tmp_path: Path) -> None:
     texts = ["a dog", "a red tulip"]
-    features, mask = encoder(texts)
-    held = {"features": features.contiguous(), "mask": mask.to(torch.uint8).contiguous()}
-    save_file(held, tmp_path / "c.safetensors", {"captions": json.dumps(texts)})
+    write_captions(tmp_path / "c.safetensors", texts, *encoder(texts))
     given = bozzetto.load(model, captions=tmp_path / "c.safetensors").generate(texts, batch=2).images
     assert [i.sha256 for i in given] == [i.sha256 for i in bozzetto.load(model).generate(texts, batch=2).images]
 

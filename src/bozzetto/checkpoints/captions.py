@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bozzetto.checkpoints.weights import FLOATS, WHOLE, TensorHeader, header_of, open_tensors
+from bozzetto.checkpoints.weights import FLOATS, WHOLE, TensorHeader, header_of, open_tensors, save_tensors
 from bozzetto.common.files import parse_json
 from bozzetto.errors import UsageError
 from bozzetto.targets.llamagen import LlamaGenConfig, left_pad
@@ -39,6 +40,13 @@ def read_captions(path: str | Path, config: LlamaGenConfig) -> tuple[list[str], 
     if len(names) != len(features) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{path}: its metadata lists captions that are not {len(features)} texts")
     return names, *left_pad(features, mask)
+
+
+def write_captions(path: str | Path, captions: Sequence[str], features: Tensor, mask: Tensor) -> None:
+    """The file that `read_captions` reads, whole or not at all. features [K, T, C], mask [K, T]: as a text encoder
+    gives them, padded on the right."""
+    tensors = {"features": features.contiguous(), "mask": mask.to(torch.uint8).contiguous()}
+    save_tensors(path, tensors, {"captions": json.dumps(list(captions))})
 
 
 def _check_header(path: Path, held: Mapping[str, TensorHeader], config: LlamaGenConfig) -> None:

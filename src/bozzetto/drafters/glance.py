@@ -188,7 +188,8 @@ class GlanceFill(nn.Module):
         c, (batch, copies, *_), width = self.config, kept.shape, hidden.shape[1]
         row, copy = (torch.arange(n, device=hidden.device) for n in (batch, copies))
         new = count[:, None] + torch.arange(width, device=hidden.device)
-        kept[row[:, None, None], copy[:, None], new[:, None]] = _by_image(self.of_feature(hidden), copies)
+        by_image = self.of_feature(hidden).unflatten(0, (copies, -1)).transpose(0, 1)  # [B, copies, W, narrow]
+        kept[row[:, None, None], copy[:, None], new[:, None]] = by_image
         last = (count + committed - 1).clamp_min(0)[:, None]  # [B, 1]; a slot without an image commits nothing
         number = last + 1 + torch.arange(min(most, c.places), device=hidden.device)  # [B, K]
         far_tokens, far_features = c.around
@@ -210,8 +211,3 @@ class GlanceFill(nn.Module):
     def bias(self, tokens: Tensor) -> Tensor:
         """What the table adds to logits behind tokens int64 [B, n]: float32 [B, n, V]."""
         return self.to_logits(self.before[tokens]).float()
-
-
-def _by_image(part: Tensor, copies: int) -> Tensor:
-    """[copies B, ...] -> [B, copies, ...]."""
-    return part.unflatten(0, (copies, -1)).transpose(0, 1)

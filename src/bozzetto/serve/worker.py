@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -255,12 +254,11 @@ class Worker(threading.Thread):
         return self.loops[order.place]
 
     def _open(self, place: str, pipe: Pipeline) -> None:
-        pipe.remember(max(_PROMPTS, 2 * (self.slots + self.queue)), partial(self._labels, place))
-        self.loops[place] = Scheduler(pipe, self.slots, self.slots + self.queue)
+        def busy() -> set[int]:  # labels of its images that are asked for and not over
+            return {d.image.label for d in self.drawn.values() if d.job.order.place == place}
 
-    def _labels(self, place: str) -> set[int]:
-        """Labels of images of a place that are asked for and not over."""
-        return {d.image.label for d in self.drawn.values() if d.job.order.place == place}
+        pipe.remember(max(_PROMPTS, 2 * (self.slots + self.queue)), busy)
+        self.loops[place] = Scheduler(pipe, self.slots, self.slots + self.queue)
 
     def _drop(self, job: Job, error: Exception | None, new: bool = False) -> None:
         """Give up an order; error: what its client is told."""

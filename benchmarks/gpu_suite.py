@@ -69,7 +69,7 @@ from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.heads import DiffusionLaw
 from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
-from bozzetto.targets.mar import MAR, MARConfig, published_mar
+from bozzetto.targets.mar import MAR, SHAPES, MARConfig
 from bozzetto.targets.mar_target import MARSampler, MARTarget
 
 CAUSAL = ("XL", "L", "B", "3B")  # in the order of importance
@@ -322,7 +322,7 @@ def masked_config(shape: str) -> MARConfig:
     """A published size of MAR, or a tiny one."""
     if shape == f"MAR-{TINY}":
         return MARConfig(32, 1, 2, 16, 1, grid=8, classes=10, buffer=4)
-    return published_mar(shape.removeprefix("MAR-"))
+    return MARConfig(*SHAPES[shape.removeprefix("MAR-")])
 
 
 def pixels(shape: str, grid: int) -> int:

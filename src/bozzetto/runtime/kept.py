@@ -79,16 +79,16 @@ def made(name: str, make: Callable[[str], object], folder: Path | None) -> Path:
     """
     if found := find(name, folder):
         return found
-    new = write_digested(_temporary() / name, make)
+    own = Path(tempfile.mkdtemp(dir=_temporary()))  # other threads see nothing of it that goes away again
     try:
-        path = keep(name, lambda at: shutil.copyfile(new, at), folder)
-    except OSError as error:
-        if not new.exists() and (found := find(name, folder)):  # another thread kept the same, and took `new` away
-            return found
-        _say_once(folder, error.strerror or str(error))
-        return new
-    new.unlink(missing_ok=True)
-    return path
+        new = write_digested(own / name, make)
+        try:
+            return keep(name, lambda at: shutil.copyfile(new, at), folder)
+        except OSError as error:
+            _say_once(folder, error.strerror or str(error))
+            return new.replace(_temporary() / new.name)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def thin_out(folder: Path, pattern: str, most: int, keep: Path) -> None:

@@ -14,11 +14,12 @@ _ROWS = 32  # for which the layout is chosen; it serves any number
 
 
 class Dense:
-    """x [..., n] -> x W^T + b [..., m]. weight: [m, n] and bias: [m] or None, both brought to `dtype`."""
+    """x [..., n] -> x W^T + b [..., m]. weight: [m, n] and bias: [m] or None, both brought to `dtype`; gated: the
+    rows are [gate; up], and silu(gate) * up is the result."""
 
     @torch.no_grad()
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.shape, self.dtype = tuple(weight.shape), dtype
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool = False):
+        self.shape, self.dtype, self.gated = tuple(weight.shape), dtype, gated
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.packed = _packs(self.weight)
@@ -34,7 +35,17 @@ class Dense:
         """The weight [m, n] in torch's own layout."""
         return self.weight.to_dense() if self.packed else self.weight
 
+    def exact(self, x: Tensor) -> Tensor:
+        """The same in float32."""
+        return self(x).float()
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self._product(x).chunk(2, -1)
+            return F.silu(gate) * up
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

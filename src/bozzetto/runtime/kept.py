@@ -1,4 +1,4 @@
-"""Files that are kept from one run to the next: compiled graphs, kernels, tables of neighbours.
+"""Files that are kept from one run to the next: kernels, tables of neighbours, features of captions.
 
 A kept file has a digest of its bytes in its name, NAME.DIGEST.SUFFIX, and is used only while the two agree: one that
 was cut or changed is thrown away and made again, and processes that make the same file at once do not meet. The folder
@@ -21,7 +21,7 @@ from pathlib import Path
 from bozzetto.common.files import digest, write_digested
 from bozzetto.errors import UsageError
 
-KINDS = (".pt2", ".so", ".safetensors")  # suffixes of kept files
+KINDS = (".so", ".safetensors")  # suffixes of kept files
 _DIGEST = "[0-9a-f]" * 16
 
 
@@ -131,7 +131,7 @@ def _temporary() -> Path:
 def _say_once(folder: Path | None, why: str) -> None:
     where = "nothing can be kept" if folder is None else f"nothing can be kept in {folder}"
     logging.getLogger("bozzetto").warning(
-        "%s (%s): what is compiled goes when this process ends; set BOZZETTO_CACHE to a folder that can be written to",
+        "%s (%s): what is made goes when this process ends; set BOZZETTO_CACHE to a folder that can be written to",
         where,
         why,
     )

@@ -1,13 +1,13 @@
-"""The kernels of our own: attention of a few queries per sequence over a ragged cache (attend.cpp), and linear maps of
-a few rows for processors without a matrix unit (linear.cpp).
+"""The kernels of our own: cached decoders, attention over a ragged cache, linear maps of a few rows, denoising heads,
+laws and noise (decoder.cpp and its headers).
 
-torch's attention for CPUs spends most of such a call on starting small matrix products, and its products in bfloat16
-reach a third of what such a processor can do. Both are built by the machine's C++ compiler when compiled passes are
-first asked for, and kept where compiled graphs are kept.
+They are plain C++ without torch, know no shape, and are built by the machine's compiler once, in a few seconds, when a
+pass first asks for them; they are kept where other made files are kept.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -17,80 +17,17 @@ import subprocess
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
+from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
 from bozzetto.runtime.kept import cache_folder, made
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("attend.cpp", "linear.cpp"))
+_ENGINE = Path(__file__).parent / "decoder.cpp"
 NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'"
-HEAD_UNIT = 32  # head dimensions are a multiple of this
-
-
-def load_kernels(folder: Path | None = None) -> None:
-    """Make `torch.ops.bozzetto.attend` known: (q [R, W, H, D], keys [R, H, S, D], values, seen bool [B, W, C], steady)
-    -> [R, W, H, D], where row r attends to the columns c < C that seen[r % B] shows it; float32 or bfloat16.
-
-    values: as keys in float32; [R, H, S/2, D, 2] in bfloat16, columns 2 i and 2 i + 1 side by side (`in_pairs`);
-    `append_attend`(q, k, v, keys, values, slot int64 [B, W], seen, steady) first writes the pass's own keys and values,
-    shaped as q, into columns `slot` of the caches; generated code writes such scattered columns number by number.
-
-    `torch.ops.bozzetto.linear` is described at `runtime/linear.py`.
-
-    steady: a query's result has the same bits in a call of any width (with the matrix unit it has anyway).
-
-    folder: where they are kept, if not in the cache. They are loaded once in a process. Raises UsageError where they
-    cannot be built or loaded.
-    """
-    if hasattr(torch.ops.bozzetto, "attend"):
-        return
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise UsageError(NO_COMPILER)
-    code = b"".join(source.read_bytes() for source in SOURCES)
-    name = hashlib.sha256(code + f"{torch.__version__} {platform.libc_ver()} {instructions()}".encode())
-    path = made(f"kernels-{name.hexdigest()[:16]}.so", lambda at: _build(compiler, at), folder or cache_folder())
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise UsageError(
-            f"compile: the kernels in {path} cannot be loaded: {error} (or use compile = 'off')"
-        ) from error
-
-    @torch.library.register_fake("bozzetto::attend")
-    def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, steady: bool) -> Tensor:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-    @torch.library.register_fake("bozzetto::append_attend")
-    def append_attend(
-        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot: Tensor, seen: Tensor, steady: bool
-    ) -> Tensor:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-    @torch.library.register_fake("bozzetto::linear")
-    def linear(
-        x: Tensor, weight: Tensor, columns: int, gated: bool, bias: Tensor | None, more: Tensor | None
-    ) -> Tensor:
-        return torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-
-
-def in_pairs(values: Tensor) -> Tensor:
-    """[R, H, S, D] -> [R, H, S/2, D, 2]."""
-    return values.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
-
-
-def _build(compiler: str, path: str) -> None:
-    command = [compiler, "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp"]
-    command += ["-shared", "-fPIC", "-std=c++20", *map(str, SOURCES), "-o", path]
-    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = " ".join(done.stderr.split())[-400:]
-        raise UsageError(f"compile: {compiler} could not build the kernels: {tail} (or use compile = 'off')")
 
 
 def instructions() -> str:
@@ -141,3 +78,75 @@ def processor() -> str:
         return platform.processor()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor())
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Our kernels. Raises UsageError where they cannot be built or loaded."""
+    return load_kernels(cache_folder())
+
+
+def load_kernels(folder: Path | None) -> ctypes.CDLL:
+    """The kernels, from `folder`, or built and kept there; says so on stderr, for that takes seconds. Raises UsageError
+    where there is no C++ compiler, or where what it built cannot be loaded."""
+    code = b"".join(path.read_bytes() for path in [*sorted(_ENGINE.parent.glob("*.h")), _ENGINE])
+    name = hashlib.sha256(code + f"{platform.libc_ver()} {instructions()}".encode()).hexdigest()[:16]
+    path = made(f"engine-{name}.so", _build, folder)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UsageError(
+            f"compile: the kernels in {path} cannot be loaded: {error} (or use compile = 'off')"
+        ) from error
+
+
+def _build(path: str) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise UsageError(NO_COMPILER)
+    note("building the kernels for this machine, once ...")
+    command = [compiler, "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp"]
+    command += ["-shared", "-fPIC", "-std=c++20", str(_ENGINE), "-o", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = " ".join(done.stderr.split())[-400:]
+        raise UsageError(f"compile: {compiler} could not build the kernels: {tail} (or use compile = 'off')")
+
+
+def address_of(part: Tensor | None) -> int | None:
+    """Where a contiguous tensor lies, for a field of a structure."""
+    return None if part is None else part.data_ptr()
+
+
+NUMBER, FLOAT, ADDRESS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def structure(*fields: tuple[Any, str]) -> Any:
+    """A structure of C. fields: (type, names), in order."""
+    named = [(name, kind) for kind, names in fields for name in names.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": named})
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a kernel with whole numbers, contiguous tensors (None: no address) and structures."""
+    getattr(library(), name)(*map(_argument, arguments))
+
+
+def _argument(part: Any) -> Any:
+    if isinstance(part, int):
+        return ctypes.c_int64(part)
+    if part is None or isinstance(part, Tensor):
+        return ctypes.c_void_p(address_of(part))
+    return ctypes.byref(part)
+
+
+def need_kernels(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UsageError where our kernels do not compute."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        kind = "a processor" if device.type == "cpu" else device
+        raise UsageError(f"compile is not allowed here: no kernels for {dtype} on {kind}")
+
+
+def loaded() -> bool:
+    """Whether this process has our kernels."""
+    return library.cache_info().currsize > 0

@@ -1,0 +1,198 @@
+// A denoising head (targets/denoiser.py) without what its conditions say, and whole chains of its steps. The
+// modulations, [rows][(3 depth + 2) width] with "1 + scale" for scale, are given; what lies between is in float32 but
+// for the inputs of the maps.
+#pragma once
+#include "linear.h"
+
+namespace bozzetto {
+
+struct HeadBlock {
+  Map up, down;
+  const float *gain, *bias;  // of the norm
+};
+
+struct Denoiser {
+  int64_t half, width, depth, token_dim, out_dim;
+  Map input, output;  // in float32
+  const HeadBlock* blocks;
+};
+
+template <typename T>
+struct Narrow {
+  const Denoiser& h;
+  int64_t rows;
+  std::vector<float> x, y, last;
+  std::vector<T> normed, act;
+
+  Narrow(const Denoiser& h, int64_t rows) : h(h), rows(rows) {
+    x.resize(rows * h.width), y.resize(rows * h.width), last.resize(rows * h.width);
+    normed.resize(rows * h.width), act.resize(rows * h.width);
+  }
+
+  // shift + scale * norm(x) of a row, after what the last block adds to it: gate * y.
+  template <typename To>
+  void modulated(int64_t r, const T* gate, const T* shift, const T* scale, const float* gain, const float* bias,
+                 To* to) {
+    float* row = x.data() + r * h.width;
+    const float count = static_cast<float>(h.width);
+    Floats sum{};
+    for (int64_t d = 0; d < h.width; d += kLanes) {
+      const int64_t left = h.width - d;
+      Floats v = some(row + d, left);
+      if (gate != nullptr) put(v = v + some(gate + d, left) * some(y.data() + r * h.width + d, left), row + d, left);
+      sum += v;
+    }
+    const float mean = summed(sum) / count;
+    Floats square{};
+    for (int64_t d = 0; d < h.width; d += kLanes) {
+      const int64_t left = h.width - d;
+      Floats v = some(row + d, left) - mean;
+      for (int64_t j = left; j < kLanes; ++j) v[j] = 0;
+      square += v * v;
+    }
+    const float by = 1.0f / std::sqrt(summed(square) / count + 1e-6f);
+    for (int64_t d = 0; d < h.width; d += kLanes) {
+      const int64_t left = h.width - d;
+      Floats v = (some(row + d, left) - mean) * by;
+      if (gain != nullptr) v = v * some(gain + d, left) + some(bias + d, left);
+      put(some(shift + d, left) + some(scale + d, left) * v, to + r * h.width + d, left);
+    }
+  }
+
+  // Tokens [given, token_dim], of which the rows are copies one after another -> predictions [rows, out_dim]. Nobody
+  // waits at the end.
+  void run(const Team& team, const float* tokens, int64_t given, const T* modulation, float* out) {
+    const int64_t w = h.width, stride = (3 * h.depth + 2) * w;
+    product<float>(team, h.input, tokens, given, {x.data(), Into::kFloat});
+    team.meet();
+    if (given < rows) {
+      for (int64_t r = given + team.first(rows - given); r < given + team.last(rows - given); ++r)
+        std::copy_n(x.data() + r % given * w, w, x.data() + r * w);
+      team.meet();
+    }
+    const T* gate = nullptr;
+    for (int64_t i = 0; i < h.depth; ++i) {
+      const HeadBlock& b = h.blocks[i];
+      const T* own = modulation + 3 * i * w;
+      for (int64_t r = team.first(rows); r < team.last(rows); ++r)
+        modulated(r, gate == nullptr ? nullptr : gate + r * stride, own + r * stride, own + r * stride + w, b.gain, b.bias,
+                  normed.data());
+      team.meet();
+      product(team, b.up, normed.data(), rows, {act.data(), Into::kSilu});
+      team.meet();
+      product(team, b.down, act.data(), rows, {y.data(), Into::kFloat});
+      team.meet();
+      gate = own + 2 * w;
+    }
+    const T* own = modulation + 3 * h.depth * w;
+    for (int64_t r = team.first(rows); r < team.last(rows); ++r)
+      modulated<float>(r, gate == nullptr ? nullptr : gate + r * stride, own + r * stride, own + r * stride + w, nullptr,
+                       nullptr, last.data());
+    team.meet();
+    product<float>(team, h.output, last.data(), rows, {out, Into::kFloat});
+  }
+};
+
+// Chains of `places` tokens from their noise [places][steps + 1][D], with modulations [steps][copies places][...] and
+// coefficients [steps][3 or 5] (targets/heads.py). With a draft the chains are coupled with it by reflection.
+struct Chain {
+  int64_t threads, places, copies, steps, learned;  // learned: whether variances are predicted
+  const void* modulation;
+  const float *coefficients, *guidance;  // guidance: of a place
+  float temperature;
+  const float* noise;                         // of the target alone; of the draft where there is one, [places][steps][D]
+  const float *drafted, *draft_mean;          // states and means of the draft, [places][steps + 1 or steps][D], or null
+  const double* log_u;                        // [places][steps]; inf: nothing is kept
+  float *states, *mean, *std;                 // results; std [places][steps][D] only where learned
+};
+
+template <typename T>
+struct ChainRun {
+  const Denoiser& h;
+  const Chain& c;
+  Narrow<T> narrow;
+  std::vector<float> now, predicted;
+
+  ChainRun(const Denoiser& h, const Chain& c) : h(h), c(c), narrow(h, c.places * c.copies) {
+    now.resize(c.places * h.token_dim);
+    predicted.resize(c.places * c.copies * h.out_dim);
+  }
+
+  void step(int64_t p, int64_t k) {
+    const int64_t d = h.token_dim;
+    const float *a = c.coefficients + k * (c.learned ? 5 : 3), *cond = predicted.data() + p * h.out_dim;
+    const float* uncond = predicted.data() + (c.places + p) * h.out_dim;
+    float *x = now.data() + p * d, *mean = c.mean + (p * c.steps + k) * d;
+    const float scale = c.copies > 1 ? c.guidance[p] : 1.0f;
+    for (int64_t i = 0; i < d; ++i) {
+      const float guided = c.copies > 1 ? uncond[i] + scale * (cond[i] - uncond[i]) : cond[i];
+      mean[i] = a[0] * x[i] + a[1] * guided;
+    }
+    float* next = c.states + (p * (c.steps + 1) + k + 1) * d;
+    if (c.drafted != nullptr) {
+      coupled(p, k, mean, a[2], next);
+    } else {
+      const float* noise = c.noise + (p * (c.steps + 1) + k + 1) * d;
+      for (int64_t i = 0; i < d; ++i) {
+        float std = a[2];
+        if (c.learned) {
+          const float share = (cond[d + i] + 1) / 2;
+          std = std::exp(0.5f * (a[2] + share * (a[3] - a[2]))) * (a[4] * c.temperature);
+          c.std[(p * c.steps + k) * d + i] = std;
+        }
+        next[i] = mean[i] + std * noise[i];
+      }
+    }
+    std::copy_n(next, d, x);
+  }
+
+  // rules/coupling.py: reflect.
+  void coupled(int64_t p, int64_t k, const float* mean, float std, float* next) const {
+    const int64_t d = h.token_dim, at = (p * c.steps + k) * d;
+    const float *noise = c.noise + at, *theirs = c.draft_mean + at;
+    const float* drafted = c.drafted + (p * (c.steps + 1) + k + 1) * d;
+    float along = 0, square = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      const float gap = (mean[i] - theirs[i]) / std;
+      along += gap * noise[i], square += gap * gap;
+    }
+    const double log_u = c.log_u[p * c.steps + k];
+    if (log_u <= static_cast<double>(along - 0.5f * square)) {
+      std::copy_n(drafted, d, next);
+    } else {
+      const float share = along / std::max(square, 1e-30f);
+      for (int64_t i = 0; i < d; ++i) next[i] = mean[i] + std * (noise[i] - 2 * share * ((mean[i] - theirs[i]) / std));
+    }
+  }
+
+  void run(const Team& team) {
+    const int64_t d = h.token_dim, rows = c.places * c.copies, stride = rows * (3 * h.depth + 2) * h.width;
+    const float* first = c.drafted == nullptr ? c.noise : c.drafted;
+    for (int64_t p = team.first(c.places); p < team.last(c.places); ++p) {
+      std::copy_n(first + p * (c.steps + 1) * d, d, now.data() + p * d);
+      std::copy_n(now.data() + p * d, d, c.states + p * (c.steps + 1) * d);
+    }
+    team.meet();
+    for (int64_t k = 0; k < c.steps; ++k) {
+      narrow.run(team, now.data(), c.places, static_cast<const T*>(c.modulation) + k * stride, predicted.data());
+      team.meet();
+      for (int64_t p = team.first(c.places); p < team.last(c.places); ++p) step(p, k);
+      team.meet();
+    }
+  }
+};
+
+template <typename T>
+void run_chain(const Denoiser& h, const Chain& c) {
+  ChainRun<T> chain(h, c);
+  together(c.threads, [&](const Team& team) { chain.run(team); });
+}
+
+template <typename T>
+void run_narrow(int64_t threads, const Denoiser& h, const float* tokens, int64_t given, const void* modulation, int64_t rows,
+                float* out) {
+  Narrow<T> narrow(h, rows);
+  together(threads, [&](const Team& team) { narrow.run(team, tokens, given, static_cast<const T*>(modulation), out); });
+}
+
+}  // namespace bozzetto

@@ -1,0 +1,82 @@
+"""Laws of codes, draws and Gumbel noise by our kernels (laws.h, noise.h); `laws/` has the same in torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin
+from bozzetto.runtime.native import ADDRESS, NUMBER, address_of, call, loaded, structure
+
+
+def own_gumbel_rows(keys: Tensor, vocab: int) -> Tensor:
+    """As `laws.noise.gumbel_rows` for the numbers 0 to vocab - 1: keys int64 [n] -> float32 [n, V]."""
+    out = torch.empty(len(keys), vocab)
+    call("bozzetto_gumbel", torch.get_num_threads(), keys.contiguous(), len(keys), vocab, out)
+    return out
+
+
+def own_laws(
+    logits: Tensor, guidance: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None
+) -> Tensor:
+    """As `laws.categorical.row_laws`."""
+    batch, (rows, width, vocab) = len(guidance), logits.shape
+    out = torch.empty(batch, width, vocab)
+    sizes = (rows // batch, batch, width, vocab)
+    call(
+        "bozzetto_laws", torch.get_num_threads(), logits.contiguous(), *sizes, guidance, temperature, top_k, top_p, out
+    )
+    return out
+
+
+def own_law_of(logits: Tensor, settings: LawSettings) -> Tensor:
+    """As `laws.categorical.law_of`; the numbers are those of `own_laws`."""
+    batch = len(logits) // (2 if settings.guided else 1)
+    guidance = torch.full((batch,), settings.guidance)
+    top_k = torch.full((batch,), settings.top_k if settings.temperature else -1)
+    top_p = torch.full((batch,), settings.top_p)
+    return own_laws(logits.float(), guidance, torch.full((batch,), settings.temperature or 1.0), top_k, top_p)
+
+
+def gumbel_draw(laws: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """`gumbel_argmax` and `gumbel_margin` in one: float32 [..., V] twice -> int64 [...], float32 [...]. Our kernel and
+    torch agree to the bit."""
+    if not loaded() or laws.device.type != "cpu" or laws.dtype != torch.float32:
+        return gumbel_argmax(laws, noise), gumbel_margin(laws, noise)
+    laws, noise = torch.broadcast_tensors(laws, noise)
+    lead, noise = laws.shape[:-1], noise.contiguous()
+    tokens, margins = torch.empty(lead, dtype=torch.int64), torch.empty(lead)
+    rows, vocab = tokens.numel(), laws.shape[-1]
+    call("bozzetto_draw", torch.get_num_threads(), laws.contiguous(), noise, rows, vocab, tokens, margins)
+    return tokens, margins
+
+
+# `Slots` of advance.h.
+_Slots = structure(
+    (NUMBER, "coupled threads batch copies width widest vocab length ring room"),
+    (ADDRESS, "logits guidance temperature noise inputs count drafted"),
+    (ADDRESS, "tokens next next_count report keys passes drafts next_laws laws"),
+)
+
+
+def own_advance(
+    s: Any, logits: Tensor, widest: int, length: int, coupled: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor]:
+    """What follows a pass of windows whose laws have no cuts (decoding/advance.py). s: the slots, of which `tokens` are
+    changed; coupled: rules/exact.py, else rules/seed_exact.py -> the next inputs int64 [B, widest] and counts, the
+    report float32 [3, B]; where coupled the next drafts' laws; and the laws of the places, float32 [B, W, V]."""
+    batch, (rows, width, vocab) = len(s.count), logits.shape
+    sizes = batch, rows // batch, width, widest, vocab, length, s.noise.shape[1], s.tokens.shape[1]
+    parts = logits, s.guidance, s.temperature, s.noise, s.inputs, s.count, s.drafted
+    given = [part.contiguous() for part in parts]
+    found = torch.empty(batch, widest, dtype=torch.int64), torch.empty_like(s.count), torch.empty(3, batch)
+    own, next_laws = torch.empty(batch, width, vocab), None
+    coins: list[Tensor | None] = [None] * 3
+    if coupled:
+        coins = [part.contiguous() for part in (s.keys, s.passes, s.laws)]
+        next_laws = torch.empty(batch, widest - 1, vocab) if widest > 1 else None
+    addresses = map(address_of, (*given, s.tokens, *found, *coins, next_laws, own))
+    call("bozzetto_advance", _Slots(int(coupled), torch.get_num_threads(), *sizes, *addresses))
+    return found, next_laws, own

@@ -112,7 +112,7 @@ class PromptedTarget:
     in; length: tokens of a picture. Labels are numbers of the prompts that `add` was given.
     """
 
-    step: Any = None  # no compiled passes
+    own = False
     numbers: Sequence[int] = ()  # words that stand for image tokens
     prompts: list[Prompt]
 
@@ -192,7 +192,7 @@ class PromptedCodes(PromptedTarget):
     """
 
     tokens = CODES
-    step = None  # passes are those of transformers
+    own = False  # passes are those of transformers
 
     @torch.no_grad()
     def __init__(

@@ -24,7 +24,7 @@ from bozzetto.runtime.kept import cache_folder, damaged
 from bozzetto.runtime.native import has_matrix_unit, products_prefer_bfloat16
 
 Verdict = Literal["ok", "note", "fail"]
-_ROOM = 2**30  # bytes that graphs and sample runs soon need
+_ROOM = 2**30  # bytes that features of captions and sample runs soon need
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    named = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    named = (os.environ.get("CXX", "c++"), "g++", "clang++")  # as runtime/native.py looks
     found = next(filter(None, map(shutil.which, named)), None)
     how = found or "none: --compile will not work"
     yield checked("C++ compiler", found, how, "install g++ (Debian: apt install g++)", "note")

@@ -69,7 +69,10 @@ def _publish(staging: Path, out: Path, ours: Callable[[Path], bool]) -> None:
         with contextlib.suppress(OSError):  # somebody was quicker
             os.rename(staging, out)
             return
-    taken = [p for p in staging.iterdir() if os.path.lexists(out / p.name) and not ours(out / p.name)]
+    taken: list[Path] = []
+    if out.is_dir():
+        with locked(out, wait=True):  # while others move theirs, files are missing for a moment
+            taken = [p for p in staging.iterdir() if os.path.lexists(out / p.name) and not ours(out / p.name)]
     if taken or not out.is_dir():
         kept = out.with_name(f"{out.name[:40]}-{secrets.token_hex(4)}")
         os.rename(staging, kept)

@@ -1,8 +1,8 @@
 """What follows a pass of a coupled Jacobi window: law, verdict, commit and the next drafts, for slots of images.
 
-One pure function of tensors, so that it can be compiled into the pass itself (targets/compiled.py). Every slot has its
-own law, noise, progress and number of drafts; slots of images that have just come in have none. `decoding/loop.py` with
-`drafters/jacobi.py` is the readable twin: same images.
+One function of tensors; where our kernels run the passes, they do laws, draws and plain seed-exact windows too
+(runtime/laws.py). Every slot has its own law, noise, progress and number of drafts; slots of images that have just come
+in have none. `decoding/loop.py` with `drafters/jacobi.py` is the readable twin: same images.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bozzetto.drafts import Draft
-from bozzetto.laws.categorical import gumbel_argmax, gumbel_margin, row_laws
+from bozzetto.laws.categorical import gumbel_margin, row_laws
 from bozzetto.laws.noise import fold, uniform
 from bozzetto.rules.base import Noise, Rule
+from bozzetto.runtime.laws import gumbel_draw, own_advance, own_laws
 
 
 @dataclass
@@ -61,11 +62,14 @@ class SlotState:
 class Advance(nn.Module):
     """rule: a rule that carries windows on; length: tokens of an image; widest: places of the next inputs; filtered:
     whether any law has a top-k or a top-p (or is greedy: top-k 1); filler: draws the places that enter the window
-    (drafters/glance.py; None: a copy of the window's last law)."""
+    (drafters/glance.py; None: a copy of the window's last law); own: laws by our kernels."""
 
-    def __init__(self, rule: Rule, length: int, widest: int, filtered: bool, filler: nn.Module | None = None):
+    def __init__(
+        self, rule: Rule, length: int, widest: int, filtered: bool, filler: nn.Module | None = None, own: bool = False
+    ):
         super().__init__()
         self.rule, self.length, self.widest, self.filtered = rule, length, widest, filtered
+        self.own, self.row_laws = own, own_laws if own else row_laws
         self.filler: Any = filler
 
     def extra_repr(self) -> str:
@@ -80,6 +84,8 @@ class Advance(nn.Module):
         and the margin of this pass's draws and coins; and the next laws, where the rule needs them.
         """
         s = SlotState(*state)
+        if self.own and (self.rule.seed_exact or self.rule.couples) and not self.filtered:
+            return self._by_kernels(s, logits, hidden)
         batch, width = len(s.count), logits.shape[1]
         row, place = torch.arange(batch, device=logits.device)[:, None], torch.arange(width, device=logits.device)
         log_p = self._laws(s, logits)
@@ -91,7 +97,7 @@ class Advance(nn.Module):
         committed = torch.minimum(accepted + 1, left)
         s.tokens[row, position] = tokens
         if self.rule.seed_exact:
-            margins = gumbel_margin(log_p, gumbel).masked_fill(place >= committed[:, None], float("inf"))
+            margins = margins.masked_fill(place >= committed[:, None], float("inf"))
         inputs, laws, entering = self._next(s, log_p, hidden, tokens, committed)
         margin = _least(margins, position >= self.length)
         margin = margin if entering is None else torch.minimum(margin, entering)
@@ -101,6 +107,19 @@ class Advance(nn.Module):
         report = torch.stack([committed.float(), torch.minimum(accepted, left).float(), margin])
         drafted = torch.full_like(s.drafted, self.widest - 1)
         found = (inputs, s.count + committed, s.passes + 1, drafted, report)
+        return found if laws is None else (*found, laws)
+
+    def _by_kernels(self, s: SlotState, logits: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
+        """The same as one call, but for what a filler draws."""
+        filled, drafted = self.filler is not None and self.widest > 1, torch.full_like(s.drafted, self.widest - 1)
+        given = own_advance(s, logits, 1 if filled else self.widest, self.length, self.rule.couples)
+        (inputs, count, report), laws, log_p = given
+        if filled:
+            position = s.count[:, None] + torch.arange(logits.shape[1])
+            tokens = s.tokens.gather(1, position)
+            inputs, laws, entering = self._next(s, log_p, hidden, tokens, count - s.count)
+            report[2] = report[2] if entering is None else torch.minimum(report[2], entering)
+        found = inputs, count, s.passes + 1, drafted, report
         return found if laws is None else (*found, laws)
 
     def _verify(self, s: SlotState, log_p: Tensor, gumbel: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,21 +135,26 @@ class Advance(nn.Module):
         if width == 1:
             return verdict.tokens, verdict.accepted, margins
         # A draft that only fills up is none: its place gets the target's own draw, and nothing after it counts.
-        first = torch.where(inside[:, 0], verdict.tokens[:, 0], gumbel_argmax(log_p[:, 0], gumbel[:, 0]))
+        if rule.seed_exact:  # whose own token is that draw everywhere
+            return verdict.tokens, torch.minimum(verdict.accepted, s.drafted), margins
+        drawn, lead = gumbel_draw(log_p[:, 0], gumbel[:, 0])
+        first = torch.where(inside[:, 0], verdict.tokens[:, 0], drawn)
         tokens = torch.cat([first[:, None], verdict.tokens[:, 1:]], 1)
         if verdict.margin is not None:
             none, real = s.drafted == 0, torch.nn.functional.pad(inside, (0, 1), value=True)
-            alone = torch.where(none, gumbel_margin(log_p[:, 0], gumbel[:, 0]), float("inf"))
+            alone = torch.where(none, lead, float("inf"))
             margins = torch.minimum(margins.masked_fill(~real | none[:, None], float("inf")), alone[:, None])
         return tokens, torch.minimum(verdict.accepted, s.drafted), margins
 
     def _lead(self, s: SlotState, logits: Tensor) -> Tensor:
         """Margins [B, W] of greedy choices."""
-        plain = row_laws(logits, s.guidance, torch.ones_like(s.temperature))
+        plain = self.row_laws(logits, s.guidance, torch.ones_like(s.temperature))
         return gumbel_margin(plain, torch.zeros_like(plain))
 
     def _laws(self, s: SlotState, logits: Tensor) -> Tensor:
-        return row_laws(logits, s.guidance, s.temperature, *([s.top_k, s.top_p] if self.filtered else [None, None]))
+        return self.row_laws(
+            logits, s.guidance, s.temperature, *([s.top_k, s.top_p] if self.filtered else [None, None])
+        )
 
     def _next(
         self, s: SlotState, log_p: Tensor, hidden: Tensor | None, tokens: Tensor, committed: Tensor
@@ -157,10 +181,11 @@ class Advance(nn.Module):
             kept = log_p[row, torch.minimum(column, last)[:, 1:]]
             return inputs, torch.where(old[:, 1:, None], kept, filled), _least(margins, outside[:, 1:])
         law = log_p.gather(1, last[..., None].expand(-1, -1, log_p.shape[-1]))
-        inputs = torch.where(column <= last, known, gumbel_argmax(law, noise))
+        drawn, lead = gumbel_draw(law, noise)
+        inputs = torch.where(column <= last, known, drawn)
         if not self.rule.needs_law:
             return inputs, None, None
-        margin = _least(gumbel_margin(law, noise), outside | (column <= last))
+        margin = _least(lead, outside | (column <= last))
         return inputs, log_p[row, torch.minimum(column, last)[:, 1:]], margin
 
     def _fill(
@@ -174,12 +199,14 @@ class Advance(nn.Module):
         copies, known, first = len(base) // len(known), known[:, 1:], known[:, :1]
         old, noise = old[:, 1:], noise[:, 1:]
         base = base[:, torch.arange(self.widest - 1, device=base.device).clamp_max(base.shape[1] - 1)]
-        unfiltered = row_laws(base, s.guidance, s.temperature)
-        guess = torch.where(old, known, gumbel_argmax(unfiltered, noise))
+        unfiltered = self.row_laws(base, s.guidance, s.temperature)
+        first_guess, first_lead = gumbel_draw(unfiltered, noise)
+        guess = torch.where(old, known, first_guess)
         before = self.filler.bias(torch.cat([first, guess[:, :-1]], 1))
         laws = self._laws(s, base + before.repeat(copies, 1, 1))
-        margins = torch.minimum(gumbel_margin(unfiltered, noise), gumbel_margin(laws, noise))
-        inputs = torch.cat([first, torch.where(old, known, gumbel_argmax(laws, noise))], 1)
+        drawn, lead = gumbel_draw(laws, noise)
+        margins = torch.minimum(first_lead, lead)
+        inputs = torch.cat([first, torch.where(old, known, drawn)], 1)
         return inputs, laws, margins.masked_fill(old, float("inf"))
 
 

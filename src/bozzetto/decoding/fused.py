@@ -25,6 +25,7 @@ from bozzetto.laws.noise import STREAM_TOKEN, STREAM_VERIFY, fold, gumbel_rows, 
 from bozzetto.rules.base import Rule
 from bozzetto.runtime.graphs import digest_of
 from bozzetto.runtime.kept import cache_folder
+from bozzetto.runtime.laws import own_gumbel_rows
 from bozzetto.settings import GenerateSettings
 from bozzetto.targets.base import Target
 
@@ -63,7 +64,6 @@ class FusedBatch(Batch):
         self.state: SlotState | None = None
         self.numbers = torch.arange(target.vocab, device=target.device)
         self.ring = 2 * widest + 2 * _AHEAD
-        self.draw_noise = gumbel_rows if target.step is None else target.step.noise  # int64 [n], [V] -> [n, V]
         self.runs: dict[int, Run] = {}
 
     @property
@@ -169,7 +169,9 @@ class FusedBatch(Batch):
             assert self.state is not None
             row, position = torch.tensor([rows, positions], dtype=torch.int64, device=self.target.device)
             keys = fold(self.noise_keys[row], position)
-            self.state.noise[row, position % self.ring] = self.draw_noise(keys, self.numbers)
+            own = self.target.own
+            fresh = own_gumbel_rows(keys, self.target.vocab) if own else gumbel_rows(keys, self.numbers)
+            self.state.noise[row, position % self.ring] = fresh
 
     def _fit(self, width: int) -> None:
         """Have inputs of `width` places. Drafts beyond are dropped; places without one only fill up."""
@@ -189,9 +191,8 @@ class FusedBatch(Batch):
     def _run(self, width: int) -> Run:
         """What runs passes of `width` places and what follows them."""
         if width not in self.runs:
-            advance = Advance(self.rule, self.target.length, width, self.filtered, self.filler)
-            step = self.target.step
-            self.runs[width] = functools.partial(_eager, advance) if step is None else step.slots(advance)
+            advance = Advance(self.rule, self.target.length, width, self.filtered, self.filler, self.target.own)
+            self.runs[width] = functools.partial(_run, advance)
         return self.runs[width]
 
     @torch.no_grad()
@@ -283,8 +284,8 @@ class FusedBatch(Batch):
             self.noise_keys = self._noise_keys()
 
 
-def _eager(advance: Advance, session: Any, width: int, furthest: int, state: list[Tensor]) -> tuple[Tensor, ...]:
-    """A pass and what follows it, of a target that is not compiled. state: the tensors of SlotState."""
+def _run(advance: Advance, session: Any, width: int, furthest: int, state: list[Tensor]) -> tuple[Tensor, ...]:
+    """A pass and what follows it. state: the tensors of SlotState."""
     s = SlotState(*state)
     scores = session.score(s.inputs.contiguous(), s.count, furthest)
     assert scores.logits is not None

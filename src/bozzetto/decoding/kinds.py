@@ -18,6 +18,7 @@ from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
 from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
 from bozzetto.rules.base import Noise, Rule
+from bozzetto.runtime.laws import own_law_of
 from bozzetto.targets.base import Scores, Target
 from bozzetto.targets.flow_cache import FlowTarget
 
@@ -72,7 +73,7 @@ class CodeKind:
             raise UsageError("this target draws continuous tokens: a rule for codes cannot verify them")
         if self.settings.temperature == 0 and not self.greedy:
             self.lead = greedy_margin(scores.logits, self.settings)
-        return law_of(scores.logits, self.scored)
+        return (own_law_of if self.target.own else law_of)(scores.logits, self.scored)
 
     def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> Noise:
         """What the rule may use besides draft and law."""

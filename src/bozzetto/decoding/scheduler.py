@@ -30,8 +30,8 @@ class QueueFull(UsageError):
 
 class Scheduler:
     """pipe: a Pipeline; slots: images in passes at a time; queue: images that may wait for one; closed: whether all
-    images are there from the beginning, as those of `generate`: batches that others could join then pay only where
-    passes are compiled.
+    images are there from the beginning, as those of `generate`: batches that others could join then pay only with
+    `compile`.
 
     `submit` and `cancel` may be called from any thread; `step` by one thread at a time.
     """

@@ -53,7 +53,7 @@ def read_seconds(path: Path | None) -> dict[tuple[int, int], float]:
 
 
 def candidates(sequences: int, widest: int) -> list[int]:
-    """Widths worth a graph for this many sequences in a pass: 1, the widest that may pay, and half of it."""
+    """Widths worth trying for this many sequences in a pass: 1, the widest that may pay, and half of it."""
     cheap = cheap_rows()
     most = min(widest, max(1, _MOST_ROWS.get(cheap, cheap) // sequences))
     return sorted({1, (most + 1) // 2, most})

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bozzetto.drafters.early_stop import EarlyStop
 from bozzetto.drafts import Draft, Layout, Verdict
-from bozzetto.laws.categorical import LawSettings
+from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.laws.noise import NoiseField
+from bozzetto.runtime.laws import own_law_of
 
 
 @dataclass
@@ -139,10 +140,15 @@ class DraftModel:
     """A cheap causal model with its own cache. All log-laws are made from logits [B, n, V] or [2B, n, V] (guided).
 
     wants_features: whether it learns from the target's hidden states; at_once: whether one call gives the logits of all
-    next places, by `bases` and `after`."""
+    next places, by `bases` and `after`; own: whether our kernels run it."""
 
     wants_features: bool = False
     at_once: bool = False
+    own: bool = False
+
+    def law(self, logits: Tensor, settings: LawSettings) -> Tensor:
+        """`law_of`."""
+        return (own_law_of if self.own else law_of)(logits, settings)
 
     def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
         """Start a batch: labels int64 [B]; max_nodes: most nodes ever grown in a pass."""

@@ -21,15 +21,14 @@ from bozzetto.drafters.gaussian import CachedGaussian, GaussianDrafter
 from bozzetto.drafts import Layout
 from bozzetto.laws.chain import Trajectory, sample_trajectory
 from bozzetto.targets.drift import DriftTarget
-from bozzetto.targets.layers import attention_entropy
 
 
 class CachedDrift(CachedGaussian):
     """The cached drafter of a drift variant: the base model's, measuring its attention too. Features come with the
-    target's entropy as their last number. own: [R, 1], entropy of its attention at the place that it predicted last;
+    target's entropy as their last number. entropy: [R, 1], of its attention at the place that it predicted last;
     measured: [R, 1], the target's at the last committed place."""
 
-    own: Tensor
+    probed = 0
     measured: Tensor
 
     def take_in(self, seen: Observation) -> Tensor:
@@ -38,17 +37,13 @@ class CachedDrift(CachedGaussian):
         last = (seen.committed[:, None] - 1).repeat(self.copies, 1)
         self.measured = entropy.gather(1, last)
         hidden = super().take_in(replace(seen, features=features))
-        self.own = self.own.gather(1, last)
+        self.entropy = self.entropy.gather(1, last)
         return hidden
 
     def put_out(self, tokens: Tensor, parent: Tensor, layout: Layout) -> Tensor:
         hidden = super().put_out(tokens, parent, layout)
-        self.own = self.own[:, -1:]
+        self.entropy = self.entropy[:, -1:]
         return hidden
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        self.own = attention_entropy(q, keys, mask[:, 0] == 0)
-        return super()._attend(q, keys, values, mask)
 
 
 class DriftDrafter(GaussianDrafter):
@@ -70,4 +65,4 @@ class DriftDrafter(GaussianDrafter):
         return sample_trajectory(law, None, noise)
 
     def _flatness(self, hidden: Tensor) -> Tensor:
-        return self.model.own[: len(self.keys)]
+        return self.model.entropy[: len(self.keys)]

@@ -29,22 +29,11 @@ from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
 from bozzetto.errors import require
-from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
-from bozzetto.targets.layers import (
-    OnGrid,
-    RMSNorm,
-    Rotating,
-    additive,
-    check_heads,
-    copied,
-    rope_table,
-    rotate,
-    small_weights,
-    visible,
-)
+from bozzetto.runtime.engine import LayerParts, LinearMap
+from bozzetto.targets.decoder import Inputs, OwnDecoder, Places, Shape, TorchDecoder
+from bozzetto.targets.layers import OnGrid, RMSNorm, Rotating, check_heads, copied, rope_table, rotate, small_weights
 from bozzetto.targets.llamagen import LlamaGenConfig
-from bozzetto.targets.llamagen_cache import PackedLayer
 
 Rows = Literal["tokens", "head"]  # of the target that stand for a token
 Before = Literal["nothing", "captions", "words"]  # in the sequences that a drafter was trained on
@@ -164,17 +153,18 @@ def _roll_out_mask(at: Tensor, step: int) -> Tensor:
     return torch.zeros(len(at), step * len(at), device=at.device).masked_fill(~torch.cat(blocks, 1), -torch.inf)
 
 
-def _packed(layer: Any, dtype: torch.dtype) -> PackedLayer:
-    """A drafter layer's maps in the compute dtype."""
+def _parts(layer: Any) -> LayerParts:
+    """A drafter layer's weights, as a decoder takes them."""
     a, m = layer.self_attn, layer.mlp
-    wqkv = Dense(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), None, dtype)
-    w13 = Dense(torch.cat([m.gate_proj.weight, m.up_proj.weight]), None, dtype)
-    before = layer.input_layernorm.weight.to(dtype) if "input_layernorm" in layer else None
-    gains = before, layer.post_attention_layernorm.weight.to(dtype)
+    wqkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+    w13 = torch.cat([m.gate_proj.weight, m.up_proj.weight])
+    before = layer.input_layernorm if "input_layernorm" in layer else None
     norms = None
     if "q_norm" in a:
-        norms = [torch.stack([getattr(n, part) for n in (a.q_norm, a.k_norm)]).to(dtype) for part in ("weight", "bias")]
-    return PackedLayer(wqkv, Dense.of(a.o_proj, dtype), w13, Dense.of(m.down_proj, dtype), *gains, norms)
+        both = [[getattr(n, part) for n in (a.q_norm, a.k_norm)] for part in ("weight", "bias")]
+        norms = torch.cat(both[0]), torch.cat(both[1])
+    gains = None if before is None else before.weight, layer.post_attention_layernorm.weight
+    return LayerParts(wqkv, a.o_proj.weight, w13, m.down_proj.weight, *gains, head_norms=norms)
 
 
 # Pairs before the first image token of R rows, padded on the left: embedded tokens and features [R, L, d]; how many are
@@ -190,58 +180,50 @@ class EagleLayerCache:
     """
 
     wants_features = True
+    probed: int | None = None  # the layer whose attention's `entropy` [R, n] is wanted
+    entropy: Tensor
 
     @torch.no_grad()
-    def __init__(self, net: EagleNet, dtype: torch.dtype):
-        self.config, self.dtype, self.device = net.config, dtype, net.fc.weight.device
-        self.fc = Dense.of(net.fc, dtype)
-        self.layers = [_packed(layer, dtype) for layer in net.layers]
-        self.rope = torch.view_as_complex(net.rope.contiguous())  # complex64 [N, hd/2]
-        if net.config.before == "captions":  # whose pairs are not turned, and not looked at by their keys: zero
-            self.rope = torch.cat([torch.zeros_like(self.rope[:1]), self.rope])
+    def __init__(self, net: EagleNet, dtype: torch.dtype, own: bool = False):
+        """own: whether our kernels run it."""
+        self.own, self.config, self.dtype, self.device, c = own, net.config, dtype, net.fc.weight.device, net.config
+        self.fc = (LinearMap if own else Dense).of(net.fc, dtype)
+        shape = Shape(c.dim, c.heads, c.heads, c.head_dim, c.norm_eps, self.probed)
+        self.decoder = (OwnDecoder if own else TorchDecoder)([_parts(layer) for layer in net.layers], shape, dtype)
+        self.turns = net.rope.float()  # [N, hd/2, 2]
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
         self.copies = 2 if guided else 1
-        self.rows = len(labels) * self.copies
-        lead = self.before(labels, guided)
-        first = 0 if lead is None else lead[1].shape[1]
-        self.slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
-        shape = (len(self.layers), 2, self.rows * self.slots, self.config.dim)
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self._number_slots(first)
-        self.count = None if lead is None else lead[2]
+        rows, lead = len(labels) * self.copies, self.before(labels, guided)
+        first, count = (0, None) if lead is None else (lead[1].shape[1], lead[2])
+        slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
+        turns, shift = self._turns(slots, first, count)
+        # Where rows have prompts of their own, each stands alone.
+        self.alone = count is not None
+        shift = shift if shift is None or self.alone else shift.expand(len(labels))
+        places = Places(rows, 1 if self.alone else self.copies, slots, first, turns, shift)
+        if count is not None:
+            places.open = torch.arange(slots, device=self.device) >= first - count[:, None]
+        self.cache = self.decoder.cache(places)
         if lead is not None and first:
-            at = self.columns[:first].expand(self.rows, -1)
-            seen = (at[:, None] <= at[:, :, None]) & self._open(self.columns[:first]) | (at[:, None] == at[:, :, None])
-            self._run(*lead[:2], at, at, F.pad(seen, (0, self.slots - first)))
-
-    def _number_slots(self, first: int) -> None:
-        """first_slot [R, 1]: where pair 0 of a row lies in the flat cache, behind `first` others; columns [S]: the pair
-        in each slot."""
-        self.first_slot = torch.arange(self.rows, device=self.device)[:, None] * self.slots + first  # [R, 1]
-        self.columns = torch.arange(self.slots, device=self.device) - first
+            start = torch.full((rows // places.copies,), -first, device=self.device)
+            self.cache.run(Inputs(self.fc(torch.cat(lead[:2], -1))), first, start, -first)
 
     def before(self, labels: Tensor, guided: bool) -> Lead | None:
         """What stands before pair 0."""
         return None
 
-    def _open(self, columns: Tensor) -> Tensor:
-        """Which columns are not padding, bool [R or 1, 1, S]."""
-        if self.count is None:
-            return torch.ones_like(columns, dtype=torch.bool)[None, None]
-        return (columns >= -self.count[:, None])[:, None]
-
-    def _turns(self, position: Tensor) -> Tensor:
-        """Rotations complex64 [R, n, hd/2] of pairs int64 [R, n]."""
+    def _turns(self, slots: int, first: int, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rotations float32 [n, hd/2, 2] by position, and what is added to the number of a pair to give its own."""
         c = self.config
+        if c.before == "captions":  # whose pairs are not turned, and not looked at by their keys: zero
+            return F.pad(self.turns, (0, 0, 0, 0, 1, 0)), torch.ones(1, dtype=torch.int64, device=self.device)
         if c.before != "words":
-            behind = int(c.before == "captions")  # the row of the table that is that of pair 0
-            return self.rope[(position + behind).clamp(0, len(self.rope) - 1)]
+            return self.turns, None
         rate = c.rope_base ** -(torch.arange(0, c.head_dim, 2, device=self.device).float() / c.head_dim)
-        place = position if self.count is None else (position + self.count[:, None]).clamp_min(0)
-        angle = place[..., None] * rate
-        return torch.polar(torch.ones_like(angle), angle)
+        angle = torch.arange(slots + first, device=self.device)[:, None] * rate
+        return torch.stack([angle.cos(), angle.sin()], -1), count
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, ...] -> [B, n, d]."""
@@ -250,74 +232,61 @@ class EagleLayerCache:
     def take_in(self, seen: Observation) -> Tensor:
         """What a pass committed -> the prediction for the next token, hidden states [R, 1, d]."""
         assert seen.features is not None
-        offset = torch.arange(seen.longest, device=self.device)
-        slot = seen.start[:, None] + offset
-        shown = visible(self.columns, seen.start, seen.longest, None)
         features = seen.features[:, : seen.longest]
-        out = self._step(seen.verdict.tokens[:, : seen.longest], features, slot, slot, shown)
+        out = self._step(seen.verdict.tokens[:, : seen.longest], features, seen.start)
         self.next = seen.start + seen.committed  # slot of the first drafted pair
         self.grown = gather_rows(out, seen.committed[:, None] - 1)
         return self.grown
 
     def put_out(self, tokens: Tensor, parent: Tensor, layout: Layout) -> Tensor:
         """One level of drafts (as `DraftModel.grow`) -> the predictions for their children, hidden states [R, n, d]."""
-        base = self.next[:, None]
-        shown = visible(self.columns, self.next, tokens.shape[1], layout)
         features = gather_rows(self.grown, parent.expand(len(tokens), -1))
-        out = self._step(tokens, features, base + layout.slot, base + layout.depth, shown)
+        out = self._step(tokens, features, self.next, layout)
         self.grown = torch.cat([self.grown, out], 1)
         return out
 
     @torch.no_grad()
-    def _step(self, tokens: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
-        """tokens [B, n, ...], slot, position int64 [B, n], features [R, n, d], shown bool [B, n, S] -> hidden
-        states [R, n, d]."""
-        x = self.embed(tokens)
-        if self.copies > 1:
-            slot, position, x, shown = (copied(part, self.copies) for part in (slot, position, x, shown))
-        if self.count is not None:
-            shown = shown & self._open(self.columns)
-        return self._run(x, features, slot, position, shown)
-
-    def _run(self, x: Tensor, features: Tensor, slot: Tensor, position: Tensor, shown: Tensor) -> Tensor:
-        """The same for all R rows. x [R, n, d]: embedded tokens."""
-        mask = additive(shown, self.dtype)[:, None]
-        rotation = self._turns(position)[:, :, None, None]
-        h = self.fc(torch.cat([x, features], -1))
-        flat = (self.first_slot + slot).flatten()
-        for layer, cache in zip(self.layers, self.cache, strict=True):
-            h = layer.run(self.config, cache, h, rotation, flat, mask, self._attend)
-        return h
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """q [R, H, n, hd]; keys, values [R, H, S, hd]; mask [R, 1, n, S] -> [R, H, n, hd]."""
-        return attend(q, keys, values, mask)
+    def _step(self, tokens: Tensor, features: Tensor, start: Tensor, layout: Layout | None = None) -> Tensor:
+        """tokens [B, n, ...] of pairs from `start` int64 [B] on, features [R, n, d] -> hidden states [R, n, d]."""
+        x = copied(self.embed(tokens), self.copies)
+        if self.alone and self.copies > 1:
+            start, layout = copied(start, self.copies), layout and _rows_of(layout, self.copies)
+        given = Inputs(self.fc(torch.cat([x, features], -1)))
+        hidden, entropy = self.cache.run(given, tokens.shape[1], start, None, layout)
+        if entropy is not None:
+            self.entropy = entropy
+        return hidden
 
     def keep(self, rows: Tensor) -> None:
-        batch = self.rows // self.copies
-        rows = torch.cat([rows + i * batch for i in range(self.copies)])
-        self.cache = self.cache.unflatten(2, (self.rows, self.slots))[:, :, rows].flatten(2, 3)
-        self.rows, self.first_slot = len(rows), self.first_slot[: len(rows)]
-        self.count = None if self.count is None else self.count[rows]
+        if self.alone:
+            batch = self.cache.places.rows // self.copies
+            rows = torch.cat([rows + i * batch for i in range(self.copies)])
+        self.cache.keep(rows)
+
+
+def _rows_of(layout: Layout, copies: int) -> Layout:
+    """A layout of more rows; one for all rows stays as it is."""
+    return Layout(*(part if len(part) == 1 else copied(part, copies) for part in vars(layout).values()))
 
 
 class CachedEagle(EagleLayerCache, DraftModel):
     """The cached EAGLE drafter of codes: the target's head reads its predictions."""
 
     @torch.no_grad()
-    def __init__(self, net: EagleNet, embedding: Tensor, head: Tensor, conditions: Conditions | None = None):
-        """embedding, head: the target's rows [V, d] for tokens, in the dtype to compute in; conditions: its hidden
-        states at the condition's inputs but the last, [R, T - 1, d], which drafters ask for that begin with captions
-        (labels int64 [B], whether guided)."""
-        self.conditions = conditions
-        super().__init__(net, head.dtype)
-        self.embedding = head if net.config.embedding == "head" else embedding
-        self.output = Dense(head, None, head.dtype)
+    def __init__(
+        self, net: EagleNet, embedding: Tensor, output: Dense | LinearMap, conditions: Conditions | None = None
+    ):
+        """embedding: the target's rows [V, d] for tokens, output: its read-out, in the dtype to compute in; conditions:
+        its hidden states at the condition's inputs but the last, [R, T - 1, d], which drafters ask for that begin with
+        captions (labels int64 [B], whether guided)."""
+        self.conditions, self.output = conditions, output
+        super().__init__(net, output.dtype, isinstance(output, LinearMap))
+        self.embedding = output.rows() if net.config.embedding == "head" else embedding
 
     @classmethod
     def of(cls, net: EagleNet, target: Any) -> CachedEagle:
         """For a LlamaGen target that is ready to decode."""
-        return cls(net, target.embedding, target.head, target.condition_features)
+        return cls(net, target.embedding, target.output, target.condition_features)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding[tokens]
@@ -330,8 +299,8 @@ class CachedEagle(EagleLayerCache, DraftModel):
 
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)
-        return self.output(hidden).float(), hidden
+        return self.output.exact(hidden), hidden
 
     def grow(self, tokens: Tensor, parent: Tensor, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
         hidden = self.put_out(tokens, parent, layout)
-        return self.output(hidden).float(), hidden
+        return self.output.exact(hidden), hidden

@@ -24,6 +24,7 @@ from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import AffineChain, gaussian_tables
 from bozzetto.laws.noise import fold, fresh_noise
 from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.engine import LinearMap
 from bozzetto.targets.flow import FlowConfig
 
 _LARGEST_LOG = 3.0  # of a token's deviation: more says nothing
@@ -93,10 +94,10 @@ class CachedGaussian(EagleLayerCache):
     """The cached drafter, computing in the dtype of `embedding`, the target's map from tokens to inputs."""
 
     @torch.no_grad()
-    def __init__(self, net: GaussianNet, embedding: Dense):
-        super().__init__(net.body, embedding.dtype)
-        self.embedding = embedding
-        self.hidden, self.readout = Dense.of(net.hidden, self.dtype), Dense.of(net.readout, torch.float32)
+    def __init__(self, net: GaussianNet, embedding: Dense | LinearMap):
+        super().__init__(net.body, embedding.dtype, isinstance(embedding, LinearMap))
+        self.embedding, form = embedding, type(embedding)
+        self.hidden, self.readout = form.of(net.hidden, self.dtype), form.of(net.readout, torch.float32)
         self.basis = nearest_rotation(net.basis.detach().float())
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Features of the next K places come from the target's feature f_a of the last com
 token x_a that followed it, and the committed tokens and features of the row above each place, all of them narrow; a
 low-rank table tells each law which token was drawn just before (DSpark's). The row above says much of what attention
 would find out (ZipAR, arXiv 2412.04062; Hawk, arXiv 2510.25739), and the laws of all places cost one small network and
-one product with the head. It keeps two rows of narrow numbers, so that it can be compiled into the pass itself
+one product with the head. It keeps two rows of narrow numbers, so that it can be a part of the step itself
 (`GlanceFill`; its readable twin is `CachedGlance`).
 """
 
@@ -21,7 +21,8 @@ from bozzetto.common.checks import Grid, Layers, Size
 from bozzetto.drafters.base import gather_rows
 from bozzetto.drafters.parallel import CachedParallel, check_counts, gated
 from bozzetto.errors import require
-from bozzetto.runtime.linear import TorchMap, fixed_map
+from bozzetto.runtime.engine import LinearMap
+from bozzetto.runtime.head import GlanceLayers
 from bozzetto.targets.layers import RMSNorm, small_maps
 
 TOKENS_ABOVE = (-1, 0, 1, 2)  # columns of the row above, relative to a place's own
@@ -123,8 +124,8 @@ class CachedGlance(CachedParallel):
     axis = 1
 
     @torch.no_grad()
-    def __init__(self, net: GlanceNet, embedding: Tensor, head: Tensor):
-        super().__init__(net, embedding, head)
+    def __init__(self, net: GlanceNet, embedding: Tensor, output: Any):
+        super().__init__(net, embedding, output)
         self.narrow = self.net.of_token(embedding)  # [V, narrow]
 
     def shape(self, length: int) -> tuple[int, ...]:
@@ -142,22 +143,18 @@ class CachedGlance(CachedParallel):
 class GlanceFill(nn.Module):
     """A glance as a part of a step: from what a pass has just found to the laws of the next drafts. Nothing is held:
     what is kept of features is a tensor of the slots, what is kept of tokens a table of the codebook, so that all of it
-    can be compiled into the pass (decoding/advance.py).
+    can be a part of it (decoding/advance.py).
 
-    embedding, head: the target's rows [V, d], in the dtype to compute in; fresh: drafts at the head of the window
-    that are drawn anew in every pass; output: a compiled target's map of `head`, whose weights are at hand then. With
-    it, runtime/linear.py may choose our kernel for the others too."""
+    embedding: the target's rows [V, d], output: its read-out, in the dtype to compute in; fresh: drafts at the head of
+    the window that are drawn anew in every pass."""
 
     @torch.no_grad()
-    def __init__(
-        self, net: GlanceNet, embedding: Tensor, head: Tensor, fresh: int = 0, output: nn.Module | None = None
-    ):
+    def __init__(self, net: GlanceNet, embedding: Tensor, output: Any, fresh: int = 0):
         super().__init__()
-        self.config, self.fresh, dtype = net.config, fresh, head.dtype
+        self.config, self.fresh, dtype = net.config, fresh, output.dtype
 
         def linear(weight: Tensor, gated: bool = False) -> Any:
-            weight = weight.detach().to(dtype).contiguous()
-            return TorchMap(weight, None, gated) if output is None else fixed_map(weight, dtype, gated=gated)
+            return type(output)(weight, None, dtype, gated)
 
         def fixed(weight: Tensor) -> nn.Parameter:
             return nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=False)
@@ -167,9 +164,14 @@ class GlanceFill(nn.Module):
             linear, (w.weight for w in (net.of_feature, net.last, net.around))
         )
         self.gate_up, self.down = linear(net.gate_up.weight, gated=True), linear(net.down.weight)
-        self.output, self.to_logits = output or linear(head), linear(net.to_logits.weight)
+        self.output, self.to_logits = output, linear(net.to_logits.weight)
         self.gain, self.shift, self.column, self.norm = map(fixed, (net.gain, net.shift, net.column, net.norm.weight))
         self.before = fixed(net.before.weight)
+        self.layers = None
+        if isinstance(output, LinearMap):
+            maps = self.of_feature, self.last, self.around, self.gate_up, self.down
+            tables = self.gain, self.shift, self.column, self.norm
+            self.layers = GlanceLayers(net.config.grid, net.config.around, maps, self.of_token.detach(), tables)
 
     def extra_repr(self) -> str:
         return f"{self.config}, fresh={self.fresh}"
@@ -185,6 +187,9 @@ class GlanceFill(nn.Module):
         """hidden [R, W, d] of a pass from token `count` int64 [B] on, R = copies B; kept [B, copies, S, narrow] is
         changed in place; tokens: int64 [B, S], what is committed, `committed` int64 [B] by this pass; most: drafts
         wanted -> logits float32 [R, min(most, K), V] of the tokens behind, without what the table adds."""
+        if self.layers is not None:
+            wanted = min(most, self.config.places)
+            return self.output.exact(self.layers(hidden, kept, tokens, count, committed, wanted))
         c, (batch, copies, *_), width = self.config, kept.shape, hidden.shape[1]
         row, copy = (torch.arange(n, device=hidden.device) for n in (batch, copies))
         new = count[:, None] + torch.arange(width, device=hidden.device)
@@ -205,9 +210,9 @@ class GlanceFill(nn.Module):
         places = number.shape[1]
         column = self.column[number % c.grid].repeat(copies, 1, 1)
         h = self.last(hidden.gather(1, at)) * self.gain[:places] + self.shift[:places] + column + self.around(seen)
-        h = self.down(self.gate_up(F.rms_norm(h, (c.dim,), self.norm, 1e-6)), h)
-        return self.output(h).float()
+        h = h + self.down(self.gate_up(F.rms_norm(h, (c.dim,), self.norm, 1e-6)))
+        return self.output.exact(h)
 
     def bias(self, tokens: Tensor) -> Tensor:
         """What the table adds to logits behind tokens int64 [B, n]: float32 [B, n, V]."""
-        return self.to_logits(self.before[tokens]).float()
+        return self.to_logits.exact(self.before[tokens])

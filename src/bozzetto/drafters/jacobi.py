@@ -30,10 +30,11 @@ from torch import Tensor
 from bozzetto.drafters.base import Drafter, DraftModel, Observation, Start
 from bozzetto.drafts import Draft, Layout
 from bozzetto.drafts.tree import comb_tree, link
-from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin, law_of
+from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin
 from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import gaussian_chain
 from bozzetto.laws.noise import fold, gumbel
+from bozzetto.runtime.laws import gumbel_draw
 
 _ABOVE = 0.47  # how a latent follows the one above it, measured on photographs
 
@@ -76,13 +77,14 @@ class Jacobi(Drafter):
         new = max(0, seen.longest + length - width)
         position = seen.start[:, None] + torch.arange(width, width + new, device=column.device)
         last, noise = seen.laws[:, -1:], self.start.noise.rows(position)
-        tokens = torch.cat([seen.verdict.tokens, gumbel_argmax(last, noise)], 1).gather(1, column)
+        drawn, lead = gumbel_draw(last, noise)
+        tokens = torch.cat([seen.verdict.tokens, drawn], 1).gather(1, column)
         if not self.start.with_laws:
             return tokens, None, None
         rows = torch.arange(len(column), device=column.device)[:, None]
         # The images of a batch reach differently far: what nobody reads, or lies behind the end, does not count.
         unread = (position >= self.start.length) | (torch.arange(new, device=column.device) > column[:, -1:] - width)
-        margin = gumbel_margin(last, noise).masked_fill(unread, torch.inf)
+        margin = lead.masked_fill(unread, torch.inf)
         return tokens, seen.laws[rows, column.clamp_max(width - 1)], smallest(margin)
 
 
@@ -120,7 +122,7 @@ class FilledJacobi(Jacobi):
         tokens, laws, length = [], [], old.shape[1]
         logits, _ = self.model.extend(seen)
         for slot in range(length):
-            laws.append(law_of(logits, self.start.settings))  # [B, 1, V]
+            laws.append(self.model.law(logits, self.start.settings))  # [B, 1, V]
             drawn = gumbel_argmax(laws[-1], noise[:, slot : slot + 1])
             tokens.append(torch.where(known[:, slot : slot + 1], old[:, slot : slot + 1], drawn))
             if slot + 1 < length:
@@ -136,12 +138,13 @@ class FilledJacobi(Jacobi):
         place = torch.arange(old.shape[1], device=old.device).clamp_max(base.shape[1] - 1)  # behind the last: its law
         base = base[:, place]
         unfiltered = LawSettings(self.start.settings.guidance, self.start.settings.temperature or 1.0)
-        first = law_of(base, unfiltered)
-        guess = torch.where(known, old, gumbel_argmax(first, noise))
+        first = self.model.law(base, unfiltered)
+        drawn, lead = gumbel_draw(first, noise)
+        guess = torch.where(known, old, drawn)
         last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
-        laws = law_of(base + self.model.after(torch.cat([last, guess[:, :-1]], 1)), self.start.settings)
-        margins = torch.minimum(gumbel_margin(first, noise), gumbel_margin(laws, noise))
-        return torch.where(known, old, gumbel_argmax(laws, noise)), laws, margins
+        laws = self.model.law(base + self.model.after(torch.cat([last, guess[:, :-1]], 1)), self.start.settings)
+        drawn, margins = gumbel_draw(laws, noise)
+        return torch.where(known, old, drawn), laws, torch.minimum(lead, margins)
 
 
 class SecondGuess(Jacobi):
@@ -214,11 +217,12 @@ class SecondGuess(Jacobi):
         parent, sees = place[None], place < place[:, None]  # the window's tokens before each place
         sees = sees[:, : count - 1]
         for step in range(self.reach):
-            laws.append(law_of(after, self.start.settings))
+            laws.append(self.model.law(after, self.start.settings))
             noise = self._noise(seen, place, step)
-            tokens.append(gumbel_argmax(laws[-1], noise))
+            drawn, lead = gumbel_draw(laws[-1], noise)
+            tokens.append(drawn)
             outside = (seen.start + seen.committed)[:, None] + place + step >= self.start.length
-            margins.append(gumbel_margin(laws[-1], noise).masked_fill(outside, torch.inf))
+            margins.append(lead.masked_fill(outside, torch.inf))
             if step + 1 < self.reach:
                 first = count - 1 + step * count  # grown before
                 sees = torch.cat([sees, torch.eye(count, dtype=torch.bool, device=chain.device)], 1)

@@ -25,7 +25,7 @@ from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
 from bozzetto.errors import require
-from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.engine import LinearMap
 from bozzetto.targets.layers import (
     OnGrid,
     RMSNorm,
@@ -209,8 +209,8 @@ class BlockNet(Rotating):
 
 class CachedParallel(DraftModel):
     """The cached form: all laws of a draft after one call of the network. Trees grow as with any draft model, except
-    that a law knows its depth and the token before it, no more. embedding, head: the target's rows [V, d] for tokens,
-    in the dtype to compute in.
+    that a law knows its depth and the token before it, no more. embedding: the target's rows [V, d] for tokens;
+    output: its read-out, in the dtype to compute in.
 
     A kind says what its places are and what is `held` of committed pairs (what lies beyond these is written again
     before it is read); axis: of `held`, that of the rows.
@@ -222,15 +222,15 @@ class CachedParallel(DraftModel):
     held: Tensor
 
     @torch.no_grad()
-    def __init__(self, net: Any, embedding: Tensor, head: Tensor):
-        self.net, self.config = copy.deepcopy(net).to(head.dtype), net.config
-        self.dtype, self.device = head.dtype, head.device
-        self.embedding, self.output = embedding, Dense(head, None, head.dtype)
+    def __init__(self, net: Any, embedding: Tensor, output: Any):
+        self.net, self.config = copy.deepcopy(net).to(output.dtype), net.config
+        self.dtype, self.device = output.dtype, embedding.device
+        self.embedding, self.output, self.own = embedding, output, isinstance(output, LinearMap)
 
     @classmethod
     def of(cls, net: Any, target: Any) -> CachedParallel:
         """For a LlamaGen target that is ready to decode."""
-        return cls(net, target.embedding, target.head)
+        return cls(net, target.embedding, target.output)
 
     def shape(self, length: int) -> tuple[int, ...]:
         """Of `held`, with room for that many pairs of each row."""
@@ -262,7 +262,7 @@ class CachedParallel(DraftModel):
             for part in (seen.verdict.tokens[:, :count], seen.start[:, None], seen.committed[:, None] - 1)
         )
         self.hidden = self.places(seen.features[:, :count].to(self.dtype), tokens, start, last)
-        self.base = self.output(self.hidden).float()
+        self.base = self.output.exact(self.hidden)
         return self.base
 
     @torch.no_grad()
@@ -305,8 +305,8 @@ class CachedBlock(CachedParallel):
     axis = 2
 
     @torch.no_grad()
-    def __init__(self, net: BlockNet, embedding: Tensor, head: Tensor):
-        super().__init__(net, embedding, head)
+    def __init__(self, net: BlockNet, embedding: Tensor, output: Any):
+        super().__init__(net, embedding, output)
         self.net.rope = net.rope.float()
 
     def shape(self, length: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from bozzetto.drafters.parallel import BlockConfig, BlockNet, CachedBlock, Cache
 
 class TrainedKind(NamedTuple):
     """config: of a network; net: what is trained; cached: the draft model of a network and a target; shape: fields of
-    the config that are the target's own; fused: the same as a part of a compiled step (None: it cannot be one)."""
+    the config that are the target's own; fused: the same as a part of a fused step (None: it cannot be one)."""
 
     config: type
     net: type[nn.Module]

@@ -17,8 +17,9 @@ from bozzetto.drafters.early_stop import flatness_of
 from bozzetto.drafts import Draft, Layout, Tree
 from bozzetto.drafts.tree import make_tree, static_tree
 from bozzetto.errors import UsageError
-from bozzetto.laws.categorical import LawSettings, law_of
+from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import fold, gumbel
+from bozzetto.runtime.laws import own_gumbel_rows
 
 Shape = tuple[tuple[int, ...], ...]
 
@@ -71,7 +72,7 @@ class TreeDrafter(Drafter):
     def _law(self, logits: Tensor) -> Tensor:
         """The law; for greedy decoding the plain one, which can be ranked."""
         settings = self.start.settings
-        return law_of(logits, settings if settings.temperature else LawSettings(guidance=settings.guidance))
+        return self.model.law(logits, settings if settings.temperature else LawSettings(guidance=settings.guidance))
 
     def _noise(self, tree: Tree, vocab: int) -> Tensor:
         """Gumbel noise [B, I, V] of the draws from every law of a tree, in the order of the laws."""
@@ -80,6 +81,8 @@ class TreeDrafter(Drafter):
             return self.start.noise.rows(self.next[:, None] + depth)
         number = torch.arange(sum(family.shape[1] for family in tree.families), device=self.keys.device)
         keys = fold(fold(self.keys, self.passes)[:, None], number)
+        if self.model.own:
+            return own_gumbel_rows(keys.flatten(), vocab).unflatten(0, keys.shape)
         return gumbel(fold(keys[..., None], torch.arange(vocab, device=keys.device)))
 
     def _nearer(self, margin: Tensor, scores: Tensor, count: int) -> Tensor:

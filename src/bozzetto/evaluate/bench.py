@@ -181,7 +181,7 @@ def _images(pipe: Pipeline, batch: int, number: int) -> tuple[Tensor, range]:
 
 
 def _warm_up(pipe: Pipeline, entry: GenerateSettings | None, cell: GenerateSettings, settings: BenchSettings) -> None:
-    if (entry or cell).compile != "off" or cell.compile != "off":  # shapes turn up while a batch empties, too
+    if (entry or cell).compile != "off" or cell.compile != "off":  # widths are timed, on a GPU layers compiled
         for number in range(2):
             _timed(pipe, entry, cell, settings, number)
         return

@@ -25,7 +25,7 @@ from bozzetto.targets.llamagen_cache import CausalSession, CausalTarget
 
 PRODUCTS, ATTENTION, NARROW = "matrix products", "attention", "norms, rotation, elementwise"
 EMBEDDING, DISPATCH = "embedding, mask", "python and dispatch"
-GRAPH, AROUND = "compiled graph", "python around it"
+KERNELS, AROUND = "layers by our kernels", "around them"
 LARGE = 1 << 30  # bytes that are read to measure memory: far beyond any cache
 SIDE = 2048  # of the square matrices
 _LEAST_CALLS = 3
@@ -126,10 +126,10 @@ class BarePass:
     """A pass of `width` places for images of labels int64 [B], which have come to the middle."""
 
     def __init__(self, pipe: Pipeline, settings: GenerateSettings, labels: Tensor, width: int):
-        self.target = pipe.target_in(settings.compile, settings.deterministic)
+        self.target = pipe.target_in(settings.compile)
         self.width, self.start = width, self.target.length // 2
         self.session: CausalSession = self.target.begin(labels, settings.law.guided, width)
-        for part in (part for both in self.session.cache for part in both):
+        for part in self.session.cache.parts:
             part.normal_()
         token = pipe.kind.blank_inputs(labels)
         self.inputs = token.expand(-1, width, *token.shape[2:]).contiguous()
@@ -150,32 +150,32 @@ class BarePass:
     def parts(self, seconds: float) -> list[dict[str, Any]]:
         """Of the time of a pass, the largest first; none of an eager pass on a GPU, whose operators return before they
         are done."""
-        if self.target.step is not None:
-            return self._compiled(seconds)
+        if self.target.own:
+            return self._own(seconds)
         return self._eager(seconds) if self.target.device.type == "cpu" else []
 
     def _part(self, group: str, name: str, seconds: float) -> dict[str, Any]:
         return {"width": self.width, "group": group, "name": name, "seconds": seconds}
 
-    def _compiled(self, seconds: float) -> list[dict[str, Any]]:
-        """The graph's call, and the session's Python around it."""
-        step, inside = self.target.step, []
-        call = step.chain
+    def _own(self, seconds: float) -> list[dict[str, Any]]:
+        """The layers' call and the read-out, and the session's Python around them."""
+        cache, inside = self.session.cache, []
+        call = cache.run
 
-        def chain(*arguments: Tensor) -> list[Tensor]:
+        def run(*arguments: Any) -> Any:
             began = now(self.target.device)
             found = call(*arguments)
             inside.append(now(self.target.device) - began)
             return found
 
-        step.chain = chain  # of this object, in front of the class's
+        cache.run = run  # type: ignore[assignment]  # of this object, in front of the class's
         try:
             whole = timed(self.run, seconds, self.target.device)
         finally:
-            del step.chain
-        graph = median(inside[1:])
-        rest = max(0.0, median(whole) - graph)
-        return [self._part(GRAPH, GRAPH, graph), self._part(AROUND, AROUND, rest)]
+            del cache.run
+        kernels = median(inside[1:])
+        rest = max(0.0, median(whole) - kernels)
+        return [self._part(KERNELS, KERNELS, kernels), self._part(AROUND, AROUND, rest)]
 
     def _eager(self, seconds: float) -> list[dict[str, Any]]:
         """By operator, each in its least disturbed round, against the fastest pass without the profiler."""

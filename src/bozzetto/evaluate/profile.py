@@ -76,7 +76,7 @@ def profile(pipe: Pipeline, settings: ProfileSettings, *, progress: bool = False
 
     machine: see `Machine`. passes: alone, of one place and of the window: width; fastest, median, roofline; work:
     {bytes, flops} that it must do; share: of the roofline, above 1 where the weights stay in a cache. parts: of an
-    eager pass of `width` places, or of a compiled one: group (of passes.py, or a part of compiled passes), name,
+    eager pass of `width` places, or of one by our kernels: group (of passes.py), name,
     seconds. decoding: of whole images, sequential, then by the method where it is another one: seconds: of one pass of
     the loop, all included; tokens_per_pass: per image; drafting: share spent drafting and verifying; speedup: over
     sequential decoding of the same images; head_calls: serial calls of a denoising head per pass; jacobi: whether
@@ -125,7 +125,7 @@ def _decoding(
     """The methods in turn, the first one sequential, until the seconds are spent."""
     device, images = pipe.target.device, (labels.tolist(), 0, range(len(labels)))
     for method in methods.values():
-        # Compiled passes have shapes that turn up at the end of an image only.
+        # With compile, passes of other widths are timed on the way, and on a GPU layers compiled.
         for _ in islice(pipe.passes(*images, method), WARM_UP_PASSES if method.compile == "off" else None):
             pass
         tick()
@@ -181,8 +181,8 @@ def _without(figures: Figures, share: float) -> float:
 
 
 def _passes(figures: Figures) -> Iterator[Hint]:
-    """Compiling takes dispatch and small operations away and brings products of its own, so all that a pass takes above
-    its roofline may go."""
+    """Our kernels take dispatch and small operations away and bring products of their own, so all that a pass takes
+    above its roofline may go."""
     last, eager = figures["passes"][-1], figures["settings"]["compile"] == "off"
     dispatch, narrow = (_share(figures, *groups) * eager for groups in ((DISPATCH,), (NARROW, EMBEDDING)))
     if last["share"] >= _LOW_ROOF and dispatch + narrow < _MUCH_DISPATCH:
@@ -250,7 +250,7 @@ def _dtype(figures: Figures) -> Iterator[Hint]:
     ratio = machine["bfloat16"] / machine["float32"]
     if machine["dtype"] != "float32" or ratio < _MATRIX_UNIT:
         return
-    # Compiled passes are not taken apart: what the roofline explains is products.
+    # Passes by our kernels are not taken apart: what the roofline explains is products.
     products = _share(figures, PRODUCTS) if figures["settings"]["compile"] == "off" else min(1.0, last["share"])
     left = roof(machine, last["work"], "bfloat16") / last["roofline"]
     yield (
@@ -326,7 +326,7 @@ def _decoding_table(report: dict[str, Any]) -> str:
         rows.append(row + ([f"{d['head_calls']:.1f}"] if heads else []))
     text = table(header, rows)
     slow = [d for d in report["decoding"] if d["seconds"] * (1 - d["drafting"]) > _BUSY * alone[d["window"]]]
-    # What a head prepares counts as the pass's, and so does what is compiled together with a pass.
+    # What a head prepares counts as the pass's, and so does what follows it in a fused step.
     if slow and not heads and report["settings"]["compile"] == "off":
         text += "\npasses take far longer here than alone: something else may keep this machine busy"
     return text

@@ -160,7 +160,7 @@ def coin_margin(u: Tensor, log_chance: Tensor) -> Tensor:
 
 
 def _best(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Number (as float32) and value of the largest, [..., 1] each, by reductions that compile to vector code."""
+    """Number (as float32) and value of the largest, [..., 1] each, by reductions, which are vector code."""
     best = x.amax(-1, keepdim=True)
     return torch.where(x == best, _numbers(x), math.inf).amin(-1, keepdim=True), best
 

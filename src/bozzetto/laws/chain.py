@@ -8,6 +8,7 @@ Densities are kept as logarithms in float32 and summed in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,6 +66,16 @@ class ChainLaw(Protocol):
         place = torch.arange(len(x), device=x.device)
         return self.kernel(x, torch.full_like(place, step), place)
 
+    def run(self, noise: Tensor) -> Trajectory:
+        """`sample_trajectory` of every place in turn."""
+        return _run(lambda x, step: self.all_places(x, step), self.steps, noise)
+
+    def reflected(self, states: Tensor, mean: Tensor, noise: Tensor, log_u: Tensor) -> Trajectory | None:
+        """Chains of every place in turn, each coupled by reflection with a draft's of the same deviations, as one
+        call; None: nothing here does that. states [P, T + 1, D], mean and noise [P, T, D]: the drafts'; log_u: float64
+        [P, T], logarithms of uniforms (inf: nothing is kept, the noise is mirrored)."""
+        return None
+
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:
         """A guess of deviations at later steps, for drafts: std [R, D or 1], seen at step int64 [R]; later int64 [R, M]
         -> [R, M, D or 1]; the deviations themselves where `isotropic`."""
@@ -116,11 +127,16 @@ def sample_trajectory(law: ChainLaw, place: Tensor | None, noise: Tensor) -> Tra
     place int64 [R], None: every place in turn; noise float32 [R, T + 1, D]: of state 0 and of each step. Returns
     trajectories [R, ...].
     """
+    if place is None:
+        return law.run(noise)
+    return _run(lambda x, step: law.kernel(x, torch.full_like(place, step), place), law.steps, noise)
+
+
+def _run(kernel_of: Callable[[Tensor, int], Gaussian], steps: int, noise: Tensor) -> Trajectory:
     by_step = noise.transpose(0, 1).contiguous()
     states, means, stds = [by_step[0]], [], []
-    for k in range(law.steps):
-        x = states[-1]
-        kernel = law.all_places(x, k) if place is None else law.kernel(x, torch.full_like(place, k), place)
+    for k in range(steps):
+        kernel = kernel_of(states[-1], k)
         states.append(kernel.at(by_step[k + 1]))
         means.append(kernel.mean)
         stds.append(kernel.std)

@@ -27,7 +27,7 @@ class Drafting(Written):
     """What a drafter is asked to do. folder: of the network that it needs, "": the model's own.
 
     Traits. drafts: at all; window: windows, of as many places as the settings say; nodes: drafted nodes of a tree
-    (None: no tree); fused: may be fused into a compiled step; trained: the drafter that has to be trained for the
+    (None: no tree); fused: may be a part of a fused step; trained: the drafter that has to be trained for the
     target ("": none); smaller: it is a smaller model; masked: masked models can use it.
     """
 

@@ -34,9 +34,8 @@ from bozzetto.drafters.trained import TRAINED
 from bozzetto.errors import UsageError, require
 from bozzetto.methods.options import Drafting
 from bozzetto.rules.neighbours import MOST, nearest_codes
-from bozzetto.runtime.graphs import Compiler, Report, digest_of
+from bozzetto.runtime.graphs import digest_of
 from bozzetto.runtime.kept import cache_folder, find, keep
-from bozzetto.targets.compiled_head import CompiledNarrow
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.targets.mar import MAR
 from bozzetto.targets.mar_target import MARSampler, MARTarget
@@ -52,7 +51,14 @@ class Resources:
         self._net = functools.cache(self._load_net)
         self._trained = functools.cache(self._load_trained)
         self._smaller = functools.cache(self._load_smaller)
+        self.of = functools.cache(self._of)
         self._table: Tensor | None = None
+
+    def _of(self, target: Any) -> Resources:
+        """The same for another form of the target."""
+        if target is self.target:
+            return self
+        return type(self)(target, self.codebook, self.folder)
 
     def trained(self, name: str, folder: str) -> DraftModel:
         """The trained drafter of this kind in `folder`, or the model's own. Raises UsageError where there is none, or
@@ -75,14 +81,13 @@ class Resources:
     def _load_trained(self, name: str, folder: str) -> Any:
         return TRAINED[name].cached(self._load_net(name, folder), self.target)
 
-    def filler(self, drafter: Any, target: Any) -> Any:
-        """What draws the places that enter a window of fused steps, for `target`, which is this one or this one
-        compiled; None for a drafter that has none. Raises as `trained`."""
+    def filler(self, drafter: Any) -> Any:
+        """What draws the places that enter a window of fused steps; None for a drafter that has none. Raises as
+        `trained`."""
         if not drafter.trained:
             return None
         net = self._net(drafter.trained, str(self.trained_folder(drafter.trained, drafter.folder)))
-        output = None if target.step is None else target.step.step.head
-        return TRAINED[drafter.trained].fused(net, self.target.embedding, self.target.head, drafter.fresh, output)
+        return TRAINED[drafter.trained].fused(net, self.target.embedding, self.target.output, drafter.fresh)
 
     def smaller(self, folder: str) -> DraftModel:
         """A smaller target as drafter. Raises UsageError where its tokens are not this target's."""
@@ -126,6 +131,13 @@ class VectorResources:
     def __init__(self, target: Any, name: str, folder: Path | None, base: Path | None = None, tuned: bool = False):
         self.target, self.name, self.folder, self.base, self.tuned = target, name, folder, base, tuned
         self._draft_model = functools.cache(self._load)
+        self.of = functools.cache(self._of)
+
+    def _of(self, target: Any) -> VectorResources:
+        """The same for another form of the target."""
+        if target is self.target:
+            return self
+        return type(self)(target, self.name, self.folder, self.base, self.tuned)
 
     def trained_folder(self, folder: str) -> Path:
         """Where the trained drafter lies: in a folder, or under a name on the hub; "": the model's own, else its base
@@ -154,10 +166,10 @@ class VectorResources:
 
 
 class MaskedResources:
-    """The same for a masked target: smaller models of the same tokens. report: told of heads that are compiled."""
+    """The same for a masked target: smaller models of the same tokens."""
 
-    def __init__(self, target: MARTarget, name: str, folder: Path, report: Report | None = None):
-        self.target, self.name, self.folder, self.report = target, name, folder, report
+    def __init__(self, target: MARTarget, name: str, folder: Path):
+        self.target, self.name, self.folder = target, name, folder
         self._small = functools.cache(self._load)
         self.target_with = functools.cache(self._make)
 
@@ -174,16 +186,14 @@ class MaskedResources:
         return self.smaller(drafter.folder) / WEIGHTS if drafter.smaller else None
 
     def _make(self, sampler: MARSampler, mode: str = "off", folder: Path | None = None) -> MARTarget:
-        """The model (None) or a smaller one with a sampler, its head compiled as asked. Each is made once, and those of
+        """The model (None) or a smaller one with a sampler, its head run as asked. Each is made once, and those of
         one folder share its weights. Raises UsageError for a smaller one of another family."""
         whole = self.target if folder is None else self._small(folder)
         if mode == "off" and sampler == whole.sampler:
             return whole
-        target = whole.with_sampler(sampler)
         if mode != "off":
-            net = self._network(folder or self.folder).diffloss.net
-            target.use_compiled(CompiledNarrow(net, target.dtype, Compiler(mode, self.report)))
-        return target
+            whole = whole.owned(self._network(folder or self.folder))
+        return whole.with_sampler(sampler)
 
     def _load(self, folder: Path) -> MARTarget:
         return MARTarget(self._network(folder), self.target.sampler, self.target.dtype)

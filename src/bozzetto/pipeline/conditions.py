@@ -113,7 +113,7 @@ class PromptBook(Classes):
 class Captions(PromptBook):
     """Prompts of a text-conditional model whose text encoder is at hand (texts -> features float32 [K, T, C], padded
     on the right, and their mask [K, T]). prompts: those that stand for classes where none is asked; targets: the
-    model's target and its compiled twins. The encoder is let go of when prompts have become labels, unless a server
+    model's target and its twins. The encoder is let go of when prompts have become labels, unless a server
     will be asked for more (`remember`)."""
 
     takes_negative = False
@@ -139,7 +139,7 @@ class Captions(PromptBook):
         return self.encoder.fingerprint()
 
     def _add(self, text: str, negative: str, label: int | None) -> int:
-        """Features of one more caption, or of another one for a label, in the target and in its compiled twins."""
+        """Features of one more caption, or of another one for a label, in the target and in its twins."""
         new, had = left_pad(*self.encoder([text])), self.targets()[0].captions
         parts: tuple[Tensor, ...] = new
         if had is not None and label is None:

@@ -88,7 +88,7 @@ class TokenKind:
     @torch.no_grad()
     def bare_passes(self, labels: Tensor, settings: GenerateSettings) -> Iterator[object]:
         """See Pipeline.bare_passes."""
-        target = self.runner.target_in(settings.compile, settings.deterministic)
+        target = self.runner.target_in(settings.compile)
         session, start = target.begin(labels, settings.law.guided, 1), torch.zeros_like(labels)
         inputs = self.blank_inputs(labels)
         for number in range(self.target.length):
@@ -116,15 +116,16 @@ class Codes(TokenKind):
         return fused_key(settings, self.target.length, self.dtype)
 
     def make_batch(self, settings: GenerateSettings, closed: bool) -> Batch:
-        target = self.runner.target_in(settings.compile, settings.deterministic)
+        target = self.runner.target_in(settings.compile)
+        resources = self.resources.of(target)
         if self.fuses(settings, closed):
-            return make_fused(settings, target, self.dtype, self.resources.filler(settings.drafter, target))
+            return make_fused(settings, target, self.dtype, resources.filler(settings.drafter))
         window = settings.window_for(settings.batch, target.length, self.dtype)
         widen = None
         if settings.any_window:
             widen = partial(settings.window_for, length=target.length, dtype=self.dtype)
-        drafter, rule = settings.drafter.make(window, widen, self.resources, self.target), settings.verifier
-        near = self.resources.neighbours(rule.columns) if rule.columns else None
+        drafter, rule = settings.drafter.make(window, widen, resources, target), settings.verifier
+        near = resources.neighbours(rule.columns) if rule.columns else None
         return EagerBatch(target, drafter, rule, settings.law, settings.tv_budget, settings.batch, window, near)
 
 
@@ -173,13 +174,16 @@ class CausalVectors(TokenKind):
         return {"steps": settings.steps or self.target.sampler.steps}
 
     def make_batch(self, settings: GenerateSettings, closed: bool) -> Batch:
-        rule, target = settings.rule, self.runner.target_in(settings.compile, settings.deterministic)
-        window = settings.window_for(settings.batch, target.length, self.dtype, rule.widest)
+        rule, target = settings.rule, self.runner.target_in(settings.compile)
+        resources, window = (
+            self.resources.of(target),
+            settings.window_for(settings.batch, target.length, self.dtype, rule.widest),
+        )
         asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
         if asked and asked != {"steps": target.sampler.steps}:
             target = copy.copy(target)
             target.sample_with(replace(target.sampler, **asked))
-        drafter = settings.drafter.make(window, None, self.resources, target)
+        drafter = settings.drafter.make(window, None, resources, target)
         return EagerBatch(target, drafter, rule, settings.law, None, settings.batch, drafter.max_nodes + 1)
 
 
@@ -193,11 +197,8 @@ class MaskedVectors(TokenKind):
     foreign = MappingProxyType({"tv_budget": "draws continuous tokens"})
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
-        if settings.compile == "default" or settings.deterministic:
-            asked = "deterministic" if settings.deterministic else f"compile = {settings.compile!r}"
-            raise UsageError(
-                f"{asked} is not allowed here: {self.name} is masked; off, or max, which compiles its head"
-            )
+        if settings.deterministic:
+            raise UsageError(f"deterministic is not allowed here: {self.name} is masked")
         return super().resolve(settings)
 
     def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def load(
     model: str | Path = "flowers", settings: LoadSettings | None = None, report: Report | None = None, **options: Any
 ) -> Pipeline:
     """Load a shipped model by name, a model folder, or a checkpoint in the Hugging Face layout (a folder, or its name
-    on the hub). report: told, in lines of text, of what is compiled; options: fields of LoadSettings, in place of
+    on the hub). report: accepted, told nothing any more; options: fields of LoadSettings, in place of
     `settings`.
 
     Raises UsageError for an unknown model or option and for files that do not fit together.
@@ -81,7 +81,7 @@ def load(
     wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
     read = _vectors if family in (FLOW, MASKED, DRIFT) else _codes
-    kind, conditions = read(folder, config, wanted, report)
+    kind, conditions = read(folder, config, wanted)
     pipe = Pipeline(kind, conditions, kind.runner, own)
     if SAMPLING in config:
         with naming(folder / CONFIG):  # what it says is allowed for this kind of model
@@ -109,9 +109,7 @@ def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipel
     return load_prompted(model, wanted, folder)
 
 
-def _codes(
-    folder: Path, config: dict[str, Any], wanted: LoadSettings, report: Report | None
-) -> tuple[TokenKind, Classes]:
+def _codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> tuple[TokenKind, Classes]:
     network = partial(load_target, folder, LLAMAGEN, dtype=wanted.torch_dtype, device=wanted.device)
     tokenizer = load_tokenizer(folder, encoder=False).to(wanted.device)
     target, captions = LlamaGenTarget(network(), wanted.torch_dtype), wanted.captions
@@ -134,7 +132,7 @@ def _codes(
             f"{want.vocab} on {want.grid}x{want.grid}"
         )
     files = () if captions is None else (Path(captions),)
-    runner = Runner(_name(folder, config), target, tokenizer, (folder,), files, network, report)
+    runner = Runner(_name(folder, config), target, tokenizer, (folder,), files, network)
     kind = Codes(runner, Resources(target, tokenizer.codebook, folder))
     return kind, Classes(distinct(names)) if encoder is None else Captions(encoder, names, runner.targets)
 
@@ -173,9 +171,7 @@ def _encoder(
     return T5Encoder(source or PUBLISHED, *dims, target.dtype, str(target.device)), EXAMPLES
 
 
-def _vectors(
-    folder: Path, config: dict[str, Any], wanted: LoadSettings, report: Report | None
-) -> tuple[TokenKind, Classes]:
+def _vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> tuple[TokenKind, Classes]:
     _refuse_text(wanted, f"{folder} draws classes")
     own, name, base = folder, _name(folder, config), None
     drift: DriftModel | None = None
@@ -194,9 +190,9 @@ def _vectors(
         )
     folders = (own,) if base is None else (own, base)
     target: Any = _vector_target(network, drift, config.get("sampler", {}), folder / CONFIG, wanted.torch_dtype)
-    runner = Runner(name, target, tokenizer, folders, (), again if drift is None else lambda: network, report)
+    runner = Runner(name, target, tokenizer, folders, (), again if drift is None else lambda: network)
     if isinstance(network, MAR):
-        return MaskedVectors(runner, MaskedResources(target, name, own, report)), classes
+        return MaskedVectors(runner, MaskedResources(target, name, own)), classes
     tuned = drift is not None and bool(drift.config.tuned)
     return CausalVectors(runner, VectorResources(target, name, own, base, tuned)), classes
 

@@ -140,9 +140,9 @@ class Pipeline:
         """Keep what belongs to so many prompts, asked for last, and to `busy` labels (a server would only grow)."""
         self.conditions.remember(prompts, busy)
 
-    def target_in(self, mode: str, deterministic: bool = False) -> Any:
-        """The target with its passes compiled as asked. Raises UsageError where they cannot be."""
-        return self.runner.target_in(mode, deterministic)
+    def target_in(self, mode: str) -> Any:
+        """The target with its passes run as asked. Raises UsageError where they cannot be."""
+        return self.runner.target_in(mode)
 
     def fuses(self, settings: GenerateSettings, closed: bool = True) -> bool:
         """Whether images of resolved settings may enter a batch while others are decoded. closed: see Scheduler."""
@@ -222,7 +222,7 @@ class Pipeline:
                 yield images, batch
         finally:
             scheduler.clear()
-            self._schedulers[settings.batch] = scheduler  # with what was compiled and measured for it
+            self._schedulers[settings.batch] = scheduler  # with what was laid out and measured for it
 
     def decoded(
         self, labels: Sequence[int], seed: int, indices: Sequence[int], settings: GenerateSettings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from bozzetto.checkpoints.folders import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEI
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.images import Origin, to_picture
-from bozzetto.runtime.graphs import Report
-from bozzetto.targets.compiled_cache import compile_target
 
 
 class Runner:
-    """A network of ours, whose passes are compiled where that is asked for. name: the model's; target: has tokens,
+    """A network of ours, run by our kernels where that is asked for. name: the model's; target: has tokens,
     length, dtype and device; pictures: its tokenizer, with decode, config and encodes; folders: the model's, and others
-    that say what it draws, as do `files`; network: reads what `target` was made from again; report: told of every graph
-    that is compiled; undecoded: why its tokens cannot become pictures here ("": they can)."""
+    that say what it draws, as do `files`; network: reads what `target` was made from again;
+    undecoded: why its tokens cannot become pictures here ("": they can)."""
 
     undecoded = ""
 
@@ -34,11 +31,10 @@ class Runner:
         folders: Sequence[Path] = (),
         files: Sequence[Path] = (),
         network: Callable[[], Any] | None = None,
-        report: Report | None = None,
     ):
-        self.name, self.target, self.pictures, self.network, self.report = name, target, pictures, network, report
+        self.name, self.target, self.pictures, self.network = name, target, pictures, network
         self.folders, self.files = folders, files
-        self.compiled: dict[tuple[str, bool], Any] = {}
+        self.own: Any = None  # the target run by our kernels, once that is asked for
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -49,19 +45,17 @@ class Runner:
         """A pipeline of the same model for another size, None where there is none."""
         return None
 
-    def target_in(self, mode: str, deterministic: bool = False) -> Any:
-        """The target with its passes compiled as asked; each is made once."""
+    def target_in(self, mode: str) -> Any:
+        """The target with its passes run as asked."""
         if mode == "off" or self.network is None:
             return self.target
-        if (mode, deterministic) not in self.compiled:
-            target = copy.copy(self.target)
-            compile_target(target, self.network(), mode, self.report, deterministic)
-            self.compiled[mode, deterministic] = target
-        return self.compiled[mode, deterministic]
+        if self.own is None:
+            self.own = self.target.owned(self.network())
+        return self.own
 
     def targets(self) -> tuple[Any, ...]:
-        """The target and its compiled twins."""
-        return (self.target, *self.compiled.values())
+        """The target and its twins that are run otherwise."""
+        return (self.target,) if self.own is None else (self.target, self.own)
 
     def fingerprint(self) -> str:
         """A digest of the model's files."""

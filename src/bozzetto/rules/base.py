@@ -50,9 +50,9 @@ class Rule(Written):
     on; widest: places per pass that pay for one image on a two-core CPU (docs/log.md has the measurements); beside:
     windows may have second guesses; trees: trees are welcome, not just chains; ragged: chains may be of different
     lengths; isotropic: only for laws with equal fixed deviations;
-    sequential: without drafts it is the sequential sampler by name; fused: it may be fused into a compiled step;
-    masked: masked models may use it; blind: drafts are verified without seeing each other; columns: of the table of
-    nearest codes, that it reads (0: none);
+    sequential: without drafts it is the sequential sampler by name; fused: images may come and go; couples: each place
+    is coupled with its draft as `exact.couple` does; masked: masked models may use it; blind: drafts are verified
+    without seeing each other; columns: of the table of nearest codes, that it reads (0: none);
     bias: for rules that are not exact, what bounds the bias, in words.
     """
 
@@ -74,6 +74,7 @@ class Rule(Written):
     isotropic: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     fused: ClassVar[bool] = False
+    couples: ClassVar[bool] = False
     masked: ClassVar[bool] = False
     blind: ClassVar[bool] = False
     columns: ClassVar[int] = 0

@@ -17,7 +17,6 @@ final; that too is an event at earlier places, so that it does not select among 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,16 +57,8 @@ class Chains(Rule):
             return Verdict(trajectory.token, torch.zeros_like(keys[:, 0]), trajectory=trajectory)
         drafted = given(draft.trajectory, self, "the drafts' paths")
         trajectory = _with_plain(drafted, fresh)
-        couple, x = _coupling(trajectory, law, keys, self.reach), trajectory.states[:, :, 0].flatten(0, 1)
-        states, laws = [x], []
-        for k in range(law.steps):
-            kernel = law.all_places(x, k)
-            x = couple(kernel, k)
-            states.append(x)
-            laws.append(kernel)
-        mean, std = (torch.stack(part, 1) for part in zip(*laws, strict=True))
-        parts = (torch.stack(states, 1), mean, std)
-        trajectory = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in parts))
+        found = _coupled(trajectory, law, keys, self.reach)
+        trajectory = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in found))
         same = (trajectory.token[:, :length] == draft.tokens).all(-1)
         return Verdict(trajectory.token, leading(same), trajectory=trajectory)
 
@@ -80,9 +71,9 @@ def _with_plain(trajectory: Trajectory, fresh: Tensor) -> Trajectory:
     return Trajectory(*(torch.cat(pair, 1) for pair in zip(trajectory, extra, strict=True)))
 
 
-def _coupling(trajectory: Trajectory, law: ChainLaw, keys: Tensor, reach: float) -> Callable[[Gaussian, int], Tensor]:
-    """What gives the target's next states [P, D] at a step from its laws there, coupled with recorded draft chains
-    [B, M + 1, ...]. Places are numbered as the law's; the last of each image has no draft."""
+def _coupled(trajectory: Trajectory, law: ChainLaw, keys: Tensor, reach: float) -> Trajectory:
+    """The target's chains [P, ...], each step coupled with that of recorded draft chains [B, M + 1, ...]. Places are
+    numbered as the law's; the last of each image has no draft."""
     batch, places = keys.shape
     plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)
     keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
@@ -93,8 +84,11 @@ def _coupling(trajectory: Trajectory, law: ChainLaw, keys: Tensor, reach: float)
     reflected = law.isotropic and bool((drafts > 0).all())
     equal = reflected and bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())
     drawn = states[:, 1:]
-    noises, log_us = _by_step((drawn - mean) / std), uniform(keys).log().masked_fill_(plain[:, None], torch.inf)
-    by_step = tuple(zip(_by_step(drawn), _by_step(mean), _by_step(std), noises, _by_step(log_us), strict=True))
+    noise, log_u = (drawn - mean) / std, uniform(keys).log().masked_fill_(plain[:, None], torch.inf)
+    if equal and reach == math.inf and (found := law.reflected(states, mean, noise, log_u)) is not None:
+        return found
+    parts = map(_by_step, (drawn, mean, std, noise, log_u))
+    by_step = tuple(zip(*parts, strict=True))
 
     def couple(target: Gaussian, k: int) -> Tensor:
         drafted, mean, std, noise, log_u = by_step[k]
@@ -112,7 +106,13 @@ def _coupling(trajectory: Trajectory, law: ChainLaw, keys: Tensor, reach: float)
             x[near], _ = overlap(drafted[near], draft.rows(near), target.rows(near), keys[near, k])
         return torch.where((far | plain)[:, None], target.at(noise), x)
 
-    return couple
+    x, laws, out = states[:, 0], [], [states[:, 0]]
+    for k in range(law.steps):
+        kernel = law.all_places(x, k)
+        x = couple(kernel, k)
+        out.append(x)
+        laws.append(kernel)
+    return Trajectory(torch.stack(out, 1), *(torch.stack(part, 1) for part in zip(*laws, strict=True)))
 
 
 def _by_step(part: Tensor) -> tuple[Tensor, ...]:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
-from bozzetto.laws.categorical import coin_margin, gumbel_argmax, gumbel_margin, weighted_draw
+from bozzetto.laws.categorical import coin_margin, weighted_draw
 from bozzetto.rules.base import Noise, Rule, leading
+from bozzetto.runtime.laws import gumbel_draw
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Exact(Rule):
     beside: ClassVar[bool] = True
     trees: ClassVar[bool] = False
     fused: ClassVar[bool] = True
+    couples: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         if noise.fixed is None or (draft.tree is not None and not draft.beside):
@@ -42,7 +44,7 @@ class Exact(Rule):
         chain = draft.chain
         # Behind the last draft: a plain draw of p.
         last = log_p[:, chain : chain + 1], noise.fixed[:, chain : chain + 1]
-        after, margin = gumbel_argmax(*last), gumbel_margin(*last)
+        after, margin = gumbel_draw(*last)
         if chain == 0:
             return Verdict(after, torch.zeros_like(after[:, 0]), margin=margin)
         log_q = point_mass(draft.tokens, log_p[:, :-1]) if draft.certain else draft.log_q

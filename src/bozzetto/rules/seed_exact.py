@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bozzetto.drafts import Draft, Tree, Verdict
-from bozzetto.laws.categorical import gumbel_argmax
 from bozzetto.rules.base import Noise, Rule, given, leading
+from bozzetto.runtime.laws import gumbel_draw
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class SeedExact(Rule):
     beside: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
-        tokens = gumbel_argmax(log_p, given(noise.fixed, self, "the positions' Gumbel noise"))
+        tokens, margin = gumbel_draw(log_p, given(noise.fixed, self, "the positions' Gumbel noise"))
         if draft.tree is not None:
             found = _follow(draft.tree, draft.tokens, tokens)
             return _carried(draft, tokens, found) if draft.beside else found
-        return Verdict(tokens, leading(tokens[:, : draft.length] == draft.tokens))
+        return Verdict(tokens, leading(tokens[:, : draft.length] == draft.tokens), margin=margin)
 
 
 def _carried(draft: Draft, wanted: Tensor, found: Verdict) -> Verdict:

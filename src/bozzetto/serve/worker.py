@@ -37,8 +37,8 @@ _log = logging.getLogger("bozzetto.serve")
 
 class Worker(threading.Thread):
     """load: gives models by name; slots: images in passes at a time; queue: images that may wait; limit: seconds per
-    order; base: settings that every image shares (compile, deterministic); warm: draw a few images first; failed: told,
-    from this thread, that it cannot go on (`failure` says why)."""
+    order; base: settings that every image shares (compile, deterministic); warm: one pass of each model first; failed:
+    told, from this thread, that it cannot go on (`failure` says why)."""
 
     def __init__(
         self,
@@ -158,21 +158,11 @@ class Worker(threading.Thread):
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """One pass of every model; where passes are compiled, one image alone and as many as there are slots, so that
-        no request waits for graphs. Left early by who is told to stop: nothing is accepted before it is over."""
+        """One pass of every model. Left early by who is told to stop: nothing is accepted before it is over."""
         for loop in self.loops.values():
             if self.stopping:
                 return
-            if self.base.compile == "off":
-                self._one_pass(loop.pipe)
-                continue
-            label = loop.pipe.labels((), self.base)[0]
-            for count in sorted({1, self.slots}):
-                for index in range(count):
-                    loop.submit(label, index=index, settings=self.base)
-                while loop.busy and not self.stopping:
-                    for image in loop.step():
-                        loop.pipe.decode(image.result)
+            self._one_pass(loop.pipe)
 
     def _one_pass(self, pipe: Pipeline) -> None:
         """Of sequential decoding of an image of ours. Raises what it fails with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,13 +49,13 @@ class Session(Protocol):
 
 
 class Target(Protocol):
-    """A model of `length` tokens per image. tokens: their kind, `codes` (of a codebook of `vocab`) or `vectors`; step:
-    compiled passes (targets/compiled.py; None: passes are eager)."""
+    """A model of `length` tokens per image. tokens: their kind, `codes` (of a codebook of `vocab`) or `vectors`; own:
+    whether its passes are those of our kernels."""
 
     tokens: str
     vocab: int
     length: int
-    step: Any
+    own: bool
     device: torch.device
 
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> Session:

@@ -25,6 +25,7 @@ from bozzetto.errors import require
 from bozzetto.laws.chain import Gaussian
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.engine import LinearMap
 from bozzetto.targets.base import Scores
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
 from bozzetto.targets.flow import FlowModel
@@ -158,23 +159,21 @@ class DriftLaw(HeadLaw):
 class DriftTarget(FlowTarget):
     """A drift model ready to decode: a flow target whose passes also measure the entropy, with another law."""
 
-    centre: Dense
+    centre: Dense | LinearMap
     one_step = True
 
     @torch.no_grad()
     def __init__(self, model: DriftModel, dtype: torch.dtype = torch.float32):
-        self.model = model
+        self.model, self.probed = model, model.probed
         super().__init__(model.flow, FlowSampler(steps=1), dtype)
-        self.probed = model.probed
 
     def denoiser(self, model: FlowModel) -> Denoiser:
         return self.model.decoder
 
     @torch.no_grad()
     def use_head(self, net: Denoiser, sampler: FlowSampler) -> None:
-        self.centre = Dense.of(self.model.centre, self.dtype)
-        self.head = PackedDenoiser(self.model.decoder, torch.zeros(1), self.dtype)
-        self.head.compiled = self.narrow
+        self.centre = self.map_of(self.model.centre)
+        self.head = PackedDenoiser(self.model.decoder, torch.zeros(1), self.dtype, self.own)
         self.sample_with(sampler)
 
     def sample_with(self, sampler: FlowSampler) -> None:

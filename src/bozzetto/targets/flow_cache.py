@@ -11,14 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from bozzetto.common.checks import Count, Steps
-from bozzetto.drafts import VECTORS
+from bozzetto.drafts import VECTORS, Layout
 from bozzetto.errors import require
 from bozzetto.laws.schedules import FlowSchedule, euler_schedule, flow_schedule, flow_sde_schedule
-from bozzetto.runtime.dense import Dense
-from bozzetto.runtime.graphs import Compiler
 from bozzetto.targets.annealed import annealed
 from bozzetto.targets.base import Scores
-from bozzetto.targets.compiled_head import CompiledNarrow
+from bozzetto.targets.decoder import Inputs
 from bozzetto.targets.denoiser import Denoiser
 from bozzetto.targets.flow import TIME_SCALE, FlowModel
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
@@ -89,12 +87,12 @@ class FlowSdeSampler(_Scheduled):
 
 
 class Sampled:
-    """What causal targets with a flow head share: the head, sampled in some way, and the laws of its tokens. narrow:
-    compiled layers of the head, where there are; time_scale: the denoiser's times at the end of the path."""
+    """What causal targets with a flow head share: the head, sampled in some way, and the laws of its tokens. own:
+    whether our kernels run it; time_scale: the denoiser's times at the end of the path."""
 
     tokens = VECTORS
+    own = False
     one_step = False  # a token is one call of a network, not a chain
-    narrow: Any = None
     stages: Sequence[tuple[FlowSchedule, PackedDenoiser]]  # by known tokens
     time_scale = TIME_SCALE
     length: int
@@ -104,17 +102,11 @@ class Sampled:
         """The network behind the head."""
         return model.head
 
-    def use_compiled(self, net: Denoiser, compiler: Compiler) -> None:
-        """Let serial calls of the head, which `net` is, run compiled layers."""
-        self.narrow = CompiledNarrow(net, self.dtype, compiler)
-        self.use_head(net, self.sampler)
-
     @torch.no_grad()
     def use_head(self, net: Denoiser, sampler: Any) -> None:
         """Lay the head out, to be sampled in this way."""
         times = sampler.schedule.time * self.time_scale
-        self.head = PackedDenoiser(net, times, self.dtype, kernels=self.narrow is not None)
-        self.head.compiled = self.narrow
+        self.head = PackedDenoiser(net, times, self.dtype, self.own)
         self.sample_with(sampler)
 
     @torch.no_grad()
@@ -141,19 +133,24 @@ class FlowTarget(Sampled, CausalTarget):
     def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
         self.config, self.whole = model.config.body, model.config
         self.length, self.token_dim = model.config.length, model.config.token_dim
-        super().__init__(model.layers, model.norm.weight, model.cls_embedding, model.rope, dtype)
+        self.sampler = sampler
         self.positions = model.positions.to(dtype)
-        self.embedding = Dense.of(model.token_embedding, dtype)
-        self.use_head(self.denoiser(model), sampler)
+        super().__init__(model, dtype)
+
+    def lay_out(self, network: FlowModel) -> None:
+        super().lay_out(network)
+        self.embedding = self.map_of(network.token_embedding)
+        self.use_head(self.denoiser(network), self.sampler)
 
     def conditions_of(self, labels: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
         return self.conditions(labels) + self.positions[0], None
 
-    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
-        x = self.embedding(inputs.to(self.dtype))
-        return x + self.positions[position.clamp_max(self.length - 1)]
+    def embed(self, inputs: Tensor, start: Tensor, layout: Layout | None) -> Inputs:
+        offset = torch.arange(inputs.shape[1], device=inputs.device) if layout is None else layout.depth
+        position = (start[:, None] + offset).clamp_max(self.length - 1)
+        return Inputs(self.embedding(inputs.to(self.dtype)) + self.positions[position])
 
     def read_out(self, x: Tensor) -> Scores:
         return Scores(None, x)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian
+from bozzetto.laws.chain import Ancestry, ChainLaw, Gaussian, Trajectory
 from bozzetto.laws.schedules import DiffusionSchedule, FlowSchedule
 from bozzetto.runtime.dense import Dense
-from bozzetto.runtime.linear import fixed_map, own_linear_pays
+from bozzetto.runtime.engine import LinearMap
+from bozzetto.runtime.head import Coupled, NarrowLayers
 from bozzetto.targets.denoiser import Denoiser, embed_times
 
 LN_EPS = 1e-6
@@ -51,31 +53,34 @@ def _narrow_layers(net: Denoiser, dtype: torch.dtype) -> Callable[[Tensor, Tenso
     return call
 
 
-class PackedDenoiser:
-    """A denoiser ready for decoding: modulations side by side, embeddings of the given times, narrow layers, and these
-    compiled where one sets them (targets/compiled_head.py)."""
+def narrow_layers(net: Denoiser, dtype: torch.dtype) -> NarrowLayers:
+    """The same by our kernels."""
+    blocks = [(block.in_ln, *block.mlp[::2]) for block in net.res_blocks]
+    return NarrowLayers(net.input_proj, net.final_layer.linear, blocks, dtype)
 
-    compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+
+class PackedDenoiser:
+    """A denoiser ready for decoding: modulations side by side, embeddings of the given times, narrow layers."""
 
     @torch.no_grad()
-    def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype, kernels: bool = False):
-        """times: [T], what the network is told at each step of the sampler (0 to 1000); kernels: ours are loaded."""
+    def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype, own: bool = False):
+        """times: [T], what the network is told at each step of the sampler (0 to 1000); own: run by our kernels."""
+        self.own, form = own, LinearMap if own else Dense
         self.width, self.depth, self.dtype = net.config.width, net.config.depth, dtype
         self.steps, self.token_dim, self.out_dim = len(times), net.config.token_dim, net.config.out_dim
         device = net.input_proj.weight.device
         self.embed_times = partial(embed_times, net.time_embed.mlp)
         self.times = self.embed_times(times.to(device)).to(dtype)  # [T, width]
-        self.condition = Dense.of(net.cond_embed, dtype)
+        self.condition = form.of(net.cond_embed, dtype)
         parts = [block.adaLN_modulation[-1] for block in (*net.res_blocks, net.final_layer)]
         weight, bias = (torch.cat([getattr(p, name) for p in parts]).clone() for name in ("weight", "bias"))
         # Each block has shift, scale, gate, the last shift, scale; "1 + scale" becomes part of the bias.
         for start in (self.width * (3 * i + 1) for i in range(self.depth + 1)):
             bias[start : start + self.width] += 1
-        own = kernels and own_linear_pays(weight)
-        # [(3 depth + 2) width, width]
-        self.modulation = fixed_map(weight, dtype, bias) if own else Dense(weight, bias, dtype)
-        self.narrow = self.few = _narrow_layers(net, dtype)
-        if dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
+        self.modulation = form(weight, bias, dtype)  # [(3 depth + 2) width, width]
+        self.narrow: Any = narrow_layers(net, dtype) if own else _narrow_layers(net, dtype)
+        self.few = self.narrow
+        if not own and dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
             self.few = _narrow_layers(net, torch.float32)
 
     @torch.no_grad()
@@ -97,10 +102,6 @@ class PackedDenoiser:
         """x [R, D] under modulations [..., R, (3 depth + 2) width] -> predictions, float32 [..., R, out_dim]."""
         few = modulation.shape[:-1].numel() <= _FEW_ROWS
         return (self.few if few else self.narrow)(x, modulation)
-
-    def lock_step(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """The same, by a compiled graph where there is one: for calls of a few shapes that come again and again."""
-        return (self.compiled or self)(x, modulation)
 
 
 class HeadLaw(ChainLaw):
@@ -148,13 +149,29 @@ class HeadLaw(ChainLaw):
     def predict_all(self, x: Tensor, step: int) -> Tensor:
         """The same for one step at every place in turn: x [B W, D]."""
         scale = self.guidance[:, None] if isinstance(self.guidance, Tensor) else self.guidance
-        return self._call(self.head.lock_step, x, self.modulations()[step], scale)
+        return self._call(self.head, x, self.modulations()[step], scale)
 
     def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
         return self._law(x, self.predict(x, step, place), self.coefficients[step].unsqueeze(-1).unbind(1))
 
     def all_places(self, x: Tensor, step: int) -> Gaussian:
         return self._law(x, self.predict_all(x, step), self.coefficients[step].unbind(0))
+
+    def run(self, noise: Tensor) -> Trajectory:
+        return self._whole(noise) if self.head.own else super().run(noise)
+
+    def reflected(self, states: Tensor, mean: Tensor, noise: Tensor, log_u: Tensor) -> Trajectory | None:
+        if not (self.head.own and self.isotropic):
+            return None
+        return self._whole(None, Coupled(states, mean, noise, log_u))
+
+    def _whole(self, noise: Tensor | None, draft: Coupled | None = None) -> Trajectory:
+        """All steps of every place in turn as one call."""
+        self.calls += self.steps
+        self.rows += self.steps * self.copies * self.places
+        scale = self.guidance if isinstance(self.guidance, Tensor) else torch.full((self.places,), self.guidance)
+        given = self.modulations(), self.coefficients, scale, self.temperature
+        return Trajectory(*self.head.narrow.chains(*given, noise, draft))
 
     def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:
         """Of the next states, from the head's predictions at states x [R, D] and the coefficients of their steps."""

@@ -22,6 +22,7 @@ from bozzetto.drafts import VECTORS
 from bozzetto.errors import require
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.native import need_kernels
 from bozzetto.targets.annealed import annealed
 from bozzetto.targets.heads import DiffusionLaw, PackedDenoiser
 from bozzetto.targets.mar import MAR
@@ -97,6 +98,7 @@ class MARTarget:
     """
 
     tokens = VECTORS
+    own = False  # whether the head is run by our kernels
 
     @torch.no_grad()
     def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):
@@ -118,10 +120,9 @@ class MARTarget:
         self._sample_with(sampler)
 
     def with_sampler(self, sampler: MARSampler) -> MARTarget:
-        """The same network sampled in another way, not compiled; weights are shared. Raises UsageError as the class."""
+        """The same network sampled in another way; weights are shared. Raises UsageError as the class."""
         other = copy.copy(self)
         other.head = self.head.retimed(sampler.schedule.time)
-        other.head.compiled = None
         other._sample_with(sampler)
         return other
 
@@ -130,10 +131,20 @@ class MARTarget:
         self.counts(sampler.passes)
         self.stages = annealed(self.head, sampler, 1.0, self.length)
 
-    def use_compiled(self, narrow: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Let serial calls of the head run compiled layers."""
-        for _, head in self.stages:
-            head.compiled = narrow
+    def owned(self, model: MAR) -> MARTarget:
+        """The same with the head of `model`, what it was made from, run by our kernels, on a GPU compiled by torch.
+        Raises UsageError where there are no kernels for it."""
+        other = copy.copy(self)
+        if self.device.type != "cpu":
+            other.head = copy.copy(self.head)
+            other.head.narrow = other.head.few = torch.compile(self.head.narrow, dynamic=True)
+            other._sample_with(self.sampler)
+            return other
+        need_kernels(self.dtype, self.device)
+        other.own = True
+        other.head = PackedDenoiser(model.diffloss.net, self.schedule.time, self.dtype, own=True)
+        other._sample_with(self.sampler)
+        return other
 
     def counts(self, passes: int) -> list[int]:
         """Tokens that each autoregressive step predicts (the published cosine schedule), `passes` numbers >= 1.

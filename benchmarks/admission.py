@@ -37,7 +37,7 @@ def resident() -> int:
 
 
 def mixed(choose: random.Random, compile: str) -> GenerateSettings:
-    """Settings of one image. Few kinds, so that few graphs have to be compiled."""
+    """Settings of one image. Few kinds, so that images share passes."""
     method = choose.choice([("jacobi", "seed-exact", 0), ("jacobi", "seed-exact", 0), ("jacobi", "exact", 8)])
     law = {"guidance": choose.choice([1.0, 1.5, 2.0, 3.0]), "temperature": choose.choice([0.9, 1.0])}
     cut = {"top_k": choose.choice([0, 0, 0, 200])} if method[1] == "seed-exact" else {}
@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     pipe = load(options.model, dtype=options.dtype)
     engine = Scheduler(pipe, slots=options.slots, queue=32)
-    if options.compile != "off":  # graphs are made and loaded before the clock runs, those of rare shapes too
+    if options.compile != "off":  # kernels are built and passes timed before the clock runs
         for seed in (1, 0):
             warm = Scheduler(pipe, slots=options.slots, queue=32)
             draw_together(warm, options.count, random.Random(seed), options.compile)

@@ -1,4 +1,4 @@
-"""What bfloat16 changes about seed-exact images, and what `--deterministic` costs.
+"""What bfloat16 changes about seed-exact images, and that `--deterministic` costs nothing.
 
     python benchmarks/deterministic.py --count 20 --json benchmarks/results/deterministic-bfloat16.json
 
@@ -46,7 +46,7 @@ def measure(pipe: Pipeline, options: argparse.Namespace) -> list[dict[str, float
         for number in range(options.rounds + 1):
             for mode in (False, True):
                 result = draw(pipe, way, mode, options)
-                if number:  # the first compiles
+                if number:  # the first warms up
                     seconds[mode].append(result.seconds["target"] + result.seconds["draft"])
         for mode in (False, True):
             tokens = [image.tokens for image in draw(pipe, way, mode, options).images]

@@ -65,7 +65,6 @@ from bozzetto.evaluate.bench import BenchSettings, bench
 from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.runtime.graphs import MODES
-from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.heads import DiffusionLaw
 from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
@@ -164,7 +163,7 @@ def stopped_after(seconds: float) -> Iterator[None]:
 
 
 class Suite:
-    """The cells of a run. Models are kept: a size that comes again finds its graphs compiled."""
+    """The cells of a run. Models are kept: a size that comes again finds its layers compiled."""
 
     def __init__(self, options: argparse.Namespace, rates: Rates, deadline: float):
         self.options, self.rates, self.deadline = options, rates, deadline
@@ -182,8 +181,7 @@ class Suite:
         """A network, its eager target and the one that is compiled as asked."""
         network = causal_network(causal_config(shape, grid), self.dtype, self.device)
         eager = LlamaGenTarget(network, self.dtype)
-        ours = copy.copy(eager)
-        compile_target(ours, network, self.options.compile, say)
+        ours = eager if self.options.compile == "off" else eager.owned(network)
         return network, eager, ours
 
     def _masked(self, shape: str) -> tuple[MAR, MARTarget]:
@@ -249,7 +247,7 @@ class Suite:
         def fast_call() -> Callable[[], object]:
             fast = copy.copy(law)
             fast.head = copy.copy(target.head)
-            fast.head.compiled = self._compile(target.head.__call__)
+            fast.head.narrow = fast.head.few = self._compile(target.head.narrow)
             return functools.partial(call, fast)
 
         common = {"shape": shape, "pixels": pixels(shape, c.grid), "batch": batch, "width": width}
@@ -267,7 +265,7 @@ class Suite:
     def _three_ways(
         self, row: Row, work: Callable[[], object], faster: Callable[[], Callable[[], object]], calls: int
     ) -> Iterator[Row]:
-        """Eager; and where graphs are asked for, what `faster` makes, on a GPU also replayed."""
+        """Eager; and where compiling is asked for, what `faster` makes, on a GPU also replayed."""
         made: list[Callable[[], object]] = []
 
         def prepare(way: str) -> Callable[[], float]:

@@ -8,22 +8,20 @@ batch, interleaved in rounds whose order rotates; ratios are taken within a roun
 shown:
 
     eager       a static-cache loop over the same model: logits, guidance, a Gumbel sample with torch's generator
-    slots 1     our sequential loop (decoding/fused.py, seed-exact), compiled as asked; `over eager` is its speed-up
+    slots 1     our sequential loop (decoding/fused.py, seed-exact), run as asked; `over eager` is its speed-up
     slots 4 ... our loop with a window of so many places: ms per pass, and T(W) / T(1)
 
 T(W) / T(1) is also the break-even: speculation with this window is faster than our sequential loop where it keeps more
 tokens per pass than that, and `at most` is its speed-up if every draft were kept. Random weights have no meaningful
 acceptance: none is claimed, and none is measured.
 
-A graph is compiled per batch and width and kept on disk with its weights (0.25 GB for B, 0.7 GB for L, 1.6 GB for XL),
-in `--cache`, or where `$BOZZETTO_CACHE` says. All graphs of one batch are in memory at the same time, beside the eager
-model: L with four widths takes 6 GB, XL 12 GB.
+Kernels are built once and kept in `--cache`, or where `$BOZZETTO_CACHE` says. The loops of all widths share one copy of
+the weights in the kernels' layout, beside the eager model.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import os
@@ -50,7 +48,6 @@ from bozzetto.common.files import write_text
 from bozzetto.evaluate.columns import table
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.runtime.graphs import MODES
-from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.llamagen import SHAPES, LlamaGen
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 
@@ -62,8 +59,7 @@ def measure(network: LlamaGen, target: LlamaGenTarget, batch: int, options: argp
     """The rows of one size and batch. target: the eager one of the network."""
     guidance, tokens = options.guidance, options.tokens
     start = middle(target.length, tokens, max(options.widths))
-    ours = copy.copy(target)
-    compile_target(ours, network, options.compile, say)
+    ours = target if options.compile == "off" else target.owned(network)
 
     def way(name: str, width: int) -> Way:
         def prepare() -> Callable[[], float]:
@@ -90,7 +86,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> list[Row]:
         say(f"LlamaGen-{shape}, {parameters / 1e6:.0f} M parameters per pass, batch {batch}")
         for row in measure(network, target, batch, options):
             rows.append({"shape": shape, "parameters_read": parameters, "length": config.length, **row})
-        gc.collect()  # graphs hold their weights
+        gc.collect()  # loops hold their caches
     return rows
 
 
@@ -117,7 +113,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", default="max", choices=MODES)
-    parser.add_argument("--cache", type=Path, help="folder of compiled graphs")
+    parser.add_argument("--cache", type=Path, help="folder where kernels are kept")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     options.widths = sorted({1, *options.widths})

@@ -76,9 +76,8 @@ def now(device: torch.device | str) -> float:
 
 def fill_cache(session: Any) -> None:
     """As if images had been decoded: no zeros."""
-    for table in session.cache:
-        for part in table:
-            part.uniform_(-1, 1)
+    for part in session.cache.parts:
+        part.uniform_(-1, 1)
 
 
 class EagerLoop:
@@ -150,12 +149,9 @@ class SlotLoop:
         assert state is not None
         held = state.tensors()  # the loop goes on with others
         advance = Advance(self.lane.rule, target.length, width, False)
-        run = None if target.step is None else target.step.slots(advance)
 
         @torch.no_grad()
         def call() -> object:
-            if run is not None:
-                return run(session, width, target.length, held)
             scores = session.score(held[0].contiguous(), held[1])
             return advance(scores.logits, scores.features, *held)
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,21 +24,6 @@ def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BOZZETTO_CACHE", str(folder))
         yield
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Graphs are the modules as they are, so that shapes are cheap; what was asked for."""
-    from bozzetto.runtime.graphs import Compiler
-
-    asked: list[str] = []
-
-    def plain(self: object, module: Any, arguments: object, what: str, dynamic: object = None) -> Any:
-        asked.append(what)
-        return lambda given: list(module(*given))
-
-    monkeypatch.setattr(Compiler, "graph", plain)
-    return asked
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ class TabularTarget:
     tokens x is row offset(n) + sum_i x_i V^(n - 1 - i)."""
 
     tokens = CODES
-    step = None
+    own = False
 
     def __init__(self, vocab: int, length: int, labels: int = 2, spread: float = 1.5, seed: int = 0):
         self.vocab, self.length, self.labels = vocab, length, labels

@@ -13,7 +13,6 @@ from bozzetto.autoencoders.vq import VQConfig, VQTokenizer
 from bozzetto.checkpoints.folders import save_llamagen
 from bozzetto.cli.main import main
 from bozzetto.errors import UsageError
-from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from bozzetto.targets.sentence import SentenceEncoder
@@ -113,14 +112,12 @@ def captioned_target(compiled: bool) -> LlamaGenTarget:
     """A tiny target of four captions of different lengths."""
     network = tiny_llamagen(classes=0, condition_tokens=T, caption_dim=C)
     target = LlamaGenTarget(network)
-    if compiled:
-        compile_target(target, network, "default")
+    target = target.owned(network) if compiled else target
     features = torch.randn(4, T, C, generator=torch.Generator().manual_seed(2))
     mask = torch.arange(T) >= torch.tensor([[2], [0], [4], [1]])  # padded on the left
     return target.with_captions(features, mask)
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_admitted_captions_are_those_of_a_fresh_session(compiled: bool, guided: bool) -> None:
@@ -142,7 +139,6 @@ def test_admitted_captions_are_those_of_a_fresh_session(compiled: bool, guided: 
         start, behind = start + 3, behind + 3
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_admitting_a_caption_leaves_the_other_rows_alone(compiled: bool, guided: bool) -> None:

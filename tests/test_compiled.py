@@ -1,10 +1,9 @@
-"""Compiled passes: the same numbers as eager ones in any shape, for codes, captions, vectors and trees."""
+"""Passes of our kernels: the same numbers as torch's in any shape, for codes, captions, vectors and trees."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from bozzetto.decoding.loop import EagerBatch
 from bozzetto.drafts import VECTORS, Layout
@@ -12,8 +11,6 @@ from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import read_drafter
 from bozzetto.runtime.graphs import check_mode
-from bozzetto.targets.compiled import bucket
-from bozzetto.targets.compiled_cache import CompiledSession, compile_target
 from bozzetto.targets.flow import FlowConfig, FlowModel
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
 from bozzetto.targets.llamagen import LlamaGen, LlamaGenConfig
@@ -31,20 +28,19 @@ def _network(seed: int = 0, **changes: int) -> LlamaGen:
     return network.eval().requires_grad_(False)
 
 
-def _pair(network: LlamaGen | FlowModel, mode: str = "default") -> tuple[LlamaGenTarget, LlamaGenTarget]:
-    """(eager, compiled) targets of a network."""
+def _pair(network: LlamaGen | FlowModel) -> tuple[LlamaGenTarget, LlamaGenTarget]:
+    """A target of a network, and the same with passes of our kernels."""
     make = LlamaGenTarget if isinstance(network, LlamaGen) else lambda n: FlowTarget(n, FlowSampler(steps=2))
-    eager, compiled = make(network), make(network)
-    compile_target(compiled, network, mode)  # type: ignore[arg-type]
-    return eager, compiled  # type: ignore[return-value]
+    eager = make(network)
+    return eager, eager.owned(network)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_passes_of_any_width_are_those_of_the_eager_session(uncompiled: list[str], batch: int, guided: bool) -> None:
+def test_passes_of_any_width_are_those_of_the_eager_session(batch: int, guided: bool) -> None:
     eager, compiled = _pair(_network())
     sessions = [t.begin(torch.arange(batch) % 3, guided, 6) for t in (eager, compiled)]
-    assert isinstance(sessions[1], CompiledSession)
+    assert sessions[1].target.own and not sessions[0].target.own
     start, made = torch.zeros(batch, dtype=torch.int64), torch.Generator().manual_seed(1)
     for width in (1, 3, 5, 1, 6, 2):
         inputs = torch.randint(16, (batch, width), generator=made)
@@ -55,17 +51,7 @@ def test_passes_of_any_width_are_those_of_the_eager_session(uncompiled: list[str
         start = start + torch.randint(1, width + 1, (batch,), generator=made)  # ragged
 
 
-def test_images_with_guidance_and_twice_as_many_without_are_two_shapes(uncompiled: list[str]) -> None:
-    network = _network()
-    target = LlamaGenTarget(network)
-    compile_target(target, network, "default")
-    for batch, guided in ((4, False), (2, True)):
-        session = target.begin(torch.arange(batch) % 3, guided, 1)
-        session.score(torch.zeros(batch, 1, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64), 0)
-    assert len(uncompiled) == 2
-
-
-def test_dropping_finished_rows_keeps_the_others(uncompiled: list[str]) -> None:
+def test_dropping_finished_rows_keeps_the_others() -> None:
     eager, compiled = _pair(_network())
     sessions = [t.begin(torch.arange(5) % 3, True, 2) for t in (eager, compiled)]
     inputs, rows = torch.arange(10).reshape(5, 2), torch.tensor([3, 1])
@@ -75,10 +61,10 @@ def test_dropping_finished_rows_keeps_the_others(uncompiled: list[str]) -> None:
     a, b = (s.score(inputs[rows], torch.full((2,), 2), 2).logits for s in sessions)
     assert a is not None and b is not None
     assert torch.allclose(a, b, atol=1e-5)
-    assert len(sessions[1].condition) == 4  # two copies of two rows: the batch went down to a smaller size
+    assert len(sessions[1].condition) == 4  # two copies of two rows
 
 
-def test_trees_and_their_compaction(uncompiled: list[str]) -> None:
+def test_trees_and_their_compaction() -> None:
     eager, compiled = _pair(_network())
     sees = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]], dtype=torch.bool)
     layout = Layout(torch.arange(4)[None], torch.tensor([[0, 1, 1, 2]]), sees)
@@ -96,7 +82,7 @@ def test_trees_and_their_compaction(uncompiled: list[str]) -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_captions_of_several_condition_tokens(uncompiled: list[str], guided: bool) -> None:
+def test_captions_of_several_condition_tokens(guided: bool) -> None:
     network = _network(classes=0, condition_tokens=4, caption_dim=6)
     features = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
@@ -110,7 +96,7 @@ def test_captions_of_several_condition_tokens(uncompiled: list[str], guided: boo
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_vectors(uncompiled: list[str]) -> None:
+def test_vectors() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = FlowModel(FlowConfig(dim=32, layers=2, heads=2, token_dim=4, grid=4, classes=3, head_width=16)).eval()
@@ -121,18 +107,8 @@ def test_vectors(uncompiled: list[str]) -> None:
     assert torch.allclose(a.features, b.features, atol=1e-5)
 
 
-def test_a_session_has_two_widths_and_each_graph_is_made_once(uncompiled: list[str]) -> None:
-    network = _network()
-    target = LlamaGenTarget(network)
-    compile_target(target, network, "default")
-    session = target.begin(torch.arange(3), False, 8)
-    for width in (1, 5, 7, 8, 4, 1):
-        session.score(torch.zeros(3, width, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 0)
-    assert uncompiled == ["a pass of 4 sequences with 4 places", "a pass of 4 sequences with 8 places"]
-
-
 @pytest.mark.parametrize(("drafter", "rule"), [("none", "seed-exact"), ("jacobi", "seed-exact"), ("jacobi", "exact")])
-def test_images_are_those_of_the_eager_target(uncompiled: list[str], drafter: str, rule: str) -> None:
+def test_images_are_those_of_the_eager_target(drafter: str, rule: str) -> None:
     drawn = []
     for target in _pair(_network()):
         decoder = EagerBatch(target, make_drafter(drafter, 4), make_rule(rule), LawSettings(guidance=2.0))
@@ -140,27 +116,9 @@ def test_images_are_those_of_the_eager_target(uncompiled: list[str], drafter: st
     assert torch.equal(*drawn)
 
 
-def test_the_compiled_graph_itself_agrees() -> None:
-    eager, compiled = _pair(_network())
-    tokens: list[Tensor] = []
-    for target in (eager, compiled):
-        decoder = EagerBatch(target, make_drafter("jacobi", 4), make_rule("seed-exact"), LawSettings(guidance=2.0))
-        tokens.append(decoder.run(torch.tensor([0]), 7, torch.tensor([0])).tokens)
-    assert torch.equal(*tokens)
-
-
-@pytest.mark.parametrize(("count", "wanted"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (33, 64)])
-def test_buckets_are_powers_of_two(count: int, wanted: int) -> None:
-    assert bucket(count) == wanted
-
-
 def test_a_mode_that_there_is_not_is_named() -> None:
     with pytest.raises(UsageError, match="compile = 'fast' is not allowed: off, default, max"):
         check_mode("fast")
-    network = _network()
-    target = LlamaGenTarget(network)
-    compile_target(target, network, "off")
-    assert target.step is None
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +132,8 @@ def flow_network() -> FlowModel:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_compiled_heads_are_those_of_the_eager_one(
-    uncompiled: list[str], flow_network: FlowModel, guided: bool
-) -> None:
-    eager, compiled = _pair(flow_network, "max")
+def test_compiled_heads_are_those_of_the_eager_one(flow_network: FlowModel, guided: bool) -> None:
+    eager, compiled = _pair(flow_network)
     guidance = 2.0 if guided else 1.0
     for places in (1, 7, 3, 9, 2):
         features = torch.randn(2 if guided else 1, places, 32)
@@ -187,34 +143,26 @@ def test_compiled_heads_are_those_of_the_eager_one(
             a, b = (law.all_places(x, step) for law in laws)
             assert torch.allclose(a.mean, b.mean, atol=1e-5) and torch.equal(a.std, b.std)
         assert laws[0].calls == laws[1].calls and laws[0].rows == laws[1].rows
-    assert len(uncompiled) == 4  # 1, 8 (for 7), 4 (for 3, then 2), 12 (for 9)
-
-
-def test_another_number_of_steps_keeps_the_compiled_head(uncompiled: list[str], flow_network: FlowModel) -> None:
-    _, compiled = _pair(flow_network, "max")
-    before = compiled.head.compiled  # type: ignore[union-attr]
-    compiled.sample_with(FlowSampler(steps=3))  # type: ignore[attr-defined]
-    assert before is not None and compiled.head.compiled is before  # type: ignore[union-attr]
+        a, b = (law.run(torch.randn(places, 3, 4, generator=torch.Generator().manual_seed(places))) for law in laws)
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(a, b, strict=True))
+        assert laws[0].calls == laws[1].calls and laws[0].rows == laws[1].rows
 
 
 @pytest.mark.parametrize(("drafter", "rule"), [("none", "plain"), ("jacobi", "chains"), ("jacobi", "pathwise")])
-def test_vectors_are_those_of_the_eager_target(
-    uncompiled: list[str], flow_network: FlowModel, drafter: str, rule: str
-) -> None:
+def test_vectors_are_those_of_the_eager_target(flow_network: FlowModel, drafter: str, rule: str) -> None:
     drawn = []
-    for target in _pair(flow_network, "max"):
+    for target in _pair(flow_network):
         made = read_drafter(drafter, VECTORS).make(4, None, None, target)
         decoder = EagerBatch(target, made, make_rule(rule, VECTORS), LawSettings(guidance=2.0))
         drawn.append(decoder.run(torch.arange(3), 7, torch.arange(3)).tokens)
     assert torch.allclose(*drawn, atol=1e-3)
 
 
-def test_deterministic_passes_of_any_width_and_batch_agree_to_the_last_bit_in_bfloat16() -> None:
+def test_passes_of_any_width_and_batch_agree_to_the_last_bit_in_bfloat16() -> None:
     network, found = _network(dim=64, ffn_multiple=32), []
-    target = LlamaGenTarget(network, torch.bfloat16)
-    compile_target(target, network, "default", deterministic=True)
+    target = LlamaGenTarget(network, torch.bfloat16).owned(network)
     tokens = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(3))
-    for batch, width in ((1, 1), (2, 4)):  # each pair is a graph, which takes ten seconds to compile
+    for batch, width in ((1, 1), (2, 4)):
         session, laws = target.begin(torch.arange(batch), True, width), []
         for start in range(0, 8, width):
             inputs = tokens[:batch, start : start + width].contiguous()

@@ -60,7 +60,8 @@ def test_a_cache_that_is_a_file_or_nowhere_fails(monkeypatch: pytest.MonkeyPatch
 
 def test_damaged_cached_files_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BOZZETTO_CACHE", str(tmp_path / "cache"))
-    paths = [keep(name, lambda at: Path(at).write_text("bytes"), tmp_path / "cache") for name in ("a.pt2", "b.so")]
+    names = ("a.safetensors", "b.so")
+    paths = [keep(name, lambda at: Path(at).write_text("bytes"), tmp_path / "cache") for name in names]
     assert not [found for found in doctor.examine() if found.what == "cached files"]
     paths[1].write_text("byt")
     found = finding("cached files")

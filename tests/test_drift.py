@@ -19,7 +19,6 @@ from bozzetto.drafters.gaussian import gaussian_config
 from bozzetto.drafts import Layout, Verdict
 from bozzetto.errors import UsageError
 from bozzetto.laws.noise import NormalField
-from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.drift import DriftConfig, DriftModel, DriftTarget, guided_features, one_step
 from bozzetto.targets.layers import attention_entropy
 from bozzetto.train.drift import anti_symmetric_force, drift_force, energy_distance, teacher_tokens
@@ -98,9 +97,8 @@ def test_passes_give_features_and_entropies_of_the_whole_network(guided: bool, w
         torch.testing.assert_close(found[:, :count, -1], entropy[:, first : first + count], atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_passes_give_the_same(uncompiled: list[str]) -> None:
-    compiled = DriftTarget(MODEL)
-    compile_target(compiled, MODEL.flow, "max")
+def test_compiled_passes_give_the_same() -> None:
+    compiled = TARGET.owned(MODEL.flow)
     sessions = [target.begin(LABELS, True, 4) for target in (TARGET, compiled)]
     for first in (0, 4):
         given = (inputs_at(torch.full((2,), first), 4), torch.full((2,), first), first)
@@ -316,10 +314,10 @@ def test_the_draft_model_measures_its_own_attention_and_takes_over_the_targets_e
     tokens = torch.randn(2, 3, pipe.target.token_dim)
     sketcher.take_in(Observation(None, Verdict(tokens, count - 1), count, 3, count * 0, features))
     torch.testing.assert_close(sketcher.measured[:, 0], features[[0, 1, 2, 3], [2, 1, 2, 1], -1])
-    assert sketcher.own.shape == (4, 1) and bool(((sketcher.own >= 0) & (sketcher.own <= 1)).all())
+    assert sketcher.entropy.shape == (4, 1) and bool(((sketcher.entropy >= 0) & (sketcher.entropy <= 1)).all())
     at = torch.zeros(1, 1, dtype=torch.int64)
     sketcher.put_out(tokens[:, :1], at, Layout(at, at, torch.ones(1, 1, 1, dtype=torch.bool)))
-    assert sketcher.own.shape == (4, 1)
+    assert sketcher.entropy.shape == (4, 1)
 
 
 def test_a_stop_is_refused_where_drafts_have_to_be_whole(drafted: Path, tiny_flow: Path) -> None:

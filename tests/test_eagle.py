@@ -49,7 +49,7 @@ NET = tiny_eagle()
 
 
 def sketcher(net: EagleNet = NET) -> CachedEagle:
-    return CachedEagle(net, TARGET.embedding, TARGET.head)
+    return CachedEagle(net, TARGET.embedding, TARGET.output)
 
 
 def drafter(tree: str) -> TreeDrafter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,14 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bozzetto.errors import UsageError
 from bozzetto.methods.resources import Resources, kept_neighbours
 from bozzetto.pipeline.hosted import HostedResources
 from bozzetto.rules.neighbours import nearest_codes
-from bozzetto.runtime import graphs, kept, native
-from bozzetto.runtime.graphs import Compiler
+from bozzetto.runtime import kept, native
 from bozzetto.runtime.kept import cache_folder, damaged, find, keep, made
-from test_graphs import Counted, arguments
 
 CODES = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 
@@ -52,11 +48,11 @@ def own_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_is_made_once(tmp_path: Path) -> None:
-    first = made("a.pt2", written("one"), tmp_path / "cache")
+    first = made("a.so", written("one"), tmp_path / "cache")
     assert first.read_text() == "one" and first.parent == tmp_path / "cache"
-    assert made("a.pt2", written("two"), tmp_path / "cache") == first == find("a.pt2", tmp_path / "cache")
+    assert made("a.so", written("two"), tmp_path / "cache") == first == find("a.so", tmp_path / "cache")
     assert first.read_text() == "one"
-    assert find("b.pt2", tmp_path / "cache") is None
+    assert find("b.so", tmp_path / "cache") is None
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -82,9 +78,9 @@ def test_what_cannot_be_kept_lies_in_a_temporary_folder_and_that_is_said_once(
     tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = no_room(tmp_path / "cache", way)
-    one, two = (made(name, written(name), folder) for name in ("a.pt2", "b.pt2"))
-    assert one.read_text() == "a.pt2" and tmp_path / "tmp" in one.parents
-    assert made("a.pt2", written("again"), folder) == one and two.exists()
+    one, two = (made(name, written(name), folder) for name in ("a.so", "b.so"))
+    assert one.read_text() == "a.so" and tmp_path / "tmp" in one.parents
+    assert made("a.so", written("again"), folder) == one and two.exists()
     (said,) = caplog.messages
     assert str(folder) in said and "BOZZETTO_CACHE" in said
 
@@ -96,7 +92,7 @@ def test_a_server_that_ends_at_once_leaves_no_temporary_folder(tmp_path: Path, m
     ended: list[int] = []
     monkeypatch.setattr(server.os, "_exit", ended.append)
     server.leave("", 3)
-    path = made("a.pt2", written("one"), no_room(tmp_path / "cache", "a file"))
+    path = made("a.so", written("one"), no_room(tmp_path / "cache", "a file"))
     assert path.exists()
     server.leave("", 0)
     assert ended == [3, 0] and list((tmp_path / "tmp").iterdir()) == []
@@ -107,7 +103,7 @@ def test_a_disk_that_fills_up_while_copying_is_not_fatal(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(kept.shutil, "copyfile", full)
-    assert made("a.pt2", written("one"), tmp_path / "cache").read_text() == "one"
+    assert made("a.so", written("one"), tmp_path / "cache").read_text() == "one"
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -117,7 +113,7 @@ def test_many_at_once_get_whole_files(tmp_path: Path) -> None:
 
     def work(number: int) -> None:
         gate.wait()
-        found.append(made("a.pt2", written(f"{number}" * 50_000), tmp_path / "cache"))
+        found.append(made("a.so", written(f"{number}" * 50_000), tmp_path / "cache"))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -144,63 +140,21 @@ def test_threads_that_make_the_same_file_together_all_get_it(tmp_path: Path) -> 
     assert [path.read_text() for path in paths] == ["the same"] * 4 and {path.parent for path in paths} == {tmp_path}
 
 
-def test_half_copied_graphs_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, age in ((".a.x.pt2", 10**6), (".b.x.pt2", 10)):
-        (tmp_path / name).write_text("half")
-        os.utime(tmp_path / name, (graphs.time.time() - age,) * 2)
-    graphs._prune(tmp_path, tmp_path / "c.pt2")
-    assert [path.name for path in tmp_path.glob(".*.pt2")] == [".b.x.pt2"]
-
-
-# Graphs and kernels.
-
-
-def test_a_damaged_graph_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.13 reads packages without looking at the checksums that they have as zip files: a flipped bit in a
-    weight gave 1e36 in place of 9.6."""
-    monkeypatch.setattr(Compiler, "_package", lambda self, *given: Path(given[-1]).write_text("a graph"))
-    read: list[str] = []
-
-    def load(path: str) -> SimpleNamespace:
-        read.append(Path(path).read_text())
-        return SimpleNamespace(loader=SimpleNamespace(run=list))
-
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
-    for _ in range(2):
-        Compiler("default", folder=tmp_path / "cache").graph(Counted(), arguments(), "a map")
-        (path,) = (tmp_path / "cache").glob("*.pt2")
-        path.write_text("a gra")
-    assert read == ["a graph"] * 2
-
-
-def build(compiler: str, path: str) -> None:
-    Path(path).write_text("kernels")
+# Kernels.
 
 
 def test_a_cut_kernel_library_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """glibc 2.36 maps a library before it looks at its length: opening one that is cut to three quarters ends the
     process with SIGBUS, and the loss of the last kilobytes goes unnoticed."""
     opened: list[str] = []
-    monkeypatch.setattr(native, "_build", build)
-    monkeypatch.setattr(torch.library, "register_fake", lambda name: lambda function: function)
+    monkeypatch.setattr(native, "_build", lambda path: Path(path).write_text("kernels"))
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: opened.append(Path(path).read_text()))
     for _ in range(2):
-        loader = SimpleNamespace(load_library=lambda path: opened.append(Path(path).read_text()))
-        monkeypatch.setattr(torch, "ops", SimpleNamespace(bozzetto=object(), load_library=loader.load_library))
         native.load_kernels(tmp_path / "cache")
         (path,) = (tmp_path / "cache").glob("*.so")
         path.write_text("ker")
     assert opened == ["kernels"] * 2
     assert list((tmp_path / "cache").glob("*.so")) == [path]
-
-
-def test_a_graph_that_cannot_be_unpacked_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: str) -> None:
-        raise RuntimeError("Failed to extract archive")
-
-    monkeypatch.setattr(Compiler, "_package", lambda self, *given: Path(given[-1]).write_text("a graph"))
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", full)
-    with pytest.raises(UsageError, match=r"graph in .*\.pt2 cannot be loaded: Failed .*compile = 'off'"):
-        Compiler("default", folder=tmp_path).graph(Counted(), arguments(), "a map")
 
 
 # Neighbours.
@@ -264,7 +218,7 @@ def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nobody)
     assert cache_folder() is None
-    assert made("a.pt2", written("one"), None).read_text() == "one"
+    assert made("a.so", written("one"), None).read_text() == "one"
     with pytest.raises(OSError, match="no home"):
-        keep("a.pt2", written("one"), None)
+        keep("a.so", written("one"), None)
     assert torch.equal(workshop(None).neighbours(3), nearest_codes(CODES, 39)[:, :3])

@@ -164,7 +164,7 @@ def test_drafters_of_text_conditional_llamagen_begin_with_the_caption(guided: bo
         n = len(ids)
         return forward(torch.cat([whole[row][:first], known.double()]), rows[ids], (cos[:n], sin[:n]))
 
-    sketch = CachedEagle(net, target.embedding, target.head, target.condition_features)
+    sketch = CachedEagle(net, target.embedding, target.output, target.condition_features)
     check_sketch(sketch, torch.arange(3), tokens, guided, own, torch.stack([part[first:] for part in whole]).float())
 
 

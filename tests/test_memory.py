@@ -109,10 +109,10 @@ def test_a_published_tokenizer_is_read_without_the_half_that_encodes(folder: Pat
     assert not [name for name in half.state_dict() if name.startswith(("encoder", "quant_conv"))]
 
 
-def test_what_compiles_reads_the_network_again(folder: Path, uncompiled: list[str]) -> None:
+def test_what_compiles_reads_the_network_again(folder: Path) -> None:
     pipe = bozzetto.load(folder, device="cpu")
     plain, compiled = (pipe.generate(["a"], drafter="none", compile=mode).images[0] for mode in ("off", "default"))
-    assert uncompiled and (plain.sha256 == compiled.sha256 or plain.near_tie)
+    assert plain.sha256 == compiled.sha256 or plain.near_tie
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

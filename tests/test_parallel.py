@@ -59,7 +59,7 @@ def tiny(kind: str, seed: int = 0) -> Any:
 
 def sketcher(kind: str, net: Any = None) -> CachedParallel:
     net = tiny(kind) if net is None else net
-    return SKETCHERS[kind](net, TARGET.embedding, TARGET.head)
+    return SKETCHERS[kind](net, TARGET.embedding, TARGET.output)
 
 
 def drafter(kind: str, tree: str) -> TreeDrafter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 from dataclasses import replace
@@ -24,7 +23,7 @@ from bozzetto.evaluate.passes import (
     ATTENTION,
     DISPATCH,
     EMBEDDING,
-    GRAPH,
+    KERNELS,
     NARROW,
     PRODUCTS,
     BarePass,
@@ -36,7 +35,6 @@ from bozzetto.evaluate.passes import (
 from bozzetto.evaluate.profile import ProfileSettings, advise, profile, profile_table
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 from bozzetto.targets.llamagen import published_config
-from bozzetto.targets.llamagen_cache import CausalSession
 
 MACHINE = {"processor": "a processor", "device": "cpu", "threads": 2, "dtype": "float32", "read": 10e9, "copy": 8e9} | {
     "float32": 100e9,
@@ -85,7 +83,8 @@ def test_bytes_are_the_weights_the_embeddings_used_and_the_cache_before(kind, ba
     alone = bare(pipe, batch, guidance, width)
     tables = ("tok_embeddings.", "cls_embedding.", "positions", "head.")  # looked up, or no part of a pass
     weights = [w for name, w in network_of(pipe.folder, kind).named_parameters() if not name.startswith(tables)]
-    whole_rows = [part.unflatten(0, (alone.session.rows, -1))[:, :8] for both in alone.session.cache for part in both]
+    cache = alone.session.cache
+    whole_rows = [part.unflatten(0, (cache.places.rows, -1))[:, :8] for part in cache.parts]
     expected = sum(part.numel() * 4 for part in [*weights, *whole_rows]) + batch * width * 32 * 4
     assert pass_work(pipe.target, batch, int(guidance), width, 8)["bytes"] == expected
 
@@ -176,24 +175,12 @@ def test_parts_of_an_eager_pass_are_complete(kind, request):
     assert [p["seconds"] for p in parts] == sorted((p["seconds"] for p in parts), reverse=True)
 
 
-def test_a_compiled_pass_is_its_graph_and_what_is_around_it(codes: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    class Step:
-        calls = 0
-
-        def chain(self, *arguments: torch.Tensor) -> list[torch.Tensor]:
-            self.calls += 1
-            return []
-
-    class Session(CausalSession):
-        def score(self, *arguments: Any, **options: Any) -> Any:
-            return self.target.step.chain(*arguments[:1])
-
-    step, target = Step(), copy.copy(codes.target)
-    target.step, target.session = step, Session
-    monkeypatch.setattr(codes, "target_in", lambda *mode: target)
-    found = bare(codes, 1, 2.0, 3).parts(0.001)
-    assert [p["group"] for p in found] == [GRAPH, AROUND] and min(p["seconds"] for p in found) >= 0
-    assert step.calls >= 3 and "chain" not in vars(step)  # the measurement is gone again
+def test_a_pass_of_our_kernels_is_their_call_and_what_is_around_it(codes: Pipeline) -> None:
+    settings = codes.resolve(GenerateSettings("none", compile="max", guidance=2.0))
+    passing = BarePass(codes, settings, torch.tensor([0]), 3)
+    found = passing.parts(0.001)
+    assert [p["group"] for p in found] == [KERNELS, AROUND] and min(p["seconds"] for p in found) >= 0
+    assert "run" not in vars(passing.session.cache)  # the measurement is gone again
 
 
 @pytest.mark.parametrize(

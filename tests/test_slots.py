@@ -16,7 +16,6 @@ from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.glance import CachedGlance, GlanceConfig, GlanceFill, GlanceNet
 from bozzetto.drafters.jacobi import FilledJacobi
 from bozzetto.laws.categorical import LawSettings
-from bozzetto.targets.compiled_cache import compile_target
 from bozzetto.targets.llamagen_cache import CausalSession, LlamaGenTarget
 from toys import PLAIN, make_drafter, make_rule, tiny_llamagen
 
@@ -54,7 +53,7 @@ def glance_of(target: LlamaGenTarget, places: int = 3) -> GlanceNet:
 
 
 def fill_of(target: LlamaGenTarget, fresh: int = 0) -> GlanceFill:
-    return GlanceFill(glance_of(target), target.embedding, target.head, fresh)
+    return GlanceFill(glance_of(target), target.embedding, target.output, fresh)
 
 
 def mixed(count: int, seed: int = 0, guided: bool = True, filtered: bool = True) -> list[ImageRequest]:
@@ -95,7 +94,7 @@ def alone(
     """The image by the readable twin. fresh: with windows that a glance fills."""
     drafter = make_drafter("jacobi", window) if window > 1 else make_drafter("none")
     if fresh is not None:
-        drafter = FilledJacobi(window, CachedGlance(glance_of(target), target.embedding, target.head), fresh)
+        drafter = FilledJacobi(window, CachedGlance(glance_of(target), target.embedding, target.output), fresh)
     decoder = EagerBatch(target, drafter, make_rule(rule), r.law)
     return decoder.run(torch.tensor([r.label]), r.seed, torch.tensor([r.index]))
 
@@ -150,22 +149,18 @@ def test_images_of_a_lane_for_fewer_laws_are_the_same(
         agree(target, image, rule)
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("rule", "window"), [("seed-exact", 1), ("seed-exact", 4), ("exact", 4)])
 def test_images_of_compiled_steps_are_the_same(target: LlamaGenTarget, rule: str, window: int) -> None:
     network = tiny_llamagen()
-    compiled = LlamaGenTarget(network)
-    compile_target(compiled, network, "default")
+    compiled = LlamaGenTarget(network).owned(network)
     for image in decode_all(lane_of(compiled, rule, window), mixed(8, 3)):
         agree(target, image, rule, window)
 
 
 def test_a_compiled_step_with_a_glance_draws_the_images_of_the_readable_twin(target: LlamaGenTarget) -> None:
-    """Really compiled: the glance changes what it keeps in place, inside the graph."""
     network = tiny_llamagen()
-    compiled = LlamaGenTarget(network)
-    compile_target(compiled, network, "default")
-    filler = GlanceFill(glance_of(target), target.embedding, target.head, 1, compiled.step.step.head)
+    compiled = LlamaGenTarget(network).owned(network)
+    filler = GlanceFill(glance_of(target), target.embedding, compiled.output, 1)
     lane, done = lane_of(compiled, "exact", slots=2, filtered=False, filler=filler), []
     lane.admit(mixed(2, 6, filtered=False))
     while lane.active:
@@ -174,12 +169,11 @@ def test_a_compiled_step_with_a_glance_draws_the_images_of_the_readable_twin(tar
         agree(target, image, "exact", fresh=1)
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_tokens_do_not_depend_on_widths_that_change_with_the_images(target: LlamaGenTarget, compiled: bool) -> None:
     network = tiny_llamagen()
     own = LlamaGenTarget(network)
-    compile_target(own, network, "default" if compiled else "off")
+    own = own.owned(network) if compiled else own
     lane = lane_of(own, window=6, width=lambda images: {1: 6, 2: 4, 3: 2}.get(images, 1))
     for image in decode_all(lane, mixed(12, 4)):
         assert torch.equal(tokens_of(image), alone(target, image).tokens[0])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import bozzetto
-from bozzetto.common.staging import recover, staged_folder
+from bozzetto.common.staging import locked, recover, staged_folder
 from bozzetto.errors import UsageError
 
 
@@ -228,6 +228,21 @@ def test_many_at_once_leave_one_of_them(tmp_path):
         thread.join()
     check_true(tmp_path / "out")
     assert len(tree(tmp_path)) == 4 and not hidden(tmp_path, tmp_path / "out")
+
+
+def test_nobody_moves_files_while_they_are_asked_whose_they_are(tmp_path):
+    """Another run takes manifest.json away for a moment: a file that is gone by then was taken for somebody's own."""
+    held = []
+
+    def ours(path: Path) -> bool:
+        with locked(tmp_path / "out") as free:
+            held.append(not free)
+        return path.is_file()
+
+    for text in "ab":
+        with staged_folder(tmp_path / "out", ours) as folder:
+            write(folder, text)
+    assert held == [True] * 4
 
 
 def test_what_is_not_ours_by_the_end_is_left_and_the_run_is_kept_beside_it(tmp_path):

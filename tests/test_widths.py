@@ -63,7 +63,7 @@ def test_share_kept_is_the_inverse_of_tokens_committed(share: float) -> None:
     ("sequences", "widest", "wanted"),
     [(1, 16, [1, 8, 16]), (2, 5, [1, 3, 5]), (8, 16, [1, 4, 8]), (16, 16, [1, 2, 4]), (256, 16, [1])],
 )
-def test_few_widths_get_graphs_and_none_of_more_rows_than_pay(sequences: int, widest: int, wanted: list[int]) -> None:
+def test_few_widths_are_tried_and_none_of_more_rows_than_pay(sequences: int, widest: int, wanted: list[int]) -> None:
     assert candidates(sequences, widest) == wanted
 
 

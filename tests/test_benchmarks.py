@@ -274,3 +274,22 @@ def test_whole_images_of_published_shapes_are_drawn_on_a_device(tmp_path):
     ]
     assert all(r["tokens_per_second"] > 0 and r["memory"] > 0 and r["tokens_per_pass"] >= 1 for r in rows)
     assert "tokens/pass" in text
+
+
+def test_the_engine_is_measured_beside_another_build(tiny_model: Path, tmp_path: Path) -> None:
+    words = [
+        "--models",
+        tiny_model,
+        "--methods",
+        "none/seed-exact,jacobi/seed-exact",
+        "--batches",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    here = Path(__file__).parent.parent
+    shown = script("engine.py", *words, "--against", here, "--skip-start", "--json", tmp_path / "engine.json")
+    rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["none/seed-exact", "jacobi/seed-exact"] and "over_before" in shown
+    assert rows[0]["over_sequential"] == rows[0]["tokens_per_pass"] == 1 < rows[1]["tokens_per_pass"]
+    assert all(row["seconds"] > 0 and row["before"] > 0 for row in rows)

@@ -3,9 +3,9 @@
     python benchmarks/engine.py --against ../before --json engine.json
 
 Every build is a process of its own that stays alive; builds and methods take turns, round by round. A row says the
-least and the median seconds of one batch of images (passes and pictures), how much faster than sequential decoding of
-the same build, batch and guidance a method is, and how much faster than the other build. `start` is a command with an
-empty cache, first picture included, and the same again.
+least and the median seconds of decoding one batch of images (without their pictures), how much faster than sequential
+decoding of the same build, batch and guidance a method is, and how much faster than the other build. `start` is a
+command with an empty cache, first picture included, and the same again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
-from bozzetto.common.files import write_text
-from bozzetto.evaluate.columns import table
-from bozzetto.evaluate.provenance import provenance
 
 METHODS = {
     "flowers": (
@@ -44,7 +40,7 @@ Row = dict[str, Any]
 
 
 def work() -> None:
-    """Answer lines of what to draw with the seconds that it took."""
+    """Answer lines of what to draw with the seconds that decoding took."""
     import bozzetto
 
     pipes: dict[str, Any] = {}
@@ -53,9 +49,8 @@ def work() -> None:
         model, dtype = asked.pop("model"), asked.pop("dtype")
         if model not in pipes:
             pipes[model] = bozzetto.load(model, dtype=dtype)
-        began = time.perf_counter()
         found = pipes[model].generate(seed=5, **asked)
-        seconds = time.perf_counter() - began
+        seconds = found.seconds["target"] + found.seconds["draft"]
         tokens = sum(len(image.tokens) for image in found.images) / sum(i.target_passes for i in found.images)
         print(json.dumps({"seconds": seconds, "tokens_per_pass": tokens}), flush=True)
 
@@ -115,11 +110,12 @@ def measure(options: argparse.Namespace) -> list[Row]:
             drafter, _, rule = method.rpartition("/")
             law = {"batch": batch, "count": batch, "guidance": options.guidance, "drafter": drafter, "rule": rule}
             asked = {"model": model, "dtype": options.dtype, "compile": "max", **law}
-            answers = [build.draw(asked) for build in builds]  # what is made once is made
+            answers = [build.draw(asked) for build in builds]  # what is made once is made, widths are learnt
             seconds: list[list[float]] = [[] for _ in builds]
             for number in range(options.rounds):
                 for i in range(len(builds))[:: 1 if number % 2 else -1]:
-                    seconds[i].append(builds[i].draw(asked)["seconds"])
+                    answers[i] = builds[i].draw(asked)
+                    seconds[i].append(answers[i]["seconds"])
             least, middle = ([f(part) for part in seconds] for f in (min, statistics.median))
             row: Row = {"model": model, "method": method, "batch": batch, "seconds": least[-1], "median": middle[-1]}
             base = next((r for r in rows if (r["model"], r["batch"]) == (model, batch)), row)
@@ -150,6 +146,10 @@ def main(words: list[str] | None = None) -> int:
     if options.worker:
         work()
         return 0
+    from bozzetto.common.files import write_text  # workers run builds that may have no such modules
+    from bozzetto.evaluate.columns import table
+    from bozzetto.evaluate.provenance import provenance
+
     rows, report = measure(options), {"about": provenance()}
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     print(table(list(rows[0]), cells))

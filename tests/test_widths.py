@@ -32,7 +32,17 @@ STEEP = {1: 1.0, 2: 1.9, 4: 3.8, 8: 7.5, 16: 15.0}
 
 @pytest.mark.parametrize(("cost", "share", "wanted"), [(FLAT, 0.9, 16), (STEEP, 0.9, 1), (FLAT, 0.0, 1)])
 def test_the_width_settles_where_it_brings_most(cost: dict[int, float], share: float, wanted: int) -> None:
-    assert set(paced(cost, share)[100:]) == {wanted}
+    settled = paced(cost, share)[100:]
+    assert settled.count(wanted) >= 0.9 * len(settled)
+
+
+def test_a_width_that_began_badly_is_tried_again() -> None:
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: {1: 1.0, 8: 1.5, 16: 3.0}[w]), 16, 1, 1)
+    chosen = []
+    for number in range(1000):
+        chosen.append(pace(1))
+        pace.note(chosen[-1], [1.3 if number < 60 else 2.0], [True])
+    assert chosen[60:120].count(1) > 30 and chosen[-200:].count(8) > 180
 
 
 def test_drafts_that_are_never_kept_cost_a_few_passes_only() -> None:

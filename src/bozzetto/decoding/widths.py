@@ -18,6 +18,9 @@ from bozzetto.runtime.native import cheap_rows
 _PERIOD = 24  # passes between decisions
 _MEMORY = 400.0  # passes (times images) that an estimate remembers
 _MARGIN = 1.02  # a change has to promise this factor
+# Every so many decisions a width that promises this share of the best is tried for a few passes: the first rows of an
+# image keep fewer drafts than the others, and a width that is not used is not observed.
+_AGAIN, _NEAR, _TRIAL = 4, 0.8, 6
 _FIRST_GUESS = 0.7  # share of drafts kept, before anything is known
 _MOST_ROWS = {32: 64}  # of a pass, beyond which none has paid, by the rows that are cheap; else as many as are cheap
 
@@ -73,11 +76,14 @@ class MeasuredWidth:
         self.weight: dict[int, float] = {}
         self.mean: dict[int, float] = {}  # tokens per pass and image, by width
         self.now, self.size, self.left = 0, 0, 0
+        self.decisions = 0
 
     def __call__(self, images: int) -> int:
         size = 1 << max(0, images - 1).bit_length()
         if size != self.size or not self.left:
-            self.now, self.size, self.left = self._best(size), size, _PERIOD
+            best = self._best(size)
+            tried = self._once_more(size, best)
+            self.now, self.size, self.left = tried or best, size, _TRIAL if tried else _PERIOD
         self.left -= 1
         return self.now
 
@@ -89,6 +95,15 @@ class MeasuredWidth:
         best = max(widths, key=lambda w: speed[w])
         stay = self.now in speed and size == self.size and speed[best] < _MARGIN * speed[self.now]
         return self.now if stay else best
+
+    def _once_more(self, size: int, best: int) -> int:
+        """A width that may have been judged too early, 0 where there is none or it is not time."""
+        self.decisions += 1
+        if self.decisions % _AGAIN or size < self.slots:
+            return 0
+        speed = {w: self.expected(w) / self.seconds(size, w) for w in candidates(size * self.copies, self.widest)}
+        near = [w for w in speed if w not in (1, best) and speed[w] >= _NEAR * speed[best]]
+        return max(near, key=lambda w: speed[w], default=0)
 
     def expected(self, width: int) -> float:
         """Tokens per pass and image: as observed, or as the share of drafts kept at the nearest observed width says."""

@@ -132,8 +132,7 @@ def _threshold(ranks: Tensor, enough: Callable[[Tensor], Tensor]) -> Tensor:
 
 def gumbel_argmax(log_p: Tensor, noise: Tensor) -> Tensor:
     """A sample of each law by the Gumbel-max trick: [..., V] x 2 -> int64 [...]."""
-    perturbed = log_p + noise
-    return _best(perturbed)[0].squeeze(-1).long() if torch.compiler.is_compiling() else perturbed.argmax(-1)
+    return (log_p + noise).argmax(-1)
 
 
 def gumbel_margin(log_p: Tensor, noise: Tensor) -> Tensor:
@@ -145,9 +144,6 @@ def _lead(perturbed: Tensor) -> Tensor:
     """The best of [..., V] less the second best; inf where there is none."""
     if perturbed.shape[-1] == 1:
         return torch.full_like(perturbed[..., 0], math.inf)
-    if torch.compiler.is_compiling():
-        index, best = _best(perturbed)
-        return best.squeeze(-1) - perturbed.masked_fill(_numbers(perturbed) == index, -math.inf).amax(-1)
     best, second = perturbed.topk(2, dim=-1).values.unbind(-1)
     return best - second
 

@@ -51,6 +51,17 @@ def test_passes_of_any_width_are_those_of_the_eager_session(batch: int, guided: 
         start = start + torch.randint(1, width + 1, (batch,), generator=made)  # ragged
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_row_that_nobody_reads_may_lie_behind_the_columns_of_a_pass(width: int) -> None:
+    """A slot without an image runs ahead of the others; the pass reaches as far as theirs do."""
+    target = _pair(_network(grid=24))[1]
+    inputs, found = torch.arange(2 * width).reshape(2, width), []
+    for other in (3, 570):
+        session = target.begin(torch.arange(2), False, width)
+        found += [session.score(inputs, torch.tensor([3, other]), 3).logits for _ in range(20)]
+    assert all(torch.equal(one[0], found[0][0]) for one in found)
+
+
 def test_dropping_finished_rows_keeps_the_others() -> None:
     eager, compiled = _pair(_network())
     sessions = [t.begin(torch.arange(5) % 3, True, 2) for t in (eager, compiled)]

@@ -92,7 +92,8 @@ struct Run {
       else
         out[c] = c - first < p.span && p.sees[row * p.span + c - first];
     }
-    out[slot[at]] = 1;  // an input sees itself, even where a caption is empty
+    // An input sees itself, even where a caption is empty; a slot without an image may have run ahead of the columns.
+    if (slot[at] < columns) out[slot[at]] = 1;
     for (int64_t copy = 0; copy < p.copies; ++copy) {
       const int64_t r = copy * p.batch + b;
       const T* from;

@@ -18,7 +18,7 @@ from bozzetto.errors import UsageError
 from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
 from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.runtime.laws import own_law_of
+from bozzetto.runtime.laws import own_law_of, own_uniforms
 from bozzetto.targets.base import Scores, Target
 from bozzetto.targets.flow_cache import FlowTarget
 
@@ -82,13 +82,16 @@ class CodeKind:
             place = torch.arange(draft.length + 1, device=state.count.device)
             fixed = noise.rows(state.count[:, None] + (place if draft.tree is None else draft.tree.depth))
         if self.rule.needs_uniforms:
-            keys = _place_keys(state, draft.length + 1)
-            uniforms = uniform(
-                fold(keys[..., None], torch.arange(2 + 2 * draft.reach if draft.beside else 2, device=keys.device))
-            )
+            uniforms = self._uniforms(state, draft.length + 1, 2 + 2 * draft.reach if draft.beside else 2)
         if self.budget is not None:
             slack = (self.budget - state.spent).clamp_min(0)
-        return Noise(fixed, uniforms, slack, self.greedy, neighbours=self.neighbours)
+        return Noise(fixed, uniforms, slack, self.greedy, neighbours=self.neighbours, own=self.target.own)
+
+    def _uniforms(self, state: DecodeState, places: int, per: int) -> Tensor:
+        if self.target.own:
+            return own_uniforms(state.keys, state.passes, state.count, places, per)
+        keys = _place_keys(state, places)
+        return uniform(fold(keys[..., None], torch.arange(per, device=keys.device)))
 
     def record(
         self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor

@@ -168,6 +168,10 @@ class DraftModel:
         """Drop finished images: keep the given batch rows int64 [B']."""
         raise NotImplementedError
 
+    def whole(self) -> tuple[Any, ...] | None:
+        """What our kernels need to draft whole trees from it (drafters/own.py); None where they do not."""
+        return None
+
     def bases(self, seen: Observation) -> Tensor:
         """Take in what a pass committed -> logits float32 [R, K, V] of the next places, without what `after` adds."""
         raise NotImplementedError

@@ -297,6 +297,12 @@ class CachedEagle(EagleLayerCache, DraftModel):
         features = self.conditions(labels, guided)
         return self.embedding[:1].expand(*features.shape[:2], -1), features, None
 
+    def whole(self) -> tuple[Any, ...] | None:
+        if not self.own or (self.alone and self.copies > 1):
+            return None
+        network, given = self.decoder.network, self.cache.given  # type: ignore[union-attr]
+        return network.struct, given.struct, self.fc.struct, self.output.struct, self.embedding  # type: ignore[union-attr]
+
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)
         return self.output.exact(hidden), hidden

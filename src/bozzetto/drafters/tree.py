@@ -8,12 +8,14 @@ of them those of largest joint draft probability kept (EAGLE-2, arXiv 2406.16858
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bozzetto.drafters.base import Drafter, DraftModel, Start
+from bozzetto.drafters.base import Drafter, DraftModel, Observation, Start
 from bozzetto.drafters.early_stop import flatness_of
+from bozzetto.drafters.own import sketch_dynamic, sketch_static
 from bozzetto.drafts import Draft, Layout, Tree
 from bozzetto.drafts.tree import make_tree, static_tree
 from bozzetto.errors import UsageError
@@ -63,11 +65,31 @@ class TreeDrafter(Drafter):
             if self.early is not None:
                 self.early.begin(0)
             return self.nothing(batch)
+        parts = None if self.early is not None or self.start.with_hidden else self.model.whole()
+        if parts is not None:
+            return self._in_one_call(parts, self.seen)
         logits, hidden = self.model.extend(self.seen)
         self.next = self.seen.start + self.seen.committed  # the position that the root's children stand at
         if isinstance(self.shape, Dynamic):
             return self._dynamic(self.shape, logits)
         return self._static(static_tree(self.shape, self.keys.device), logits, hidden)
+
+    def _in_one_call(self, parts: tuple[Any, ...], seen: Observation) -> Draft:
+        """The same by our kernels."""
+        settings, fixed, shape = self.start.settings, self.start.fixed_noise, self.shape
+        given = parts, seen, settings, self.model.copies
+        if isinstance(shape, Dynamic):
+            beam = min(shape.beam, len(parts[-1]))
+            draft = _best(shape.nodes, beam, *sketch_dynamic(given, shape.depth, beam))
+        else:
+            tree, greedy = static_tree(shape, self.keys.device), settings.temperature == 0
+            noise = self.start.noise.table if fixed else None
+            tokens, laws, margin = sketch_static(given, shape, self.keys, self.passes, noise)
+            hung = None if max(tree.widths) == 1 else tree
+            draft = Draft(tokens[:, 1:], None if greedy else laws, hung, certain=greedy, margin=margin)
+        if fixed:  # a rule that compares tokens does not mind
+            draft.margin = torch.full((len(self.keys),), torch.inf)
+        return draft
 
     def _law(self, logits: Tensor) -> Tensor:
         """The law; for greedy decoding the plain one, which can be ranked."""

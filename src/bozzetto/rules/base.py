@@ -25,7 +25,8 @@ class Noise:
     greedy: decoding is greedy and the laws given are the plain ones, from which a relaxed rule makes its choice;
     keys: int64 [B, M + 1], of vectors, fresh in every pass and at every place, from which a rule derives whatever else
     it needs (laws/noise.py: fold, uniform, normal);
-    neighbours: int [V, columns], of codes: the nearest other ones of each, for rules that read them.
+    neighbours: int [V, columns], of codes: the nearest other ones of each, for rules that read them;
+    own: whether our kernels may decide.
     """
 
     fixed: Tensor | None = None
@@ -34,6 +35,7 @@ class Noise:
     greedy: bool = False
     keys: Tensor | None = None
     neighbours: Tensor | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ and falls back to a uniform law).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule, given
+from bozzetto.rules.own import LANTERN
 from bozzetto.rules.walk import Child, Children, Judgement, exact_rest, no_coin, normalised, siblings, step_bias, walk
 
 RESIDUALS = ("paper", "optimal", "released")
@@ -63,7 +64,10 @@ class Lantern(Rule):
                 return self._greedy(family, table)
             return siblings(family, lambda child: self._decide(child, table))
 
-        return walk(draft, log_p, noise, judge)
+        kernel: tuple[Any, ...] | None = None
+        if self.residual == "paper" and not noise.greedy:
+            kernel = LANTERN, (table, self.k, self.delta, getattr(self, "lam", 0.0))
+        return walk(draft, log_p, noise, judge, kernel)
 
     def borrowed(self, p: Tensor, x: Tensor, table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What x int64 [B] may borrow under p [B, V]: the mass [B], its neighbours int64 [B, k], which of them are in A

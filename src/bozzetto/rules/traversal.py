@@ -15,7 +15,7 @@ nodes are found first, level by level, and then the first accepted node is looke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import coin_margin, weighted_draw
 from bozzetto.rules.base import Noise, Rule
+from bozzetto.rules.own import TRAVERSAL, own_verdict
 from bozzetto.rules.walk import normalised
 
 
@@ -42,6 +43,9 @@ class Traversal(Rule):
         if draft.length == 0:
             own, margin = weighted_draw(log_p[:, 0].exp(), noise.uniforms[:, 0, 1])
             return Verdict(own[:, None], torch.zeros_like(own), margin=margin[:, None])
+        if noise.own:
+            found = own_verdict(draft, log_p, noise, TRAVERSAL)
+            return replace(found, spent=None, margin=found.margin if found.margin is None else found.margin[:, :1])
         tree = draft.shape()
         weight, rest = _weights(draft, log_p)
         accepted = noise.uniforms[..., 0] < weight

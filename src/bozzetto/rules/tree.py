@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.rules.base import Noise, Rule
+from bozzetto.rules.own import TREE
 from bozzetto.rules.walk import Child, exact_rest, siblings, walk
 
 
@@ -27,7 +28,7 @@ class TreeRejection(Rule):
     exact: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
-        return walk(draft, log_p, noise, lambda family: siblings(family, self._decide))
+        return walk(draft, log_p, noise, lambda family: siblings(family, self._decide), (TREE,))
 
     def _decide(self, child: Child) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return child.u * child.qx, child.px, exact_rest(child), torch.zeros_like(child.left)

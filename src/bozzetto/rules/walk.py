@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import coin_margin, weighted_draw
 from bozzetto.rules.base import Noise
 from bozzetto.rules.exact import couple
+from bozzetto.rules.own import own_verdict
 
 
 @dataclass
@@ -96,14 +97,17 @@ def exact_rest(child: Child) -> Tensor:
     return normalised(p.scatter(1, child.x, 0.0) if q is None else (p - q).clamp_min(0), p)
 
 
-def walk(draft: Draft, log_p: Tensor, noise: Noise, judge: Judge) -> Verdict:
-    """Follow kept children from the root; draw the rule's own token where the walk ends.
+def walk(draft: Draft, log_p: Tensor, noise: Noise, judge: Judge, kernel: tuple[Any, ...] | None = None) -> Verdict:
+    """Follow kept children from the root; draw the rule's own token where the walk ends. kernel: what ours is told
+    of the judge (rules/own.py), where they have it.
 
     In a window the places behind that are drawn as the exact rule draws them, from the target's law given the old
     context: whatever leave the judge had, the next draft has exactly the law it says it has.
     """
     if noise.uniforms is None or (draft.length and draft.log_q is None and not draft.certain):
         raise ValueError("this rule needs fresh uniforms and the draft's law")
+    if kernel is not None and noise.own and draft.length:
+        return own_verdict(draft, log_p, noise, *kernel)
     batch, device = len(log_p), log_p.device
     rows = torch.arange(batch, device=device)
     node = torch.zeros(batch, dtype=torch.int64, device=device)

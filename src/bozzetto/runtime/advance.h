@@ -3,7 +3,6 @@
 // place with its draft (rules/exact.py).
 #pragma once
 #include "laws.h"
-#include "noise.h"
 
 namespace bozzetto {
 
@@ -54,39 +53,9 @@ struct Advancing {
     const float* log_q = s.drafts + (b * (s.width - 1) + w) * s.vocab;
     const uint64_t key = folded<uint64_t>(folded<uint64_t>(s.keys[b], s.passes[b]), s.count[b] + w);
     const double coin = uniform(folded<uint64_t>(key, 0)), other = uniform(folded<uint64_t>(key, 1));
-    const int64_t x = s.inputs[at + 1];
-    const double ratio = log_p[x] - log_q[x];
-    const double gap = std::abs(std::log(coin) - ratio);
-    margins[at] = std::isfinite(gap) ? static_cast<float>(gap) : std::numeric_limits<float>::infinity();
-    kept[at] = coin < std::exp(ratio);
-    drawn[at] = kept[at] ? x : redraw(log_p, log_q, other, margins.data() + at);
+    const Coupling found = coupled(log_p, log_q, s.inputs[at + 1], s.vocab, coin, other);
+    drawn[at] = found.token, kept[at] = found.kept, margins[at] = found.margin;
   }
-
-  // From [p - q]+, by two races as `weighted_draw` of laws/categorical.py.
-  int64_t redraw(const float* log_p, const float* log_q, double u, float* margin) const {
-    static thread_local std::vector<float> rest, sums, gumbels;
-    const int64_t v = s.vocab, size = static_cast<int64_t>(std::sqrt(static_cast<double>(v - 1))) + 1;
-    const int64_t groups = (v + size - 1) / size;
-    rest.assign(groups * size, 0.0f), sums.resize(groups), gumbels.resize(groups + size);
-    float total = 0;
-    for (int64_t i = 0; i < v; ++i) total += rest[i] = std::max(chance(log_p[i]) - chance(log_q[i]), 0.0f);
-    if (!(total > 0))
-      for (int64_t i = 0; i < v; ++i) rest[i] = chance(log_p[i]);
-    gumbel_row(static_cast<uint64_t>(u * 0x1p53), groups + size, gumbels.data());
-    for (int64_t g = 0; g < groups; ++g) {
-      float sum = 0;
-      for (int64_t i = 0; i < size; ++i) sum += rest[g * size + i];
-      sums[g] = std::log(sum);
-    }
-    float first, second;
-    const int64_t group = draw(sums.data(), gumbels.data(), groups, &first);
-    for (int64_t i = 0; i < size; ++i) rest[group * size + i] = std::log(rest[group * size + i]);
-    const int64_t found = draw(rest.data() + group * size, gumbels.data() + groups, size, &second);
-    *margin = std::min({*margin, first, second});
-    return group * size + found;
-  }
-
-  static float chance(float log_p) { return std::exp(log_p); }
 
   void commit(int64_t b) {
     const int64_t *mine = drawn.data() + b * s.width, most = std::min(s.drafted[b], s.width - 1);

@@ -1,6 +1,7 @@
 // Laws of codes (laws/categorical.py): raw logits to log-probabilities, and draws from them.
 #pragma once
 #include "lanes.h"
+#include "noise.h"
 
 namespace bozzetto {
 
@@ -96,6 +97,62 @@ inline int64_t draw(const float* law, const float* noise, int64_t count, float* 
     if (i != lead) next = std::max(next, best[i]);
   *margin = next == never ? std::numeric_limits<float>::infinity() : best[lead] - next;
   return std::max<int64_t>(where[lead], 0);
+}
+
+inline float sum_of(const float* x, int64_t count) {
+  Floats sum{};
+  for (int64_t i = 0; i < count; i += kLanes) sum += some(x + i, count - i);
+  return summed(sum);
+}
+
+// Log-probabilities to probabilities.
+inline void chances(const float* log, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = some(log + i, count - i);
+    put(x == -std::numeric_limits<float>::infinity() ? Floats{} : exponential(x), out + i, count - i);
+  }
+}
+
+// A draw from weights [count] >= 0 by two races, as `weighted_draw` of laws/categorical.py; lowers the margin to theirs.
+inline int64_t weighted_draw(const float* weights, int64_t count, double u, float* margin) {
+  static thread_local std::vector<float> logs, gumbels;
+  const int64_t size = static_cast<int64_t>(std::sqrt(static_cast<double>(count - 1))) + 1;
+  const int64_t groups = (count + size - 1) / size;
+  logs.resize(std::max(groups, size)), gumbels.resize(groups + size);
+  gumbel_row(static_cast<uint64_t>(u * 0x1p53), groups + size, gumbels.data());
+  const auto held = [&](int64_t group) { return std::min(size, count - group * size); };
+  for (int64_t g = 0; g < groups; ++g) {
+    float sum = 0;
+    for (int64_t i = 0; i < held(g); ++i) sum += weights[g * size + i];
+    logs[g] = std::log(sum);
+  }
+  float first, second;
+  const int64_t group = draw(logs.data(), gumbels.data(), groups, &first);
+  for (int64_t i = 0; i < held(group); ++i) logs[i] = std::log(weights[group * size + i]);
+  const int64_t found = draw(logs.data(), gumbels.data() + groups, held(group), &second);
+  *margin = std::min({*margin, first, second});
+  return group * size + found;
+}
+
+// A draw of log_p that is a token drawn from log_q as often as can be (rules/exact.py), with two uniforms.
+struct Coupling {
+  int64_t token;
+  bool kept;
+  float margin;
+};
+
+inline Coupling coupled(const float* log_p, const float* log_q, int64_t x, int64_t count, double coin, double other) {
+  static thread_local std::vector<float> rest, q;
+  const double ratio = log_p[x] - log_q[x], gap = std::abs(std::log(coin) - ratio);
+  Coupling found{x, coin < std::exp(ratio), std::numeric_limits<float>::infinity()};
+  if (std::isfinite(gap)) found.margin = static_cast<float>(gap);
+  if (found.kept) return found;
+  rest.resize(count), q.resize(count);
+  chances(log_p, rest.data(), count), chances(log_q, q.data(), count);
+  float total = 0;
+  for (int64_t i = 0; i < count; ++i) total += q[i] = std::max(rest[i] - q[i], 0.0f);
+  found.token = weighted_draw(total > 0 ? q.data() : rest.data(), count, other, &found.margin);
+  return found;
 }
 
 }  // namespace bozzetto

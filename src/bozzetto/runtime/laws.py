@@ -18,6 +18,13 @@ def own_gumbel_rows(keys: Tensor, vocab: int) -> Tensor:
     return out
 
 
+def own_uniforms(keys: Tensor, passes: Tensor, count: Tensor, places: int, per: int) -> Tensor:
+    """Fresh uniforms of the places behind `count` (decoding/kinds.py): int64 [B] thrice -> float64 [B, places, per]."""
+    out = torch.empty(len(keys), places, per, dtype=torch.float64)
+    call("bozzetto_uniforms", *(part.contiguous() for part in (keys, passes, count)), len(keys), places, per, out)
+    return out
+
+
 def own_laws(
     logits: Tensor, guidance: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None
 ) -> Tensor:

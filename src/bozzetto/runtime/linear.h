@@ -12,7 +12,7 @@ constexpr int64_t kPanels = 2, kGroup = kLanes * kPanels;
 constexpr int64_t kStep = 128;           // bytes of a group that belong to a word of a row
 constexpr int64_t kAhead = 128 * kStep;  // bytes that are fetched before they are needed
 #if defined(__AVX512F__)
-constexpr int kMostRows = 8;  // of a block: 2 kMostRows sums are held in registers
+constexpr int kMostRows = 12;  // of a block: 2 kMostRows sums are held in registers
 #else
 constexpr int kMostRows = 4;
 #endif
@@ -44,11 +44,12 @@ struct Near {  // fetches the weights a little ahead in G groups
     }
   }
 };
-struct Far {  // fetches other weights, `stride` bytes further at every step
+template <int Level>
+struct Far {  // fetches other weights to a level of the caches (3: the first), `stride` bytes further at every step
   const char* from;
   int64_t stride;
 
-  void operator()(const void*, int64_t step) const { __builtin_prefetch(from + step * stride); }
+  void operator()(const void*, int64_t step) const { __builtin_prefetch(from + step * stride, 0, Level); }
 };
 
 // Sums of R rows and P panels: those of a group, or of the groups that follow one another. x: rows of words.
@@ -105,7 +106,10 @@ struct Product {
       multiply<T, R, P>(from, own, map.inputs, Near<G>{bytes}, sum);
     } else {
       const char* next = reinterpret_cast<const char*>(own) + bytes + bytes * turn / blocks();
-      multiply<T, R, P>(from, own, map.inputs, Far{next, kStep / blocks()}, sum);
+      if (blocks() == 2)  // a group fills the first level, and the second block reads it from there once more
+        multiply<T, R, P>(from, own, map.inputs, Far<2>{next, kStep / 2}, sum);
+      else
+        multiply<T, R, P>(from, own, map.inputs, Far<3>{next, kStep / blocks()}, sum);
     }
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < P; ++p) {
@@ -129,7 +133,11 @@ struct Product {
         case 5: block<5>(group, row, b); break;
         case 6: block<6>(group, row, b); break;
         case 7: block<7>(group, row, b); break;
-        default: block<8>(group, row, b); break;
+        case 8: block<8>(group, row, b); break;
+        case 9: block<9>(group, row, b); break;
+        case 10: block<10>(group, row, b); break;
+        case 11: block<11>(group, row, b); break;
+        default: block<12>(group, row, b); break;
 #endif
       }
     }

@@ -80,16 +80,17 @@ class TreeDrafter(Drafter):
         given = parts, seen, settings, self.model.copies
         if isinstance(shape, Dynamic):
             beam = min(shape.beam, len(parts[-1]))
-            draft = _best(shape.nodes, beam, *sketch_dynamic(given, shape.depth, beam))
+            tokens, laws, mothers, margin = sketch_dynamic(given, shape.depth, beam)
         else:
-            tree, greedy = static_tree(shape, self.keys.device), settings.temperature == 0
             noise = self.start.noise.table if fixed else None
             tokens, laws, margin = sketch_static(given, shape, self.keys, self.passes, noise)
-            hung = None if max(tree.widths) == 1 else tree
-            draft = Draft(tokens[:, 1:], None if greedy else laws, hung, certain=greedy, margin=margin)
-        if fixed:  # a rule that compares tokens does not mind
-            draft.margin = torch.full((len(self.keys),), torch.inf)
-        return draft
+        if fixed:  # a rule that compares tokens does not mind how near other draws were
+            margin = torch.full_like(margin, torch.inf)
+        if isinstance(shape, Dynamic):
+            return _best(shape.nodes, beam, tokens, laws, mothers, margin)
+        tree, greedy = static_tree(shape, self.keys.device), settings.temperature == 0
+        hung = None if max(tree.widths) == 1 else tree
+        return Draft(tokens[:, 1:], None if greedy else laws, hung, certain=greedy, margin=margin)
 
     def _law(self, logits: Tensor) -> Tensor:
         """The law; for greedy decoding the plain one, which can be ranked."""

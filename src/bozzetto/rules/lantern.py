@@ -66,7 +66,7 @@ class Lantern(Rule):
 
         kernel: tuple[Any, ...] | None = None
         if self.residual == "paper" and not noise.greedy:
-            kernel = LANTERN, (table, self.k, self.delta, getattr(self, "lam", 0.0))
+            kernel = LANTERN, self.k, self.delta, getattr(self, "lam", 0.0)
         return walk(draft, log_p, noise, judge, kernel)
 
     def borrowed(self, p: Tensor, x: Tensor, table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule
+from bozzetto.rules.own import ANNEALED
 from bozzetto.rules.walk import Child, Children, Judgement, greedy_choice, normalised, siblings, walk
 
 _MOST = 1 << 20  # codes in a group: no model has more
@@ -38,8 +39,13 @@ class KeepingRule(Rule):
         """Unnormalised law [B, V] after a reject."""
         raise NotImplementedError
 
+    def kernel(self) -> tuple[float, ...] | None:
+        """What our kernels are told (rules/own.py)."""
+        return None
+
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
-        return walk(draft, log_p, noise, self._greedy if noise.greedy else self._judge)
+        kernel = None if noise.greedy else self.kernel()
+        return walk(draft, log_p, noise, self._greedy if noise.greedy else self._judge, kernel)
 
     def decide(self, p: Tensor, q: Tensor, depth: int, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keeping probabilities and law after a reject [B, V], and the bias [B] that they cost."""
@@ -119,6 +125,9 @@ class Annealed(KeepingRule):
         require(1 <= self.delta < math.inf, "delta", self.delta, "a number >= 1")
         require(0 <= self.nu < math.inf, "nu", self.nu, "a number >= 0")
         require(math.isfinite(self.mu), "mu", self.mu, "a number")
+
+    def kernel(self) -> tuple[float, ...] | None:
+        return ANNEALED, 0, self.delta, 0.0, self.nu, self.mu
 
     def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
         factor = max(1.0, self.delta * math.exp(-self.nu * (depth - 1) - self.mu))

@@ -6,7 +6,7 @@
 namespace bozzetto {
 
 struct Judged {
-  enum { kTree, kLantern, kTraversal } rule;
+  enum { kTree, kLantern, kTraversal, kAnnealed } rule;
   int64_t threads, batch, nodes, levels, most, vocab, laws, trees;  // most: children of a node; trees: B or 1
   const float *law, *draft;                     // [B, M + 1, V], [B, laws, V] or null: drafts are certain
   const int64_t* tokens;                        // [B, M]
@@ -15,7 +15,8 @@ struct Judged {
   const float* slack;                           // [B], or null
   const int32_t* neighbours;                    // [V, columns]
   int64_t columns, near, window;                // near: of the columns, that may lend; window: see Draft
-  float delta, lambda;                          // most that is borrowed; lambda > 0: (lambda - 1) times its own in place
+  // Of kLantern: the most that is borrowed, or, lambda > 0, (lambda - 1) times its own; of kAnnealed: its parameters.
+  float delta, lambda, nu, mu;
   int64_t *out, *accepted, *way;                // [B, D + 1], [B], [B, D + 1]
   float *spent, *margins;                       // [B], [B, D + 1]
 };
@@ -98,6 +99,34 @@ struct Walk {
     return keep;
   }
 
+  // As `borrow`, for a law a(v) of keeping (rules/relaxed.py).
+  float anneal(bool certain, int64_t x, int64_t level, float& cost) {
+    if (certain) std::fill(q.begin(), q.end(), 0.0f), q[x] = 1;
+    const float factor = std::max(1.0f, s.delta * std::exp(-s.nu * level - s.mu)), exact = keeping(1, x);
+    const float keep = keeping(factor, x);
+    exact_rest(false, x, plain.data());
+    float kept = 0;
+    for (int64_t v = 0; v < s.vocab; ++v) {
+      const float own = std::min(factor * p[v], q[v]);
+      kept += own, rest[v] = p[v] - own;
+    }
+    for (float& v : rest) v = std::max(v, 0.0f);
+    normalise(rest.data(), plain.data(), s.vocab);
+    const float lost = std::max(1 - kept, 0.0f);
+    float bias = 0;
+    for (int64_t v = 0; v < s.vocab; ++v) bias += std::abs(std::min(factor * p[v], q[v]) + lost * rest[v] - p[v]);
+    bias /= 2;
+    if (bias > left) {
+      rest.swap(plain);
+      return exact;
+    }
+    cost = bias;
+    return keep;
+  }
+  float keeping(float factor, int64_t x) const {
+    return q[x] > 0 ? std::min(factor * p[x] / std::max(q[x], std::numeric_limits<float>::min()), 1.0f) : 1.0f;
+  }
+
   // A node's children one by one, until one is kept: returns it, or 0 with what to draw from in p.
   int64_t judge(int64_t node, int64_t level) {
     const float* drafted = draft_law(node);
@@ -114,6 +143,8 @@ struct Walk {
       double u = coin(kid, 0);
       if (s.rule == Judged::kTree)
         exact_rest(certain, x, rest.data()), u *= qx;
+      else if (s.rule == Judged::kAnnealed)
+        chance = anneal(certain, x, level, cost);
       else
         chance = borrow(certain, x, px, qx, cost);
       margin(level) = std::min(margin(level), margin_of(u, std::log(static_cast<double>(chance))));

@@ -153,3 +153,13 @@ def test_another_devices_logarithm_moves_noise_by_no_more_than_its_last_digit() 
         unit = torch.nextafter(here.abs(), torch.tensor(torch.inf)) - here.abs()
         assert bool(((there - here).abs() <= unit.clamp_min(2e-15)).all())
         assert float((there != here).float().mean()) < 1e-4
+
+
+def test_few_keys_and_many_are_folded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, counters = torch.randint(-(2**62), 2**62, (3, 5)), torch.arange(5)
+    given = [(keys, counters), (keys[..., None], counters), (keys, 7), (keys[0], torch.tensor(-3)), (keys[:0], 2)]
+    few = [fold(*pair) for pair in given]
+    coins = [uniform(key) for key in few]
+    monkeypatch.setattr("bozzetto.laws.noise._FEW", -1)
+    assert all(torch.equal(fold(*pair), key) for pair, key in zip(given, few, strict=True))
+    assert all(torch.equal(uniform(key), coin) for key, coin in zip(few, coins, strict=True))

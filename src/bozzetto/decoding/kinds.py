@@ -142,7 +142,7 @@ class VectorKind:
     def given(self, noise: NoiseField, state: DecodeState, draft: Draft) -> Noise:
         place = torch.arange(draft.length + 1, device=state.count.device)
         fixed = noise.rows(state.count[:, None] + place) if self.rule.needs_fixed else None
-        return Noise(fixed, keys=_place_keys(state, draft.length + 1))
+        return Noise(fixed, keys=_place_keys(state, draft.length + 1) if self.rule.needs_uniforms else None)
 
     def record(
         self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor

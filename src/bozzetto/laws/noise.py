@@ -7,7 +7,9 @@ All arithmetic is wrapping int64 and float64, so batch slot, batch size, process
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +36,31 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+_FEW = 1 << 14  # keys, up to which torch's calls take longer than the arithmetic
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64."""
+    x = (x ^ (x >> 30)) * np.uint64(_MIX_1 % 2**64)
+    x = (x ^ (x >> 27)) * np.uint64(_MIX_2 % 2**64)
+    return x ^ (x >> 31)
+
+
+@lru_cache(maxsize=64)
+def _mixed_number(counter: int) -> np.ndarray:
+    return _mixed(np.array([counter % 2**64], dtype=np.uint64))
+
+
 def fold(key: Tensor, counter: Tensor | int) -> Tensor:
     """Derive a key from a key and a counter (both int64, broadcast)."""
+    counters = counter.numel() if isinstance(counter, Tensor) and counter.ndim else 1
+    if key.device.type == "cpu" and key.ndim and key.numel() * counters <= _FEW:
+        if isinstance(counter, Tensor):
+            other = _mixed(np.atleast_1d(counter.numpy()).view(np.uint64))
+        else:
+            other = _mixed_number(counter)
+        found = _mixed((key.numpy().view(np.uint64) ^ other) + np.uint64(_GOLDEN % 2**64))
+        return torch.from_numpy(found.view(np.int64))
     return _mix((key ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=key.device))) + _GOLDEN)
 
 
@@ -48,6 +73,9 @@ def image_keys(seed: int, stream: int, index: Tensor) -> Tensor:
 def uniform(key: Tensor) -> Tensor:
     """float64 uniforms in the open interval (0, 1), one per key."""
     # The largest key would round up to 1.
+    if key.device.type == "cpu" and key.ndim and key.numel() <= _FEW:
+        bits = key.numpy().view(np.uint64) >> 11
+        return torch.from_numpy(np.minimum((bits.astype(np.float64) + 0.5) * 2.0**-53, 1 - 2.0**-53))
     return ((_shift(key, 11).double() + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-53)
 
 

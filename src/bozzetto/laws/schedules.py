@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class FlowSchedule:
         """Steps of the chain, T."""
         return len(self.time)
 
-    @property
+    @cached_property
     def moving(self) -> bool:
         """Whether every step adds noise, so that every step has a density."""
         return bool((self.std > 0).all())

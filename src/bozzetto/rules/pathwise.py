@@ -33,6 +33,7 @@ class Pathwise(Rule):
     needs_law: ClassVar[bool] = False
     fixed_noise: ClassVar[bool] = True
     needs_fixed: ClassVar[bool] = True
+    needs_uniforms: ClassVar[bool] = False
     window: ClassVar[bool] = True
     ragged: ClassVar[bool] = True
     masked: ClassVar[bool] = True

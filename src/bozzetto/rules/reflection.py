@@ -185,6 +185,7 @@ class PlainSteps(Rule):
     alone: ClassVar[bool] = True
     needs_law: ClassVar[bool] = False
     needs_fixed: ClassVar[bool] = True
+    needs_uniforms: ClassVar[bool] = False
 
     def sample(self, law: ChainLaw, noise: Tensor, keys: Tensor) -> Tensor:
         """Tokens float32 [R, D] of all R places of a law; noise as in `drafted_steps`."""
@@ -198,5 +199,7 @@ class PlainSteps(Rule):
 
 def _one_each(rule: Coupled | PlainSteps, law: ChainLaw, noise: Noise) -> Verdict:
     """A token of every image, sampled."""
-    fixed, keys = given(noise.fixed, rule, "fixed noise"), given(noise.keys, rule, "fresh keys")[:, 0]
-    return Verdict(rule.sample(law, fixed[:, 0], keys)[:, None], torch.zeros_like(keys))
+    fixed = given(noise.fixed, rule, "fixed noise")
+    none = torch.zeros(len(fixed), dtype=torch.int64, device=fixed.device)
+    keys = given(noise.keys, rule, "fresh keys")[:, 0] if rule.needs_uniforms else none
+    return Verdict(rule.sample(law, fixed[:, 0], keys)[:, None], none)

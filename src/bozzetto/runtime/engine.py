@@ -63,11 +63,11 @@ class LinearMap:
     @torch.no_grad()
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool = False):
         self.columns, self.dtype = len(weight) // (2 if gated else 1), dtype
-        self.weight = laid_out(weight.detach().to(dtype), gated)
+        odd = weight.shape[1] % 2 if dtype == torch.bfloat16 else 0  # numbers come in words
+        self.inputs = weight.shape[1] + odd
+        self.weight = laid_out(F.pad(weight.detach().to(dtype), (0, odd)), gated)
         self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
-        self.struct = MapStruct(
-            address_of(self.weight), address_of(self.bias), weight.shape[1], self.columns, int(gated)
-        )
+        self.struct = MapStruct(address_of(self.weight), address_of(self.bias), self.inputs, self.columns, int(gated))
 
     @classmethod
     def of(cls, layer: nn.Linear, dtype: torch.dtype) -> LinearMap:
@@ -87,9 +87,14 @@ class LinearMap:
         """The same, not rounded: float32 [..., m]."""
         return self(x, exact=True)
 
+    def given(self, x: Tensor) -> Tensor:
+        """Rows [..., n] as the kernel reads them."""
+        x = x.to(self.dtype)
+        return x.contiguous() if x.shape[-1] == self.inputs else F.pad(x, (0, self.inputs - x.shape[-1]))
+
     def __call__(self, x: Tensor, exact: bool = False) -> Tensor:
         """x [..., n] -> [..., m], in float32 where `exact`."""
-        x = x.to(self.dtype).contiguous()
+        x = self.given(x)
         out = torch.empty(*x.shape[:-1], self.columns, dtype=torch.float32 if exact else self.dtype)
         half, rows = int(self.dtype == torch.bfloat16), x.numel() // max(1, x.shape[-1])
         call("bozzetto_linear", torch.get_num_threads(), half, self.struct, x, rows, out, int(exact))

@@ -1,7 +1,8 @@
-// A denoising head (targets/denoiser.py) without what its conditions say, and whole chains of its steps. The
-// modulations, [rows][(3 depth + 2) width] with "1 + scale" for scale, are given; what lies between is in float32 but
-// for the inputs of the maps.
+// A denoising head (targets/denoiser.py): its narrow layers under given modulations, [rows][(3 depth + 2) width] with
+// "1 + scale" for scale, and whole chains of its steps from conditions. What lies between maps is in float32.
 #pragma once
+#include <memory>
+
 #include "linear.h"
 
 namespace bozzetto {
@@ -15,6 +16,9 @@ struct Denoiser {
   int64_t half, width, depth, token_dim, out_dim;
   Map input, output;  // in float32
   const HeadBlock* blocks;
+  Map condition, change;  // what a condition says, and the modulations: change(silu(time + condition(z)))
+
+  int64_t stride() const { return (3 * depth + 2) * width; }  // modulations of a row
 };
 
 template <typename T>
@@ -62,7 +66,7 @@ struct Narrow {
   // Tokens [given, token_dim], of which the rows are copies one after another -> predictions [rows, out_dim]. Nobody
   // waits at the end.
   void run(const Team& team, const float* tokens, int64_t given, const T* modulation, float* out) {
-    const int64_t w = h.width, stride = (3 * h.depth + 2) * w;
+    const int64_t w = h.width, stride = h.stride();
     product<float>(team, h.input, tokens, given, {x.data(), Into::kFloat});
     team.meet();
     if (given < rows) {
@@ -93,11 +97,12 @@ struct Narrow {
   }
 };
 
-// Chains of `places` tokens from their noise [places][steps + 1][D], with modulations [steps][copies places][...] and
-// coefficients [steps][3 or 5] (targets/heads.py). With a draft the chains are coupled with it by reflection.
+// Chains of `places` tokens from their noise [places][steps + 1][D], with conditions [copies places][...], embedded
+// times [steps][width] and coefficients [steps][3 or 5] (targets/heads.py). With a draft the chains are coupled with it
+// by reflection.
 struct Chain {
   int64_t threads, places, copies, steps, learned;  // learned: whether variances are predicted
-  const void* modulation;
+  const void *conditions, *times;
   const float *coefficients, *guidance;  // guidance: of a place
   float temperature;
   const float* noise;                         // of the target alone; of the draft where there is one, [places][steps][D]
@@ -106,16 +111,46 @@ struct Chain {
   float *states, *mean, *std;                 // results; std [places][steps][D] only where learned
 };
 
+constexpr int64_t kMadeTogether = 64;  // rows of modulations
+
 template <typename T>
 struct ChainRun {
   const Denoiser& h;
   const Chain& c;
+  int64_t rows, ahead;  // of a call; steps whose modulations are made together
   Narrow<T> narrow;
   std::vector<float> now, predicted;
+  std::unique_ptr<T[]> told, moved, table;  // of conditions; silu of these with times; modulations
 
-  ChainRun(const Denoiser& h, const Chain& c) : h(h), c(c), narrow(h, c.places * c.copies) {
+  ChainRun(const Denoiser& h, const Chain& c)
+      : h(h),
+        c(c),
+        rows(c.places * c.copies),
+        ahead(std::clamp<int64_t>(kMadeTogether / rows, 1, c.steps)),
+        narrow(h, rows) {
     now.resize(c.places * h.token_dim);
-    predicted.resize(c.places * c.copies * h.out_dim);
+    predicted.resize(rows * h.out_dim);
+    told = std::make_unique_for_overwrite<T[]>(rows * h.width);
+    moved = std::make_unique_for_overwrite<T[]>(ahead * rows * h.width);
+    table = std::make_unique_for_overwrite<T[]>(ahead * rows * h.stride());
+  }
+
+  // Modulations of a step; products of many rows read the weights once.
+  const T* modulation(const Team& team, int64_t k) const {
+    if (k % ahead == 0) {
+      const int64_t count = std::min(ahead, c.steps - k) * rows, w = h.width;
+      for (int64_t r = team.first(count); r < team.last(count); ++r) {
+        const T *time = static_cast<const T*>(c.times) + (k + r / rows) * w, *said = told.get() + r % rows * w;
+        for (int64_t d = 0; d < w; d += kLanes) {
+          const Floats y = rounded<T>(some(time + d, w - d) + some(said + d, w - d));
+          put(y / (1.0f + exponential(-y)), moved.get() + r * w + d, w - d);
+        }
+      }
+      team.meet();
+      product(team, h.change, moved.get(), count, {table.get(), Into::kPlain});
+      team.meet();
+    }
+    return table.get() + k % ahead * rows * h.stride();
   }
 
   void step(int64_t p, int64_t k) {
@@ -166,15 +201,16 @@ struct ChainRun {
   }
 
   void run(const Team& team) {
-    const int64_t d = h.token_dim, rows = c.places * c.copies, stride = rows * (3 * h.depth + 2) * h.width;
+    const int64_t d = h.token_dim;
     const float* first = c.drafted == nullptr ? c.noise : c.drafted;
     for (int64_t p = team.first(c.places); p < team.last(c.places); ++p) {
       std::copy_n(first + p * (c.steps + 1) * d, d, now.data() + p * d);
       std::copy_n(now.data() + p * d, d, c.states + p * (c.steps + 1) * d);
     }
+    product(team, h.condition, static_cast<const T*>(c.conditions), rows, {told.get(), Into::kPlain});
     team.meet();
     for (int64_t k = 0; k < c.steps; ++k) {
-      narrow.run(team, now.data(), c.places, static_cast<const T*>(c.modulation) + k * stride, predicted.data());
+      narrow.run(team, now.data(), c.places, modulation(team, k), predicted.data());
       team.meet();
       for (int64_t p = team.first(c.places); p < team.last(c.places); ++p) step(p, k);
       team.meet();

@@ -16,11 +16,14 @@ from bozzetto.runtime.native import ADDRESS, FLOAT, NUMBER, address_of, call, st
 # `HeadBlock`, `Denoiser` and `Chain` of head.h.
 _Block = structure((MapStruct, "up down"), (ADDRESS, "gain bias"))
 _Denoiser = structure(
-    (NUMBER, "half width depth token_dim out_dim"), (MapStruct, "input output"), (ctypes.POINTER(_Block), "blocks")
+    (NUMBER, "half width depth token_dim out_dim"),
+    (MapStruct, "input output"),
+    (ctypes.POINTER(_Block), "blocks"),
+    (MapStruct, "condition change"),
 )
 _Chain = structure(
     (NUMBER, "threads places copies steps learned"),
-    (ADDRESS, "modulation coefficients guidance"),
+    (ADDRESS, "conditions times coefficients guidance"),
     (FLOAT, "temperature"),
     (ADDRESS, "noise drafted draft_mean log_u states mean std"),
 )
@@ -37,7 +40,8 @@ class Coupled(NamedTuple):
 
 
 class NarrowLayers:
-    """The layers of a head that see the noisy token. blocks: (norm, first map, second map); into, out: in float32."""
+    """The layers of a head that see the noisy token. blocks: (norm, first map, second map); into, out: in float32;
+    condition, change: maps of conditions, and of these with embedded times to modulations."""
 
     @torch.no_grad()
     def __init__(
@@ -45,20 +49,22 @@ class NarrowLayers:
         into: nn.Linear,
         out: nn.Linear,
         blocks: Sequence[tuple[nn.LayerNorm, nn.Linear, nn.Linear]],
-        dtype: torch.dtype,
+        condition: LinearMap,
+        change: LinearMap,
     ):
-        self.dtype, self.out_dim, self.token_dim = dtype, out.out_features, into.in_features
+        self.dtype, self.condition = change.dtype, condition
+        self.out_dim, self.token_dim = out.out_features, into.in_features
         maps = [LinearMap.of(layer, torch.float32) for layer in (into, out)]
-        self.kept: list[Any] = [*maps]  # what the addresses below are of
+        self.kept: list[Any] = [*maps, change]  # what the addresses below are of
         made = []
         for norm, *layers in blocks:
-            both = [LinearMap.of(layer, dtype) for layer in layers]
+            both = [LinearMap.of(layer, self.dtype) for layer in layers]
             gains = [part.detach().float().contiguous() for part in (norm.weight, norm.bias)]
             made.append(_Block(*(m.struct for m in both), *map(address_of, gains)))
             self.kept += [*both, *gains]
         self.blocks = (_Block * len(made))(*made)
-        sizes = (int(dtype == torch.bfloat16), into.out_features, len(made), self.token_dim, self.out_dim)
-        self.struct = _Denoiser(*sizes, *(m.struct for m in maps), self.blocks)
+        sizes = (int(self.dtype == torch.bfloat16), into.out_features, len(made), self.token_dim, self.out_dim)
+        self.struct = _Denoiser(*sizes, *(m.struct for m in maps), self.blocks, condition.struct, change.struct)
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x float32 [R, D] under modulations [..., R, C] in the head's type -> float32 [..., R, out_dim]."""
@@ -70,21 +76,23 @@ class NarrowLayers:
 
     def chains(
         self,
-        modulation: Tensor,
+        conditions: Tensor,
+        times: Tensor,
         coefficients: Tensor,
         guidance: Tensor,
         temperature: float,
         noise: Tensor | None,
         draft: Coupled | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All steps of P tokens: modulation [T, copies P, C]; coefficients float32 [T, 3], or [T, 5] with learned
-        variances; guidance float32 [P]; noise float32 [P, T + 1, D], of state 0 and each step, or `draft` -> states [P,
-        T + 1, D], means [P, T, D], deviations [P, T, D] (of coefficients where they are fixed: [P, T, 1])."""
-        steps, rows = modulation.shape[:2]
+        """All steps of P tokens: conditions [copies P, C], embedded times [T, width] in the head's type; coefficients
+        float32 [T, 3], or [T, 5] with learned variances; guidance float32 [P]; noise float32 [P, T + 1, D], of state 0
+        and each step, or `draft` -> states [P, T + 1, D], means [P, T, D], deviations [P, T, D] (of coefficients where
+        they are fixed: [P, T, 1])."""
+        steps, rows = len(times), len(conditions)
         places, learned = len(guidance), coefficients.shape[1] == 5
         states, mean = torch.empty(places, steps + 1, self.token_dim), torch.empty(places, steps, self.token_dim)
         std = torch.empty_like(mean) if learned else coefficients[:, 2:3].expand(places, -1, -1)
-        given = [modulation.contiguous(), coefficients.contiguous(), guidance.contiguous()]
+        given = [self.condition.given(conditions), times.contiguous(), coefficients.contiguous(), guidance.contiguous()]
         parts = [noise, None, None, None] if draft is None else [draft.noise, draft.states, draft.mean, draft.log_u]
         held = [part if part is None else part.contiguous() for part in parts]
         sizes = (torch.get_num_threads(), places, rows // max(1, places), steps, int(learned))

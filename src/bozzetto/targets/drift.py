@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bozzetto.common.checks import Count, Layers, Size
 from bozzetto.errors import require
-from bozzetto.laws.chain import Gaussian
+from bozzetto.laws.chain import Gaussian, Trajectory
 from bozzetto.laws.schedules import FlowSchedule
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LinearMap
@@ -128,6 +128,7 @@ class DriftLaw(HeadLaw):
     last number the entropy; a temperature multiplies sigma."""
 
     isotropic = False
+    coefficients = torch.tensor([[1.0, 1.0, 0.0]])  # state + prediction, from where a chain starts
 
     def __init__(self, target: DriftTarget, features: Tensor, batch: int, guidance: float, temperature: float):
         shape = (batch, features.shape[1])
@@ -147,6 +148,11 @@ class DriftLaw(HeadLaw):
     def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
         start = torch.addcmul(self.centre[place], self.spread[place], x)
         return self._point(start + self.predict(start, step, place))
+
+    def run(self, noise: Tensor) -> Trajectory:
+        if self.head.own:
+            noise = torch.stack([torch.addcmul(self.centre, self.spread, noise[:, 0]), noise[:, 1]], 1)
+        return super().run(noise)
 
     def all_places(self, x: Tensor, step: int) -> Gaussian:
         start = torch.addcmul(self.centre, self.spread, x)

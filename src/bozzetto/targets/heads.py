@@ -53,10 +53,10 @@ def _narrow_layers(net: Denoiser, dtype: torch.dtype) -> Callable[[Tensor, Tenso
     return call
 
 
-def narrow_layers(net: Denoiser, dtype: torch.dtype) -> NarrowLayers:
-    """The same by our kernels."""
+def narrow_layers(net: Denoiser, *maps: LinearMap) -> NarrowLayers:
+    """The same by our kernels. maps: those that make modulations."""
     blocks = [(block.in_ln, *block.mlp[::2]) for block in net.res_blocks]
-    return NarrowLayers(net.input_proj, net.final_layer.linear, blocks, dtype)
+    return NarrowLayers(net.input_proj, net.final_layer.linear, blocks, *maps)
 
 
 class PackedDenoiser:
@@ -65,7 +65,8 @@ class PackedDenoiser:
     @torch.no_grad()
     def __init__(self, net: Denoiser, times: Tensor, dtype: torch.dtype, own: bool = False):
         """times: [T], what the network is told at each step of the sampler (0 to 1000); own: run by our kernels."""
-        self.own, form = own, LinearMap if own else Dense
+        form: Any = LinearMap if own else Dense
+        self.own = own
         self.width, self.depth, self.dtype = net.config.width, net.config.depth, dtype
         self.steps, self.token_dim, self.out_dim = len(times), net.config.token_dim, net.config.out_dim
         device = net.input_proj.weight.device
@@ -78,7 +79,7 @@ class PackedDenoiser:
         for start in (self.width * (3 * i + 1) for i in range(self.depth + 1)):
             bias[start : start + self.width] += 1
         self.modulation = form(weight, bias, dtype)  # [(3 depth + 2) width, width]
-        self.narrow: Any = narrow_layers(net, dtype) if own else _narrow_layers(net, dtype)
+        self.narrow: Any = narrow_layers(net, self.condition, self.modulation) if own else _narrow_layers(net, dtype)
         self.few = self.narrow
         if not own and dtype != torch.float32 and device.type == "cpu" and self.width <= _SMALL_WIDTH:
             self.few = _narrow_layers(net, torch.float32)
@@ -127,14 +128,15 @@ class HeadLaw(ChainLaw):
         self.places = shape[0] * shape[1]
         self.copies = len(condition) // max(1, self.places)
         self.guidance = guidance
-        self.condition = head.embed(condition)
+        self.condition = condition
         self.calls = self.rows = 0
         self.table: Tensor | None = None
 
     def modulations(self) -> Tensor:
         """Of all steps and places, in the head's dtype: [T, copies B W, ...]."""
         if self.table is None:
-            self.table = self.head.modulations(self.condition, torch.arange(self.steps, device=self.condition.device))
+            told = self.head.embed(self.condition)
+            self.table = self.head.modulations(told, torch.arange(self.steps, device=self.condition.device))
         return self.table
 
     def predict(self, x: Tensor, step: Tensor, place: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class HeadLaw(ChainLaw):
         self.calls += self.steps
         self.rows += self.steps * self.copies * self.places
         scale = self.guidance if isinstance(self.guidance, Tensor) else torch.full((self.places,), self.guidance)
-        given = self.modulations(), self.coefficients, scale, self.temperature
+        given = self.condition, self.head.times, self.coefficients, scale, self.temperature
         return Trajectory(*self.head.narrow.chains(*given, noise, draft))
 
     def _law(self, x: Tensor, predicted: Tensor, coefficients: tuple[Tensor, ...]) -> Gaussian:

@@ -128,7 +128,7 @@ def test_images_are_those_of_the_eager_target(drafter: str, rule: str) -> None:
 
 
 def test_a_mode_that_there_is_not_is_named() -> None:
-    with pytest.raises(UsageError, match="compile = 'fast' is not allowed: off, default, max"):
+    with pytest.raises(UsageError, match="compile = 'fast' is not allowed: auto, off, default, max"):
         check_mode("fast")
 
 

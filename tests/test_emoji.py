@@ -34,11 +34,10 @@ def test_prompts_are_drawn_alike_alone_in_a_batch_and_with_speculation(pipe: Pip
     settings = {"seed": 5, "guidance": guidance}
     plain = pipe.generate(PROMPTS, drafter="none", batch=4, **settings).images
     fast = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=4, **settings).images
-    alone = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=1, **settings).images
+    alone = pipe.generate(PROMPTS, drafter="jacobi", rule="seed-exact", batch=1, window=16, **settings).images
     for ours in (fast, alone):
         for a, b in zip(ours, plain, strict=True):
-            assert a.sha256 == b.sha256 or a.near_tie or b.near_tie
-    assert sum(a.sha256 == b.sha256 for a, b in zip(fast, plain, strict=True)) >= 3
+            assert a.sha256 == b.sha256 and not a.near_tie
     assert sum(i.target_passes for i in alone) < 0.4 * sum(i.target_passes for i in plain)
 
 

@@ -21,7 +21,7 @@ def pipe() -> Pipeline:
 
 
 def differing(ours: list[GeneratedImage], reference: list[GeneratedImage]) -> list[int]:
-    """Indices of images that differ; a difference without a near-tie flag fails at once."""
+    """Indices of images that differ; a difference without a near-tie flag (those of torch have some) fails at once."""
     found = []
     for a, b in zip(ours, reference, strict=True):
         assert (a.index, a.class_name) == (b.index, b.class_name)
@@ -32,17 +32,19 @@ def differing(ours: list[GeneratedImage], reference: list[GeneratedImage]) -> li
     return found
 
 
-@pytest.mark.parametrize(("guidance", "seed"), [(1.0, 0), (2.0, 1)])
-def test_speculation_and_batch_size_do_not_change_a_byte(pipe: Pipeline, guidance: float, seed: int) -> None:
-    """At most one of the seven pairs may differ, and only where a near tie was flagged."""
-    law = {"seed": seed, "guidance": guidance}
+@pytest.mark.parametrize(("guidance", "seed", "compile"), [(1.0, 0, "auto"), (2.0, 1, "auto"), (2.0, 1, "off")])
+def test_speculation_and_batch_size_do_not_change_a_byte(guidance: float, seed: int, compile: str) -> None:
+    """Where torch runs the passes, in float32, one of the seven pairs may differ, if a near tie was flagged."""
+    torch_runs = compile == "off"
+    pipe = bozzetto.load("flowers", dtype="float32" if torch_runs else "auto")
+    law = {"seed": seed, "guidance": guidance, "compile": compile, "window": 0 if torch_runs else 16}
     speculative = {**law, "drafter": "jacobi", "rule": "seed-exact"}
     plain = pipe.generate(FEW, drafter="none", batch=3, **law).images
     alone = pipe.generate(FEW[:1], drafter="none", batch=1, **law).images
     together = pipe.generate(FEW, batch=3, **speculative).images
     one_by_one = pipe.generate(FEW, batch=1, **speculative).images
     pairs = ((together, plain), (one_by_one, plain), (alone, plain[:1]))
-    assert sum(len(differing(ours, reference)) for ours, reference in pairs) <= 1
+    assert sum(len(differing(ours, reference)) for ours, reference in pairs) <= torch_runs
     assert sum(i.target_passes for i in one_by_one) < 0.5 * sum(i.target_passes for i in plain)
 
 
@@ -53,8 +55,8 @@ def test_images_of_the_exact_rule_do_not_depend_on_the_batch(pipe: Pipeline) -> 
 
 
 @torch.no_grad()
-def test_the_near_tie_tolerance_covers_the_rounding_between_pass_shapes(pipe: Pipeline) -> None:
-    settings = LawSettings(guidance=2.0)
+def test_the_near_tie_tolerance_covers_the_rounding_between_pass_shapes() -> None:
+    settings, pipe = LawSettings(guidance=2.0), bozzetto.load("flowers", dtype="float32")
     tokens = pipe.generate(["rose"], seed=3).images[0].tokens[None]
     labels, start = torch.tensor([2]), torch.zeros(1, dtype=torch.int64)
     inputs = torch.cat([torch.zeros(1, 1, dtype=torch.int64), tokens[:, :31]], 1)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif("flowers-drift" not in shipped_models(), reason=
 
 @pytest.fixture(scope="module")
 def drift() -> Pipeline:
-    return bozzetto.load("flowers-drift")
+    return bozzetto.load("flowers-drift", dtype="float32")
 
 
 def test_the_variant_is_shipped_with_a_card_and_names_its_base(drift: Pipeline) -> None:

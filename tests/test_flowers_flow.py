@@ -15,7 +15,7 @@ FOLDER = ASSETS / "flowers-flow"
 
 @pytest.fixture(scope="module")
 def flow() -> Pipeline:
-    return bozzetto.load("flowers-flow")
+    return bozzetto.load("flowers-flow", dtype="float32")
 
 
 @pytest.fixture(scope="module")

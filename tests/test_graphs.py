@@ -62,5 +62,5 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_mode_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UsageError, match="compile = 'fast' is not allowed: off, default, max"):
+    with pytest.raises(UsageError, match="compile = 'fast' is not allowed: auto, off, default, max"):
         check_mode("fast")

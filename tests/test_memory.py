@@ -96,7 +96,7 @@ def test_rows_of_a_map_come_back_from_the_processors_own_layout() -> None:
 
 def test_samplers_of_a_masked_model_share_its_weights(tiny_mar: Path) -> None:
     pipe = bozzetto.load(tiny_mar, dtype="bfloat16", device="cpu")
-    settings = pipe.resolve(bozzetto.GenerateSettings(passes=5, steps=4))
+    settings = pipe.resolve(bozzetto.GenerateSettings(passes=5, steps=4, compile="off"))
     before = held()
     other = pipe.make_batch(settings).target
     assert other is not pipe.target and other.encoder is pipe.target.encoder and held() - before < 10_000

@@ -63,8 +63,8 @@ def test_a_number_of_images_without_end_begins_at_once(pipe: Pipeline) -> None:
 
 
 def test_images_that_somebody_takes_are_not_kept(pipe: Pipeline) -> None:
-    kept, taken = pipe.generate(count=5, batch=2, seed=3), list[GeneratedImage]()
-    result = pipe.generate(count=5, batch=2, seed=3, take=taken.append)
+    kept, taken = pipe.generate(count=5, batch=2, seed=3, window=4), list[GeneratedImage]()
+    result = pipe.generate(count=5, batch=2, seed=3, window=4, take=taken.append)
     assert result.images == [] and [i.sha256 for i in taken] == [i.sha256 for i in kept.images]
     assert (
         (result.count, result.tokens, result.passes) == (kept.count, kept.tokens, kept.passes) == (5, 80, kept.passes)

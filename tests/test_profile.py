@@ -73,7 +73,7 @@ def network_of(folder: Path, kind: str) -> torch.nn.Module:
 
 def bare(pipe: Pipeline, batch: int, guidance: float, width: int) -> BarePass:
     labels = torch.arange(batch) % len(pipe.classes)
-    return BarePass(pipe, pipe.resolve(GenerateSettings("none", guidance=guidance)), labels, width)
+    return BarePass(pipe, pipe.resolve(GenerateSettings("none", guidance=guidance, compile="off")), labels, width)
 
 
 @pytest.mark.parametrize("kind", ["codes", "vectors"])
@@ -195,7 +195,7 @@ def test_a_pass_of_our_kernels_is_their_call_and_what_is_around_it(codes: Pipeli
 )
 def test_a_profile_has_all_its_parts(kind, options, methods, widths, request):
     pipe = request.getfixturevalue(kind)
-    report = profile(pipe, ProfileSettings(seconds=0.005, **options))
+    report = profile(pipe, ProfileSettings(seconds=0.005, compile="off", **options))
     assert set(report) == SECTIONS
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert [d["method"] for d in report["decoding"]] == methods
@@ -357,8 +357,8 @@ def test_the_command_knows_continuous_tokens_and_bfloat16(tiny_flow, capsys):
         (("--batch", 0), "batch = 0 is not allowed"),
         (("--window", -2), "window = -2 is not allowed"),
         (("--guidance", 0.5), "guidance = 0.5"),
-        (("--compile", "fast"), "compile = 'fast' is not allowed: off, default, max"),
-        (("--deterministic",), "deterministic is not allowed with compile = 'off'"),
+        (("--compile", "fast"), "compile = 'fast' is not allowed: auto, off, default, max"),
+        (("--deterministic", "--compile", "off"), "deterministic is not allowed with compile = 'off'"),
         (("--method", "oracle/exact"), "unknown drafter 'oracle'"),
         (("--method", "jacobi/chains"), "is for continuous tokens"),
         (("--dtype", "float8"), "unknown dtype 'float8' (allowed: auto, float32, bfloat16, float16)"),

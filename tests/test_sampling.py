@@ -47,7 +47,7 @@ def test_images_are_the_same_for_any_number_of_processes(pipe, method, tmp_path)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_are_the_images_of_the_pipeline(pipe, method, tmp_path):
-    run = run_in(tmp_path / "run", pipe, method, batch=4)
+    run = run_in(tmp_path / "run", pipe, method, batch=4, window=3)
     sample(run, 6)
     found = read_samples(run.folder)
     for image in pipe.generate(count=6, settings=run.settings).images:

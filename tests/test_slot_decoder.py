@@ -110,12 +110,12 @@ def test_laws_that_cut_off_are_those_of_the_eager_engine(pipe: Pipeline, law: di
 def test_what_slots_cannot_do_is_left_to_the_other_decoder(pipe: Pipeline, tiny_model: Path) -> None:
     drafter = f"model:folder={tiny_model}:tree=chain-2"
     assert pipe.generate(count=1, compile="max", drafter=drafter, rule="block").tokens_per_pass > 1
-    assert not pipe.fuses(pipe.resolve(GenerateSettings("jacobi", "seed-exact")))
+    assert not pipe.fuses(pipe.resolve(GenerateSettings("jacobi", "seed-exact", compile="off")))
 
 
 def test_deterministic_is_for_compiled_passes() -> None:
-    with pytest.raises(UsageError, match="deterministic is not allowed with compile = 'off': default, max"):
-        GenerateSettings(deterministic=True)
+    with pytest.raises(UsageError, match="deterministic is not allowed with compile = 'off': auto, default, max"):
+        GenerateSettings(deterministic=True, compile="off")
 
 
 def test_waves_of_a_round_are_decoded_without_waiting_for_the_last_of_a_batch(pipe: Pipeline) -> None:

@@ -46,7 +46,7 @@ class GenerateSettings(LawOptions, MethodOptions):
         known = self.guidance_schedule in SCHEDULES
         require(known, "guidance_schedule", self.guidance_schedule, ", ".join(s for s in SCHEDULES if s))
         if check_mode(self.compile) == "off" and self.deterministic:
-            raise UsageError("deterministic is not allowed with compile = 'off': default, max")
+            raise UsageError("deterministic is not allowed with compile = 'off': auto, default, max")
         vars(self).update(zip(("drafter", "rule"), read_method(self.drafter, self.rule), strict=True))
         LawSettings(**{name: value for name, value in self._numbers().items() if value is not None})
 

@@ -52,11 +52,12 @@ class LoadSettings(LoadOptions):
         for name in names:
             require(not getattr(self, name), name, str(getattr(self, name)), why)
 
-    def for_weights(self, stored: Callable[[], str]) -> LoadSettings:
-        """With dtype `auto` replaced. stored: tells the type of the weights in their files."""
+    def for_weights(self, stored: Callable[[], str], here: Callable[[], str] = lambda: "float32") -> LoadSettings:
+        """With dtype `auto` replaced. stored, here: tell the type of the weights in their files, and the one that is
+        taken on a processor."""
         if self.dtype != AUTO:
             return self
-        own = "float32" if self.on_cpu else stored()
+        own = here() if self.on_cpu else stored()
         return replace(self, dtype=own if own in DTYPES else "float32")
 
 

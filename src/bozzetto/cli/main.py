@@ -188,7 +188,7 @@ def _suite(options: verb.Bench, settings: Any) -> dict[str, Any]:
     own = {"methods": ("none",), "count": options.images, "recitation": False}  # the methods are the suite's
     quality = settings_from(options, EvaluateSettings, base=settings_from(options, GenerateSettings, **law), **own)
     assert options.suite is not None
-    loading = loading_of(options)
+    loading = loading_of(options, options.out)
     with _resumable(options.out), _needs("evaluate"):
         extractor = make_extractor(options.extractor)
         chosen = suite_models(options.suite, options.model)
@@ -225,7 +225,7 @@ def _sample(options: verb.Sample) -> None:
     if options.ray and world > 1:
         raise UsageError(f"ray = {options.ray} is not allowed with WORLD_SIZE = {world} in the environment")
     show = _wants_progress(options.progress) and rank == 0
-    loading = loading_of(options)
+    loading = loading_of(options, options.out)
     with _resumable(options.out), gathered(world):
         pipe = load(options.model, loading, note)
         named = None if options.method == "auto" else options.method
@@ -263,7 +263,7 @@ def _evaluate(options: verb.Evaluate) -> None:
         wanted = settings_from(options, CompareSettings, a=first, b=second, base=base)
 
     def measure() -> dict[str, Any]:
-        loading = loading_of(options)
+        loading = loading_of(options, options.out)
         with _resumable(options.out), _needs("evaluate"):
             extractor = make_extractor(options.extractor)
             pipe, work = load(options.model, loading, note), compare if options.compare is not None else evaluate

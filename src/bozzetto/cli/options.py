@@ -323,11 +323,15 @@ def idle(options: Any, names: str, why: str) -> None:
             require(value == field.default, f"--{field.name.replace('_', '-')}", shown, why)
 
 
-def loading_of(options: LoadOptions) -> Any:
-    """LoadSettings of a verb's options; a GPU that nobody named is said in one line."""
+def loading_of(options: LoadOptions, out: Path | None = None) -> Any:
+    """LoadSettings of a verb's options; a GPU that nobody named is said in one line. out: a folder that may hold
+    samples: where no type of numbers is asked for, they go on in theirs."""
     from bozzetto.checkpoints.load_settings import AUTO, LoadSettings
+    from bozzetto.evaluate.shards import RUN, read_run
 
-    settings = settings_from(options, LoadSettings)
+    begun = [path for place in ("", "samples/*/", "*/samples/*/") for path in (out.glob(place + RUN) if out else ())]
+    known = read_run(begun[0].parent)["settings"].get("dtype", AUTO) if begun and options.dtype == AUTO else None
+    settings = settings_from(options, LoadSettings, **({} if known is None else {"dtype": known}))
     if options.device == AUTO and settings.device != "cpu":
         note(f"device: {settings.device} (--device cpu for the processor)")
     return settings

@@ -14,8 +14,8 @@ class LoadOptions:
     """How to load a model."""
 
     dtype: str = "auto"
-    """float32, bfloat16 or float16, for the target's passes; auto: float32 on a processor, on a GPU as the weights are
-    stored. The byte-for-byte promise holds in float32."""
+    """float32, bfloat16 or float16, for the target's passes; auto: on a processor float32, for shipped models bfloat16
+    where our kernels multiply it fast; on a GPU as the weights are stored."""
     device: str = "auto"
     """Where the passes run: auto (a GPU where there is one, of several that of torchrun's LOCAL_RANK), cpu, cuda,
     cuda:1, ..."""
@@ -66,13 +66,13 @@ class MethodOptions:
 class EngineOptions:
     """How passes are run."""
 
-    compile: str = "off"
-    """off, default or max: run passes on a processor by kernels of our own, which g++ or clang++ builds once, in a few
-    seconds; on a GPU torch compiles the layers. default and max are the same; masked models take max, for their head.
-    Float32 results agree with `off` up to rounding."""
+    compile: str = "auto"
+    """auto: passes on a processor are run by kernels of our own, which g++ or clang++ builds once, in a few seconds;
+    where they cannot be, by torch. max (or default): so, or an error; on a GPU torch compiles the layers. off: by
+    torch. Float32 results agree with `off` up to rounding."""
     deterministic: bool = False
-    """With --compile, where it changes nothing: on a processor passes of any width and batch agree to the last bit
-    anyway, so that seed-exact images are the same bytes in bfloat16 too."""
+    """Refuse passes by torch, for those of our kernels agree to the last bit at any width and batch, so that seed-exact
+    images are the same bytes in bfloat16 too."""
 
 
 @dataclass(frozen=True)

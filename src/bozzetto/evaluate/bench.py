@@ -112,7 +112,7 @@ def bench(pipe: Pipeline, settings: BenchSettings, *, progress: bool = False) ->
     the bare loop (row `none`, else None); ceiling, ceiling_next: mean 1 - TV between a position's successive laws, over
     the whole window and at the position next to be committed (see `CeilingProbe`; None: no window); head_calls,
     head_rows: of a denoising head, per batch."""
-    settings = settings.with_own(pipe.own)
+    settings = replace(settings.with_own(pipe.own), compile=pipe.runner.mode(settings.compile))
     cells = [cell.with_own(pipe.own) for cell in settings.cells()]
     work = sum(len(settings.entries(cell)) * (1 + _rounds(settings, cell)) for cell in cells)
     with on_threads(settings.threads), tqdm(total=work, unit="batch", disable=not progress) as bar:

@@ -32,7 +32,7 @@ from bozzetto.evaluate.samelaw import (
     token_tests,
     vector_tests,
 )
-from bozzetto.evaluate.sampling import SampleRun, method_settings, own_for, sample, slug
+from bozzetto.evaluate.sampling import PLAIN, SampleRun, as_begun, method_settings, sample, slug
 from bozzetto.evaluate.shards import RUN, Samples, read_run, read_samples
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
@@ -76,7 +76,7 @@ def compare(
 ) -> dict[str, Any]:
     """Sample what is missing, test, write `comparison.json` into `out`; returns its content."""
     folders = sorted((out / "samples").glob("*"))
-    settings = replace(settings, base=settings.base.with_own(own_for(pipe, folders)))
+    settings = replace(settings, base=as_begun(pipe, settings.base, folders))
     seeds = _seeds(settings)
     for theirs in map(_settings_of, filter(is_folder, (settings.a, settings.b))):  # before anything is sampled
         if theirs["weights"] != pipe.fingerprint():
@@ -163,7 +163,7 @@ def _identity(
     pipe: Pipeline, settings: CompareSettings, drawn: list[Samples], out: Path, progress: bool
 ) -> dict[str, Any] | None:
     """Share of images that B's method draws like A's when it is given A's seed; None unless both are seed-exact."""
-    a, b = (s.settings for s in drawn)
+    a, b = ({**dict(PLAIN), **s.settings} for s in drawn)
     same = {k: a[k] for k in a if k not in ("method", "drafter", "rule", "window", "seed", "dtype")}
     if a["rule"] != "seed-exact" or b["rule"] != "seed-exact" or any(b.get(k) != v for k, v in same.items()):
         return None

@@ -48,9 +48,9 @@ from bozzetto.evaluate.photographs import (
 )
 from bozzetto.evaluate.provenance import provenance
 from bozzetto.evaluate.quality import QUALITY, memorisation, nearest
-from bozzetto.evaluate.sampling import SampleRun, batched, method_settings, own_for, slug
+from bozzetto.evaluate.sampling import SampleRun, as_begun, batched, method_settings, slug
 from bozzetto.evaluate.shards import Samples, read_samples
-from bozzetto.pipeline.pipeline import ROUNDING, GenerateSettings, Pipeline
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline
 
 NEAREST = "nearest.png"
 _SHOWN = 16
@@ -118,7 +118,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample, measure, write `evaluation.json` and `nearest.png` into `out`; returns the content of the former."""
     folders = [out / "samples" / slug(m) for m in settings.all_methods()]
-    settings = replace(settings, base=settings.base.with_own(own_for(pipe, folders)))
+    settings = replace(settings, base=as_begun(pipe, settings.base, folders))
     path = data_path(pipe, settings.data)
     run_of = partial(SampleRun, pipe=pipe, seed=settings.seed, classes=prompts_for(pipe, path)[: settings.count])
     runs = [
@@ -154,7 +154,7 @@ def evaluate(
         },
         "results": [{**row, **speed.get(row["method"], {}), **bias.get(row["method"], {})} for row in rows],
         "memorisation": recited,
-        "identity": identities(samples, ROUNDING[pipe.dtype]),
+        "identity": identities(samples, max(pipe.rounding(run.settings) for run in runs)),
         "notes": reference.notes,
     }
     report = plain(report)

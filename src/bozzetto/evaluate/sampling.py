@@ -43,6 +43,7 @@ from bozzetto.evaluate.shards import (
 )
 from bozzetto.methods.table import split_method
 from bozzetto.pipeline.pipeline import GeneratedImage, GenerateSettings, Pipeline, plan_batches
+from bozzetto.runtime.graphs import AUTO
 
 WARM_UP_PASSES = 4
 _MOST = 10**12  # images of a run
@@ -53,7 +54,7 @@ _SUFFIXES: dict[str, type] = {
     **dict.fromkeys(("guidance_schedule", "compile"), str),
 }
 # What needs no mention.
-_PLAIN = (("compile", "off"), ("deterministic", False), ("negative_prompt", ""), ("quality_words", False))
+PLAIN = (("compile", "off"), ("deterministic", False), ("negative_prompt", ""), ("quality_words", False))
 
 
 def method_settings(method: str, base: GenerateSettings) -> GenerateSettings:
@@ -81,6 +82,13 @@ def own_for(pipe: Pipeline, folders: Iterable[Path]) -> OwnSampling:
     return OwnSampling(source="the version that began the folder") if early else pipe.own
 
 
+def as_begun(pipe: Pipeline, settings: GenerateSettings, folders: Sequence[Path]) -> GenerateSettings:
+    """With what is not asked for: the law of `own_for`; passes as those of a folder that was begun, else as suits."""
+    begun = [read_run(folder)["settings"] for folder in folders if (folder / RUN).exists()]
+    asked = begun[0].get("compile", "off") if settings.compile == AUTO and begun else settings.compile
+    return replace(settings.with_own(own_for(pipe, folders)), compile=pipe.runner.mode(asked))
+
+
 def slug(method: str) -> str:
     """Folder name of a method."""
     return re.sub(r"[^\w.+-]+", "-", method)
@@ -103,7 +111,7 @@ class SampleRun:
         self.folder, self.pipe, self.seed = Path(folder), pipe, seed
         pipe.need_pictures()
         own, asked = own_for(pipe, [self.folder]), pipe.sampling(settings)["asked"]
-        settings = settings.with_own(own)
+        settings = as_begun(pipe, settings, [self.folder])
         self.sampling = {**pipe.sampling(settings), "asked": asked, "source": own.source}
         labels = pipe.labels(classes, settings)
         # What asks for the same in any process: a prompt has a number in this one only, a name may be of two classes.
@@ -119,7 +127,7 @@ class SampleRun:
 
     def description(self) -> dict[str, Any]:
         """What fixes the images: everything but the batch size."""
-        law = {k: v for k, v in self.settings.plain().items() if k != "batch" and (k, v) not in _PLAIN}
+        law = {k: v for k, v in self.settings.plain().items() if k != "batch" and (k, v) not in PLAIN}
         model = {"model": self.pipe.name, "weights": self.pipe.fingerprint(), "dtype": self.pipe.dtype}
         grid, size = (pair[0] if pair[0] == pair[1] else list(pair) for pair in (self.pipe.grid, self.pipe.size))
         shape = {"grid": grid, "image_size": size, "class_names": self.pipe.classes}

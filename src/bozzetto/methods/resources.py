@@ -170,7 +170,7 @@ class MaskedResources:
 
     def __init__(self, target: MARTarget, name: str, folder: Path):
         self.target, self.name, self.folder = target, name, folder
-        self._small = functools.cache(self._load)
+        self._whole = functools.cache(self._load)
         self.target_with = functools.cache(self._make)
 
     def smaller(self, folder: str) -> Path:
@@ -188,14 +188,15 @@ class MaskedResources:
     def _make(self, sampler: MARSampler, mode: str = "off", folder: Path | None = None) -> MARTarget:
         """The model (None) or a smaller one with a sampler, its head run as asked. Each is made once, and those of
         one folder share its weights. Raises UsageError for a smaller one of another family."""
-        whole = self.target if folder is None else self._small(folder)
-        if mode == "off" and sampler == whole.sampler:
-            return whole
-        if mode != "off":
-            whole = whole.owned(self._network(folder or self.folder))
-        return whole.with_sampler(sampler)
+        whole = self._whole(mode, folder)
+        return whole if sampler == whole.sampler else whole.with_sampler(sampler)
 
-    def _load(self, folder: Path) -> MARTarget:
+    def _load(self, mode: str, folder: Path | None) -> MARTarget:
+        """With the target's own sampler."""
+        if mode != "off":
+            return self._whole("off", folder).owned(self._network(folder or self.folder))
+        if folder is None:
+            return self.target
         return MARTarget(self._network(folder), self.target.sampler, self.target.dtype)
 
     def _network(self, folder: Path) -> MAR:

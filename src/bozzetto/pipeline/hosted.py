@@ -101,7 +101,7 @@ class HostedRunner(Runner):
         return None if sized is None else _pipeline(HostedRunner(self.name, sized(size), self.source, self.wanted))
 
     def target_in(self, mode: str) -> Any:
-        if mode != "off":
+        if self.mode(mode) != "off":
             raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is run by transformers (off)")
         return self.target
 

@@ -51,6 +51,7 @@ class TokenKind:
         """Settings with the model's own values -> with `auto` replaced. Raises UsageError for a method or an option of
         another kind of token."""
         tokens = self.target.tokens
+        settings = replace(settings, compile=self.runner.mode(settings.compile))
         settings = settings.with_method(self.default_drafter, self.default_rules)
         if tokens == VECTORS and settings.sequential:
             settings = replace(settings, rule=PlainSteps.name)

@@ -38,10 +38,11 @@ from bozzetto.errors import UsageError, brief, require
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
 from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes
 from bozzetto.pipeline.kinds import CausalVectors, Codes, MaskedVectors, TokenKind
-from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
+from bozzetto.pipeline.pipeline import ASSETS, Pipeline, is_hosted, model_folder
 from bozzetto.pipeline.results import settings_of
 from bozzetto.pipeline.runner import Runner
 from bozzetto.runtime.graphs import Report
+from bozzetto.runtime.native import usual_dtype
 from bozzetto.settings import GenerateSettings
 from bozzetto.targets.drift import DriftModel, DriftTarget
 from bozzetto.targets.flow_cache import FlowSampler, FlowTarget
@@ -79,7 +80,8 @@ def load(
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
-    wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS))
+    here = usual_dtype if folder.parent == ASSETS and family != MASKED else lambda: "float32"
+    wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS), here)
     read = _vectors if family in (FLOW, MASKED, DRIFT) else _codes
     kind, conditions = read(folder, config, wanted)
     pipe = Pipeline(kind, conditions, kind.runner, own)

@@ -144,6 +144,11 @@ class Pipeline:
         """The target with its passes run as asked. Raises UsageError where they cannot be."""
         return self.runner.target_in(mode)
 
+    def rounding(self, settings: GenerateSettings) -> float:
+        """How close two candidates may be (in perturbed log-probability) that swap when a pass has another shape; with
+        our kernels rows have the same bits in any."""
+        return 0.0 if self.target_in(settings.compile).own else ROUNDING[self.dtype]
+
     def fuses(self, settings: GenerateSettings, closed: bool = True) -> bool:
         """Whether images of resolved settings may enter a batch while others are decoded. closed: see Scheduler."""
         return self.kind.fuses(settings, closed)

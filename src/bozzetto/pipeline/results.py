@@ -26,10 +26,10 @@ T = TypeVar("T")
 class GeneratedImage:
     """One image and how it came about. tokens: int64 [N] or float32 [N, D]; sha256: of the RGB pixel bytes; margin: the
     least log-probability by which a draw or coin would have fallen otherwise (None: not measured); near_tie: that is
-    within float rounding; spent: bias bound summed over the tokens (0 for exact rules); moved, farthest: mean and
-    largest distance of continuous tokens from the target's own samples, in token units (0 where the rule measures
-    none); trace: what each target pass offered and kept; prompt: what the model was asked, which may be more than
-    class_name."""
+    within what passes of another shape round otherwise; spent: bias bound summed over the tokens (0 for exact rules);
+    moved, farthest: mean and largest distance of continuous tokens from the target's own samples, in token units (0
+    where the rule measures none); trace: what each target pass offered and kept; prompt: what the model was asked,
+    which may be more than class_name."""
 
     image: Image.Image
     tokens: Tensor
@@ -66,7 +66,7 @@ class GeneratedImage:
             accepted=image.accepted,
             drafted=image.drafted,
             margin=image.margin if measured else None,
-            near_tie=measured and image.margin < ROUNDING[pipe.dtype],
+            near_tie=measured and image.margin < pipe.rounding(image.settings),
             spent=image.spent,
             trace=image.trace,
             moved=image.moved / pipe.target.length,

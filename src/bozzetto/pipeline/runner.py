@@ -13,6 +13,8 @@ from bozzetto.checkpoints.folders import CONFIG, TOKENIZER_CONFIG, TOKENIZER_WEI
 from bozzetto.checkpoints.weights import WEIGHTS
 from bozzetto.common.files import digest
 from bozzetto.common.images import Origin, to_picture
+from bozzetto.runtime.graphs import AUTO
+from bozzetto.runtime.native import kernels_compute
 
 
 class Runner:
@@ -45,9 +47,16 @@ class Runner:
         """A pipeline of the same model for another size, None where there is none."""
         return None
 
+    def mode(self, asked: str) -> str:
+        """How passes are run, with `auto` replaced: by our kernels (max) where they compute, else by torch (off)."""
+        if asked != AUTO:
+            return asked
+        ours = self.network is not None and kernels_compute(self.target.dtype, self.target.device)
+        return "max" if ours else "off"
+
     def target_in(self, mode: str) -> Any:
         """The target with its passes run as asked."""
-        if mode == "off" or self.network is None:
+        if self.mode(mode) == "off" or self.network is None:
             return self.target
         if self.own is None:
             self.own = self.target.owned(self.network())

@@ -17,7 +17,8 @@ import torch
 from bozzetto.errors import UsageError
 from bozzetto.runtime.native import instructions
 
-MODES = ("off", "default", "max")
+AUTO = "auto"  # our kernels where they compute, else torch
+MODES = (AUTO, "off", "default", "max")
 Report = Callable[[str], None]
 
 

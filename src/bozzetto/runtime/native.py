@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bozzetto.common.terminal import note
 from bozzetto.errors import UsageError
-from bozzetto.runtime.kept import cache_folder, made
+from bozzetto.runtime.kept import cache_folder, find, made
 
 _ENGINE = Path(__file__).parent / "decoder.cpp"
 NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'"
@@ -33,13 +33,22 @@ NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or us
 def instructions() -> str:
     """What code built here may run on: the processor's name, and its instructions, which a virtual machine may have
     fewer of than another of the same name."""
+    known = " ".join(sorted(_told("flags", "features").split()))
+    return f"{platform.machine()} {processor()} {hashlib.sha256(known.encode()).hexdigest()[:12]}"
+
+
+def _told(*names: str) -> str:
+    """What the system says of its first processor under one of these names, "" where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    known = " ".join(sorted(flags.partition(":")[2].split()))
-    return f"{platform.machine()} {processor()} {hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(names)), "")
+
+
+def multiplies_pairs() -> bool:
+    """Whether the processor has the instruction for pairs of bfloat16 that our kernels use."""
+    return "avx512_bf16" in _told("flags").split()
 
 
 def has_matrix_unit() -> bool:
@@ -72,12 +81,7 @@ def cheap_rows() -> int:
 
 def processor() -> str:
     """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
+    return _told("model name") or platform.processor()
 
 
 @cache
@@ -89,9 +93,7 @@ def library() -> ctypes.CDLL:
 def load_kernels(folder: Path | None) -> ctypes.CDLL:
     """The kernels, from `folder`, or built and kept there; says so on stderr, for that takes seconds. Raises UsageError
     where there is no C++ compiler, or where what it built cannot be loaded."""
-    code = b"".join(path.read_bytes() for path in [*sorted(_ENGINE.parent.glob("*.h")), _ENGINE])
-    name = hashlib.sha256(code + f"{platform.libc_ver()} {instructions()}".encode()).hexdigest()[:16]
-    path = made(f"engine-{name}.so", _build, folder)
+    path = made(_name(), _build, folder)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -100,17 +102,38 @@ def load_kernels(folder: Path | None) -> ctypes.CDLL:
         ) from error
 
 
+def _name() -> str:
+    code = b"".join(path.read_bytes() for path in [*sorted(_ENGINE.parent.glob("*.h")), _ENGINE])
+    found = hashlib.sha256(code + f"{platform.libc_ver()} {instructions()}".encode()).hexdigest()[:16]
+    return f"engine-{found}.so"
+
+
+def built() -> Path | None:
+    """Where the kernels of this machine are, None: not built yet."""
+    return find(_name(), cache_folder())
+
+
+def compiler() -> str | None:
+    """What builds them, None: nothing here."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def usual_dtype() -> str:
+    """In which type our kernels are fastest on this processor, as far as its instructions tell (a type must not change
+    with what else the machine does); float32 where they cannot be."""
+    return "bfloat16" if multiplies_pairs() and (built() or compiler()) else "float32"
+
+
 def _build(path: str) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if (found := compiler()) is None:
         raise UsageError(NO_COMPILER)
     note("building the kernels for this machine, once ...")
-    command = [compiler, "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp"]
+    command = [found, "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp"]
     command += ["-shared", "-fPIC", "-std=c++20", str(_ENGINE), "-o", path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = " ".join(done.stderr.split())[-400:]
-        raise UsageError(f"compile: {compiler} could not build the kernels: {tail} (or use compile = 'off')")
+        raise UsageError(f"compile: {found} could not build the kernels: {tail} (or use compile = 'off')")
 
 
 def address_of(part: Tensor | None) -> int | None:
@@ -145,6 +168,18 @@ def need_kernels(dtype: torch.dtype, device: torch.device) -> None:
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         kind = "a processor" if device.type == "cpu" else device
         raise UsageError(f"compile is not allowed here: no kernels for {dtype} on {kind}")
+
+
+@cache
+def kernels_compute(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether they do; where they do not, a line on stderr says once why torch runs the passes."""
+    try:
+        need_kernels(dtype, device)
+        library()
+    except UsageError as error:
+        note(f"passes are run by torch: {error}")
+        return False
+    return True
 
 
 def loaded() -> bool:

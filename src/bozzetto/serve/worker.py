@@ -20,7 +20,7 @@ import torch
 from bozzetto.common.images import Origin, one_core
 from bozzetto.decoding.scheduler import Scheduler
 from bozzetto.errors import UsageError
-from bozzetto.pipeline.pipeline import ROUNDING, Pipeline
+from bozzetto.pipeline.pipeline import Pipeline
 from bozzetto.serve.methods import methods_of
 from bozzetto.serve.metrics import Metrics
 from bozzetto.serve.orders import Drawn, Event, Finished, Job, Order, Partial
@@ -323,7 +323,7 @@ class Worker(threading.Thread):
         pipe = self.loops[job.order.place].pipe
         origin = Origin(pipe.prompt_of(image.label), image.seed, image.index)
         self._over(job, 1)
-        near = None if image.margin == float("inf") else image.margin < ROUNDING[pipe.dtype]
+        near = None if image.margin == float("inf") else image.margin < pipe.rounding(drawn.job.order.settings)
         self._paint(drawn, lambda: job.post(Finished(image, pipe.decode_here(image.result, origin), seconds, near)))
 
     def _show(self, drawn: Drawn, loop: Scheduler, now: float) -> None:

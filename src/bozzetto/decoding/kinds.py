@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.state import DecodeState
-from bozzetto.drafters.base import Observation, gather_rows
-from bozzetto.drafts import VECTORS, Draft
+from bozzetto.decoding.state import DecodeState, own_commit
+from bozzetto.drafters.base import gather_rows
+from bozzetto.drafts import VECTORS, Draft, Verdict
 from bozzetto.errors import UsageError
-from bozzetto.laws.categorical import LawSettings, greedy_margin, gumbel_margin, law_of
+from bozzetto.laws.categorical import LawSettings, greedy_margin, law_of
 from bozzetto.laws.noise import GumbelField, NoiseField, NormalField, fold, uniform
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.runtime.laws import own_law_of, own_uniforms
+from bozzetto.runtime.laws import own_gumbel_rows, own_law_of, own_uniforms
 from bozzetto.targets.base import Scores, Target
 from bozzetto.targets.flow_cache import FlowTarget
 
@@ -56,7 +56,8 @@ class CodeKind:
 
     def begin(self, seed: int, index: Tensor) -> GumbelField:
         """Fixed noise of the images int64 [B]."""
-        return GumbelField(seed, index, self.target.length, self.target.vocab)
+        whole = own_gumbel_rows if self.target.own else None
+        return GumbelField(seed, index, self.target.length, self.target.vocab, whole)
 
     def blank(self, batch: int, device: torch.device) -> Tensor:
         """Tokens [B, N, ...] before there are any."""
@@ -93,26 +94,25 @@ class CodeKind:
         keys = _place_keys(state, places)
         return uniform(fold(keys[..., None], torch.arange(per, device=keys.device)))
 
-    def record(
-        self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor
-    ) -> dict[str, Tensor]:
-        """New values of the state's statistics. fresh: bool [B, longest], which tokens were committed."""
-        out, verdict = {}, seen.verdict
-        inf, gaps = float("inf"), None
-        if self.lead is not None:
-            gaps = along(verdict.path, self.lead[..., None], seen.longest)[..., 0]
-        elif self.rule.seed_exact and given.fixed is not None and seen.log_p is not None:
-            gaps = gumbel_margin(*(along(verdict.path, part, seen.longest) for part in (seen.log_p, given.fixed)))
-        if gaps is not None:
-            out["margin"] = torch.minimum(state.margin, gaps.masked_fill(~fresh, inf).amin(1))
-        elif verdict.margin is not None:
-            place = torch.arange(verdict.margin.shape[1], device=state.count.device)
-            outside = state.count[:, None] + place >= self.target.length
-            margin = torch.minimum(state.margin, verdict.margin.masked_fill(outside, inf).amin(1))
-            out["margin"] = margin if draft.margin is None else torch.minimum(margin, draft.margin)
+    def commit(self, state: DecodeState, draft: Draft, verdict: Verdict) -> tuple[DecodeState, Tensor]:
+        """Append what a verdict decided; returns the new state and how many tokens each image got, int64 [B]."""
+        near = verdict.margin
+        if self.lead is not None:  # margins of the choices that are kept
+            near = along(verdict.path, self.lead[..., None], verdict.tokens.shape[1])[..., 0]
+            place = torch.arange(near.shape[1], device=near.device)
+            near = near.masked_fill(place > verdict.accepted[:, None], torch.inf)
+        if self.target.own:
+            return own_commit(state, draft, verdict, near)
+        others = {}
+        if near is not None:
+            place = torch.arange(near.shape[1], device=near.device)
+            outside = state.count[:, None] + place >= state.length
+            others["margin"] = torch.minimum(state.margin, near.masked_fill(outside, torch.inf).amin(1))
+            if draft.margin is not None:
+                others["margin"] = torch.minimum(others["margin"], draft.margin)
         if verdict.spent is not None:
-            out["spent"] = state.spent + verdict.spent
-        return out
+            others["spent"] = state.spent + verdict.spent
+        return state.append(draft, verdict, **others)
 
 
 @dataclass
@@ -144,14 +144,14 @@ class VectorKind:
         fixed = noise.rows(state.count[:, None] + place) if self.rule.needs_fixed else None
         return Noise(fixed, keys=_place_keys(state, draft.length + 1) if self.rule.needs_uniforms else None)
 
-    def record(
-        self, state: DecodeState, draft: Draft, seen: Observation, given: Noise, fresh: Tensor
-    ) -> dict[str, Tensor]:
-        verdict = seen.verdict
+    def commit(self, state: DecodeState, draft: Draft, verdict: Verdict) -> tuple[DecodeState, Tensor]:
         if verdict.distance is None:
-            return {}
-        moved = verdict.distance[:, : seen.longest].masked_fill(~fresh, 0.0)
-        return {"moved": state.moved + moved.sum(1), "farthest": torch.maximum(state.farthest, moved.amax(1))}
+            return state.append(draft, verdict)
+        place = torch.arange(verdict.distance.shape[1], device=state.count.device)
+        behind = place > torch.minimum(verdict.accepted, state.length - state.count - 1)[:, None]
+        moved = verdict.distance.masked_fill(behind, 0.0)
+        farthest = torch.maximum(state.farthest, moved.amax(1))
+        return state.append(draft, verdict, moved=state.moved + moved.sum(1), farthest=farthest)
 
 
 def check_continuous(law: LawSettings) -> None:

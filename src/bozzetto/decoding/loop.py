@@ -5,8 +5,6 @@ Plain sequential decoding is the same loop with an empty draft. There is one hos
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,6 @@ from bozzetto.decoding.batch import RowBatch
 from bozzetto.decoding.kinds import along, kind_of
 from bozzetto.decoding.state import DecodeState
 from bozzetto.drafters.base import Drafter, Observation, Start
-from bozzetto.drafts import Draft
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.laws.noise import STREAM_DRAFT, image_keys
 from bozzetto.rules.base import Rule
@@ -76,10 +73,9 @@ class EagerBatch(RowBatch):
         scores = session.score(inputs, state.count, max(counts), layout)
         law = kind.law(scores, max(counts))
         meter.lap("target")
-        given = kind.given(noise, state, draft)
-        verdict = kind.rule.verify(draft, law, given)
-        committed = torch.minimum(verdict.accepted + 1, target.length - state.count)
-        self.counts = (state.count + committed).tolist()  # the one synchronisation
+        verdict = kind.rule.verify(draft, law, kind.given(noise, state, draft))
+        self.state, committed = kind.commit(state, draft, verdict)
+        self.counts = self.state.count.tolist()  # the one synchronisation
         longest = max(now - then for now, then in zip(self.counts, counts, strict=True))
         if verdict.path is not None:
             session.compact(verdict.path[:, :longest], state.count)
@@ -87,26 +83,10 @@ class EagerBatch(RowBatch):
         log_p = law if isinstance(law, Tensor) else None
         if log_p is None:
             meter.count(law, draft.law)
-        seen = Observation(log_p, verdict, committed, longest, state.count, features)
-        self.state = self._commit(state, draft, seen, given)
-        drafter.observe(seen)
+        drafter.observe(Observation(log_p, verdict, committed, longest, state.count, features))
         self.over = [i for i, count in enumerate(self.counts) if count == target.length]
         self.places, meter.passes = draft.length + 1, meter.passes + 1
         meter.lap("draft")
-
-    def _commit(self, state: DecodeState, draft: Draft, seen: Observation, given: Any) -> DecodeState:
-        """Append the accepted drafts and the rule's own token, never past the end of the image."""
-        left = self.target.length - state.count
-        fresh = torch.arange(seen.longest, device=left.device) < seen.committed[:, None]
-        return state.append(
-            seen.verdict.tokens[:, : seen.longest],
-            fresh,
-            count=state.count + seen.committed,
-            passes=state.passes + 1,
-            drafted=state.drafted + left.clamp_max(draft.depth),
-            accepted=state.accepted + torch.minimum(seen.verdict.accepted, left),
-            **self.kind.record(state, draft, seen, given, fresh),
-        )
 
     @torch.no_grad()
     def leave(self) -> None:

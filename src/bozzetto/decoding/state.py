@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.noise import STREAM_VERIFY, image_keys
+from bozzetto.runtime.native import ADDRESS, NUMBER, address_of, call, structure
+
+# `Committed` of walk.h.
+_Committed = structure(
+    (NUMBER, "batch length columns margins depth"),
+    (ADDRESS, "out accepted near drawn cost count passes drafted kept margin spent tokens sums figures"),
+)
 
 
 @dataclass
@@ -66,19 +74,27 @@ class DecodeState:
 
     def last(self) -> Tensor:
         """The last committed token of each image (anything, before the first), [B, 1, ...]."""
-        rows = torch.arange(len(self.count), device=self.count.device)
-        return self.tokens[rows, (self.count - 1).clamp_min(0)][:, None]
+        at = (self.count - 1).clamp_min(0).view(-1, *[1] * (self.tokens.dim() - 1))
+        return self.tokens.gather(1, at.expand(-1, 1, *self.tokens.shape[2:]))
 
-    def append(self, tokens: Tensor, fresh: Tensor, **others: Tensor) -> DecodeState:
-        """With tokens [B, L, ...] after the committed ones where fresh (bool [B, L]), never past the end of the image;
-        others: new values of other fields."""
-        offset = torch.arange(fresh.shape[1], device=fresh.device)
+    def append(self, draft: Draft, verdict: Verdict, **others: Tensor) -> tuple[DecodeState, Tensor]:
+        """With the accepted drafts and the rule's own token, never past the end of the image, and how many tokens that
+        are, int64 [B]. others: new values of other fields."""
+        tokens, left = verdict.tokens, self.length - self.count
+        committed = torch.minimum(verdict.accepted + 1, left)
+        offset = torch.arange(tokens.shape[1], device=left.device)
         # Columns past the committed ones are sent to a spare column that is cut off again.
-        column = (self.count[:, None] + offset).masked_fill(~fresh, self.length)
-        spare = torch.zeros_like(self.tokens[:, :1])
-        padded = torch.cat([self.tokens, spare], 1)
-        padded[torch.arange(len(fresh), device=fresh.device)[:, None], column] = tokens
-        return replace(self, tokens=padded[:, : self.length], **others)
+        column = torch.where(offset < committed[:, None], self.count[:, None] + offset, self.length)
+        column = column.view(*column.shape, *[1] * (tokens.dim() - 2)).expand_as(tokens)
+        padded = torch.cat([self.tokens, torch.zeros_like(self.tokens[:, :1])], 1)
+        sums = {
+            "count": self.count + committed,
+            "passes": self.passes + 1,
+            "drafted": self.drafted + left.clamp_max(draft.depth),
+            "accepted": self.accepted + torch.minimum(verdict.accepted, left),
+        }
+        padded.scatter_(1, column, tokens)
+        return replace(self, tokens=padded[:, : self.length], **sums, **others), committed
 
     def merge(self, part: DecodeState) -> DecodeState:
         """The whole batch with the rows still in progress brought up to date."""
@@ -87,3 +103,19 @@ class DecodeState:
             merged[name] = value.clone()
             merged[name][part.row] = getattr(part, name)
         return DecodeState(**merged)
+
+
+def own_commit(state: DecodeState, draft: Draft, verdict: Verdict, near: Tensor | None) -> tuple[DecodeState, Tensor]:
+    """`DecodeState.append` of codes, and their statistics, by our kernels (runtime/walk.h), in the place of the tokens.
+    near: margins float32 [B, K] of the places behind what is committed."""
+    batch, depth = len(state.count), draft.depth
+    given = (verdict.tokens, verdict.accepted, near, draft.margin, verdict.spent)
+    held = [None if part is None else part.contiguous() for part in given]
+    before = (state.count, state.passes, state.drafted, state.accepted, state.margin, state.spent)
+    tokens, sums, figures = state.tokens.contiguous(), torch.empty(5, batch, dtype=torch.int64), torch.empty(2, batch)
+    sizes = (batch, state.length, verdict.tokens.shape[1], 0 if near is None else near.shape[1], depth)
+    call("bozzetto_commit", _Committed(*sizes, *map(address_of, (*held, *before, tokens, sums, figures))))
+    count, passes, drafted, accepted, committed = sums.unbind()
+    margin, spent = figures.unbind()
+    found = {"count": count, "passes": passes, "drafted": drafted, "accepted": accepted, "spent": spent}
+    return replace(state, tokens=tokens, margin=margin, **found), committed

@@ -94,14 +94,19 @@ def normal(key: Tensor) -> Tensor:
     return torch.special.ndtri(uniform(key)).float()
 
 
+Whole = Callable[[Tensor, int], Tensor]
+
+
 class NoiseField:
     """The fixed noise [B, position, number] of a batch of images, filled in blocks as decoding advances.
 
-    index: int64 [B] image numbers; size: numbers per position; draw: what makes noise of keys (`gumbel`, `normal`).
+    index: int64 [B] image numbers; size: numbers per position; draw: what makes noise of keys (`gumbel`, `normal`);
+    whole: what makes whole positions, of keys int64 [n] and a size [n, size], in its place.
     Memory is B * length * size * 4 bytes, most of it untouched until needed.
     """
 
     _BLOCK = 16
+    whole: Whole | None = None
 
     def __init__(self, seed: int, index: Tensor, length: int, size: int, draw: Callable[[Tensor], Tensor]):
         self.keys = image_keys(seed, STREAM_TOKEN, index)
@@ -115,7 +120,11 @@ class NoiseField:
             end = min(self.filled + self._BLOCK, self.length)
             positions = torch.arange(self.filled, end, device=self.keys.device)
             rows = fold(self.keys[:, None], positions)
-            self.table[:, self.filled : end] = self.draw(fold(rows[..., None], self.numbers))
+            if self.whole is None:
+                made = self.draw(fold(rows[..., None], self.numbers))
+            else:
+                made = self.whole(rows.flatten(), len(self.numbers)).unflatten(0, rows.shape)
+            self.table[:, self.filled : end] = made
             self.filled = end
 
     def rows(self, positions: Tensor) -> Tensor:
@@ -131,8 +140,9 @@ class NoiseField:
 class GumbelField(NoiseField):
     """The Gumbel noise G[b, position, v] of a batch of images."""
 
-    def __init__(self, seed: int, index: Tensor, length: int, vocab: int):
+    def __init__(self, seed: int, index: Tensor, length: int, vocab: int, whole: Whole | None = None):
         super().__init__(seed, index, length, vocab, gumbel)
+        self.whole = whole
 
 
 class NormalField(NoiseField):

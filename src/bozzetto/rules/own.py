@@ -38,7 +38,10 @@ def own_verdict(
     (LANTERN); lam: a LANTERN's lambda, 0 where delta is the most mass; the rest are the rule's own."""
     tree, (batch, places, vocab) = draft.shape(), log_p.shape
     trees, levels = len(tree.child), tree.max_depth
-    shape = [part.expand(trees, *part.shape[1:]) for part in (tree.row, tree.path, tree.order, tree.depth)]
+    shape = [
+        part if len(part) == trees else part.expand(trees, *part.shape[1:])
+        for part in (tree.row, tree.path, tree.order, tree.depth)
+    ]
     log_q, table = None if draft.certain else draft.log_q, noise.neighbours
     given = (log_p, log_q, draft.tokens, tree.child, *shape, noise.uniforms, noise.slack, table)
     held = [None if part is None else part.contiguous() for part in given]

@@ -37,10 +37,14 @@ class SeedExact(Rule):
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
         tokens, margin = gumbel_draw(log_p, given(noise.fixed, self, "the positions' Gumbel noise"))
+        found = Verdict(tokens, margin=margin, accepted=leading(tokens[:, : draft.length] == draft.tokens))
         if draft.tree is not None:
-            found = _follow(draft.tree, draft.tokens, tokens)
-            return _carried(draft, tokens, found) if draft.beside else found
-        return Verdict(tokens, leading(tokens[:, : draft.length] == draft.tokens), margin=margin)
+            found = _follow(draft.tree, draft.tokens, tokens, margin)
+        # Places behind what is kept are drawn again.
+        behind = torch.arange(found.tokens.shape[1], device=tokens.device) > found.accepted[:, None]
+        assert found.margin is not None
+        found.margin = found.margin.masked_fill(behind, torch.inf)
+        return _carried(draft, tokens, found) if draft.beside else found
 
 
 def _carried(draft: Draft, wanted: Tensor, found: Verdict) -> Verdict:
@@ -48,15 +52,17 @@ def _carried(draft: Draft, wanted: Tensor, found: Verdict) -> Verdict:
     level = torch.arange(found.tokens.shape[1], device=wanted.device)
     window = torch.nn.functional.pad(wanted[:, : draft.chain + 1], (0, len(level) - draft.chain - 1))
     tokens = torch.where(level <= found.accepted[:, None], found.tokens, window)
-    return Verdict(tokens, found.accepted, found.path)
+    return Verdict(tokens, found.accepted, found.path, margin=found.margin)
 
 
-def _follow(tree: Tree, drafted: Tensor, wanted: Tensor) -> Verdict:
-    """drafted: int64 [B, M]; wanted: int64 [B, M + 1], the target's token after the root and after every node."""
+def _follow(tree: Tree, drafted: Tensor, wanted: Tensor, margin: Tensor) -> Verdict:
+    """drafted: int64 [B, M]; wanted: int64 [B, M + 1], the target's token after the root and after every node; margin:
+    float32 [B, M + 1], of these."""
     batch = len(drafted)
     refused = drafted != wanted.gather(1, tree.parent.expand(batch, -1))
     refused = torch.nn.functional.pad(refused, (1, 0))  # the root is always there
     reached = ~(tree.sees & refused[:, None]).any(-1)  # neither the node nor an ancestor was refused
     last = torch.where(reached, tree.depth, -1).argmax(1)
     path = tree.path.expand(batch, -1, -1)[torch.arange(batch, device=last.device), last]
-    return Verdict(wanted.gather(1, path), tree.depth.expand(batch, -1).gather(1, last[:, None])[:, 0], path)
+    depth = tree.depth.expand(batch, -1).gather(1, last[:, None])[:, 0]
+    return Verdict(wanted.gather(1, path), depth, path, margin=margin.gather(1, path))

@@ -102,5 +102,7 @@ void bozzetto_sketch(const bozzetto::Sketch* sketch) {
   (sketch->network->half ? &bozzetto::sketch<bozzetto::bf16> : &bozzetto::sketch<float>)(*sketch);
 }
 
+void bozzetto_commit(const bozzetto::Committed* committed) { bozzetto::commit(*committed); }
+
 void bozzetto_judge(const bozzetto::Judged* judged) { bozzetto::judge(*judged); }
 }

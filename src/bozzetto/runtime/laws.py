@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,11 +41,14 @@ def own_laws(
 
 def own_law_of(logits: Tensor, settings: LawSettings) -> Tensor:
     """As `laws.categorical.law_of`; the numbers are those of `own_laws`."""
-    batch = len(logits) // (2 if settings.guided else 1)
-    guidance = torch.full((batch,), settings.guidance)
-    top_k = torch.full((batch,), settings.top_k if settings.temperature else -1)
-    top_p = torch.full((batch,), settings.top_p)
-    return own_laws(logits.float(), guidance, torch.full((batch,), settings.temperature or 1.0), top_k, top_p)
+    return own_laws(logits.float(), *_rows_of(settings, len(logits) // (2 if settings.guided else 1)))
+
+
+@lru_cache(maxsize=64)
+def _rows_of(settings: LawSettings, batch: int) -> tuple[Tensor, ...]:
+    """Guidance, temperature, top-k and top-p, [B] each, as `own_laws` takes them."""
+    top_k, temperature = settings.top_k if settings.temperature else -1, settings.temperature or 1.0
+    return tuple(torch.full((batch,), value) for value in (settings.guidance, temperature, top_k, settings.top_p))
 
 
 def gumbel_draw(laws: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,20 +96,20 @@ class CodeKind:
 
     def commit(self, state: DecodeState, draft: Draft, verdict: Verdict) -> tuple[DecodeState, Tensor]:
         """Append what a verdict decided; returns the new state and how many tokens each image got, int64 [B]."""
-        near = verdict.margin
-        if self.lead is not None:  # margins of the choices that are kept
+        near, drawn = verdict.margin, draft.margin
+        if self.lead is not None:  # margins of the choices that are kept; how they were drafted does not matter
             near = along(verdict.path, self.lead[..., None], verdict.tokens.shape[1])[..., 0]
             place = torch.arange(near.shape[1], device=near.device)
-            near = near.masked_fill(place > verdict.accepted[:, None], torch.inf)
+            near, drawn = near.masked_fill(place > verdict.accepted[:, None], torch.inf), None
         if self.target.own:
-            return own_commit(state, draft, verdict, near)
+            return own_commit(state, draft.depth, verdict, near, drawn)
         others = {}
         if near is not None:
             place = torch.arange(near.shape[1], device=near.device)
             outside = state.count[:, None] + place >= state.length
             others["margin"] = torch.minimum(state.margin, near.masked_fill(outside, torch.inf).amin(1))
-            if draft.margin is not None:
-                others["margin"] = torch.minimum(others["margin"], draft.margin)
+            if drawn is not None:
+                others["margin"] = torch.minimum(others["margin"], drawn)
         if verdict.spent is not None:
             others["spent"] = state.spent + verdict.spent
         return state.append(draft, verdict, **others)

@@ -105,11 +105,13 @@ class DecodeState:
         return DecodeState(**merged)
 
 
-def own_commit(state: DecodeState, draft: Draft, verdict: Verdict, near: Tensor | None) -> tuple[DecodeState, Tensor]:
+def own_commit(
+    state: DecodeState, depth: int, verdict: Verdict, near: Tensor | None, drawn: Tensor | None
+) -> tuple[DecodeState, Tensor]:
     """`DecodeState.append` of codes, and their statistics, by our kernels (runtime/walk.h), in the place of the tokens.
-    near: margins float32 [B, K] of the places behind what is committed."""
-    batch, depth = len(state.count), draft.depth
-    given = (verdict.tokens, verdict.accepted, near, draft.margin, verdict.spent)
+    near: margins float32 [B, K] of the places behind what is committed; drawn: [B], of a draft of at most `depth`."""
+    batch = len(state.count)
+    given = (verdict.tokens, verdict.accepted, near, drawn, verdict.spent)
     held = [None if part is None else part.contiguous() for part in given]
     before = (state.count, state.passes, state.drafted, state.accepted, state.margin, state.spent)
     tokens, sums, figures = state.tokens.contiguous(), torch.empty(5, batch, dtype=torch.int64), torch.empty(2, batch)

@@ -60,8 +60,24 @@ def test_a_loaded_model_is_its_weights_in_the_type_that_runs_and_little_more(fol
     del decoder
     before = held()
     pipe = bozzetto.load(folder, dtype=str(dtype).removeprefix("torch."), device="cpu")
+    pipe.generate(["a"], drafter="none", compile="off")
+    pipe._schedulers.clear()  # caches are no weights
     assert held() - before < 1.15 * weights
     assert pipe.target.dtype == dtype
+
+
+@pytest.mark.parametrize("mode", ["off", "max"])
+def test_weights_are_held_once_whatever_shapes_are_asked_for(folder: Path, mode: str) -> None:
+    """And in one form, as long as nobody asks for the other."""
+    before, pipe = held(), bozzetto.load(folder, dtype="float32", device="cpu")
+    weights = sum(part.numel() for part in read_weights(folder / "model.safetensors").values()) * 4
+    pixels = sum(part.numel() for part in pipe.tokenizer.state_dict().values()) * 4
+    assert held() - before < pixels + 0.2 * weights  # nothing is laid out yet
+    for batch in (1, 2, 4, 8):
+        for guidance in (1.0, 2.0):
+            pipe.generate(["a"], count=batch, batch=batch, guidance=guidance, rule="exact", window=3, compile=mode)
+    pipe._schedulers.clear()
+    assert held() - before < pixels + 1.3 * weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -114,7 +114,7 @@ def _load_hosted(model: str | Path, folder: Path, wanted: LoadSettings) -> Pipel
 def _codes(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> tuple[TokenKind, Classes]:
     network = partial(load_target, folder, LLAMAGEN, dtype=wanted.torch_dtype, device=wanted.device)
     tokenizer = load_tokenizer(folder, encoder=False).to(wanted.device)
-    target, captions = LlamaGenTarget(network(), wanted.torch_dtype), wanted.captions
+    target, captions = LlamaGenTarget(network(), wanted.torch_dtype, network), wanted.captions
     encoder: Any = None  # of texts
     names: Sequence[str]
     if not target.config.captioned:
@@ -191,7 +191,7 @@ def _vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> tupl
             f"{want.token_dim} on {want.grid}x{want.grid}"
         )
     folders = (own,) if base is None else (own, base)
-    target: Any = _vector_target(network, drift, config.get("sampler", {}), folder / CONFIG, wanted.torch_dtype)
+    target: Any = _vector_target(network, drift, config.get("sampler", {}), folder / CONFIG, wanted.torch_dtype, again)
     runner = Runner(name, target, tokenizer, folders, (), again if drift is None else lambda: network)
     if isinstance(network, MAR):
         return MaskedVectors(runner, MaskedResources(target, name, own)), classes
@@ -200,14 +200,14 @@ def _vectors(folder: Path, config: dict[str, Any], wanted: LoadSettings) -> tupl
 
 
 def _vector_target(
-    network: Any, drift: DriftModel | None, sampler: Any, source: Path, dtype: torch.dtype
+    network: Any, drift: DriftModel | None, sampler: Any, source: Path, dtype: torch.dtype, again: Callable[[], Any]
 ) -> DriftTarget | MARTarget | FlowTarget:
-    """sampler: as the file `source` says."""
+    """sampler: as the file `source` says; again: reads the network again."""
     if drift is not None:
         return DriftTarget(drift, dtype)
     with naming(source):
         if not isinstance(network, MAR):
-            return FlowTarget(network, config_from(FlowSampler, sampler, source), dtype)
+            return FlowTarget(network, config_from(FlowSampler, sampler, source), dtype, again)
         masked = config_from(MARSampler, sampler, source)
         check_passes(masked.passes, network.config.length)
     return MARTarget(network, masked, dtype)

@@ -56,7 +56,10 @@ class Runner:
 
     def target_in(self, mode: str) -> Any:
         """The target with its passes run as asked."""
-        if self.mode(mode) == "off" or self.network is None:
+        if self.network is None:
+            return self.target
+        if self.mode(mode) == "off":
+            _ = self.target.decoder  # laid out, so that copies with other samplers share it
             return self.target
         if self.own is None:
             self.own = self.target.owned(self.network())

@@ -93,6 +93,7 @@ class NarrowLayers:
         states, mean = torch.empty(places, steps + 1, self.token_dim), torch.empty(places, steps, self.token_dim)
         std = torch.empty_like(mean) if learned else coefficients[:, 2:3].expand(places, -1, -1)
         given = [self.condition.given(conditions), times.contiguous(), coefficients.contiguous(), guidance.contiguous()]
+        noise = noise if noise is None else noise[:, : steps + 1]  # it may be that of more steps
         parts = [noise, None, None, None] if draft is None else [draft.noise, draft.states, draft.mean, draft.log_u]
         held = [part if part is None else part.contiguous() for part in parts]
         sizes = (torch.get_num_threads(), places, rows // max(1, places), steps, int(learned))

@@ -171,7 +171,8 @@ class DriftTarget(FlowTarget):
     @torch.no_grad()
     def __init__(self, model: DriftModel, dtype: torch.dtype = torch.float32):
         self.model, self.probed = model, model.probed
-        super().__init__(model.flow, FlowSampler(steps=1), dtype)
+        super().__init__(model.flow, FlowSampler(steps=1), dtype, lambda: model.flow)
+        self.schedule = one_step()
 
     def denoiser(self, model: FlowModel) -> Denoiser:
         return self.model.decoder

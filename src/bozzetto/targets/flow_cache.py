@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from bozzetto.targets.decoder import Inputs
 from bozzetto.targets.denoiser import Denoiser
 from bozzetto.targets.flow import TIME_SCALE, FlowModel
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
-from bozzetto.targets.llamagen_cache import CausalTarget
+from bozzetto.targets.llamagen_cache import CausalTarget, laid_out
 
 
 class _Scheduled:
@@ -129,13 +129,23 @@ class FlowTarget(Sampled, CausalTarget):
     """A flow model ready to decode in `dtype` with a sampler of its head. token_dim: D; length: N; whole: the model's
     config, of which `config` is the body's."""
 
+    embedding: Any = laid_out("embedding")
+    head: Any = laid_out("head")
+    stages: Any = laid_out("stages")
+
     @torch.no_grad()
-    def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: FlowModel,
+        sampler: FlowSampler,
+        dtype: torch.dtype = torch.float32,
+        again: Callable[[], FlowModel] | None = None,
+    ):
         self.config, self.whole = model.config.body, model.config
         self.length, self.token_dim = model.config.length, model.config.token_dim
-        self.sampler = sampler
+        self.sampler, self.schedule = sampler, sampler.schedule
         self.positions = model.positions.to(dtype)
-        super().__init__(model, dtype)
+        super().__init__(model, dtype, again)
 
     def lay_out(self, network: FlowModel) -> None:
         super().lay_out(network)

@@ -8,6 +8,8 @@ The layers themselves are in targets/decoder.py."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LayerParts, LinearMap
 from bozzetto.runtime.native import need_kernels
 from bozzetto.targets.base import Scores
-from bozzetto.targets.decoder import Inputs, OwnDecoder, Places, Shape, TorchDecoder
+from bozzetto.targets.decoder import Decoder, Inputs, OwnDecoder, Places, Shape, TorchDecoder
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, TransformerBlock, caption_sight
 
 _WHOLE = 8  # slots of a sequence are a multiple of this
@@ -34,19 +36,33 @@ def parts_of(block: TransformerBlock) -> LayerParts:
     return LayerParts(a.wqkv.weight, a.wo.weight, w13, f.w2.weight, *gains)
 
 
+def laid_out(name: str) -> Any:
+    """What `lay_out` makes, when it is first asked for: a target that is run in another form holds no weights."""
+
+    def first(target: Any) -> Any:
+        target.lay_out(target.again())
+        return vars(target)[name]
+
+    return cached_property(first)
+
+
 class CausalTarget:
     """What decoding with a raster transformer of LlamaGen's kind needs, in `dtype` (float32 or bfloat16), on its own
-    device. A family adds how tokens are embedded and what is read out."""
+    device. A family adds how tokens are embedded and what is read out. again: reads the network when it is laid out
+    (None: that is done at once)."""
 
     config: LlamaGenConfig
+    decoder: Decoder = laid_out("decoder")
     probed: int | None = None  # the block whose attention's entropy a pass adds to the features (targets/drift.py)
     own = False  # whether passes are those of our kernels
 
-    def __init__(self, network: Any, dtype: torch.dtype):
+    def __init__(self, network: Any, dtype: torch.dtype, again: Callable[[], Any] | None = None):
         self.dtype, self.device, c = dtype, network.norm.weight.device, self.config
         self.conditions = copy.deepcopy(network.cls_embedding).to(dtype)
         self.turns = network.rope[c.condition_tokens - 1 : -1].float()  # [N, hd/2, 2], from the last condition token on
-        self.lay_out(network)
+        self.again = again
+        if again is None:
+            self.lay_out(network)
 
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> CausalSession:
@@ -72,7 +88,7 @@ class CausalTarget:
         """The same target with passes of our kernels, on a GPU with layers that torch compiles. network: what it was
         made from. Raises UsageError where there are no kernels for it."""
         other = copy.copy(self)
-        if isinstance(self.decoder, TorchDecoder) and self.device.type != "cpu":
+        if self.device.type != "cpu" and isinstance(self.decoder, TorchDecoder):
             other.decoder = copy.copy(self.decoder)
             other.decoder.compiled = True
             return other
@@ -99,12 +115,15 @@ class LlamaGenTarget(CausalTarget):
     """A LlamaGen network ready to decode."""
 
     tokens = CODES
+    output: Any = laid_out("output")
 
     @torch.no_grad()
-    def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, model: LlamaGen, dtype: torch.dtype = torch.float32, again: Callable[[], LlamaGen] | None = None
+    ):
         self.config = model.config
         self.vocab, self.length = model.config.vocab, model.config.length
-        super().__init__(model, dtype)
+        super().__init__(model, dtype, again)
         self.captions: tuple[Tensor, Tensor] | None = None
         self.embedding = model.tok_embeddings.weight.to(dtype)
 

@@ -27,6 +27,7 @@ from bozzetto.rules.relaxed import Annealed
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from tabular import TabularTarget
 from test_eagle import LABELS, MODEL, NET, TOKENS, C
+from test_parallel import KINDS, SKETCHERS, tiny
 from toys import alternating_target, decode, p_value, sketched
 
 V = 50
@@ -128,11 +129,14 @@ def test_behind_a_window_places_are_drawn_as_the_exact_rule_draws_them(rule: Any
 OWN = LlamaGenTarget(MODEL).owned(MODEL)
 
 
-def proposals(tree: str, settings: LawSettings, fixed: bool, rows: Tensor, kernels: bool) -> list[Draft]:
+def proposals(
+    tree: str, settings: LawSettings, fixed: bool, rows: Tensor, kernels: bool, kind: str = "eagle"
+) -> list[Draft]:
     """Drafts after two observations of true features of a batch."""
-    model = CachedEagle(NET, OWN.embedding, OWN.output)
+    net, form = (NET, CachedEagle) if kind == "eagle" else (tiny(kind), SKETCHERS[kind])
+    model = form(net, OWN.embedding, OWN.output)
     if not kernels:
-        model.whole = lambda: None  # type: ignore[method-assign]
+        model.whole = lambda seen: None
     drafter, batch = TreeDrafter("eagle", model, read_shape(tree)), len(rows)
     noise = GumbelField(3, rows, C.length, C.vocab)
     noise.fill(C.length)
@@ -156,9 +160,12 @@ def proposals(tree: str, settings: LawSettings, fixed: bool, rows: Tensor, kerne
 @pytest.mark.parametrize(
     "settings", [LawSettings(), LawSettings(2.0, 0.8, 7), LawSettings(2.0, 0.0)], ids=["plain", "cut", "greedy"]
 )
-def test_a_draft_of_one_call_is_the_one_drawn_level_by_level(tree: str, fixed: bool, settings: LawSettings) -> None:
+@pytest.mark.parametrize("kind", ["eagle", *KINDS])
+def test_a_draft_of_one_call_is_the_one_drawn_level_by_level(
+    kind: str, tree: str, fixed: bool, settings: LawSettings
+) -> None:
     for rows in (torch.arange(3), torch.tensor([1])):
-        pairs = zip(*(proposals(tree, settings, fixed, rows, kernels) for kernels in (True, False)), strict=True)
+        pairs = zip(*(proposals(tree, settings, fixed, rows, kernels, kind) for kernels in (True, False)), strict=True)
         for ours, theirs in pairs:
             assert torch.equal(ours.tokens, theirs.tokens) and ours.certain == theirs.certain
             if theirs.log_q is not None:

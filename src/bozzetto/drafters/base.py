@@ -168,8 +168,9 @@ class DraftModel:
         """Drop finished images: keep the given batch rows int64 [B']."""
         raise NotImplementedError
 
-    def whole(self) -> tuple[Any, ...] | None:
-        """What our kernels need to draft whole trees from it (drafters/own.py); None where they do not."""
+    def whole(self, seen: Observation) -> dict[str, Any] | None:
+        """Fields of what our kernels need to draft whole trees after a pass (drafters/own.py); None where they do
+        not."""
         return None
 
     def bases(self, seen: Observation) -> Tensor:

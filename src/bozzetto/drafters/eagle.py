@@ -17,6 +17,7 @@ ones and begin as the identity, so that a trained drafter can be made deeper.
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import addressof
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -297,11 +298,14 @@ class CachedEagle(EagleLayerCache, DraftModel):
         features = self.conditions(labels, guided)
         return self.embedding[:1].expand(*features.shape[:2], -1), features, None
 
-    def whole(self) -> tuple[Any, ...] | None:
+    def whole(self, seen: Observation) -> dict[str, Any] | None:
         if not self.own or (self.alone and self.copies > 1):
             return None
-        network, given = self.decoder.network, self.cache.given  # type: ignore[union-attr]
-        return network.struct, given.struct, self.fc.struct, self.output.struct, self.embedding  # type: ignore[union-attr]
+        assert seen.features is not None
+        network, given, half = self.decoder.network, self.cache.given, int(self.dtype == torch.bfloat16)  # type: ignore[union-attr]
+        maps = {"fc": self.fc.struct, "output": self.output.struct}  # type: ignore[union-attr]
+        layers = {"network": addressof(network.struct), "layers": addressof(given.struct), "half": half}
+        return {**layers, **maps, "table": self.embedding, "features": seen.features[:, : seen.longest].contiguous()}
 
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)

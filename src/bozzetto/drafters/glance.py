@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Grid, Layers, Size
-from bozzetto.drafters.base import gather_rows
+from bozzetto.drafters.base import Observation, gather_rows
 from bozzetto.drafters.parallel import CachedParallel, check_counts, gated
 from bozzetto.errors import require
 from bozzetto.runtime.engine import LinearMap
@@ -127,6 +127,25 @@ class CachedGlance(CachedParallel):
     def __init__(self, net: GlanceNet, embedding: Tensor, output: Any):
         super().__init__(net, embedding, output)
         self.narrow = self.net.of_token(embedding)  # [V, narrow]
+        self.fill = GlanceFill(net, embedding, output) if self.own else None
+
+    def begin(self, labels: Tensor, guided: bool, max_nodes: int) -> None:
+        super().begin(labels, guided, max_nodes)
+        # The same for our kernels, by image, and the committed tokens.
+        self.kept = self.held.new_zeros(len(labels), self.copies, *self.held.shape[2:])
+        self.codes = torch.zeros(self.kept.shape[::2][:2], dtype=torch.int64, device=self.device)
+
+    def own_bases(self, seen: Observation) -> Tensor:
+        assert self.fill is not None and seen.features is not None
+        new = seen.start[:, None] + self.step[: seen.longest]
+        self.codes.scatter_(1, new, seen.verdict.tokens[:, : seen.longest])
+        given = seen.features[:, : seen.longest].to(self.dtype), self.kept, self.codes
+        found: Tensor = self.fill(*given, seen.start, seen.committed, self.config.places)
+        return found
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.kept, self.codes = self.kept[rows], self.codes[rows]
 
     def shape(self, length: int) -> tuple[int, ...]:
         return 2, self.rows, length, self.config.narrow

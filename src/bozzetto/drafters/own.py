@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,9 @@ from bozzetto.runtime.native import ADDRESS, FLOAT, NUMBER, address_of, call, st
 _Sketch = structure(
     (ADDRESS, "network layers"),
     (MapStruct, "fc output"),
-    (ADDRESS, "table tokens features start committed"),
+    (ADDRESS, "table tokens features start committed bases before"),
+    (MapStruct, "to_logits"),
+    (NUMBER, "half places"),
     (NUMBER, "threads batch copies longest vocab levels beam greedy"),
     (FLOAT, "guidance temperature top_p"),
     (NUMBER, "top_k"),
@@ -51,23 +52,20 @@ def _static_levels(shape: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     return counts, widths, torch.tensor(fed), torch.tensor(parents), torch.cat(sees), torch.cat(children)
 
 
-Given = tuple[tuple[Any, ...], Observation, LawSettings, int]
+Given = tuple[dict[str, Any], Observation, LawSettings, int, int]
 
 
 def _sketch(given: Given, levels: Sequence[Tensor], **more: Any) -> None:
-    (network, layers, fc, output, table), seen, settings, copies = given
-    assert seen.features is not None
-    parts = seen.verdict.tokens[:, : seen.longest], seen.features[:, : seen.longest], seen.start, seen.committed
-    held = [part.contiguous() for part in parts]
-    s = _Sketch(ctypes.addressof(network), ctypes.addressof(layers), fc, output, *map(address_of, (table, *held)))
-    s.threads, s.batch, s.copies, s.longest = torch.get_num_threads(), len(seen.start), copies, seen.longest
-    s.vocab, s.levels, s.guidance, s.temperature = len(table), len(levels[0]), settings.guidance, 1.0
-    s.top_p = 1.0
+    model, seen, settings, copies, vocab = given
+    held = [part.contiguous() for part in (seen.verdict.tokens[:, : seen.longest], seen.start, seen.committed)]
+    s = _Sketch(
+        threads=torch.get_num_threads(), batch=len(seen.start), copies=copies, longest=seen.longest, vocab=vocab
+    )
+    s.levels, s.guidance, s.temperature, s.top_p = len(levels[0]), settings.guidance, 1.0, 1.0
     if settings.temperature:  # else the plain law, which can be ranked
         s.temperature, s.top_p, s.top_k = settings.temperature, settings.top_p, settings.top_k
-    for name, level in zip(("counts", "widths", "nodes", "parents", "sees", "children"), levels, strict=False):
-        setattr(s, name, address_of(level))
-    for name, value in more.items():
+    names = ("tokens", "start", "committed", "counts", "widths", "nodes", "parents", "sees", "children")
+    for name, value in {**dict(zip(names, [*held, *levels], strict=False)), **model, **more}.items():
         setattr(s, name, address_of(value) if isinstance(value, Tensor) else value)
     call("bozzetto_sketch", s)
 
@@ -76,10 +74,10 @@ def sketch_static(
     given: Given, shape: tuple[tuple[int, ...], ...], keys: Tensor, number: int, fixed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A static tree drawn level by level. given: what `DraftModel.whole` says, what the last pass taught, the law's
-    settings, and rows per image; keys: int64 [B], of the draws of pass `number`; fixed: Gumbel noise [B, N, V] by
+    settings, rows per image, V; keys: int64 [B], of the draws of pass `number`; fixed: Gumbel noise [B, N, V] by
     position in their place (greedy: neither) -> tokens int64 [B, M + 1] behind one for the root, the laws float32
     [B, I, V], margins float32 [B]."""
-    levels, (batch, vocab, greedy) = _static_levels(shape), (len(keys), len(given[0][-1]), not given[2].temperature)
+    levels, (batch, vocab, greedy) = _static_levels(shape), (len(keys), given[-1], not given[2].temperature)
     tokens = torch.zeros(batch, sum(map(sum, shape)) + 1, dtype=torch.int64)
     laws, margins, room = torch.empty(batch, len(levels[2]), vocab), torch.empty(batch), tokens.shape[1]
     length = 0 if fixed is None else fixed.shape[1]

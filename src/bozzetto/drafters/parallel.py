@@ -25,7 +25,7 @@ from bozzetto.common.checks import Base, Epsilon, Grid, Layers, Size
 from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafts import Layout
 from bozzetto.errors import require
-from bozzetto.runtime.engine import LinearMap
+from bozzetto.runtime.engine import LinearMap, use_kernels
 from bozzetto.targets.layers import (
     OnGrid,
     RMSNorm,
@@ -219,6 +219,7 @@ class CachedParallel(DraftModel):
     wants_features = True
     at_once = True
     axis = 0
+    table = True  # whether a law learns from the token before
     held: Tensor
 
     @torch.no_grad()
@@ -226,6 +227,8 @@ class CachedParallel(DraftModel):
         self.net, self.config = copy.deepcopy(net).to(output.dtype), net.config
         self.dtype, self.device = output.dtype, embedding.device
         self.embedding, self.output, self.own = embedding, output, isinstance(output, LinearMap)
+        if self.own:
+            use_kernels(self.net, self.dtype)
 
     @classmethod
     def of(cls, net: Any, target: Any) -> CachedParallel:
@@ -265,6 +268,20 @@ class CachedParallel(DraftModel):
         self.base = self.output.exact(self.hidden)
         return self.base
 
+    def own_bases(self, seen: Observation) -> Tensor:
+        """`bases` where trees are drafted by our kernels."""
+        return self.bases(seen)
+
+    @torch.no_grad()
+    def whole(self, seen: Observation) -> dict[str, Any] | None:
+        if not self.own:
+            return None
+        base = self.own_bases(seen).contiguous()
+        found = {"bases": base, "places": base.shape[1], "half": int(self.dtype == torch.bfloat16)}
+        if not self.table:
+            return found
+        return {**found, "before": self.net.before.weight, "to_logits": self.net.to_logits.struct}
+
     @torch.no_grad()
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         last = seen.verdict.tokens.gather(1, seen.committed[:, None] - 1)
@@ -286,6 +303,8 @@ class CachedParallel(DraftModel):
 
 class CachedPlane(CachedParallel):
     """Heads for the right neighbours and the one below. held: at i, the guess for feature i from a row above."""
+
+    table = False
 
     def shape(self, length: int) -> tuple[int, ...]:
         return self.rows, length + self.config.grid, self.config.dim

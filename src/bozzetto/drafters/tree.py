@@ -65,7 +65,7 @@ class TreeDrafter(Drafter):
             if self.early is not None:
                 self.early.begin(0)
             return self.nothing(batch)
-        parts = None if self.early is not None or self.start.with_hidden else self.model.whole()
+        parts = None if self.early is not None or self.start.with_hidden else self.model.whole(self.seen)
         if parts is not None:
             return self._in_one_call(parts, self.seen)
         logits, hidden = self.model.extend(self.seen)
@@ -74,12 +74,12 @@ class TreeDrafter(Drafter):
             return self._dynamic(self.shape, logits)
         return self._static(static_tree(self.shape, self.keys.device), logits, hidden)
 
-    def _in_one_call(self, parts: tuple[Any, ...], seen: Observation) -> Draft:
+    def _in_one_call(self, parts: dict[str, Any], seen: Observation) -> Draft:
         """The same by our kernels."""
         settings, fixed, shape = self.start.settings, self.start.fixed_noise, self.shape
-        given = parts, seen, settings, self.model.copies
+        given = parts, seen, settings, self.model.copies, self.model.config.vocab
         if isinstance(shape, Dynamic):
-            beam = min(shape.beam, len(parts[-1]))
+            beam = min(shape.beam, given[-1])
             tokens, laws, mothers, margin = sketch_dynamic(given, shape.depth, beam)
         else:
             noise = self.start.noise.table if fixed else None

@@ -99,7 +99,7 @@ void bozzetto_glance(const bozzetto::Glance* glance, const bozzetto::Look* look)
 }
 
 void bozzetto_sketch(const bozzetto::Sketch* sketch) {
-  (sketch->network->half ? &bozzetto::sketch<bozzetto::bf16> : &bozzetto::sketch<float>)(*sketch);
+  (sketch->half ? &bozzetto::sketch<bozzetto::bf16> : &bozzetto::sketch<float>)(*sketch);
 }
 
 void bozzetto_commit(const bozzetto::Committed* committed) { bozzetto::commit(*committed); }

@@ -101,6 +101,15 @@ class LinearMap:
         return out
 
 
+def use_kernels(net: nn.Module, dtype: torch.dtype) -> None:
+    """Have our kernel in place of every linear layer inside a network."""
+    for module in list(net.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                delattr(module, name)
+                object.__setattr__(module, name, LinearMap.of(layer, dtype))  # it has no parameters
+
+
 @dataclass
 class LayerParts:
     """A pre-norm decoder layer. wqkv: rows of queries, keys, values; halves: whether the numbers of a head that are

@@ -1,6 +1,7 @@
-// Drafting level by level with a draft model of codes (drafters/tree.py over drafters/eagle.py) as one call: what the last
-// pass committed is taken in, then every level's pairs go through the layers and the target's head, whose laws the next
-// level is drawn from (a static tree) or its likeliest children taken (a dynamic one).
+// Drafting level by level with a draft model of codes (drafters/tree.py) as one call. Of EAGLE what the last pass
+// committed is taken in, then every level's pairs go through the layers and the target's head; of a parallel drafter the
+// logits of all places are given, and a table tells what the token before adds. The next level is drawn from these laws
+// (a static tree), or their likeliest children are taken (a dynamic one).
 #pragma once
 #include <memory>
 
@@ -18,6 +19,10 @@ struct Sketch {
   const int64_t* tokens;
   const void* features;
   const int64_t *start, *committed;
+  const float* bases;  // [R, places, V], of a parallel drafter, and [V, rank], what its table reads of a token, or null
+  const void* before;
+  Map to_logits;  // rank -> V
+  int64_t half, places;
   int64_t threads, batch, copies, longest, vocab, levels, beam, greedy;  // beam: children of a node of a
   float guidance, temperature, top_p;                                              // dynamic tree, 0: static
   int64_t top_k;
@@ -74,7 +79,8 @@ struct Sketching {
   std::vector<float> joint;
   int64_t draws = 0, most = 1;  // laws that are drawn from; nodes of the widest level
 
-  explicit Sketching(const Sketch& s) : s(s), dim(s.network->dim), rows(s.batch * s.copies) {
+  explicit Sketching(const Sketch& s)
+      : s(s), dim(s.bases == nullptr ? s.network->dim : s.to_logits.inputs), rows(s.batch * s.copies) {
     for (int64_t d = 0; d < s.levels; ++d) {
       first.push_back(fed);
       if (d > 0) fed += s.counts[d];
@@ -85,15 +91,17 @@ struct Sketching {
     pairs.resize(rows * widest * 2 * dim), inputs.resize(rows * widest * dim), hidden.resize(rows * widest * dim);
     grown.resize(rows * (1 + fed) * dim);
     logits.resize(rows * most * s.vocab);
+    if (s.bases != nullptr && s.before != nullptr) added.resize(s.batch * most * s.vocab);
     near.assign(s.batch * most, std::numeric_limits<float>::infinity());
     if (!s.greedy && s.fixed == nullptr && !s.beam) noise.resize(s.batch * draws * s.vocab);
     if (s.beam) laws.resize(s.batch * most * s.vocab), joint.resize(s.batch * most), chosen.resize(s.batch * most);
-    prepare_passes();
+    if (s.bases == nullptr) prepare_passes();
+    parents.resize(s.batch * most);
   }
 
   void prepare_passes() {
     passes.reserve(s.levels);
-    parents.resize(s.batch * most), slots.resize(fed), depths.resize(fed);
+    slots.resize(fed), depths.resize(fed);
     if (s.beam) sees.resize(s.batch * fed * fed);
     const uint8_t* seen = s.sees;
     for (int64_t d = 0; d < s.levels; ++d) {
@@ -176,14 +184,47 @@ struct Sketching {
     team.meet();
   }
 
+  // What the table adds behind a level's nodes, [B, n, V].
+  void look_up(const Team& team, int64_t d) {
+    const int64_t n = s.counts[d], count = s.batch * n;
+    for (int64_t u = team.first(count); u < team.last(count); ++u) {
+      const int64_t b = u / n, last = s.tokens[b * s.longest + s.committed[b] - 1];
+      const T* from = static_cast<const T*>(s.before) + (d ? token_of(d, b, u % n) : last) * dim;
+      std::copy_n(from, dim, pairs.data() + u * dim);
+    }
+    team.meet();
+    product(team, s.to_logits, pairs.data(), count, {added.data(), Into::kFloat});
+    team.meet();
+  }
+  std::vector<float> added;
+
+  void law_of_place(int64_t d, int64_t b, int64_t i) {
+    static thread_local std::vector<float> both;
+    both.resize(2 * s.vocab);
+    const float* more = s.before == nullptr ? nullptr : added.data() + (b * s.counts[d] + i) * s.vocab;
+    for (int64_t copy = 0; copy < s.copies; ++copy) {
+      const float* base = s.bases + ((copy * s.batch + b) * s.places + std::min(d, s.places - 1)) * s.vocab;
+      for (int64_t v = 0; v < s.vocab; ++v) both[copy * s.vocab + v] = base[v] + (more == nullptr ? 0 : more[v]);
+    }
+    law(both.data(), s.copies > 1 ? both.data() + s.vocab : nullptr, s.vocab, settings(), law_at(d, b, i));
+  }
+
   float* law_at(int64_t d, int64_t b, int64_t i) {
     return s.beam ? laws.data() + (b * most + i) * s.vocab : s.laws + (b * draws + first[d] + (d > 0) + i) * s.vocab;
   }
 
   void law_of(int64_t d, int64_t b, int64_t i) {
+    if (s.bases != nullptr) return law_of_place(d, b, i);
     const int64_t at = (b * s.counts[d] + i) * s.vocab;
     const float* uncond = s.copies > 1 ? logits.data() + s.batch * s.counts[d] * s.vocab + at : nullptr;
     law(logits.data() + at, uncond, s.vocab, settings(), law_at(d, b, i));
+  }
+
+  void ask(const Team& team, int64_t d) {
+    if (s.bases == nullptr)
+      feed(team, d);
+    else if (s.before != nullptr)
+      look_up(team, d);
   }
 
   // Children drawn without replacement, in the order of their draws.
@@ -214,7 +255,7 @@ struct Sketching {
   void grow_static(const Team& team) {
     const int64_t* children = s.children;
     for (int64_t d = 0; d < s.levels; ++d) {
-      feed(team, d);
+      ask(team, d);
       const int64_t n = s.counts[d];
       for (int64_t u = team.first(s.batch * n); u < team.last(s.batch * n); ++u) {
         law_of(d, u / n, u % n);
@@ -230,7 +271,7 @@ struct Sketching {
   void grow_dynamic(const Team& team) {
     int64_t before = 0, asked = 0;  // candidates; nodes whose children they are
     for (int64_t d = 0; d < s.levels; ++d) {
-      feed(team, d);
+      ask(team, d);
       const int64_t n = s.counts[d];
       for (int64_t u = team.first(s.batch * n); u < team.last(s.batch * n); ++u) {
         const int64_t b = u / n, i = u % n, at = b * s.candidates + before + i * s.beam;
@@ -263,11 +304,13 @@ struct Sketching {
         chosen[b * most + i] = before + found[i] + 1;
         parents[b * most + i] = number;
         uint8_t *own = sees.data() + (b * fed + at + i) * fed, *told = seen.data() + (b * n + i) * span;
+        if (s.bases != nullptr) continue;
         if (number > 0) std::copy_n(sees.data() + (b * fed + number - 1) * fed, fed, own);
         own[at + i] = 1;
         std::copy_n(own, span, told);
       }
     }
+    if (s.bases != nullptr) return;
     shown.push_back(std::move(seen));
     wide.emplace_back(s.batch * n), deep.emplace_back(s.batch * n);
     for (int64_t i = 0; i < s.batch * n; ++i) wide.back()[i] = at + i % n, deep.back()[i] = d;

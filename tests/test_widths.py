@@ -45,6 +45,20 @@ def test_a_width_that_began_badly_is_tried_again() -> None:
     assert chosen[60:120].count(1) > 30 and chosen[-200:].count(8) > 180
 
 
+def test_a_cost_that_was_measured_while_the_machine_was_busy_is_found_out() -> None:
+    """Once a width of 8 seemed to cost forty passes, and was never chosen again."""
+    real, measured = {1: 1.0, 8: 1.5, 16: 3.0}, {1: 1.0, 8: 40.0, 16: 3.0}
+    pace, chosen = MeasuredWidth(kept_seconds(None, lambda n, w: measured[w]), 16, 1, 1), []
+    for _ in range(1000):
+        chosen.append(pace(1))
+        pace.note(chosen[-1], [{1: 1.0, 8: 2.5, 16: 2.6}[chosen[-1]]], [True], real[chosen[-1]])
+    assert chosen[-300:].count(8) > 270
+    slower, kept = {w: 8 * seconds for w, seconds in real.items()}, chosen[-1]
+    for width in (*[kept] * 3, 1):  # an interruption is soon forgotten
+        pace.note(width, [1.0], [True], slower[width])
+    assert pace.cost(1, 8) < 2.5 and pace.cost(1, 1) < 1.2
+
+
 def test_drafts_that_are_never_kept_cost_a_few_passes_only() -> None:
     chosen = paced(FLAT, 0.0)
     assert sum(w > 1 for w in chosen) <= 100

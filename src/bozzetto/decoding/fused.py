@@ -209,9 +209,9 @@ class FusedBatch(Batch):
         report = s.take(
             self._run(width)(self.session, width, furthest, s.tensors())
         ).tolist()  # the one synchronisation
-        self.meter.lap("target")
+        seconds = self.meter.lap("target")
         self.places, self.meter.passes = width, self.meter.passes + 1
-        done = self._note(report, width)
+        done = self._note(report, width, seconds)
         self.meter.lap("draft")
         return done
 
@@ -230,7 +230,7 @@ class FusedBatch(Batch):
             times.append(now(device) - began)
         return min(times[2:])
 
-    def _note(self, report: list[list[float]], width: int) -> list[ImageRequest]:
+    def _note(self, report: list[list[float]], width: int, seconds: float) -> list[ImageRequest]:
         """Bookkeeping of a pass; finished images leave."""
         done, held = [], list(self.images)
         assert self.state is not None
@@ -249,7 +249,7 @@ class FusedBatch(Batch):
                 self._leave(slot)
                 done.append(image)
         if isinstance(self.width, MeasuredWidth):
-            self.width.note(width, report[0], [image is not None for image in held])
+            self.width.note(width, report[0], [image is not None for image in held], seconds)
         return done
 
     def _leave(self, slot: int) -> None:

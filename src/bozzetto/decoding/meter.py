@@ -28,10 +28,11 @@ class Meter:
         """Start counting again after time that is somebody else's."""
         self.last = now(self.device)
 
-    def lap(self, part: str) -> None:
-        """What has passed since the last lap belongs to a part."""
+    def lap(self, part: str) -> float:
+        """What has passed since the last lap, in seconds, belongs to a part."""
         before, self.last = self.last, now(self.device)
         self.parts[part] += self.last - before
+        return self.last - before
 
     def count(self, *laws: Any) -> None:
         """Add the work of the head behind laws of continuous tokens."""

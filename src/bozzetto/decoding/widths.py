@@ -19,8 +19,10 @@ _PERIOD = 24  # passes between decisions
 _MEMORY = 400.0  # passes (times images) that an estimate remembers
 _MARGIN = 1.02  # a change has to promise this factor
 # Every so many decisions a width that promises this share of the best is tried for a few passes: the first rows of an
-# image keep fewer drafts than the others, and a width that is not used is not observed.
+# image keep fewer drafts than the others. One whose passes have not been seen yet is tried at the next decision: what
+# it costs may have been measured while the machine was busy.
 _AGAIN, _NEAR, _TRIAL = 4, 0.8, 6
+_RATE, _SPIKE = 0.1, 2.0  # how fast the seconds of passes are followed, and what counts of one that was interrupted
 _FIRST_GUESS = 0.7  # share of drafts kept, before anything is known
 _MOST_ROWS = {32: 64}  # of a pass, beyond which none has paid, by the rows that are cheap; else as many as are cheap
 
@@ -75,6 +77,7 @@ class MeasuredWidth:
         self.slots = 1 << max(0, slots - 1).bit_length()
         self.weight: dict[int, float] = {}
         self.mean: dict[int, float] = {}  # tokens per pass and image, by width
+        self.taken: dict[tuple[int, int], float] = {}  # seconds of the batch's own passes
         self.now, self.size, self.left = 0, 0, 0
         self.decisions = 0
 
@@ -91,7 +94,7 @@ class MeasuredWidth:
         if size < self.slots:
             return candidates(size * self.copies, self.widest)[-1] if self._best(self.slots) > 1 else 1
         widths = candidates(size * self.copies, self.widest)
-        speed = {w: self.expected(w) / self.seconds(size, w) for w in widths}
+        speed = {w: self.expected(w) / self.cost(size, w) for w in widths}
         best = max(widths, key=lambda w: speed[w])
         stay = self.now in speed and size == self.size and speed[best] < _MARGIN * speed[self.now]
         return self.now if stay else best
@@ -99,11 +102,16 @@ class MeasuredWidth:
     def _once_more(self, size: int, best: int) -> int:
         """A width that may have been judged too early, 0 where there is none or it is not time."""
         self.decisions += 1
-        if self.decisions % _AGAIN or size < self.slots:
+        if size < self.slots:
             return 0
-        speed = {w: self.expected(w) / self.seconds(size, w) for w in candidates(size * self.copies, self.widest)}
+        speed = {w: self.expected(w) / self.cost(size, w) for w in candidates(size * self.copies, self.widest)}
+        new = [w for w in speed if w != best and (size, w) not in self.taken] if self.taken else []
         near = [w for w in speed if w not in (1, best) and speed[w] >= _NEAR * speed[best]]
-        return max(near, key=lambda w: speed[w], default=0)
+        return max(new or ([] if self.decisions % _AGAIN else near), key=lambda w: speed[w], default=0)
+
+    def cost(self, size: int, width: int) -> float:
+        """Seconds of a pass: of those that were run, else as measured."""
+        return self.taken[size, width] if (size, width) in self.taken else self.seconds(size, width)
 
     def expected(self, width: int) -> float:
         """Tokens per pass and image: as observed, or as the share of drafts kept at the nearest observed width says."""
@@ -113,8 +121,11 @@ class MeasuredWidth:
         share = _FIRST_GUESS if known is None else share_kept(self.mean[known], known)
         return committed(share, width)
 
-    def note(self, width: int, report: Sequence[float], real: Sequence[bool]) -> None:
-        """Tokens that each row of a pass committed; real: which rows hold an image."""
+    def note(self, width: int, report: Sequence[float], real: Sequence[bool], seconds: float | None = None) -> None:
+        """Tokens that each row of a pass committed; real: which rows hold an image; seconds: what the pass took."""
+        if seconds is not None:
+            before = self.taken.get((self.size, width), seconds)
+            self.taken[self.size, width] = before + _RATE * (min(seconds, _SPIKE * before) - before)
         found = [tokens for tokens, one in zip(report, real, strict=True) if one]
         if width == 1 or not found:
             return

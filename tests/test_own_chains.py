@@ -7,8 +7,20 @@ from typing import Any
 import pytest
 import torch
 
+from bozzetto.drafters.base import Observation, Start
+from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianDrafter
+from bozzetto.drafts import Draft, Verdict
+from bozzetto.laws.categorical import LawSettings
+from bozzetto.laws.gaussian import gaussian_chain
+from bozzetto.laws.noise import NormalField, image_keys
+from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.engine import LinearMap
+from bozzetto.runtime.gauss import own_gaussian
+from bozzetto.targets.drift import DriftTarget
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
+from test_drift import MODEL as DRIFT
 from test_heads import CONDITION, KINDS, NETS, D, Law, normal, schedule_of, times_of
+from test_path_sketch import SCHEDULE, random_sketch
 
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 0.05}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -45,3 +57,65 @@ def test_a_place_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     _, many = laws(FlowLaw, 1.0, dtype, 3)
     _, one = laws(FlowLaw, 1.0, dtype, 1)
     assert torch.equal(one.run(noise[:3]).states, many.run(noise).states[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_drift_variants_one_step_is_torchs(dtype: torch.dtype, guidance: float) -> None:
+    """Its condition is of an odd length: the features and the entropy."""
+    plain, own = DriftTarget(DRIFT), DriftTarget(DRIFT, dtype).owned(DRIFT.flow)
+    features = normal(1, 2 if guidance != 1 else 1, 3, DRIFT.flow.config.dim + 1)
+    noise = normal(2, 3, 2, DRIFT.flow.config.token_dim)
+    wanted, found = (t.law(features, guidance, 0.9).run(noise).token for t in (plain, own))
+    assert (found - wanted).norm() <= NEAR[dtype] * wanted.norm()
+
+
+# Chains of Gaussians, and drafts from them.
+
+CPU = torch.device("cpu")
+SAMPLER = SCHEDULE.ancestry(CPU), SCHEDULE.std.float()
+
+
+def test_chains_of_gaussians_are_torchs() -> None:
+    centre, noise = normal(1, 7, 3), normal(2, 7, 6, 3)
+    law = gaussian_chain(centre, torch.full_like(centre, 0.7), *SAMPLER, (7, 1))
+    found = own_gaussian(centre, torch.full_like(centre, 0.49), (*SAMPLER, None, None), noise)
+    for ours, theirs in zip(found, law.sample(noise), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def drafted(batch: int, guidance: float, dtype: torch.dtype, own: bool) -> Draft:
+    """What a random drafter proposes behind five committed tokens, of which the first image has two."""
+    torch.manual_seed(4)
+    copies, weight = 1 if guidance == 1 else 2, 0.3 * torch.randn(16, 3)
+    embedding = (LinearMap if own else Dense)(weight, None, dtype)
+    sketcher = CachedGaussian(random_sketch(GaussianConfig(16, 2, 24, 3, 3, 16)), embedding)
+    drafter = GaussianDrafter(sketcher, 3, *SAMPLER, 3)
+    keys, noise = image_keys(0, 2, torch.arange(batch)), NormalField(0, torch.arange(batch), 9, 5, 3)
+    settings = LawSettings(guidance=guidance, temperature=0.8)
+    drafter.begin(Start(torch.zeros(batch, dtype=torch.int64), 9, settings, noise, keys, with_laws=True))
+    count = torch.full((batch,), 5)
+    count[0] = 2
+    tokens, features = normal(5, 3, 5, 3)[:batch], normal(6, 3, 5, 16)[:batch]
+    features = torch.cat([features, features.flip(1)][:copies]).to(dtype)
+    drafter.observe(Observation(None, Verdict(tokens, count - 1), count, 5, torch.zeros_like(count), features))
+    return drafter.propose(batch, 9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "guidance"), [(1, 1.0), (1, 2.5), (3, 2.5)])
+@torch.no_grad()
+def test_drafts_from_gaussians_and_their_laws_are_torchs(batch: int, guidance: float, dtype: torch.dtype) -> None:
+    wanted, found = (drafted(batch, guidance, dtype, own) for own in (False, True))
+    assert wanted.trajectory is not None and found.trajectory is not None and found.law is not None
+    near = {"atol": 3 * NEAR[dtype], "rtol": 3 * NEAR[dtype]}
+    torch.testing.assert_close(found.tokens, wanted.tokens, **near)
+    for ours, theirs in zip(found.trajectory, wanted.trajectory, strict=True):
+        torch.testing.assert_close(ours, theirs, **near)
+    states, mean = found.trajectory.states.flatten(0, 1), found.trajectory.mean.flatten(0, 1)
+    for step in range(5):  # the law is the one the paths were drawn from
+        torch.testing.assert_close(
+            found.law.all_places(states[:, step], step).mean, mean[:, step], atol=1e-5, rtol=1e-5
+        )
+    if batch > 1 and dtype == torch.float32:
+        assert torch.equal(drafted(1, guidance, dtype, True).tokens, found.tokens[:1])

@@ -49,6 +49,7 @@ class CachedDrift(CachedGaussian):
 class DriftDrafter(GaussianDrafter):
     """Drafts `length` tokens per pass; stop as of `GaussianDrafter`."""
 
+    closed = False
     model: CachedDrift
 
     def __init__(self, model: CachedDrift, length: int, target: DriftTarget, stop: float = 0.0):

@@ -25,6 +25,7 @@ from bozzetto.laws.gaussian import AffineChain, gaussian_tables
 from bozzetto.laws.noise import fold, fresh_noise
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LinearMap
+from bozzetto.runtime.gauss import own_drafts
 from bozzetto.targets.flow import FlowConfig
 
 _LARGEST_LOG = 3.0  # of a token's deviation: more says nothing
@@ -103,6 +104,12 @@ class CachedGaussian(EagleLayerCache):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens.to(self.dtype))
 
+    def whole(self) -> tuple[Any, ...]:
+        """What our kernels need to draft whole chains from it (runtime/gauss.py)."""
+        network, given = self.decoder.network.struct, self.cache.given.struct  # type: ignore[union-attr]
+        maps: list[Any] = [self.embedding, self.fc, self.hidden, self.readout]
+        return network, given, *(m.struct for m in maps), _LARGEST_LOG
+
     def gaussian(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """As `GaussianNet.gaussian`."""
         centre, log_std = self.readout(self.hidden.silu(features).float()).chunk(2, -1)
@@ -115,6 +122,7 @@ class GaussianDrafter(Drafter):
     with the target's own: what is left of the draft are numbers that no target draws."""
 
     name = "sketch"
+    closed = True  # whether a token's law is a Gaussian, so that our kernels draft whole chains
     model: CachedGaussian
     dim: int
 
@@ -137,6 +145,8 @@ class GaussianDrafter(Drafter):
             return self.nothing(batch)
         hidden = self.model.take_in(self.seen)
         noise = self._noise(self.seen.start + self.seen.committed, length)
+        if self.closed and self.model.own and self.early is None:
+            return self._whole(hidden, noise)
         laws: list[Any] = []
         drawn: list[Trajectory] = []
         for place in range(length):
@@ -154,6 +164,16 @@ class GaussianDrafter(Drafter):
             return Draft(trajectory.token)
         present = self.early.present[:, 1 : len(drawn) + 1, None]
         return Draft(trajectory.token.masked_fill(~present, _NOBODYS))
+
+    def _whole(self, hidden: Tensor, noise: Tensor) -> Draft:
+        """The same as one call: hidden [R, 1, d], noise float32 [B, L, T + 1, D]."""
+        settings, basis, std = self.start.settings, self.model.basis, self.std * self.start.settings.temperature
+        sampler = self.ancestry, std, basis, settings.guidance if settings.guided else None
+        gain, offset, trajectory = own_drafts(self.model.whole(), hidden, self.model.next, noise, sampler)
+        if not self.start.with_laws:
+            return Draft(trajectory.token)
+        law = AffineChain(gain, offset, self.ancestry, std, (len(noise), noise.shape[1]), basis)
+        return Draft(trajectory.token, trajectory=trajectory, law=law)
 
     def _goes_on(self, place: int, hidden: Tensor) -> bool:
         """Whether any image drafts on after a place, whose law hidden [R, 1, d] gave."""

@@ -34,6 +34,7 @@ from bozzetto.laws.categorical import LawSettings, gumbel_argmax, gumbel_margin
 from bozzetto.laws.chain import Ancestry, Trajectory
 from bozzetto.laws.gaussian import gaussian_chain
 from bozzetto.laws.noise import fold, gumbel
+from bozzetto.runtime.gauss import own_gaussian
 from bozzetto.runtime.laws import gumbel_draw
 
 _ABOVE = 0.47  # how a latent follows the one above it, measured on photographs
@@ -244,14 +245,23 @@ class JacobiVectors(Jacobi):
     """window: scored places per pass W (1 is sequential decoding); W - 1 of them are drafted.
 
     grid: tokens per side; ancestry, std [T]: the target's sampler; spread: deviation of a token around what the one
-    above it says, which the first drafts assume, in token units.
+    above it says, which the first drafts assume, in token units; own: whether our kernels draw first drafts.
     """
 
     dim: int
 
-    def __init__(self, window: int, grid: int, dim: int, ancestry: Ancestry, std: Tensor, spread: float = 1.0):
+    def __init__(
+        self,
+        window: int,
+        grid: int,
+        dim: int,
+        ancestry: Ancestry,
+        std: Tensor,
+        spread: float = 1.0,
+        own: bool = False,
+    ):
         super().__init__(window)
-        self.grid, self.dim = grid, dim
+        self.grid, self.dim, self.own = grid, dim, own
         self.ancestry, self.std, self.spread = ancestry, std, spread
 
     def begin(self, start: Start) -> None:
@@ -283,7 +293,8 @@ class JacobiVectors(Jacobi):
             column = seen.committed[:, None] + offset
             both = zip(old, entering, strict=True)
             trajectory = Trajectory(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
-        self._write(count, trajectory.token)
+        if self.window > self.grid:  # else the places that enter stand below committed ones
+            self._write(count, trajectory.token)
         return Draft(trajectory.token, trajectory=trajectory) if self.start.with_laws else Draft(trajectory.token)
 
     def _write(self, start: Tensor, tokens: Tensor) -> None:
@@ -294,9 +305,13 @@ class JacobiVectors(Jacobi):
         """First drafts at positions int64 [B, L]: trajectories [B, L, ...], with the positions' own noise."""
         rows = torch.arange(len(position), device=position.device)[:, None]
         centre = _ABOVE * self.known[rows, position].flatten(0, 1)  # the token above
-        spread, shape = torch.full_like(centre, self.spread), (len(position), position.shape[1])
-        law = gaussian_chain(centre, spread, self.ancestry, self.tempered, shape)
-        trajectory = law.sample(self.start.noise.rows(position).flatten(0, 1))
+        noise = self.start.noise.rows(position).flatten(0, 1)
+        if self.own:
+            variance, sampler = torch.full_like(centre, self.spread**2), (self.ancestry, self.tempered, None, None)
+            trajectory = own_gaussian(centre, variance, sampler, noise)
+        else:
+            spread, shape = torch.full_like(centre, self.spread), (len(position), position.shape[1])
+            trajectory = gaussian_chain(centre, spread, self.ancestry, self.tempered, shape).sample(noise)
         trajectory = Trajectory(*(part.unflatten(0, position.shape) for part in trajectory))
         return trajectory if self.start.with_laws else _only_tokens(trajectory.token)
 

@@ -211,7 +211,8 @@ class VectorWindow(Drafting):
 
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
         std, ancestry = target.schedule.std.float().to(target.device), target.schedule.ancestry(target.device)
-        return JacobiVectors(window, target.config.grid, target.token_dim, ancestry, std, self.spread)
+        sampler = ancestry, std, self.spread, target.own
+        return JacobiVectors(window, target.config.grid, target.token_dim, *sampler)
 
 
 @dataclass(frozen=True)

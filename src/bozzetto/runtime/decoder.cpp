@@ -1,5 +1,6 @@
 // The kernels of our own: what other languages call. Each header says what it is for.
 #include "advance.h"
+#include "gauss.h"
 #include "glance.h"
 #include "head.h"
 #include "sketch.h"
@@ -86,6 +87,22 @@ void bozzetto_narrow(int64_t threads, const bozzetto::Denoiser* head, const floa
                      const void* modulation, int64_t rows, float* out) {
   auto* run = head->half ? &bozzetto::run_narrow<bozzetto::bf16> : &bozzetto::run_narrow<float>;
   run(threads, *head, tokens, given, modulation, rows, out);
+}
+
+// Chains of Gaussians: laws [R][dim] of centre and variance, noise [R][steps + 1][dim]; results as of GaussianChain::draw.
+void bozzetto_gaussian(const bozzetto::Axes* axes, int64_t rows, const float* centre, const float* variance,
+                       const float* noise, float* gain, float* offset, float* states, float* mean) {
+  const bozzetto::GaussianChain chain(*axes);
+  const int64_t d = axes->dim, t = axes->steps;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* law[4] = {centre + r * d, variance + r * d, nullptr, nullptr};
+    chain.draw(law, noise + r * (t + 1) * d, rows * d, gain + r * d, offset + r * d, states + r * (t + 1) * d,
+               mean + r * t * d);
+  }
+}
+
+void bozzetto_draft(const bozzetto::Drafts* drafts) {
+  (drafts->network->half ? &bozzetto::draft<bozzetto::bf16> : &bozzetto::draft<float>)(*drafts);
 }
 
 void bozzetto_advance(const bozzetto::Slots* slots) {

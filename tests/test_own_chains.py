@@ -11,11 +11,17 @@ from bozzetto.drafters.base import Observation, Start
 from bozzetto.drafters.gaussian import CachedGaussian, GaussianConfig, GaussianDrafter
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.laws.categorical import LawSettings
+from bozzetto.laws.chain import ChainLaw, Trajectory
 from bozzetto.laws.gaussian import gaussian_chain
-from bozzetto.laws.noise import NormalField, image_keys
+from bozzetto.laws.noise import NormalField, fold, image_keys
+from bozzetto.laws.noise import normal as normal_of
+from bozzetto.rules.base import Noise, Rule
+from bozzetto.rules.chains import Chains
+from bozzetto.rules.cspd import Cspd
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LinearMap
 from bozzetto.runtime.gauss import own_gaussian
+from bozzetto.runtime.native import call
 from bozzetto.targets.drift import DriftTarget
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
 from test_drift import MODEL as DRIFT
@@ -57,6 +63,49 @@ def test_a_place_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     _, many = laws(FlowLaw, 1.0, dtype, 3)
     _, one = laws(FlowLaw, 1.0, dtype, 1)
     assert torch.equal(one.run(noise[:3]).states, many.run(noise).states[:3])
+
+
+def drafts(law: ChainLaw, batch: int, how: str) -> Draft:
+    """Two drafted paths per image: `near` or `far` from what the law draws, with its deviations, or its `own`."""
+    noise = normal(7, batch, 3, STEPS + 1, D)
+    path = law.run(noise.flatten(0, 1))
+    path = Trajectory(*(part.unflatten(0, (batch, 3))[:, :2] for part in path))
+    if how != "own":
+        off = {"near": 0.02, "far": 30.0}[how] * normal(8, *path.mean.shape)
+        states = torch.cat([path.states[:, :, :1], path.states[:, :, 1:] + off], 2)
+        path = Trajectory(states, path.mean + off, path.std)
+    return Draft(path.token, trajectory=path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "guidance"), [(1, 1.0), (1, 2.0), (3, 2.0)])
+@pytest.mark.parametrize("rule", [Chains(), Cspd(), Cspd("released"), Cspd("released", 1.0, 1)])
+def test_verdicts_are_torchs(rule: Rule, dtype: torch.dtype, batch: int, guidance: float) -> None:
+    """Whether no draft is kept, all are, or some."""
+    accepted = []
+    for how in ("near", "far", "own"):
+        plain, own = laws(FlowLaw, guidance, dtype, batch)
+        draft, keys = drafts(plain, batch, how), fold(torch.arange(batch)[:, None], torch.arange(3))
+        noise = Noise(normal(7, batch, 3, STEPS + 1, D), keys=keys)
+        wanted, found = rule.verify(draft, plain, noise), rule.verify(draft, own, noise)
+        if dtype == torch.float32 or how == "far":
+            assert torch.equal(found.accepted, wanted.accepted)
+            assert (found.tokens - wanted.tokens).norm() <= 5 * NEAR[dtype] * wanted.tokens.norm()
+        accepted.append(float(found.accepted.float().mean()))
+        if how != "far":
+            _, one = laws(FlowLaw, 1.0, dtype, 1)
+            many = rule.verify(draft, own, noise) if guidance == 1 else None
+            assert many is None or torch.equal(rule.verify(draft, one, noise).tokens, many.tokens)
+    if rule.exact:
+        assert accepted[1] == 0 and (dtype != torch.float32 or accepted[2] == 2)
+
+
+def test_normal_noise_is_torchs() -> None:
+    keys = fold(torch.arange(40)[:, None], torch.arange(7)).flatten()
+    found, wanted = torch.empty(len(keys), 50), normal_of(fold(keys[:, None], torch.arange(50)))
+    call("bozzetto_normal", keys, len(keys), 50, found)
+    assert int((found != wanted).sum()) <= 1  # float64 rounds otherwise now and then
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -45,7 +45,8 @@ class ChainLaw(Protocol):
 
     steps: T; dim: D; shape: (B, W), the places are numbered b W + w; isotropic: the deviation of a step is one number
     above 0 that depends on the step only, the same for every law of this model; ancestry: the sampler; calls, rows:
-    evaluations of the head so far (serial calls, and rows in them, guidance rows counted).
+    evaluations of the head so far (serial calls, and rows in them, guidance rows counted); own: whether our kernels
+    run it.
     """
 
     steps: int
@@ -55,6 +56,7 @@ class ChainLaw(Protocol):
     ancestry: Ancestry
     calls: int
     rows: int
+    own: bool = False
 
     def kernel(self, x: Tensor, step: Tensor, place: Tensor) -> Gaussian:
         """ONE call of the head: the laws of the next states. x float32 [R, D]; step int64 [R] in 0..T-1; place int64
@@ -70,10 +72,9 @@ class ChainLaw(Protocol):
         """`sample_trajectory` of every place in turn."""
         return _run(lambda x, step: self.all_places(x, step), self.steps, noise)
 
-    def reflected(self, states: Tensor, mean: Tensor, noise: Tensor, log_u: Tensor) -> Trajectory | None:
+    def reflected(self, draft: Trajectory, keys: Tensor) -> Trajectory | None:
         """Chains of every place in turn, each coupled by reflection with a draft's of the same deviations, as one
-        call; None: nothing here does that. states [P, T + 1, D], mean and noise [P, T, D]: the drafts'; log_u: float64
-        [P, T], logarithms of uniforms (inf: nothing is kept, the noise is mirrored)."""
+        call; None: nothing here does that. draft: [B, W - 1, ...]; keys: int64 [B, W], see `rules/chains.py`."""
         return None
 
     def std_later(self, std: Tensor, step: Tensor, later: Tensor) -> Tensor:

@@ -50,14 +50,15 @@ class Chains(Rule):
 
     def verify(self, draft: Draft, law: ChainLaw, noise: Noise) -> Verdict:
         (batch, length), keys = draft.tokens.shape[:2], given(noise.keys, self, "fresh keys")
-        fresh = fresh_noise(keys[:, -1], law.steps, law.dim)[:, None]  # [B, 1, T + 1, D]
         if not length:
-            trajectory = sample_trajectory(law, None, fresh[:, 0])
+            trajectory = sample_trajectory(law, None, fresh_noise(keys[:, -1], law.steps, law.dim))
             trajectory = Trajectory(*(part[:, None] for part in trajectory))
             return Verdict(trajectory.token, torch.zeros_like(keys[:, 0]), trajectory=trajectory)
         drafted = given(draft.trajectory, self, "the drafts' paths")
-        trajectory = _with_plain(drafted, fresh)
-        found = _coupled(trajectory, law, keys, self.reach)
+        mirrored, equal = _alike(drafted.std, law)
+        found = law.reflected(drafted, keys) if equal and self.reach == math.inf else None
+        if found is None:
+            found = _coupled(drafted, law, keys, self.reach, mirrored, equal)
         trajectory = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in found))
         same = (trajectory.token[:, :length] == draft.tokens).all(-1)
         return Verdict(trajectory.token, leading(same), trajectory=trajectory)
@@ -71,22 +72,27 @@ def _with_plain(trajectory: Trajectory, fresh: Tensor) -> Trajectory:
     return Trajectory(*(torch.cat(pair, 1) for pair in zip(trajectory, extra, strict=True)))
 
 
-def _coupled(trajectory: Trajectory, law: ChainLaw, keys: Tensor, reach: float) -> Trajectory:
-    """The target's chains [P, ...], each step coupled with that of recorded draft chains [B, M + 1, ...]. Places are
-    numbered as the law's; the last of each image has no draft."""
+def _alike(drafts: Tensor, law: ChainLaw) -> tuple[bool, bool]:
+    """Whether steps of drafts with deviations [B, M, T, D or 1] can be coupled with the law's by reflection, which
+    mirrors the draft's noise: there has to be some, as much as the target's; and whether all of them can."""
+    if not (law.isotropic and bool((drafts > 0).all())):
+        return False, False
+    step, steps = drafts.new_zeros(1, dtype=torch.int64), torch.arange(law.steps, device=drafts.device)[None]
+    return True, bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())
+
+
+def _coupled(
+    drafted: Trajectory, law: ChainLaw, keys: Tensor, reach: float, reflected: bool, equal: bool
+) -> Trajectory:
+    """The target's chains [P, ...], each step coupled with that of recorded draft chains [B, M, ...]. Places are
+    numbered as the law's; the last of each image has no draft. reflected, equal: see `_alike`."""
+    trajectory = _with_plain(drafted, fresh_noise(keys[:, -1], law.steps, law.dim)[:, None])
     batch, places = keys.shape
     plain = (torch.arange(places, device=keys.device) == places - 1).repeat(batch)
     keys = fold(keys[..., None], torch.arange(law.steps, device=keys.device)).flatten(0, 1)  # [P, T]
     states, mean, std = (part.flatten(0, 1) for part in trajectory)
-    # A reflection mirrors the draft's noise: there has to be some, as much as the target's.
-    drafts = trajectory.std[:, :-1]
-    step, steps = torch.zeros_like(keys[:1, 0]), torch.arange(law.steps, device=keys.device)[None]
-    reflected = law.isotropic and bool((drafts > 0).all())
-    equal = reflected and bool((drafts == law.std_later(drafts[:1, 0, 0], step, steps)).all())
     drawn = states[:, 1:]
     noise, log_u = (drawn - mean) / std, uniform(keys).log().masked_fill_(plain[:, None], torch.inf)
-    if equal and reach == math.inf and (found := law.reflected(states, mean, noise, log_u)) is not None:
-        return found
     parts = map(_by_step, (drawn, mean, std, noise, log_u))
     by_step = tuple(zip(*parts, strict=True))
 

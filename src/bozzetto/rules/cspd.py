@@ -29,6 +29,7 @@ from bozzetto.errors import UsageError, require
 from bozzetto.laws.chain import ChainLaw, Gaussian, Trajectory, log_density, sample_trajectory
 from bozzetto.laws.noise import fold, normal, uniform
 from bozzetto.rules.base import Noise, Rule, given, leading
+from bozzetto.runtime.head import own_cspd
 
 _INNER = {"paper": 1.0, "released": 42.0}  # inner temperatures
 
@@ -74,8 +75,11 @@ class Cspd(Rule):
         aligned = sample_trajectory(law, None, fixed.flatten(0, 1))
         aligned = Trajectory(*(part.unflatten(0, (batch, length + 1)) for part in aligned))
         tokens, accepted = aligned.token.clone(), torch.zeros_like(keys[:, 0])
-        if length:
-            drafted = given(draft.trajectory, self, "the drafts' paths")
+        drafted = given(draft.trajectory, self, "the drafts' paths") if length else None
+        if law.own and drafted is not None:
+            heat = self.inner_temperature or _INNER[self.variant]
+            tokens, accepted = own_cspd(aligned, drafted, keys, self.blind, heat, self.tries, self.last_std)
+        elif drafted is not None:
             target = Trajectory(*(part[:, :length] for part in aligned))
             sigma = self.log_sigma(drafted, target)
             p, q = self._last(target), self._last(drafted)

@@ -1,5 +1,6 @@
 // The kernels of our own: what other languages call. Each header says what it is for.
 #include "advance.h"
+#include "cspd.h"
 #include "gauss.h"
 #include "glance.h"
 #include "head.h"
@@ -80,6 +81,13 @@ void bozzetto_draw(int64_t threads, const float* laws, const float* noise, int64
 
 void bozzetto_chain(const bozzetto::Denoiser* head, const bozzetto::Chain* chain) {
   (head->half ? &bozzetto::run_chain<bozzetto::bf16> : &bozzetto::run_chain<float>)(*head, *chain);
+}
+
+void bozzetto_cspd(const bozzetto::Cspd* given) { bozzetto::decide(*given); }
+
+// Normal noise of keys: [rows, count].
+void bozzetto_normal(const uint64_t* keys, int64_t rows, int64_t count, float* out) {
+  for (int64_t r = 0; r < rows; ++r) bozzetto::normal_row(keys[r], count, out + r * count);
 }
 
 // One call of a head: tokens [given, D] under modulations of `rows` rows, copies of them one after another.

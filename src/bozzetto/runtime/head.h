@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "linear.h"
+#include "noise.h"
 
 namespace bozzetto {
 
@@ -98,16 +99,17 @@ struct Narrow {
 };
 
 // Chains of `places` tokens from their noise [places][steps + 1][D], with conditions [copies places][...], embedded
-// times [steps][width] and coefficients [steps][3 or 5] (targets/heads.py). With a draft the chains are coupled with it
-// by reflection.
+// times [steps][width] and coefficients [steps][3 or 5] (targets/heads.py); or chains coupled with drafts by reflection
+// (rules/chains.py).
 struct Chain {
   int64_t threads, places, copies, steps, learned;  // learned: whether variances are predicted
   const void *conditions, *times;
   const float *coefficients, *guidance;  // guidance: of a place
   float temperature;
-  const float* noise;                         // of the target alone; of the draft where there is one, [places][steps][D]
-  const float *drafted, *draft_mean;          // states and means of the draft, [places][steps + 1 or steps][D], or null
-  const double* log_u;                        // [places][steps]; inf: nothing is kept
+  const float* noise;                         // [places][steps + 1][D], or null: coupled with drafts
+  int64_t width;                              // places of an image, of which the last has no draft
+  const float *drafted, *draft_mean;          // [B][width - 1][steps + 1 or steps][D], of the same deviations
+  const int64_t* keys;                        // [places], of the coins, and of what the last place has for a draft
   float *states, *mean, *std;                 // results; std [places][steps][D] only where learned
 };
 
@@ -119,7 +121,7 @@ struct ChainRun {
   const Chain& c;
   int64_t rows, ahead;  // of a call; steps whose modulations are made together
   Narrow<T> narrow;
-  std::vector<float> now, predicted;
+  std::vector<float> now, predicted, fresh, nothing;  // fresh: of each image's last place
   std::unique_ptr<T[]> told, moved, table;  // of conditions; silu of these with times; modulations
 
   ChainRun(const Denoiser& h, const Chain& c)
@@ -130,6 +132,7 @@ struct ChainRun {
         narrow(h, rows) {
     now.resize(c.places * h.token_dim);
     predicted.resize(rows * h.out_dim);
+    if (c.noise == nullptr) fresh.resize(c.places / c.width * (c.steps + 1) * h.token_dim), nothing.resize(h.token_dim);
     told = std::make_unique_for_overwrite<T[]>(rows * h.width);
     moved = std::make_unique_for_overwrite<T[]>(ahead * rows * h.width);
     table = std::make_unique_for_overwrite<T[]>(ahead * rows * h.stride());
@@ -164,7 +167,7 @@ struct ChainRun {
       mean[i] = a[0] * x[i] + a[1] * guided;
     }
     float* next = c.states + (p * (c.steps + 1) + k + 1) * d;
-    if (c.drafted != nullptr) {
+    if (c.noise == nullptr) {
       coupled(p, k, mean, a[2], next);
     } else {
       const float* noise = c.noise + (p * (c.steps + 1) + k + 1) * d;
@@ -181,30 +184,41 @@ struct ChainRun {
     std::copy_n(next, d, x);
   }
 
+  bool alone(int64_t p) const { return p % c.width == c.width - 1; }  // fresh noise of mean 0 stands for a draft there
+  const float* drawn(int64_t p, int64_t k) const {
+    const int64_t b = p / c.width, d = h.token_dim;
+    if (alone(p)) return fresh.data() + (b * (c.steps + 1) + k) * d;
+    return c.drafted + ((p - b) * (c.steps + 1) + k) * d;
+  }
+
   // rules/coupling.py: reflect.
   void coupled(int64_t p, int64_t k, const float* mean, float std, float* next) const {
-    const int64_t d = h.token_dim, at = (p * c.steps + k) * d;
-    const float *noise = c.noise + at, *theirs = c.draft_mean + at;
-    const float* drafted = c.drafted + (p * (c.steps + 1) + k + 1) * d;
+    const int64_t d = h.token_dim;
+    const float *drafted = drawn(p, k + 1), *theirs = alone(p) ? nothing.data() : c.draft_mean + ((p - p / c.width) * c.steps + k) * d;
+    const float by = alone(p) ? 1.0f : std;
     float along = 0, square = 0;
     for (int64_t i = 0; i < d; ++i) {
-      const float gap = (mean[i] - theirs[i]) / std;
-      along += gap * noise[i], square += gap * gap;
+      const float gap = (mean[i] - theirs[i]) / std, noise = (drafted[i] - theirs[i]) / by;
+      along += gap * noise, square += gap * gap;
     }
-    const double log_u = c.log_u[p * c.steps + k];
-    if (log_u <= static_cast<double>(along - 0.5f * square)) {
+    const double log_u = std::log(uniform(folded<uint64_t>(c.keys[p], k)));
+    if (!alone(p) && log_u <= static_cast<double>(along - 0.5f * square)) {
       std::copy_n(drafted, d, next);
     } else {
       const float share = along / std::max(square, 1e-30f);
-      for (int64_t i = 0; i < d; ++i) next[i] = mean[i] + std * (noise[i] - 2 * share * ((mean[i] - theirs[i]) / std));
+      for (int64_t i = 0; i < d; ++i) {
+        const float gap = (mean[i] - theirs[i]) / std, noise = (drafted[i] - theirs[i]) / by;
+        next[i] = mean[i] + std * (noise - 2 * share * gap);
+      }
     }
   }
 
   void run(const Team& team) {
     const int64_t d = h.token_dim;
-    const float* first = c.drafted == nullptr ? c.noise : c.drafted;
     for (int64_t p = team.first(c.places); p < team.last(c.places); ++p) {
-      std::copy_n(first + p * (c.steps + 1) * d, d, now.data() + p * d);
+      if (c.noise == nullptr && alone(p))
+        normal_row(c.keys[p], (c.steps + 1) * d, fresh.data() + p / c.width * (c.steps + 1) * d);
+      std::copy_n(c.noise == nullptr ? drawn(p, 0) : c.noise + p * (c.steps + 1) * d, d, now.data() + p * d);
       std::copy_n(now.data() + p * d, d, c.states + p * (c.steps + 1) * d);
     }
     product(team, h.condition, static_cast<const T*>(c.conditions), rows, {told.get(), Into::kPlain});

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bozzetto.laws.chain import Trajectory
 from bozzetto.runtime.engine import LinearMap, MapStruct
 from bozzetto.runtime.native import ADDRESS, FLOAT, NUMBER, address_of, call, structure
 
@@ -25,18 +26,19 @@ _Chain = structure(
     (NUMBER, "threads places copies steps learned"),
     (ADDRESS, "conditions times coefficients guidance"),
     (FLOAT, "temperature"),
-    (ADDRESS, "noise drafted draft_mean log_u states mean std"),
+    (ADDRESS, "noise"),
+    (NUMBER, "width"),
+    (ADDRESS, "drafted draft_mean keys states mean std"),
 )
 
 
 class Coupled(NamedTuple):
-    """Draft chains that chains are coupled with by reflection: states [P, T + 1, D], mean and noise [P, T, D]; log_u:
-    float64 [P, T], logarithms of uniforms (inf: nothing is kept, the noise is mirrored)."""
+    """Draft chains that chains are coupled with by reflection: states [B, M, T + 1, D], mean [B, M, T, D]; keys: int64
+    [B, M + 1], of the coins and of the last place, which has no draft."""
 
     states: Tensor
     mean: Tensor
-    noise: Tensor
-    log_u: Tensor
+    keys: Tensor
 
 
 class NarrowLayers:
@@ -94,17 +96,40 @@ class NarrowLayers:
         std = torch.empty_like(mean) if learned else coefficients[:, 2:3].expand(places, -1, -1)
         given = [self.condition.given(conditions), times.contiguous(), coefficients.contiguous(), guidance.contiguous()]
         noise = noise if noise is None else noise[:, : steps + 1]  # it may be that of more steps
-        parts = [noise, None, None, None] if draft is None else [draft.noise, draft.states, draft.mean, draft.log_u]
+        parts = [noise, None, None, None] if draft is None else [None, *draft]
         held = [part if part is None else part.contiguous() for part in parts]
         sizes = (torch.get_num_threads(), places, rows // max(1, places), steps, int(learned))
         chain = _Chain(*sizes, *map(address_of, given))
-        chain.temperature = temperature
-        names = ("noise", "drafted", "draft_mean", "log_u", "states", "mean", "std")
+        chain.temperature, chain.width = temperature, 0 if draft is None else draft.keys.shape[1]
+        names = ("noise", "drafted", "draft_mean", "keys", "states", "mean", "std")
         for name, part in zip(names, (*held, states, mean, std if learned else None), strict=True):
             setattr(chain, name, address_of(part))
         if places:
             call("bozzetto_chain", self.struct, chain)
         return states, mean, std
+
+
+# `Cspd` of cspd.h.
+_Cspd = structure(
+    (NUMBER, "batch length steps dim width released tries"),
+    (FLOAT, "heat last"),
+    (ADDRESS, "states mean std drafted draft_mean draft_std keys tokens accepted"),
+)
+
+
+def own_cspd(
+    target: Trajectory, draft: Trajectory, keys: Tensor, released: bool, heat: float, tries: int, last: float
+) -> tuple[Tensor, Tensor]:
+    """What rules/cspd.py decides: target [B, M + 1, ...], draft [B, M, ...], keys int64 [B, M + 1] -> tokens float32
+    [B, M + 1, D], accepted int64 [B]. heat: inner temperature; last: deviation of a last step without noise."""
+    batch, length, steps, dim = draft.mean.shape
+    width = max(target.std.shape[-1], draft.std.shape[-1])
+    paths = [part for path in (target, draft) for part in (*path[:2], path.std.expand(*path.std.shape[:-1], width))]
+    held = [part.contiguous() for part in (*paths, keys)]
+    tokens, accepted = torch.empty(batch, length + 1, dim), torch.empty(batch, dtype=torch.int64)
+    sizes = (batch, length, steps, dim, width, int(released), tries, heat, last)
+    call("bozzetto_cspd", _Cspd(*sizes, *map(address_of, (*held, tokens, accepted))))
+    return tokens, accepted
 
 
 # `Glance` and `Look` of glance.h.

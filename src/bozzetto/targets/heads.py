@@ -123,7 +123,7 @@ class HeadLaw(ChainLaw):
         guidance: float | Tensor,
         temperature: float,
     ):
-        self.head, self.shape, self.temperature = head, shape, temperature
+        self.head, self.own, self.shape, self.temperature = head, head.own, shape, temperature
         self.steps, self.dim = head.steps, head.token_dim
         self.places = shape[0] * shape[1]
         self.copies = len(condition) // max(1, self.places)
@@ -160,12 +160,12 @@ class HeadLaw(ChainLaw):
         return self._law(x, self.predict_all(x, step), self.coefficients[step].unbind(0))
 
     def run(self, noise: Tensor) -> Trajectory:
-        return self._whole(noise) if self.head.own else super().run(noise)
+        return self._whole(noise) if self.own else super().run(noise)
 
-    def reflected(self, states: Tensor, mean: Tensor, noise: Tensor, log_u: Tensor) -> Trajectory | None:
-        if not (self.head.own and self.isotropic):
+    def reflected(self, draft: Trajectory, keys: Tensor) -> Trajectory | None:
+        if not (self.own and self.isotropic):
             return None
-        return self._whole(None, Coupled(states, mean, noise, log_u))
+        return self._whole(None, Coupled(draft.states, draft.mean, keys))
 
     def _whole(self, noise: Tensor | None, draft: Coupled | None = None) -> Trajectory:
         """All steps of every place in turn as one call."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bozzetto.drafts import Layout
 from bozzetto.runtime.engine import LayerParts, LinearMap
+from bozzetto.targets import decoder
 from bozzetto.targets.decoder import Inputs, OwnDecoder, Places, Shape, TorchDecoder
 
 SHAPES = {  # dim, heads, heads of keys, numbers of a head, ffn
@@ -86,6 +87,18 @@ def test_our_kernels_give_what_torch_gives(name: str, dtype: torch.dtype, halves
     theirs, ours = (passes(lambda i, *a, c=cache: c.run(Inputs(i.x.to(dtype)), *a), shape.dim) for cache in caches)
     for a, b in zip(theirs, ours, strict=True):
         torch.testing.assert_close(b.float(), a.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_layers_as_a_compiler_is_given_them(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without complex numbers, which torch's compiler leaves to others. (Compiling itself takes half a minute.)"""
+    shape, ffn = shape_of("plain")
+    weights = parts(shape, ffn, halves=halves)
+    plain, other = TorchDecoder(weights, shape, torch.float32), TorchDecoder(weights, shape, torch.float32)
+    other.compiled = True
+    monkeypatch.setattr(decoder, "_compiled", lambda: decoder._layers)
+    for a, b in zip(*(passes(form.cache(places(shape)).run, shape.dim) for form in (plain, other)), strict=True):
+        torch.testing.assert_close(b, a, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("absent", ["gain_1", "qkv_bias", "head_norms"])

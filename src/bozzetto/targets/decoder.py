@@ -20,7 +20,7 @@ from bozzetto.runtime import engine
 from bozzetto.runtime.attention import attend
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LayerParts
-from bozzetto.targets.layers import additive, attention_entropy, copied, rotate_pairs, visible, whole_blocks
+from bozzetto.targets.layers import additive, attention_entropy, copied, rotate, rotate_pairs, visible, whole_blocks
 
 _HEAD_EPS = 1e-5  # of the norms of heads
 
@@ -98,7 +98,7 @@ class _Layer:
             both = F.layer_norm(both, (s.head_dim,), None, None, _HEAD_EPS) * self.norms[0] + self.norms[1]
         if self.halves:
             both = both.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        both = rotate_pairs(both, rotation)
+        both = (rotate_pairs if rotation.is_complex() else rotate)(both, rotation)
         q, k = both.split((s.heads, s.kv_heads), 2)
         return q, k, v
 
@@ -160,6 +160,8 @@ class TorchCache:
         if p.shift is not None:
             position = position + p.shift[:, None]
         rotation = self.turns[position.clamp(0, len(self.turns) - 1)]
+        if d.compiled:  # torch 2.13 has no code of its own for complex numbers
+            rotation = torch.view_as_real(rotation)
         mask = additive(seen, d.dtype)[:, None]
         if p.copies > 1:
             slot, rotation, mask = (copied(part, p.copies) for part in (slot, rotation, mask))
@@ -208,8 +210,8 @@ class TorchCache:
 def _layers(
     d: TorchDecoder, parts: list[Tensor], x: Tensor, rotation: Tensor, flat: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The layers over inputs x [R, W, d], rotation complex64 [R, W, 1, hd/2], slots flat int64 [R W], an additive mask
-    [R, 1, W, C]; `parts` are changed in place."""
+    """The layers over inputs x [R, W, d], rotation complex64 [R, W, 1, hd/2] (or float32 [..., 2]), slots flat int64
+    [R W], an additive mask [R, 1, W, C]; `parts` are changed in place."""
     s, entropy = d.shape, None
     for number, layer in enumerate(d.layers):
         q, k, v = layer.project(x, rotation)

@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
 .PHONY: help demo test lint clean
 
 help: ## list the targets
-	@echo "make demo    draw ten flowers into $(OUT) and say where the contact sheet is"
+	@echo "make demo    draw ten flowers into $(OUT), say where the contact sheet is, and race"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   remove caches and $(OUT) (not $(VENV))"
@@ -19,6 +19,7 @@ help: ## list the targets
 demo: $(VENV)/.installed
 	@$(BIN)/bozzetto generate --model flowers --count 10 --seed 7 --out "$(OUT)"
 	@echo "Contact sheet: $(abspath $(OUT))/sheet.png"
+	@$(BIN)/python benchmarks/race.py
 
 test: lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--compile", default="off")
+    parser.add_argument("--compile", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     pipe = load(options.model, dtype=options.dtype)

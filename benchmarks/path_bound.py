@@ -43,7 +43,7 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 @torch.inference_mode()
 def bare_pass(pipe: Pipeline, width: int, guidance: float, rounds: int) -> float:
     """Seconds of one pass over `width` places in the middle of an image and of their T head calls."""
-    target = pipe.target
+    target = pipe.target_in("auto")
     session = target.begin(torch.zeros(1, dtype=torch.int64), guidance != 1, width)
     tokens, start = torch.randn(1, width, target.token_dim), torch.tensor([target.length // 2])
     noise = torch.randn(width, target.schedule.steps + 1, target.token_dim)

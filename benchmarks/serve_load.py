@@ -40,7 +40,7 @@ from tqdm import tqdm
 from bozzetto import load
 from bozzetto.common.files import write_text
 from bozzetto.evaluate.provenance import provenance
-from bozzetto.pipeline.pipeline import ROUNDING, GeneratedImage
+from bozzetto.pipeline.pipeline import GeneratedImage
 from bozzetto.settings import GenerateSettings
 
 PATH = "/v1/images/generations"
@@ -177,7 +177,7 @@ def judged(options: argparse.Namespace, asked: list[Asked], told: list[dict[str,
         if image.sha256 == answer["sha256"]:
             counts["equal"] += 1
         else:  # a rule that is not seed-exact measures no margin
-            close = image.margin is not None and image.margin < ROUNDING[pipe.dtype]
+            close = image.margin is not None and image.margin < pipe.rounding(settings)
             counts["near_tie" if close else "wrong"] += 1
             if not close:
                 again = pipe.generate([item.prompt], seed=item.seed, settings=settings).images[0]
@@ -381,7 +381,7 @@ def main() -> int:
     parser.add_argument("--ending-limit", type=float, default=30.0, help="--limit of servers that are ended")
     parser.add_argument("--ray", type=int, default=0, help="replicas under Ray Serve (0: without Ray)")
     parser.add_argument("--url", help="a server that runs already, with the same model and enough room")
-    parser.add_argument("--compile", default="off")
+    parser.add_argument("--compile", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -293,3 +293,13 @@ def test_the_engine_is_measured_beside_another_build(tiny_model: Path, tmp_path:
     assert [row["method"] for row in rows] == ["none/seed-exact", "jacobi/seed-exact"] and "over_before" in shown
     assert rows[0]["over_sequential"] == rows[0]["tokens_per_pass"] == 1 < rows[1]["tokens_per_pass"]
     assert all(row["seconds"] > 0 and row["before"] > 0 for row in rows)
+
+
+def test_a_race_is_between_the_same_pictures(tiny_model: Path) -> None:
+    """And the fastest method stands last."""
+    methods = ("jacobi/seed-exact", "jacobi/exact")
+    head, *rows = script("race.py", "--model", tiny_model, "--images", 2, "--methods", *methods).splitlines()
+    assert "our kernels" in head and len(rows) == 2
+    ends = {row.split("sequential, ")[1].split()[2].rstrip(":"): row.rpartition(": ")[2] for row in rows}
+    assert ends == {"jacobi/seed-exact": "yes", "jacobi/exact": "NO"}
+    assert float(rows[0].split()[3]) >= float(rows[1].split()[3])

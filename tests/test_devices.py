@@ -63,7 +63,7 @@ def test_on_a_gpu_auto_is_the_type_of_the_weights(stored: str, wanted: str, gpus
     assert LoadSettings(dtype="float32").for_weights(lambda: stored).dtype == "float32"
 
 
-def test_the_shipped_models_are_drawn_in_float32_on_a_processor(tiny_model: Path) -> None:
+def test_models_in_folders_are_drawn_in_float32_on_a_processor(tiny_model: Path) -> None:
     pipe = bozzetto.load(tiny_model, device="cpu")
     assert (pipe.dtype, pipe.target.dtype) == ("float32", torch.float32)
     assert usual_type(tiny_model / "model.safetensors") == "float16"

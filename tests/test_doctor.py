@@ -12,6 +12,7 @@ from bozzetto.cli import doctor
 from bozzetto.cli.main import main
 from bozzetto.common.extras import needed
 from bozzetto.errors import UsageError
+from bozzetto.runtime import native
 from bozzetto.runtime.kept import keep
 
 
@@ -80,8 +81,19 @@ def test_a_missing_compiler_and_a_missing_extra_are_notes(monkeypatch: pytest.Mo
     real = importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "fastapi" else real(name))
     assert finding("C++ compiler").verdict == "note" and "g++" in finding("C++ compiler").fix
+    monkeypatch.setattr(doctor, "built", lambda: None)
+    assert finding("kernels").verdict == "note" and "torch runs the passes" in finding("kernels").how
     assert finding("extra serve").fix.startswith("pip install 'bozzetto[serve]'")
     assert "0 problems" not in doctor.shown(doctor.examine())
+
+
+@pytest.mark.parametrize(("pairs", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_what_the_kernels_will_do_is_told(pairs: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (doctor, native):
+        monkeypatch.setattr(module, "multiplies_pairs", lambda: pairs)
+    found = finding("kernels")
+    assert found.verdict == "ok" and f"shipped models are drawn in {dtype}" in found.how
+    assert found.how.startswith("built") and ("without pairs" in found.how) != pairs
 
 
 def test_extras_are_those_of_the_package() -> None:

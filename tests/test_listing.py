@@ -40,6 +40,7 @@ def test_kinds_of_folders_are_told(tiny_model: Path, tiny_flow: Path, tmp_path: 
     assert drift.startswith(f"one-step  drift (of {tiny_flow})") and "32x32" in drift
     assert "eagle (a drafter)" in eagle
     assert "janus (of transformers)" in janus
+    assert all("our kernels" in line for line in (codes, drift)) and "our kernels" not in eagle + janus
 
 
 @pytest.mark.parametrize("field", ["vocab", "grid"])

@@ -21,7 +21,14 @@ from bozzetto import __version__
 from bozzetto.common.extras import EXTRAS
 from bozzetto.pipeline.pipeline import ASSETS, shipped_models
 from bozzetto.runtime.kept import cache_folder, damaged
-from bozzetto.runtime.native import has_matrix_unit, products_prefer_bfloat16
+from bozzetto.runtime.native import (
+    built,
+    compiler,
+    has_matrix_unit,
+    multiplies_pairs,
+    products_prefer_bfloat16,
+    usual_dtype,
+)
 
 Verdict = Literal["ok", "note", "fail"]
 _ROOM = 2**30  # bytes that features of captions and sample runs soon need
@@ -50,7 +57,7 @@ def examine() -> list[Finding]:
         _matrix_unit,
         _threads,
         _device,
-        _compiler,
+        _kernels,
         _cache,
     )
     return [finding for check in (*checks, _assets, _extras) for finding in check()]
@@ -118,11 +125,15 @@ def _device() -> Iterator[Finding]:
         yield Finding("device", "ok", "cpu: there is no GPU that this build of PyTorch can use")
 
 
-def _compiler() -> Iterator[Finding]:
-    named = (os.environ.get("CXX", "c++"), "g++", "clang++")  # as runtime/native.py looks
-    found = next(filter(None, map(shutil.which, named)), None)
-    how = found or "none: --compile will not work"
-    yield checked("C++ compiler", found, how, "install g++ (Debian: apt install g++)", "note")
+def _kernels() -> Iterator[Finding]:
+    found, kept = compiler(), built()
+    fix = "install g++ (Debian: apt install g++)"
+    yield checked("C++ compiler", found, found or "none: kernels cannot be built", fix, "note")
+    how = "not there: torch runs the passes, which takes several times longer"
+    if good := kept or found:
+        how = "built" if kept else "built when they are first asked for, once, in a few seconds"
+        how += ", with pairs of bfloat16" if multiplies_pairs() else ", without pairs of bfloat16"
+    yield checked("kernels", good, f"{how}; shipped models are drawn in {usual_dtype()} on a processor", fix, "note")
 
 
 def _cache() -> Iterator[Finding]:

@@ -13,7 +13,10 @@ from bozzetto.checkpoints.folders import (
     DRAFTERS,
     DRIFT,
     FIRST_STAGE,
+    FLOW,
     LATENTS,
+    LLAMAGEN,
+    MASKED,
     PIPELINE,
     TARGETS,
     TOKENIZER_CONFIG,
@@ -30,6 +33,9 @@ from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.columns import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
 
+# What runs their passes on a processor, where the kernels can be (`bozzetto doctor`).
+_PASSES = {**dict.fromkeys((LLAMAGEN, FLOW, DRIFT), "our kernels"), MASKED: "torch, its head: our kernels"}
+
 
 def list_models(folder: str | Path | None) -> str:
     """A table of the models shipped (None), or of `folder` and the folders right below it."""
@@ -41,7 +47,7 @@ def list_models(folder: str | Path | None) -> str:
     found = [path for path in folders if (_described(path) / CONFIG).is_file()]
     if not found:
         return f"no models found in {root}"
-    header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "where")
+    header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "passes by", "where")
     return table(header, [_row(path) for path in found])
 
 
@@ -59,10 +65,11 @@ def _row(folder: Path) -> tuple[str, ...]:
             str(content.get("name", folder.name)),
             *_figures(place, content),
             _sampling(place, content),
+            "transformers" if is_hosted(place) else _PASSES.get(str(content.get("family")), "-"),
             str(folder),
         )
     except (UsageError, OSError) as error:
-        return (folder.name, "unreadable", "-", "-", "-", "-", "-", f"{folder} ({str(error).splitlines()[0]})")
+        return (folder.name, "unreadable", "-", "-", "-", "-", "-", "-", f"{folder} ({str(error).splitlines()[0]})")
 
 
 def _sampling(folder: Path, content: dict[str, Any]) -> str:

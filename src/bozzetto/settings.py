@@ -15,8 +15,7 @@ from bozzetto.errors import UsageError, check_number, check_text, require
 from bozzetto.laws.categorical import LawSettings
 from bozzetto.methods.table import AUTO, read_method
 from bozzetto.rules.seed_exact import SeedExact
-from bozzetto.runtime.graphs import AUTO as ENGINE
-from bozzetto.runtime.graphs import check_mode
+from bozzetto.runtime.graphs import COMPILED, check_mode
 from bozzetto.runtime.native import cheap_rows
 
 SCHEDULES = ("", "linear", "constant")
@@ -117,7 +116,7 @@ class GenerateSettings(LawOptions, MethodOptions):
         if self.drafter.nodes is not None:
             return self.drafter.nodes + 1
         sequences = batch * (2 if self.law.guided else 1)
-        return min(self.window or default_window(sequences, dtype, widest, self.compile not in (ENGINE, "off")), length)
+        return min(self.window or default_window(sequences, dtype, widest, self.compile in COMPILED), length)
 
 
 # Rows of a pass that pay, by those that are cheap on the machine: compiled, eager in bfloat16, eager in float32.

@@ -21,14 +21,7 @@ from bozzetto import __version__
 from bozzetto.common.extras import EXTRAS
 from bozzetto.pipeline.pipeline import ASSETS, shipped_models
 from bozzetto.runtime.kept import cache_folder, damaged
-from bozzetto.runtime.native import (
-    built,
-    compiler,
-    has_matrix_unit,
-    multiplies_pairs,
-    products_prefer_bfloat16,
-    usual_dtype,
-)
+from bozzetto.runtime.native import built, compiler, has_matrix_unit, multiplies_pairs, usual_dtype
 
 Verdict = Literal["ok", "note", "fail"]
 _ROOM = 2**30  # bytes that features of captions and sample runs soon need
@@ -95,7 +88,7 @@ def _matrix_unit() -> Iterator[Finding]:
     if torch.cuda.is_available():
         return
     how = "none: in bfloat16, passes of many places take longer than in float32"
-    if good := has_matrix_unit() or products_prefer_bfloat16():
+    if good := has_matrix_unit() or multiplies_pairs():
         how = "AMX, for bfloat16" if has_matrix_unit() else "none, but products in bfloat16 are faster than in float32"
     fix = "use --dtype float32, or windows of 4 to 8 places in bfloat16"
     yield checked("matrix unit", good, how, fix, "note")

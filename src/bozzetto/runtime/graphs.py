@@ -18,7 +18,8 @@ from bozzetto.errors import UsageError
 from bozzetto.runtime.native import instructions
 
 AUTO = "auto"  # our kernels where they compute, else torch
-MODES = (AUTO, "off", "default", "max")
+COMPILED = ("default", "max")
+MODES = (AUTO, "off", *COMPILED)
 Report = Callable[[str], None]
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import platform
 import shutil
 import subprocess
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from bozzetto.errors import UsageError
 from bozzetto.runtime.kept import cache_folder, find, made
 
 _ENGINE = Path(__file__).parent / "decoder.cpp"
-NO_COMPILER = "compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'"
 
 
 def instructions() -> str:
@@ -47,7 +44,8 @@ def _told(*names: str) -> str:
 
 
 def multiplies_pairs() -> bool:
-    """Whether the processor has the instruction for pairs of bfloat16 that our kernels use."""
+    """Whether the processor has the instruction for pairs of bfloat16 that our kernels use, and torch's products: they
+    are up to four times as fast with it as in float32, and half as fast without."""
     return "avx512_bf16" in _told("flags").split()
 
 
@@ -56,27 +54,12 @@ def has_matrix_unit() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-@cache
-def products_prefer_bfloat16() -> bool:
-    """Whether torch's products of many rows are faster in bfloat16 than in float32 here, measured once (some tens of
-    milliseconds): four times on one processor without a matrix unit, half as fast on another."""
-    seconds = {torch.bfloat16: math.inf, torch.float32: math.inf}
-    with torch.no_grad():
-        for _ in range(4):  # the first one lays out, the best one counts
-            for dtype in seconds:
-                x = torch.ones(768, 768, dtype=dtype)
-                begun = time.perf_counter()
-                x @ x
-                seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
 def cheap_rows() -> int:
     """Rows of a compiled pass in bfloat16 that cost little more than one on this machine: many on a GPU or with a
     matrix unit, some where pairs of bfloat16 are multiplied fast, few elsewhere."""
     if torch.cuda.is_available() or has_matrix_unit():
         return 32
-    return 16 if products_prefer_bfloat16() else 8
+    return 16 if multiplies_pairs() else 8
 
 
 def processor() -> str:
@@ -126,7 +109,7 @@ def usual_dtype() -> str:
 
 def _build(path: str) -> None:
     if (found := compiler()) is None:
-        raise UsageError(NO_COMPILER)
+        raise UsageError("compile needs a C++ compiler (g++ or clang++): install one, or use compile = 'off'")
     note("building the kernels for this machine, once ...")
     command = [found, "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fopenmp"]
     command += ["-shared", "-fPIC", "-std=c++20", str(_ENGINE), "-o", path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from bozzetto.targets.decoder import Inputs
 from bozzetto.targets.denoiser import Denoiser
 from bozzetto.targets.flow import TIME_SCALE, FlowModel
 from bozzetto.targets.heads import FlowLaw, PackedDenoiser
-from bozzetto.targets.llamagen_cache import CausalTarget, laid_out
+from bozzetto.targets.llamagen_cache import Again, CausalTarget, laid_out
 
 
 class _Scheduled:
@@ -134,13 +134,7 @@ class FlowTarget(Sampled, CausalTarget):
     stages: Any = laid_out("stages")
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: FlowModel,
-        sampler: FlowSampler,
-        dtype: torch.dtype = torch.float32,
-        again: Callable[[], FlowModel] | None = None,
-    ):
+    def __init__(self, model: FlowModel, sampler: FlowSampler, dtype: torch.dtype = torch.float32, again: Again = None):
         self.config, self.whole = model.config.body, model.config
         self.length, self.token_dim = model.config.length, model.config.token_dim
         self.sampler, self.schedule = sampler, sampler.schedule

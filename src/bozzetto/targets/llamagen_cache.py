@@ -25,6 +25,7 @@ from bozzetto.targets.base import Scores
 from bozzetto.targets.decoder import Decoder, Inputs, OwnDecoder, Places, Shape, TorchDecoder
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, TransformerBlock, caption_sight
 
+Again = Callable[[], Any] | None  # reads a network
 _WHOLE = 8  # slots of a sequence are a multiple of this
 
 
@@ -56,7 +57,7 @@ class CausalTarget:
     probed: int | None = None  # the block whose attention's entropy a pass adds to the features (targets/drift.py)
     own = False  # whether passes are those of our kernels
 
-    def __init__(self, network: Any, dtype: torch.dtype, again: Callable[[], Any] | None = None):
+    def __init__(self, network: Any, dtype: torch.dtype, again: Again = None):
         self.dtype, self.device, c = dtype, network.norm.weight.device, self.config
         self.conditions = copy.deepcopy(network.cls_embedding).to(dtype)
         self.turns = network.rope[c.condition_tokens - 1 : -1].float()  # [N, hd/2, 2], from the last condition token on
@@ -118,9 +119,7 @@ class LlamaGenTarget(CausalTarget):
     output: Any = laid_out("output")
 
     @torch.no_grad()
-    def __init__(
-        self, model: LlamaGen, dtype: torch.dtype = torch.float32, again: Callable[[], LlamaGen] | None = None
-    ):
+    def __init__(self, model: LlamaGen, dtype: torch.dtype = torch.float32, again: Again = None):
         self.config = model.config
         self.vocab, self.length = model.config.vocab, model.config.length
         super().__init__(model, dtype, again)

@@ -23,7 +23,7 @@ from bozzetto.data import ImageSet, augment, read_captions
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.loading import load
 from bozzetto.pipeline.pipeline import model_folder
-from bozzetto.runtime.native import products_prefer_bfloat16
+from bozzetto.runtime.native import multiplies_pairs
 from bozzetto.targets.llamagen import LlamaGen
 from bozzetto.train.folder import RunFolder, data_digest
 from bozzetto.train.pictures import DataSource, by_name, note_overlap
@@ -35,7 +35,7 @@ _FLOOR = 0.05  # of the peak, where a learning rate ends
 
 def compute_dtype() -> torch.dtype:
     """What training computes in: the faster of bfloat16 and float32 on this processor."""
-    return torch.bfloat16 if products_prefer_bfloat16() else torch.float32
+    return torch.bfloat16 if multiplies_pairs() else torch.float32
 
 
 def autocast() -> torch.autocast:

@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", help="float32, or bfloat16, where equal bytes are not promised")
+    parser.add_argument("--dtype", default="auto", help="of the passes: auto, float32 or bfloat16")
     args = parser.parse_args()
 
     pipe = bozzetto.load(args.model, dtype=args.dtype)
@@ -33,7 +33,7 @@ def main() -> int:
         a.image.save(args.out / f"{a.index:06d}-{a.class_name}-sequential.png")
         b.image.save(args.out / f"{b.index:06d}-{b.class_name}-speculative.png")
         equal = a.sha256 == b.sha256
-        # Two candidates within float rounding of each other may swap; such an image is flagged.
+        # Where torch runs the passes, two candidates within rounding may swap; such an image is flagged.
         near_tie = a.near_tie or b.near_tie
         different += not equal
         flagged += near_tie

@@ -357,7 +357,6 @@ def test_sizes_that_do_not_fit_are_refused(checkpoints: dict[str, Path]) -> None
 def test_what_hosted_models_have_not_is_refused(checkpoints: dict[str, Path]) -> None:
     pipe = load(checkpoints, "janus")
     for options, match in (
-        ({"compile": "max"}, "run by transformers"),
         ({"drafter": "model:folder=x", "rule": "block"}, "drafter 'model' is not allowed here"),
         ({"drafter": "eagle", "rule": "block"}, "without a trained drafter"),
     ):

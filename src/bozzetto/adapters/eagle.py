@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bozzetto.adapters.prompted import PromptedCodes
-from bozzetto.drafters.base import DraftModel, Observation
+from bozzetto.adapters.prompted import PromptedCodes, PromptedSession
+from bozzetto.drafters.base import DraftModel, Observation, gather_rows
 from bozzetto.drafters.eagle import EagleLayerCache, EagleNet, Lead
 from bozzetto.drafts import Layout
-from bozzetto.targets.layers import additive
 
 
 class PromptedEagle(EagleLayerCache, DraftModel):
@@ -18,7 +17,7 @@ class PromptedEagle(EagleLayerCache, DraftModel):
 
     @torch.no_grad()
     def __init__(self, net: EagleNet, target: PromptedCodes):
-        super().__init__(net, target.dtype)
+        super().__init__(net, target.dtype, target.own)
         self.target = target
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -31,14 +30,12 @@ class PromptedEagle(EagleLayerCache, DraftModel):
         t, prompts = self.target, self.target.conditions_of(labels, guided)
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=t.device)
-        blank = torch.tensor([longest - len(p) for p in prompts], device=t.device)[:, None]
-        at = torch.arange(longest, device=t.device)
-        seen = (at <= at[:, None]) & (at >= blank)[:, None] | (at == at[:, None])
-        embedded = t.words(ids).to(t.dtype)
-        mask = additive(seen, t.dtype)[:, None]
-        place = (at - blank).clamp_min(0)
-        out = t.body(inputs_embeds=embedded, position_ids=place, attention_mask=mask, use_cache=False)
-        return embedded[:, 1:], out.last_hidden_state[:, :-1], longest - 1 - blank[:, 0]
+        session = PromptedSession(t, prompts, 1, 0)
+        states = session.fill()
+        if states is None:
+            states = t.words(ids[:, :0])
+        at = torch.arange(longest - 1, device=t.device) - (longest - 1 - session.lead)[:, None]
+        return t.words(ids).to(t.dtype)[:, 1:], gather_rows(states, at.clamp_min(0)), session.lead
 
     def extend(self, seen: Observation) -> tuple[Tensor, Tensor]:
         hidden = self.take_in(seen)

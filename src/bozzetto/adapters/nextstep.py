@@ -44,6 +44,7 @@ from bozzetto.checkpoints.weights import TensorHeader, on_meta, open_tensors, re
 from bozzetto.common.checks import config_from
 from bozzetto.common.hub import fetched
 from bozzetto.errors import UsageError, require
+from bozzetto.runtime.engine import LinearMap
 from bozzetto.targets.base import Scores
 from bozzetto.targets.denoiser import Denoiser, DenoiserConfig
 from bozzetto.targets.flow_cache import EulerSampler, Sampled
@@ -85,6 +86,12 @@ class NextStepTarget(Sampled, PromptedTarget):
 
     def denoiser(self, model: Any) -> Any:
         return model["image_head"]["net"]
+
+    def owned(self, network: Any = None) -> Any:
+        other = super().owned(network)
+        other.image_in, other.image_out = (LinearMap.of(part, self.dtype) for part in (self.image_in, self.image_out))
+        other.use_head(self.denoiser(self.parts), self.sampler)
+        return other
 
     def settled(self, tokens: Tensor) -> Tensor:
         """What is fed back and decoded of tokens [..., D]."""

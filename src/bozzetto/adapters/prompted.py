@@ -8,20 +8,24 @@ lead[r] is one less than the number of the prompt's tokens. Rows of different pr
 
 from __future__ import annotations
 
-import inspect
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from bozzetto.adapters import layers
+from bozzetto.adapters.layers import SlotCache, cache_argument
 from bozzetto.drafts import CODES, Layout
 from bozzetto.errors import UsageError
+from bozzetto.runtime.engine import LinearMap
+from bozzetto.runtime.native import need_kernels
 from bozzetto.targets.base import Scores
+from bozzetto.targets.decoder import Inputs, OwnDecoder, Places
 from bozzetto.targets.layers import additive, copied, visible, whole_blocks
 
 _WHOLE = 8  # slots of a row are a multiple of this
@@ -56,55 +60,6 @@ class Shape:
         return self.columns or math.isqrt(self.length - 1) + 1
 
 
-class SlotCache(Cache):
-    """Keys and values of all layers, [R, S, H, D] each, written where the pass says and read up to `reach` columns;
-    each layer's on its own device."""
-
-    def __init__(self, layers: int, rows: int, slots: int):
-        super().__init__(layers=[])
-        self.rows, self.slots = rows, slots
-        self.parts: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self.flat = torch.zeros(0, dtype=torch.int64)  # slots of the pass, in the flat tables [R S, H, D]
-        self.reach = slots
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nobody needs it: positions and masks are given."""
-        return 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, H, W, D] of a pass -> all that it may attend to, [R, H, reach, D]."""
-        found = self.parts[layer_idx]
-        if found is None:
-            rows, heads, _, dim = key_states.shape
-            blank = key_states.new_zeros(rows, self.slots, heads, dim)
-            found = self.parts[layer_idx] = (blank, blank.new_zeros(*blank.shape[:3], value_states.shape[-1]))
-        for table, new in zip(found, (key_states, value_states), strict=True):
-            table.flatten(0, 1).index_copy_(0, self.flat.to(table.device), new.transpose(1, 2).flatten(0, 1))
-        keys, values = (table[:, : self.reach].transpose(1, 2) for table in found)
-        return keys, values
-
-    def tables(self) -> list[Tensor]:
-        """Every table that there is, [R, S, H, D]."""
-        return [part for pair in self.parts if pair is not None for part in pair]
-
-    def replaced(self, rows: int, slots: int, change: Any) -> SlotCache:
-        """A cache whose tables are change(table)."""
-        other = SlotCache(len(self.parts), rows, slots)
-        other.parts = [None if pair is None else (change(pair[0]), change(pair[1])) for pair in self.parts]
-        return other
-
-
-def cache_argument(forward: Callable[..., Any]) -> str:
-    """What a decoder's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before (which 5.24
-    still takes, with a FutureWarning, and 5.40 shall not)."""
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-
-
 class PromptedTarget:
     """A target whose conditions are prompts. What is embedded and what is read out is said below.
 
@@ -112,9 +67,11 @@ class PromptedTarget:
     in; length: tokens of a picture. Labels are numbers of the prompts that `add` was given.
     """
 
-    own = False
+    own = False  # whether our kernels run the decoder, else transformers does
     numbers: Sequence[int] = ()  # words that stand for image tokens
     prompts: list[Prompt]
+    decoder: OwnDecoder  # with turns float32 [positions, hd/2, 2], where our kernels run it
+    turns: Tensor
 
     def __init__(self, body: Any, length: int):
         if length < 1:
@@ -125,6 +82,28 @@ class PromptedTarget:
         some = next(body.parameters())
         self.device, self.dtype = some.device, some.dtype
         self.prompts = []
+
+    def why_not(self) -> str:
+        """Why our kernels cannot run it; "": they can, where they compute at all."""
+        return layers.why_not(self.body)
+
+    @torch.no_grad()
+    def owned(self, network: Any = None) -> Any:
+        """The same target with passes of our kernels, that of the same prompts; weights are laid out once for all
+        targets of this decoder, which gives up its own. Raises UsageError where there are no kernels for it."""
+        if why := self.why_not():
+            raise UsageError(f"compile is not allowed here: it is run by transformers (off): {why}")
+        need_kernels(self.dtype, self.device)
+        other = copy.copy(self)
+        other.own = True
+        other.decoder, other.turns = layers.own_decoder(self.body)
+        return other
+
+    def cache(self, rows: int, slots: int) -> Any:
+        """For R sequences."""
+        if self.own:
+            return self.decoder.cache(Places(rows, 1, slots, 0, self.turns))
+        return SlotCache(self.layers, rows, slots)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [B, W, d] of image tokens [B, W, ...]."""
@@ -169,7 +148,9 @@ class PromptedTarget:
     @torch.no_grad()
     def begin(self, labels: Tensor, guided: bool, max_width: int) -> PromptedSession:
         """labels int64 [B]: numbers of prompts."""
-        return PromptedSession(self, self.conditions_of(labels, guided), 2 if guided else 1, max_width)
+        session = PromptedSession(self, self.conditions_of(labels, guided), 2 if guided else 1, max_width)
+        session.fill()
+        return session
 
     def conditions_of(self, labels: Tensor, guided: bool) -> list[tuple[int, ...]]:
         """The prompts' tokens of each of R rows."""
@@ -182,7 +163,7 @@ class PromptedTarget:
 class PromptedCodes(PromptedTarget):
     """A prompted target that draws codes.
 
-    embedding: rows [V, d] that stand for them; head: a module, or rows [V, d]; numbers: their words in the model's
+    embedding: rows [V, d] that stand for them; head: a function, or rows [V, d]; numbers: their words in the model's
     vocabulary, where they have some; line: codes in a row of a picture whose rows end in a word of their own (0: none
     do); offsets: positions of inputs 0, 1, ... after that of input 0, int64 [axes, 1 + N], where the decoder's are not
     0, 1, 2, ...
@@ -192,7 +173,6 @@ class PromptedCodes(PromptedTarget):
     """
 
     tokens = CODES
-    own = False  # passes are those of transformers
 
     @torch.no_grad()
     def __init__(
@@ -216,6 +196,15 @@ class PromptedCodes(PromptedTarget):
         if isinstance(self.head, Tensor):
             self.head = self.head.to(self.device)
 
+    def why_not(self) -> str:
+        return super().why_not() if self.offsets is None else "its positions have several axes"
+
+    def owned(self, network: Any = None) -> Any:
+        other = super().owned(network)
+        whole = isinstance(self.head, Tensor)
+        other.head = LinearMap(self.head, None, self.dtype).exact if whole else layers.by_kernels(self.head, self.dtype)
+        return other
+
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding[tokens]
 
@@ -230,9 +219,8 @@ class PromptedCodes(PromptedTarget):
 
     def logits(self, hidden: Tensor, position: Tensor) -> Tensor:
         """float32 [R, W, V] from hidden states [R, W, d] at inputs `position` int64 [R, W]."""
-        if not isinstance(self.head, Tensor):
-            return self.head(hidden).float().to(hidden.device)
-        free = F.linear(hidden, self.head).float()
+        free = F.linear(hidden, self.head) if isinstance(self.head, Tensor) else self.head(hidden).to(hidden.device)
+        free = free.float()
         if not self.line:
             return free
         ends = (position % (self.line + 1) == self.line)[..., None]  # the law of token i is at input i
@@ -272,99 +260,74 @@ class PromptedSession:
     copies: int
     max_width: int
     lead: Tensor = field(init=False)  # int64 [R], slots before that of input 0
+    cache: Any = field(init=False)  # SlotCache, or one of ours
     condition: Tensor = field(init=False)  # [R, 1, d], input 0
 
     def __post_init__(self) -> None:
         t = self.target
         self.lead = torch.tensor([len(p) - 1 for p in self.prompts], device=t.device)
-        longest = int(self.lead.max())
-        slots = -(-(longest + t.length + self.max_width) // _WHOLE) * _WHOLE
-        self.cache = SlotCache(t.layers, len(self.prompts), slots)
+        slots = -(-(int(self.lead.max()) + t.length + self.max_width) // _WHOLE) * _WHOLE
+        self.cache = t.cache(len(self.prompts), slots)
         last = torch.tensor([p[-1] for p in self.prompts], device=t.device)
         self.condition = t.words(last)[:, None].to(t.dtype)
-        if longest:
-            self._fill(longest)
 
-    @property
-    def rows(self) -> int:
-        return len(self.lead)
-
-    def _fill(self, longest: int) -> None:
-        """Run all prompt tokens but the last through the layers. What shorter prompts leave behind their end is
-        written over before anything can see it."""
-        t = self.target
+    def fill(self) -> Tensor | None:
+        """Run all prompt tokens but the last through the layers; their states [R, n, d] after the last norm, or None
+        where there are none. What shorter prompts leave behind their end is written over before anything can see it."""
+        t, longest = self.target, int(self.lead.max())
+        if not longest:
+            return None
         ids = torch.tensor([[*p[:-1], *[p[-1]] * (longest + 1 - len(p))] for p in self.prompts], device=t.device)
-        at = torch.arange(longest, device=t.device).expand(len(ids), -1)
-        place = t.places(self.lead, at - self.lead[:, None])
-        self._run(t.words(ids).to(t.dtype), at, place, at[:1, None, :] <= at[:, :, None], longest)
+        return self._run(t.words(ids).to(t.dtype), -self.lead, 0)
 
-    def _run(self, x: Tensor, slot: Tensor, place: Tensor, seen: Tensor, reach: int) -> Tensor:
-        """One call of the decoder: x [R, W, d]; slot int64 [R, W]; place: as `places` gives it; seen bool
-        [R, W, reach] -> [R, W, d]."""
-        first = torch.arange(self.rows, device=x.device)[:, None] * self.cache.slots
-        self.cache.flat, self.cache.reach = (first + slot).flatten(), reach
-        mask = additive(seen, x.dtype)[:, None]
-        cache = {self.target.cache_name: self.cache}
-        out = self.target.body(inputs_embeds=x, position_ids=place, attention_mask=mask, use_cache=True, **cache)
+    def _run(self, x: Tensor, start: Tensor, furthest: int | None, layout: Layout | None = None) -> Tensor:
+        """One pass of the decoder over inputs x [R, W, d] from number `start` int64 [R] on, to states [R, W, d] after
+        the last norm. furthest: the last slot that one begins in, where the host knows it."""
+        t, width, begin = self.target, x.shape[1], self.lead + start
+        if t.own:
+            return self.cache.run(Inputs(x), width, begin, furthest, layout)[0]
+        reach, past = self.cache.slots, width if layout is None else layout.sees.shape[-1]
+        if furthest is not None:
+            reach = whole_blocks(furthest + past, reach) if furthest else past
+        run = torch.arange(width, device=x.device)[None]
+        hop, deep = (run, run) if layout is None else (layout.slot, layout.depth)
+        first = torch.arange(len(x), device=x.device)[:, None] * self.cache.slots
+        self.cache.flat, self.cache.reach = (first + begin[:, None] + hop).flatten(), reach
+        mask = additive(visible(torch.arange(reach, device=x.device), begin, width, layout), x.dtype)[:, None]
+        given = {"position_ids": t.places(self.lead, start[:, None] + deep), t.cache_name: self.cache}
+        out = t.body(inputs_embeds=x, attention_mask=mask, use_cache=True, **given)
         return out.last_hidden_state.to(x.device)
 
     @torch.no_grad()
     def score(self, inputs: Tensor, start: Tensor, furthest: int | None = None, layout: Layout | None = None) -> Scores:
-        t, width = self.target, inputs.shape[1]
-        run = torch.arange(width, device=inputs.device)[None]
-        hop, deep = (run, run) if layout is None else (layout.slot, layout.depth)
-        hop, deep = (copied(part, self.copies) if len(part) > 1 else part for part in (hop, deep))
-        begin = self.lead + start.repeat(self.copies)  # [R]
-        if layout is not None and len(layout.sees) > 1:
-            layout = replace(layout, sees=copied(layout.sees, self.copies))
-        reach = self.cache.slots
-        if furthest is not None:
-            past = width if layout is None else layout.sees.shape[-1]
-            reach = whole_blocks(int(self.lead.max()) + furthest + past, reach)
-        seen = visible(torch.arange(reach, device=inputs.device), begin, width, layout)
-        number = start.repeat(self.copies)[:, None] + deep  # of the input among the image's
-        x = copied(t.embed(inputs), self.copies)
-        x = torch.where(number[..., None] == 0, self.condition, x)
-        hidden = self._run(x, begin[:, None] + hop, t.places(self.lead, number), seen, reach)
-        return t.read_out(hidden, number)
+        t, width, start = self.target, inputs.shape[1], start.repeat(self.copies)
+        layout = layout and layout.copied(self.copies)
+        deep = torch.arange(width, device=inputs.device)[None] if layout is None else layout.depth
+        number = start[:, None] + deep  # of the input among the image's
+        x = torch.where(number[..., None] == 0, self.condition, copied(t.embed(inputs), self.copies))
+        last = None if furthest is None else int(self.lead.max()) + furthest
+        return t.read_out(self._run(x, start, last, layout), number)
 
     @torch.no_grad()
     def compact(self, path: Tensor, start: Tensor) -> None:
-        """Gathers and scatters of whole rows. path int64 [B, P]."""
-        path = path[:, 1:].repeat(self.copies, 1)  # the root does not move
-        rows = torch.arange(self.rows, device=path.device) * self.cache.slots
-        first = (rows + self.lead + start.repeat(self.copies))[:, None].expand_as(path)
-        to = (first + torch.arange(1, path.shape[1] + 1, device=path.device)).flatten()
-        here = (first + path).flatten()
-        for table in self.cache.tables():
-            flat, device = table.flatten(0, 1), table.device
-            flat.index_copy_(0, to.to(device), flat.index_select(0, here.to(device)))
+        self.cache.compact(copied(path, self.copies), self.lead + start.repeat(self.copies))
 
     def keep(self, rows: Tensor) -> None:
         rows = self._every(rows)
         self.prompts = [self.prompts[i] for i in rows.tolist()]
         self.lead, self.condition = self.lead[rows], self.condition[rows]
-        self.cache = self.cache.replaced(len(rows), self.cache.slots, lambda table: table[rows.to(table.device)])
+        self.cache.keep(rows)
 
     @torch.no_grad()
     def admit(self, rows: Tensor, labels: Tensor) -> None:
         every, t = self._every(rows), self.target
-        fresh = PromptedSession(t, t.conditions_of(labels, self.copies > 1), self.copies, self.max_width)
-        slots, blank = max(self.cache.slots, fresh.cache.slots), not self.cache.tables()  # nothing has run here yet
-
-        def longer(table: Tensor) -> Tensor:
-            if blank:
-                return table.new_zeros(self.rows, slots, *table.shape[2:])
-            return F.pad(table, (0, 0, 0, 0, 0, slots - table.shape[1]))
-
-        self.cache = (fresh if blank else self).cache.replaced(self.rows, slots, longer)
-        for ours, theirs in zip(self.cache.tables(), fresh.cache.tables(), strict=False):
-            ours[every.to(ours.device), : theirs.shape[1]] = theirs
+        fresh = t.begin(labels, self.copies > 1, self.max_width)
+        self.cache.take(fresh.cache, every)
         self.lead[every], self.condition[every] = fresh.lead, fresh.condition
         for row, prompt in zip(every.tolist(), fresh.prompts, strict=True):
             self.prompts[row] = prompt
 
     def _every(self, rows: Tensor) -> Tensor:
         """Batch rows -> rows of sequences."""
-        batch = self.rows // self.copies
+        batch = len(self.lead) // self.copies
         return torch.cat([rows + i * batch for i in range(self.copies)])

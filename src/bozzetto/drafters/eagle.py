@@ -251,7 +251,7 @@ class EagleLayerCache:
         """tokens [B, n, ...] of pairs from `start` int64 [B] on, features [R, n, d] -> hidden states [R, n, d]."""
         x = copied(self.embed(tokens), self.copies)
         if self.alone and self.copies > 1:
-            start, layout = copied(start, self.copies), layout and _rows_of(layout, self.copies)
+            start, layout = copied(start, self.copies), layout and layout.copied(self.copies)
         given = Inputs(self.fc(torch.cat([x, features], -1)))
         hidden, entropy = self.cache.run(given, tokens.shape[1], start, None, layout)
         if entropy is not None:
@@ -263,11 +263,6 @@ class EagleLayerCache:
             batch = self.cache.places.rows // self.copies
             rows = torch.cat([rows + i * batch for i in range(self.copies)])
         self.cache.keep(rows)
-
-
-def _rows_of(layout: Layout, copies: int) -> Layout:
-    """A layout of more rows; one for all rows stays as it is."""
-    return Layout(*(part if len(part) == 1 else copied(part, copies) for part in vars(layout).values()))
 
 
 class CachedEagle(EagleLayerCache, DraftModel):

@@ -29,6 +29,10 @@ class Layout:
     depth: Tensor
     sees: Tensor
 
+    def copied(self, copies: int) -> Layout:
+        """Of a batch `copies` times as large; what all images share stays as it is."""
+        return Layout(*(t if len(t) == 1 else t.repeat(copies, *[1] * (t.ndim - 1)) for t in vars(self).values()))
+
 
 def link(slot: int, device: torch.device) -> Layout:
     """The next input of a chain, `slot` after the first: it sees those before."""

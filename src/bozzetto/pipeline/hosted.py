@@ -42,9 +42,9 @@ class HostedResources(Resources):
 
     target: Any
 
-    def __init__(self, target: PromptedCodes, codebook: Tensor):
+    def __init__(self, target: PromptedCodes, codebook: Tensor, folder: None = None):
         whole: Any = target
-        super().__init__(whole, codebook, None)
+        super().__init__(whole, codebook, folder)
 
     def _load_trained(self, name: str, folder: str) -> Any:
         if name not in PROMPTED:
@@ -89,7 +89,8 @@ class HostedRunner(Runner):
     """A network that another library runs. source: the folder that it was loaded from; wanted: how."""
 
     def __init__(self, name: str, hosted: Hosted, source: Path, wanted: LoadSettings):
-        super().__init__(name, hosted.target, hosted.pictures)
+        own = None if hosted.target.why_not() else lambda: hosted.target.body
+        super().__init__(name, hosted.target, hosted.pictures, network=own)
         self.hosted, self.source, self.wanted, self.undecoded = hosted, source, wanted, hosted.pictures.missing
 
     @property
@@ -101,9 +102,12 @@ class HostedRunner(Runner):
         return None if sized is None else _pipeline(HostedRunner(self.name, sized(size), self.source, self.wanted))
 
     def target_in(self, mode: str) -> Any:
-        if self.mode(mode) != "off":
-            raise UsageError(f"compile = {mode!r} is not allowed here: {self.name} is run by transformers (off)")
-        return self.target
+        if self.mode(mode) == "off":
+            return self.target
+        if self.network is None:
+            why = f"{self.name} is run by transformers (off): {self.target.why_not()}"
+            raise UsageError(f"compile = {mode!r} is not allowed here: {why}")
+        return super().target_in(mode)
 
     def fingerprint(self) -> str:
         own, besides = checkpoint_digest(self.source), self.hosted.besides

@@ -7,7 +7,7 @@ kernels are built once per machine (runtime/native.py).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class LinearMap:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool = False):
         self.columns, self.dtype = len(weight) // (2 if gated else 1), dtype
         odd = weight.shape[1] % 2 if dtype == torch.bfloat16 else 0  # numbers come in words
-        self.inputs = weight.shape[1] + odd
+        self.asked, self.inputs = weight.shape[1], weight.shape[1] + odd
         self.weight = laid_out(F.pad(weight.detach().to(dtype), (0, odd)), gated)
         self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
         self.struct = MapStruct(address_of(self.weight), address_of(self.bias), self.inputs, self.columns, int(gated))
@@ -75,8 +75,10 @@ class LinearMap:
         return cls(layer.weight, layer.bias, dtype)
 
     def rows(self) -> Tensor:
-        """The weight [m, n] in torch's own layout."""
-        panels = self.weight.permute(0, 2, 3, 1, 4).flatten(3)  # [groups, 2, 16, n]
+        """The weight as it was given, in torch's own layout."""
+        panels = self.weight.permute(0, 2, 3, 1, 4).flatten(3)[..., : self.asked]  # [groups, 2, 16, n]
+        if self.struct.gated:
+            return torch.cat([half.flatten(0, 1)[: self.columns] for half in panels.unbind(1)])
         return panels.flatten(0, 2)[: self.columns].contiguous()
 
     def silu(self, x: Tensor) -> Tensor:
@@ -125,6 +127,7 @@ class LayerParts:
     qkv_bias: Tensor | None = None
     head_norms: tuple[Tensor, Tensor] | None = None
     halves: bool = False
+    out_bias: Tensor | None = None
 
 
 class Network:
@@ -134,7 +137,7 @@ class Network:
     @torch.no_grad()
     def __init__(
         self,
-        parts: Sequence[LayerParts],
+        parts: Iterable[LayerParts],
         heads: int,
         kv_heads: int,
         head_dim: int,
@@ -144,11 +147,12 @@ class Network:
         head_eps: float,
     ):
         self.dtype, self.heads, self.kv_heads, self.head_dim = dtype, heads, kv_heads, head_dim
-        self.dim, self.count = parts[0].w2.shape[0], len(parts)
-        self.kept: list[Any] = []  # what the addresses below are of
-        layers = (_Layer * len(parts))(*(self._layer(part) for part in parts))
-        sizes = (int(dtype == torch.bfloat16), self.dim, heads, kv_heads, head_dim, len(parts))
-        self.struct = _Network(*sizes, eps, head_eps, layers, self._float(gain))
+        self.maps: list[LinearMap] = []  # four of every layer: queries with keys and values, output, gated, down
+        self.kept: list[Any] = []  # what else the addresses below are of
+        layers = [self._layer(part) for part in parts]
+        self.dim, self.count = layers[0].down.columns, len(layers)
+        sizes = (int(dtype == torch.bfloat16), self.dim, heads, kv_heads, head_dim, self.count)
+        self.struct = _Network(*sizes, eps, head_eps, (_Layer * self.count)(*layers), self._float(gain))
 
     def _float(self, part: Tensor | None) -> int | None:
         if part is None:
@@ -169,11 +173,11 @@ class Network:
         bias = None if part.qkv_bias is None else order(part.qkv_bias)
         maps = [
             LinearMap(order(part.wqkv), bias, self.dtype),
-            LinearMap(part.wo, None, self.dtype),
+            LinearMap(part.wo, part.out_bias, self.dtype),
             LinearMap(part.w13, None, self.dtype, gated=True),
             LinearMap(part.w2, None, self.dtype),
         ]
-        self.kept += maps
+        self.maps += maps
         norms = [None, None] if part.head_norms is None else [order(p.reshape(-1)) for p in part.head_norms]
         gains = [self._float(p) for p in (part.gain_1, part.gain_2, *norms)]
         return _Layer(*(m.struct for m in maps), *gains)

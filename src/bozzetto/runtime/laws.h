@@ -105,11 +105,11 @@ inline float sum_of(const float* x, int64_t count) {
   return summed(sum);
 }
 
-// Log-probabilities to probabilities.
+// Log-probabilities to probabilities. What is impossible, or nearly, has none: not the exponential's smallest number.
 inline void chances(const float* log, float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats x = some(log + i, count - i);
-    put(x == -std::numeric_limits<float>::infinity() ? Floats{} : exponential(x), out + i, count - i);
+    put(x < -87.0f ? Floats{} : exponential(x), out + i, count - i);
   }
 }
 

@@ -6,7 +6,7 @@ the same numbers up to rounding; with our kernels a row has the same bits in a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -84,7 +84,8 @@ class _Layer:
     def __init__(self, part: LayerParts, shape: Shape, dtype: torch.dtype):
         self.shape, self.halves = shape, part.halves
         self.wqkv = Dense(part.wqkv, part.qkv_bias, dtype)
-        self.wo, self.w13, self.w2 = (Dense(weight, None, dtype) for weight in (part.wo, part.w13, part.w2))
+        self.wo = Dense(part.wo, part.out_bias, dtype)
+        self.w13, self.w2 = (Dense(weight, None, dtype) for weight in (part.w13, part.w2))
         self.gain_1, self.gain_2 = (g if g is None else g.to(dtype) for g in (part.gain_1, part.gain_2))
         self.norms = None if part.head_norms is None else [norm.to(dtype) for norm in part.head_norms]
 
@@ -248,9 +249,9 @@ def _every(rows: Tensor, places: Places) -> Tensor:
 
 
 class OwnDecoder:
-    """Run by our kernels, on a processor."""
+    """Run by our kernels, on a processor. parts: asked for one after another."""
 
-    def __init__(self, parts: Sequence[LayerParts], shape: Shape, dtype: torch.dtype, gain: Tensor | None = None):
+    def __init__(self, parts: Iterable[LayerParts], shape: Shape, dtype: torch.dtype, gain: Tensor | None = None):
         self.shape, self.dtype = shape, dtype
         sizes = (shape.heads, shape.kv_heads, shape.head_dim)
         self.network = engine.Network(parts, *sizes, dtype, shape.eps, gain, _HEAD_EPS)
@@ -309,9 +310,14 @@ class OwnCache:
         self._fix()
 
     def take(self, other: Any, rows: Tensor) -> None:
-        every = _every(rows, self.places)
+        """As `TorchCache.take`, of a cache of any number of slots."""
+        every, more = _every(rows, self.places), other.places.slots - self.places.slots
+        if more > 0:
+            self.parts = [F.pad(part, (0, 0, 0, more)) for part in self.parts]
+            self.places.slots += more
+            self._fix()
         for ours, theirs in zip(self.parts, other.parts, strict=True):
-            ours[every] = theirs
+            ours[every, :, : theirs.shape[2]] = theirs
         _take_open(self.places, other.places, rows)
 
 

@@ -21,9 +21,10 @@ from bozzetto.laws.noise import GumbelField
 from bozzetto.methods.shapes import read_shape
 from bozzetto.methods.table import RULES
 from bozzetto.rules.base import Noise
+from bozzetto.rules.cascade import Cascade
 from bozzetto.rules.lantern import Lantern, LanternPlusPlus
 from bozzetto.rules.neighbours import nearest_codes
-from bozzetto.rules.relaxed import Annealed
+from bozzetto.rules.relaxed import Annealed, Grouped
 from bozzetto.targets.llamagen_cache import LlamaGenTarget
 from tabular import TabularTarget
 from test_eagle import LABELS, MODEL, NET, TOKENS, C
@@ -31,7 +32,10 @@ from test_parallel import KINDS, SKETCHERS, tiny
 from toys import alternating_target, decode, p_value, sketched
 
 V = 50
-RELAXED = [Lantern(k=10), Lantern(k=10, delta=0.6), LanternPlusPlus(lam=4.0), Annealed(), Annealed(4.0, 0.1, 0.2)]
+RELAXED = [
+    *(Lantern(k=10), Lantern(k=10, delta=0.6), LanternPlusPlus(lam=4.0), Annealed(), Annealed(4.0, 0.1, 0.2)),
+    *(Grouped(), Grouped(3), Cascade(), Cascade(0.2, 0.0, 6.0, 0.3)),
+]
 DECIDED = [RULES[CODES, name] for name in ("tree", "traversal", "block")] + RELAXED
 SHAPES = ["chain-1", "chain-4", "3x2x1", "pruned", "certain"]
 PAIRS = [(rule, shape) for rule in DECIDED for shape in SHAPES if rule.trees or shape.startswith("chain")]
@@ -86,7 +90,8 @@ def random_draft(shape: str, batch: int) -> tuple[Draft, Tensor]:
         tree = tree.pruned(present)
     hung = None if shape.startswith("chain") else tree
     certain = shape == "certain"
-    return Draft(tokens[:, 1:], None if certain else log_q, hung, certain), law_of(near, LawSettings(top_k=40))
+    hidden = torch.randn(batch, tree.nodes + 1, 5, generator=generator) + 0.5
+    return Draft(tokens[:, 1:], None if certain else log_q, hung, certain, hidden), law_of(near, LawSettings(top_k=40))
 
 
 def noise_of(places: int, batch: int, seed: int, slack: float | None) -> Noise:

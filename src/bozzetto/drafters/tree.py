@@ -54,6 +54,10 @@ class TreeDrafter(Drafter):
     def grown(self) -> int:
         return self.shape.depth * self.shape.beam if isinstance(self.shape, Dynamic) else self.max_nodes
 
+    @property
+    def _branches(self) -> bool:
+        return isinstance(self.shape, Dynamic) or max(map(max, self.shape)) > 1
+
     def begin(self, start: Start) -> None:
         if isinstance(self.shape, Dynamic) and start.with_hidden:
             raise UsageError(f"drafter {self.name!r}: hidden states of every node are known for fixed trees only")
@@ -65,7 +69,8 @@ class TreeDrafter(Drafter):
             if self.early is not None:
                 self.early.begin(0)
             return self.nothing(batch)
-        parts = None if self.early is not None or self.start.with_hidden else self.model.whole(self.seen)
+        by_level = self.early is not None or (self.start.with_hidden and self._branches)
+        parts = None if by_level else self.model.whole(self.seen)
         if parts is not None:
             return self._in_one_call(parts, self.seen)
         logits, hidden = self.model.extend(self.seen)
@@ -89,7 +94,7 @@ class TreeDrafter(Drafter):
         if isinstance(shape, Dynamic):
             return _best(shape.nodes, beam, tokens, laws, mothers, margin)
         tree, greedy = static_tree(shape, self.keys.device), settings.temperature == 0
-        hung = None if max(tree.widths) == 1 else tree
+        hung = tree if self._branches else None
         return Draft(tokens[:, 1:], None if greedy else laws, hung, certain=greedy, margin=margin)
 
     def _law(self, logits: Tensor) -> Tensor:

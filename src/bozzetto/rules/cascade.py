@@ -20,6 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule, given
+from bozzetto.rules.own import CASCADE
 from bozzetto.rules.walk import Child, Children, Judgement, exact_rest, greedy_choice, siblings, step_bias, walk
 
 
@@ -43,7 +44,10 @@ class Cascade(Rule):
         require(0 <= self.raise_by <= 1, "raise_by", self.raise_by, "a number from 0 to 1")
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
-        hidden = given(draft.hidden, self, "the drafter's hidden states") if draft.length else log_p[..., :1]
+        hidden = draft.hidden
+        if draft.tree is None:  # a lone child has no siblings to be alike
+            hidden = log_p[..., :1]
+        hidden = given(hidden, self, "the drafter's hidden states")
         states = F.normalize(hidden.float(), dim=-1)  # without drafts nobody asks for them
 
         def judge(family: Children) -> Judgement:
@@ -56,7 +60,8 @@ class Cascade(Rule):
                 return self._greedy(family, pool, lift)
             return siblings(family, lambda c: self._decide(c, family.tokens, pool[:, c.rank], lift[:, c.rank]))
 
-        return walk(draft, log_p, noise, judge)
+        kernel = None if noise.greedy else (CASCADE, 0, self.alike, self.converged, self.kl, self.raise_by)
+        return walk(draft, log_p, noise, judge, kernel)
 
     def _lift(self, parent: Tensor, child: Tensor) -> Tensor:
         """What convergence adds to the keeping probability, [B, C]; parent [B, 1, V], child [B, C, V] log-laws."""

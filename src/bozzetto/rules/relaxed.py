@@ -20,7 +20,7 @@ from torch import Tensor
 from bozzetto.drafts import Draft, Verdict
 from bozzetto.errors import require
 from bozzetto.rules.base import Noise, Rule
-from bozzetto.rules.own import ANNEALED
+from bozzetto.rules.own import ANNEALED, GROUPED
 from bozzetto.rules.walk import Child, Children, Judgement, greedy_choice, normalised, siblings, walk
 
 _MOST = 1 << 20  # codes in a group: no model has more
@@ -88,6 +88,9 @@ class Grouped(KeepingRule):
 
     def __post_init__(self) -> None:
         require(1 <= self.group <= _MOST, "group", self.group, f"a whole number from 1 to {_MOST}")
+
+    def kernel(self) -> tuple[float, ...] | None:
+        return GROUPED, self.group
 
     def keeping(self, p: Tensor, q: Tensor, depth: int) -> Tensor:
         vocab, below = p.shape[1], self.group // 2

@@ -6,7 +6,7 @@
 namespace bozzetto {
 
 struct Judged {
-  enum { kTree, kLantern, kTraversal, kAnnealed } rule;
+  enum { kTree, kLantern, kTraversal, kAnnealed, kGrouped, kCascade } rule;
   int64_t threads, batch, nodes, levels, most, vocab, laws, trees;  // most: children of a node; trees: B or 1
   const float *law, *draft;                     // [B, M + 1, V], [B, laws, V] or null: drafts are certain
   const int64_t* tokens;                        // [B, M]
@@ -15,8 +15,11 @@ struct Judged {
   const float* slack;                           // [B], or null
   const int32_t* neighbours;                    // [V, columns]
   int64_t columns, near, window;                // near: of the columns, that may lend; window: see Draft
-  // Of kLantern: the most that is borrowed, or, lambda > 0, (lambda - 1) times its own; of kAnnealed: its parameters.
+  // Of kLantern: the most that is borrowed, or, lambda > 0, (lambda - 1) times its own; of kAnnealed and kCascade their
+  // parameters; of kGrouped the group is `near`.
   float delta, lambda, nu, mu;
+  const float* hidden;  // of kCascade: the drafter's states [B, M + 1, dim], or null on a chain
+  int64_t dim;
   int64_t *out, *accepted, *way;                // [B, D + 1], [B], [B, D + 1]
   float *spent, *margins;                       // [B], [B, D + 1]
 };
@@ -45,11 +48,11 @@ inline void leave(float* q, int64_t token, int64_t count) {  // q without a toke
 struct Walk {
   const Judged& s;
   int64_t b, columns;       // columns: levels and one
-  std::vector<float> p, q, rest, plain;
+  std::vector<float> p, q, rest, plain, keep;
   double left;              // of the budget
 
   Walk(const Judged& s) : s(s), columns(s.levels + 1) {
-    for (auto* part : {&p, &q, &rest, &plain}) part->resize(s.vocab);
+    for (auto* part : {&p, &q, &rest, &plain, &keep}) part->resize(s.vocab);
   }
 
   const int64_t* tree_row(const int64_t* part, int64_t node, int64_t wide, int64_t nodes) const {
@@ -100,32 +103,92 @@ struct Walk {
   }
 
   // As `borrow`, for a law a(v) of keeping (rules/relaxed.py).
-  float anneal(bool certain, int64_t x, int64_t level, float& cost) {
+  float relax(bool certain, int64_t x, int64_t level, float& cost) {
     if (certain) std::fill(q.begin(), q.end(), 0.0f), q[x] = 1;
-    const float factor = std::max(1.0f, s.delta * std::exp(-s.nu * level - s.mu)), exact = keeping(1, x);
-    const float keep = keeping(factor, x);
     exact_rest(false, x, plain.data());
+    const float exact = ratio(p[x], q[x], 1);
+    if (s.rule == Judged::kGrouped)
+      group();
+    else
+      for (int64_t v = 0; v < s.vocab; ++v)
+        keep[v] = ratio(p[v], q[v], std::max(1.0f, s.delta * std::exp(-s.nu * level - s.mu)));
     float kept = 0;
     for (int64_t v = 0; v < s.vocab; ++v) {
-      const float own = std::min(factor * p[v], q[v]);
-      kept += own, rest[v] = p[v] - own;
+      kept += q[v] * keep[v];
+      rest[v] = std::max(p[v] - (s.rule == Judged::kGrouped ? q[v] : q[v] * keep[v]), 0.0f);
     }
-    for (float& v : rest) v = std::max(v, 0.0f);
     normalise(rest.data(), plain.data(), s.vocab);
     const float lost = std::max(1 - kept, 0.0f);
     float bias = 0;
-    for (int64_t v = 0; v < s.vocab; ++v) bias += std::abs(std::min(factor * p[v], q[v]) + lost * rest[v] - p[v]);
+    for (int64_t v = 0; v < s.vocab; ++v) bias += std::abs(q[v] * keep[v] + lost * rest[v] - p[v]);
     bias /= 2;
     if (bias > left) {
       rest.swap(plain);
       return exact;
     }
     cost = bias;
+    return keep[x];
+  }
+  static float ratio(float p, float q, float factor) {
+    return q > 0 ? std::min(factor * p / std::max(q, std::numeric_limits<float>::min()), 1.0f) : 1.0f;
+  }
+
+  // a(v) = p(C(v)) / q(C(v)), C(v) the `near` tokens whose rank under p is closest to v's own.
+  void group() {
+    std::vector<int32_t> order(s.vocab);
+    std::vector<double> of_p(s.vocab + 1), of_q(s.vocab + 1);
+    for (int64_t v = 0; v < s.vocab; ++v) order[v] = static_cast<int32_t>(v);
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return p[a] != p[b] ? p[a] > p[b] : a < b; });
+    for (int64_t i = 0; i < s.vocab; ++i) of_p[i + 1] = of_p[i] + p[order[i]], of_q[i + 1] = of_q[i] + q[order[i]];
+    const int64_t below = s.near / 2;
+    for (int64_t i = 0; i < s.vocab; ++i) {
+      const int64_t first = std::max<int64_t>(i - below, 0), last = std::min(i - below + s.near, s.vocab);
+      const double mine = of_p[last] - of_p[first], theirs = of_q[last] - of_q[first];
+      const double share = theirs > 0 ? std::clamp(mine / std::max(theirs, 1e-300), 0.0, 1.0) : 1.0;
+      keep[order[i]] = p[order[i]] > 0 ? static_cast<float>(share) : 0.0f;
+    }
+  }
+
+  // CASCADE (rules/cascade.py): siblings that the drafter finds alike count together, and converging laws are trusted.
+  float cascade(bool certain, int64_t node, int64_t kid, float px, float qx, float& cost) {
+    const float safe = std::max(qx, std::numeric_limits<float>::min()), exact = std::min(px / safe, 1.0f);
+    float pooled = 0;
+    const int64_t* kids = children(node);
+    for (int64_t c = 0; c < s.most; ++c)
+      if (kids[c] != 0 && (kids[c] == kid || alike(kid, kids[c]))) pooled += p[token(kids[c])];
+    const float more = px > 0 ? lift(law_at(node), law_at(kid)) : 0;
+    const float keep = std::min(std::min(pooled / safe, 1.0f) + more, 1.0f);
+    exact_rest(certain, token(kid), rest.data());
+    // What follows a reject is the same law: the decisions differ by what they keep of the token.
+    float apart = 0;
+    const float by = exact - keep;
+    for (int64_t v = 0; v < s.vocab; ++v) apart += std::abs(by * rest[v]);
+    const float own = by * rest[token(kid)], bias = (apart - std::abs(own) + std::abs(own - by)) / 2;
+    if (bias > left) return exact;
+    cost = bias;
     return keep;
   }
-  float keeping(float factor, int64_t x) const {
-    return q[x] > 0 ? std::min(factor * p[x] / std::max(q[x], std::numeric_limits<float>::min()), 1.0f) : 1.0f;
+  bool alike(int64_t a, int64_t b_) const {
+    if (s.hidden == nullptr) return false;
+    const float *one = s.hidden + (b * (s.nodes + 1) + a) * s.dim, *other = s.hidden + (b * (s.nodes + 1) + b_) * s.dim;
+    float dot = 0, x = 0, y = 0;
+    for (int64_t d = 0; d < s.dim; ++d) dot += one[d] * other[d], x += one[d] * one[d], y += other[d] * other[d];
+    return dot > s.delta * std::max(std::sqrt(x), 1e-12f) * std::max(std::sqrt(y), 1e-12f);
   }
+  float lift(const float* parent, const float* child) const {
+    float a = 0, c = 0, dot = 0, x = 0, y = 0, apart = 0;
+    const auto held = [](float log_p) { return std::max(log_p, -30.0f); };
+    for (int64_t v = 0; v < s.vocab; ++v) a += held(parent[v]), c += held(child[v]);
+    a /= s.vocab, c /= s.vocab;
+    for (int64_t v = 0; v < s.vocab; ++v) {
+      const float one = held(parent[v]) - a, other = held(child[v]) - c;
+      dot += one * other, x += one * one, y += other * other;
+      apart += p_of(parent[v]) * (held(parent[v]) - held(child[v]));
+    }
+    const float cosine = dot / std::max(std::sqrt(x) * std::sqrt(y), 1e-8f);
+    return cosine > s.lambda && apart < s.nu ? s.mu * cosine : 0;
+  }
+  static float p_of(float log_p) { return std::exp(log_p); }
 
   // A node's children one by one, until one is kept: returns it, or 0 with what to draw from in p.
   int64_t judge(int64_t node, int64_t level) {
@@ -143,8 +206,10 @@ struct Walk {
       double u = coin(kid, 0);
       if (s.rule == Judged::kTree)
         exact_rest(certain, x, rest.data()), u *= qx;
-      else if (s.rule == Judged::kAnnealed)
-        chance = anneal(certain, x, level, cost);
+      else if (s.rule == Judged::kAnnealed || s.rule == Judged::kGrouped)
+        chance = relax(certain, x, level, cost);
+      else if (s.rule == Judged::kCascade)
+        chance = cascade(certain, node, kid, px, qx, cost);
       else
         chance = borrow(certain, x, px, qx, cost);
       margin(level) = std::min(margin(level), margin_of(u, std::log(static_cast<double>(chance))));

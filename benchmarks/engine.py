@@ -34,6 +34,7 @@ METHODS = {
         "eagle:tree=4x2x1/lantern++",
     ),
     "flowers-flow": ("none/plain", "jacobi/chains", "jacobi/pathwise:epsilon=0.1"),
+    "flowers-mar": ("none/plain", "none/coupled", "model/cspd:variant=released", "model/pathwise:epsilon=0.1"),
 }
 HERE = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]

@@ -143,6 +143,24 @@ def test_a_pass_equals_the_whole_network_at_the_places(count, guided):
     torch.testing.assert_close(fast, torch.cat(slow).flatten(0, 1), atol=1e-5, rtol=0)
 
 
+ODD = MARConfig(dim=64, depth=2, heads=2, head_width=16, head_depth=1, token_dim=5, grid=9, classes=3, buffer=3)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_a_pass_of_our_kernels_is_torchs_and_rows_have_the_same_bits_in_any_batch(config, dtype, within):
+    model = random_mar(config)
+    target = MARTarget(model, SAMPLER, dtype)
+    own, order = target.owned(model), place_order(3, INDEX, config.length)
+    tokens = torch.randn(3, config.length, config.token_dim, generator=torch.Generator().manual_seed(0))
+    for count, guided in ((0, True), (1, False), (9, True)):
+        known, places = order[:, :count], order[:, count : count + 4]
+        given = (LABELS, tokens, known, places)
+        found = own.features(*given, guided)
+        torch.testing.assert_close(found, target.features(*given, guided), atol=within, rtol=0)
+        assert torch.equal(own.features(*(part[1:2] for part in given), False), found[4:8])
+
+
 def test_bfloat16_is_near():
     low = MARTarget(MODEL, SAMPLER, torch.bfloat16)
     order, tokens = place_order(3, INDEX, N), torch.zeros(3, N, D)

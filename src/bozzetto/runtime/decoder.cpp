@@ -4,6 +4,7 @@
 #include "gauss.h"
 #include "glance.h"
 #include "head.h"
+#include "masked.h"
 #include "sketch.h"
 #include "walk.h"
 
@@ -130,4 +131,8 @@ void bozzetto_sketch(const bozzetto::Sketch* sketch) {
 void bozzetto_commit(const bozzetto::Committed* committed) { bozzetto::commit(*committed); }
 
 void bozzetto_judge(const bozzetto::Judged* judged) { bozzetto::judge(*judged); }
+
+void bozzetto_masked(const bozzetto::Masked* network, const bozzetto::Given* given) {
+  (network->half ? &bozzetto::run_masked<bozzetto::bf16> : &bozzetto::run_masked<float>)(*network, *given);
+}
 }

@@ -99,6 +99,14 @@ inline Floats exponential(Floats x) {  // relative error about 1e-7
   return (Floats)((Words)p + ((Words)shifted << 23));
 }
 
+inline Floats error_function(Floats x) {  // absolute error below 3e-7: Abramowitz and Stegun, 7.1.26
+  const Floats size = x < 0 ? -x : x, t = 1.0f / (1.0f + 0.3275911f * size);
+  Floats p = Floats{} + 1.061405429f;
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;
+  const Floats found = 1.0f - p * t * exponential(-size * size);
+  return x < 0 ? -found : found;
+}
+
 // Sums and maxima over the lanes, always in the same order.
 inline float summed(Floats x) {
   for (int step = kLanes / 2; step; step /= 2)

@@ -26,10 +26,10 @@ struct Map {
   int64_t groups() const { return ((gated ? 2 : 1) * ((columns + kLanes - 1) / kLanes * kLanes) + kGroup - 1) / kGroup; }
 };
 
-// Where results go: rows of T, or of float32, added to rows of float32, or silu of them in rows of T.
+// Where results go: rows of T, or of float32, added to rows of float32, or silu or gelu of them in rows of T.
 struct Into {
   void* to;
-  enum { kPlain, kFloat, kAdded, kSilu } how;
+  enum { kPlain, kFloat, kAdded, kSilu, kGelu } how;
 };
 
 template <int G>
@@ -89,7 +89,8 @@ struct Product {
     }
     if (map.bias != nullptr) y += some(static_cast<const T*>(map.bias) + column, count);
     if (into.how == Into::kSilu) y = y / (1.0f + exponential(-y));
-    if (into.how == Into::kPlain || into.how == Into::kSilu) return put(y, static_cast<T*>(into.to) + at, count);
+    if (into.how == Into::kGelu) y = 0.5f * y * (1.0f + error_function(y * 0.70710678f));
+    if (into.how != Into::kFloat && into.how != Into::kAdded) return put(y, static_cast<T*>(into.to) + at, count);
     float* to = static_cast<float*>(into.to) + at;
     put(into.how == Into::kAdded ? some(to, count) + y : y, to, count);
   }

@@ -22,6 +22,7 @@ from bozzetto.drafts import VECTORS
 from bozzetto.errors import require
 from bozzetto.laws.schedules import DiffusionSchedule, diffusion_schedule
 from bozzetto.runtime.dense import Dense
+from bozzetto.runtime.masked import MaskedLayers
 from bozzetto.runtime.native import need_kernels
 from bozzetto.targets.annealed import annealed
 from bozzetto.targets.heads import DiffusionLaw, PackedDenoiser
@@ -98,7 +99,8 @@ class MARTarget:
     """
 
     tokens = VECTORS
-    own = False  # whether the head is run by our kernels
+    own = False  # whether the layers are run by our kernels
+    whole: MaskedLayers | None = None  # the transformer as one call of them
 
     @torch.no_grad()
     def __init__(self, model: MAR, sampler: MARSampler, dtype: torch.dtype = torch.float32):
@@ -132,8 +134,8 @@ class MARTarget:
         self.stages = annealed(self.head, sampler, 1.0, self.length)
 
     def owned(self, model: MAR) -> MARTarget:
-        """The same with the head of `model`, what it was made from, run by our kernels, on a GPU compiled by torch.
-        Raises UsageError where there are no kernels for it."""
+        """The same with the layers of `model`, what it was made from, run by our kernels; on a GPU its head compiled by
+        torch. Raises UsageError where there are no kernels for it."""
         other = copy.copy(self)
         if self.device.type != "cpu":
             other.head = copy.copy(self.head)
@@ -142,6 +144,8 @@ class MARTarget:
             return other
         need_kernels(self.dtype, self.device)
         other.own = True
+        if self.dtype == torch.float32 or self.config.dim % 2 == 0:  # our rows are whole words
+            other.whole, other.encoder, other.decoder = MaskedLayers(model, self.dtype), [], []
         other.head = PackedDenoiser(model.diffloss.net, self.schedule.time, self.dtype, own=True)
         other._sample_with(self.sampler)
         return other
@@ -175,9 +179,12 @@ class MARTarget:
         """ONE backbone pass: conditions of the head at places. labels int64 [B] (config.classes: unconditional); tokens
         float32 [B, N, D], read where known; known int64 [B, K], places int64 [B, W], in any order; guided: also
         unconditional rows, after the others -> [copies B W, dim]."""
-        seen = self.embedding(_gather(tokens, known).to(self.dtype))
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
+        if self.whole is not None:
+            return self.whole(labels, tokens, known, places)
+        seen = self.embedding(_gather(tokens, known).to(self.dtype))
+        if guided:
             seen, known, places = seen.repeat(2, 1, 1), known.repeat(2, 1), places.repeat(2, 1)
         first = len(self.buffer)
         slots = torch.cat([self.buffer.expand(len(labels), -1), known + first], 1)

@@ -46,7 +46,8 @@ def own_verdict(
         for part in (tree.row, tree.path, tree.order, tree.depth)
     ]
     hidden = None if draft.hidden is None else draft.hidden.float().contiguous()
-    log_q, table = None if draft.certain else draft.log_q, noise.neighbours
+    log_q = None if draft.certain else draft.log_q
+    table = None if noise.neighbours is None else noise.neighbours.int()
     given = (log_p, log_q, draft.tokens, tree.child, *shape, noise.uniforms, noise.slack, table)
     held = [None if part is None else part.contiguous() for part in given]
     tokens, accepted = torch.empty(batch, levels + 1, dtype=torch.int64), torch.empty(batch, dtype=torch.int64)

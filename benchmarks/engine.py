@@ -3,8 +3,9 @@
     python benchmarks/engine.py --against ../before --json engine.json
 
 Every build is a process of its own that stays alive; builds and methods take turns, round by round. A row says the
-least and the median seconds of decoding one batch of images (without their pictures), how much faster than sequential
-decoding of the same build, batch and guidance a method is, and how much faster than the other build. `start` is a
+least and the median seconds of decoding one batch of images (without their pictures), how many times faster than
+sequential decoding of the same build, batch and guidance a method is by either, and how much faster than the other
+build. `start` is a
 command with an empty cache, first picture included, and the same again.
 """
 
@@ -29,14 +30,21 @@ METHODS = {
         "jacobi/seed-exact",
         "jacobi/exact",
         "jacobi:fill=glance:fresh=1/exact",
+        "eagle:tree=chain-3/block",
         "eagle:tree=chain-5/block",
+        "glance:tree=chain-6/block",
+        "eagle:tree=chain-6/annealed:delta=6:nu=0.1@tv_budget=10",
+        "eagle:tree=chain-6/lantern++:lambda=4@tv_budget=10",
         "eagle:tree=4x2x1/tree",
         "eagle:tree=4x2x1/lantern++",
+        "eagle:tree=dynamic/tree",
+        "eagle:tree=dynamic/lantern",
     ),
-    "flowers-flow": ("none/plain", "jacobi/chains", "jacobi/pathwise:epsilon=0.1"),
+    "flowers-flow": ("none/plain", "jacobi/chains", "jacobi/pathwise:epsilon=0.1", "sketch/cspd:variant=released"),
     "flowers-mar": ("none/plain", "none/coupled", "model/cspd:variant=released", "model/pathwise:epsilon=0.1"),
 }
 HERE = Path(__file__).resolve().parent.parent
+IMAGES = 2  # drawn one after another where a batch holds fewer
 Row = dict[str, Any]
 
 
@@ -97,37 +105,55 @@ def start_up(tree: Path, model: str) -> tuple[float, float]:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    """A row for each model, method and batch."""
+    """A row for each model, method and batch. The methods of a model and a batch take turns, too."""
     trees = [HERE] if options.against is None else [options.against.resolve(), HERE]
     builds, rows = [Build(tree) for tree in trees], []
-    cells = [
-        (model, method, batch)
-        for model in options.models.split(",")
-        for batch in map(int, options.batches.split(","))
-        for method in (options.methods.split(",") if options.methods else METHODS[model])
-    ]
+    groups = [(m, int(batch)) for m in options.models.split(",") for batch in options.batches.split(",")]
     try:
-        for model, method, batch in tqdm(cells, desc="engine", file=sys.stderr):
-            drafter, _, rule = method.rpartition("/")
-            law = {"batch": batch, "count": batch, "guidance": options.guidance, "drafter": drafter, "rule": rule}
-            asked = {"model": model, "dtype": options.dtype, "compile": "max", **law}
-            answers = [build.draw(asked) for build in builds]  # what is made once is made, widths are learnt
-            seconds: list[list[float]] = [[] for _ in builds]
-            for number in range(options.rounds):
+        for model, batch in groups:
+            methods = options.methods.split(",") if options.methods else METHODS[model]
+            seconds = {method: [[] for _ in builds] for method in methods}
+            tokens: dict[str, float] = {}
+            # The first round makes what is made once, and widths are learnt.
+            turns = [(number, method) for number in range(options.rounds + 1) for method in methods]
+            for number, method in tqdm(turns, desc=f"{model}, {batch} at a time", file=sys.stderr):
                 for i in range(len(builds))[:: 1 if number % 2 else -1]:
-                    answers[i] = builds[i].draw(asked)
-                    seconds[i].append(answers[i]["seconds"])
-            least, middle = ([f(part) for part in seconds] for f in (min, statistics.median))
-            row: Row = {"model": model, "method": method, "batch": batch, "seconds": least[-1], "median": middle[-1]}
-            base = next((r for r in rows if (r["model"], r["batch"]) == (model, batch)), row)
-            row["over_sequential"] = base["seconds"] / row["seconds"]
-            row["tokens_per_pass"] = answers[-1]["tokens_per_pass"]
-            if len(builds) > 1:
-                row |= {"before": least[0], "over_before": least[0] / least[-1], "pairs": middle[0] / middle[-1]}
-            rows.append(row)
+                    answer = builds[i].draw(asked_of(model, method, batch, options))
+                    tokens[method] = answer["tokens_per_pass"]
+                    if number:
+                        seconds[method][i].append(answer["seconds"])
+            rows += rows_of(model, batch, seconds, tokens)
     finally:
         for build in builds:
             build.close()
+    return rows
+
+
+def asked_of(model: str, method: str, batch: int, options: argparse.Namespace) -> Row:
+    """What a worker is asked to draw. method: DRAFTER/RULE, or DRAFTER/RULE@OPTION=NUMBER."""
+    name, _, more = method.partition("@")
+    drafter, _, rule = name.rpartition("/")
+    law: Row = {"batch": batch, "count": max(batch, IMAGES), "guidance": options.guidance}
+    if more:
+        key, _, value = more.partition("=")
+        law[key] = float(value)
+    return {"model": model, "dtype": options.dtype, "compile": "max", "drafter": drafter, "rule": rule, **law}
+
+
+def rows_of(model: str, batch: int, seconds: dict[str, list[list[float]]], tokens: dict[str, float]) -> list[Row]:
+    """What was measured of a model and a batch: seconds by method and build. The first method is sequential."""
+    rows: list[Row] = []
+    for method, parts in seconds.items():
+        share = batch / max(batch, IMAGES)
+        least, middle = ([f(part) * share for part in parts] for f in (min, statistics.median))
+        row: Row = {"model": model, "method": method, "batch": batch, "seconds": least[-1], "median": middle[-1]}
+        base = rows[0] if rows else row
+        row["over_sequential"] = base["seconds"] / row["seconds"]
+        row["medians"] = base["median"] / row["median"]
+        row["tokens_per_pass"] = tokens[method]
+        if len(parts) > 1:
+            row |= {"before": least[0], "over_before": least[0] / least[-1], "pairs": middle[0] / middle[-1]}
+        rows.append(row)
     return rows
 
 

@@ -34,7 +34,7 @@ from bozzetto.evaluate.columns import table
 from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
 
 # What runs their passes on a processor, where the kernels can be (`bozzetto doctor`).
-_PASSES = {**dict.fromkeys((LLAMAGEN, FLOW, DRIFT), "our kernels"), MASKED: "torch, its head: our kernels"}
+_PASSES = dict.fromkeys((LLAMAGEN, FLOW, DRIFT, MASKED), "our kernels")
 
 
 def list_models(folder: str | Path | None) -> str:

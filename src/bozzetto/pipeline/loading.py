@@ -80,7 +80,7 @@ def load(
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
-    here = usual_dtype if folder.parent == ASSETS and family != MASKED else lambda: "float32"
+    here = usual_dtype if folder.parent == ASSETS else lambda: "float32"
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS), here)
     read = _vectors if family in (FLOW, MASKED, DRIFT) else _codes
     kind, conditions = read(folder, config, wanted)

@@ -40,7 +40,13 @@ METHODS = {
         "eagle:tree=dynamic/tree",
         "eagle:tree=dynamic/lantern",
     ),
-    "flowers-flow": ("none/plain", "jacobi/chains", "jacobi/pathwise:epsilon=0.1", "sketch/cspd:variant=released"),
+    "flowers-flow": (
+        "none/plain",
+        "jacobi/chains",
+        "jacobi/pathwise:epsilon=0.1",
+        "sketch/cspd:variant=released",
+        "sketch:length=15/cspd:variant=released",
+    ),
     "flowers-mar": ("none/plain", "none/coupled", "model/cspd:variant=released", "model/pathwise:epsilon=0.1"),
 }
 HERE = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ A kind says what the noise is, what a pass's law is, what a rule is given and wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,13 +145,16 @@ class VectorKind:
         return Noise(fixed, keys=_place_keys(state, draft.length + 1) if self.rule.needs_uniforms else None)
 
     def commit(self, state: DecodeState, draft: Draft, verdict: Verdict) -> tuple[DecodeState, Tensor]:
-        if verdict.distance is None:
-            return state.append(draft, verdict)
-        place = torch.arange(verdict.distance.shape[1], device=state.count.device)
-        behind = place > torch.minimum(verdict.accepted, state.length - state.count - 1)[:, None]
-        moved = verdict.distance.masked_fill(behind, 0.0)
-        farthest = torch.maximum(state.farthest, moved.amax(1))
-        return state.append(draft, verdict, moved=state.moved + moved.sum(1), farthest=farthest)
+        moved = {}
+        if verdict.distance is not None:
+            place = torch.arange(verdict.distance.shape[1], device=state.count.device)
+            behind = place > torch.minimum(verdict.accepted, state.length - state.count - 1)[:, None]
+            far = verdict.distance.masked_fill(behind, 0.0)
+            moved = {"moved": state.moved + far.sum(1), "farthest": torch.maximum(state.farthest, far.amax(1))}
+        if not self.target.own:
+            return state.append(draft, verdict, **moved)
+        found, committed = own_commit(state, draft.depth, verdict, None, None)
+        return replace(found, **moved), committed
 
 
 def check_continuous(law: LawSettings) -> None:

@@ -13,7 +13,7 @@ from bozzetto.runtime.native import ADDRESS, NUMBER, address_of, call, structure
 
 # `Committed` of walk.h.
 _Committed = structure(
-    (NUMBER, "batch length columns margins depth"),
+    (NUMBER, "batch length columns margins depth bytes"),
     (ADDRESS, "out accepted near drawn cost count passes drafted kept margin spent tokens sums figures"),
 )
 
@@ -108,14 +108,15 @@ class DecodeState:
 def own_commit(
     state: DecodeState, depth: int, verdict: Verdict, near: Tensor | None, drawn: Tensor | None
 ) -> tuple[DecodeState, Tensor]:
-    """`DecodeState.append` of codes, and their statistics, by our kernels (runtime/walk.h), in the place of the tokens.
+    """`DecodeState.append`, and the statistics of codes, by our kernels (runtime/walk.h), in the place of the tokens.
     near: margins float32 [B, K] of the places behind what is committed; drawn: [B], of a draft of at most `depth`."""
     batch = len(state.count)
     given = (verdict.tokens, verdict.accepted, near, drawn, verdict.spent)
     held = [None if part is None else part.contiguous() for part in given]
     before = (state.count, state.passes, state.drafted, state.accepted, state.margin, state.spent)
     tokens, sums, figures = state.tokens.contiguous(), torch.empty(5, batch, dtype=torch.int64), torch.empty(2, batch)
-    sizes = (batch, state.length, verdict.tokens.shape[1], 0 if near is None else near.shape[1], depth)
+    places, nears = verdict.tokens.shape[1], 0 if near is None else near.shape[1]
+    sizes = (batch, state.length, places, nears, depth, tokens[0, 0].nbytes)
     call("bozzetto_commit", _Committed(*sizes, *map(address_of, (*held, *before, tokens, sums, figures))))
     count, passes, drafted, accepted, committed = sums.unbind()
     margin, spent = figures.unbind()

@@ -30,6 +30,10 @@ from bozzetto.targets.mar_target import MARSampler
 _CALLED = {CODES: "codes", VECTORS: "continuous tokens"}
 _UNSET = GenerateSettings()
 
+# Places of continuous tokens in a pass of our kernels, on a processor without a matrix unit: a place more costs a third
+# of a token alone, all of it arithmetic of the head.
+_WIDEST_OWN = 3
+
 
 class TokenKind:
     """What the three kinds share. runner: of the target; resources: its drafters (methods/resources.py).
@@ -176,10 +180,9 @@ class CausalVectors(TokenKind):
 
     def make_batch(self, settings: GenerateSettings, closed: bool) -> Batch:
         rule, target = settings.rule, self.runner.target_in(settings.compile)
-        resources, window = (
-            self.resources.of(target),
-            settings.window_for(settings.batch, target.length, self.dtype, rule.widest),
-        )
+        widest = min(rule.widest, _WIDEST_OWN) if target.own else rule.widest
+        window = settings.window_for(settings.batch, target.length, self.dtype, widest)
+        resources = self.resources.of(target)
         asked = {n: getattr(settings, n) for n in ("steps", "last_steps") if getattr(settings, n)}
         if asked and asked != {"steps": target.sampler.steps}:
             target = copy.copy(target)

@@ -320,18 +320,21 @@ inline void draw_behind(const Judged& s, int64_t b, int64_t w) {
 // What a verdict commits to images (decoding/loop.py): never past their end.
 struct Committed {
   int64_t batch, length, columns, margins, depth;  // columns of `out`; of `near`, 0: none; most drafts kept by a pass
-  const int64_t *out, *accepted;                   // [B, columns], [B]
+  int64_t bytes;                                   // of a token
+  const char* out;                                 // [B, columns]
+  const int64_t* accepted;                         // [B]
   const float *near, *drawn, *cost;                // [B, margins], [B] or null, [B] or null
   const int64_t *count, *passes, *drafted, *kept;  // [B], before
   const float *margin, *spent;
-  int64_t *tokens, *sums;                          // [B, length]; [5, B]: the four after it, and how many were committed
+  char* tokens;                                    // [B, length]
+  int64_t* sums;                                   // [5, B]: the four after it, and how many were committed
   float* figures;                                  // [2, B]: margin and spent after it
 };
 
 inline void commit(const Committed& c) {
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t left = c.length - c.count[b], fresh = std::min(c.accepted[b] + 1, left);
-    std::copy_n(c.out + b * c.columns, fresh, c.tokens + b * c.length + c.count[b]);
+    std::memcpy(c.tokens + (b * c.length + c.count[b]) * c.bytes, c.out + b * c.columns * c.bytes, fresh * c.bytes);
     const int64_t sums[] = {c.count[b] + fresh, c.passes[b] + 1, c.drafted[b] + std::min(left, c.depth),
                             c.kept[b] + std::min(c.accepted[b], left), fresh};
     for (int64_t i = 0; i < 5; ++i) c.sums[i * c.batch + b] = sums[i];

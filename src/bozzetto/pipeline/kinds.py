@@ -56,7 +56,7 @@ class TokenKind:
         another kind of token."""
         tokens = self.target.tokens
         settings = replace(settings, compile=self.runner.mode(settings.compile))
-        settings = settings.with_method(self.default_drafter, self.default_rules)
+        settings = settings.with_method(self.usual_drafter(settings.compile), self.default_rules)
         if tokens == VECTORS and settings.sequential:
             settings = replace(settings, rule=PlainSteps.name)
         rule, drafter = settings.rule, settings.drafter
@@ -68,6 +68,10 @@ class TokenKind:
         if settings.last_steps and drafter.drafts:
             raise UsageError(f"last_steps is not allowed with drafts: drafter {drafter.text!r} (allowed: none)")
         return settings
+
+    def usual_drafter(self, mode: str) -> str:
+        """What the drafter `auto` stands for where passes are run so."""
+        return self.default_drafter
 
     def make_batch(self, settings: GenerateSettings, closed: bool) -> Batch:
         """Of resolved settings: see Pipeline.make_batch."""
@@ -174,6 +178,10 @@ class CausalVectors(TokenKind):
                 f"rule {rule.text!r} is not allowed here: the sampler's last step adds no noise (coupled is)"
             )
         return settings
+
+    def usual_drafter(self, mode: str) -> str:
+        """Sequential where our kernels draw: there each drafted place costs its share of the head (docs/log.md)."""
+        return self.default_drafter if mode == "off" else "none"
 
     def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
         return {"steps": settings.steps or self.target.sampler.steps}

@@ -320,9 +320,10 @@ def test_models_lists_what_is_in_a_folder(tiny_model, capsys):
     for folder in (tiny_model, tiny_model.parent):
         assert run("models", folder) == 0
         header, row = capsys.readouterr().out.strip().splitlines()
-        assert header.split() == ["name", "family", "parameters", "image", "tokens", "classes", "sampling", "where"]
+        named = ["name", "family", "parameters", "image", "tokens", "classes", "sampling", "passes", "by", "where"]
+        assert header.split() == named
         assert row.split()[:2] == ["tiny", "llamagen"]
-        assert row.split()[4:] == ["32x32", "16", "3", "guidance", "2", str(tiny_model)]
+        assert row.split()[4:] == ["32x32", "16", "3", "guidance", "2", "our", "kernels", str(tiny_model)]
 
 
 def test_models_of_a_missing_folder_is_refused(capsys, empty):

@@ -121,7 +121,7 @@ def known_around(number: Tensor, distances: tuple[int, ...], last: Tensor) -> tu
 class CachedGlance(CachedParallel):
     """held: what is kept of tokens and of features, narrow, one row for each committed pair."""
 
-    axis = 1
+    axis, table = 1, True
 
     @torch.no_grad()
     def __init__(self, net: GlanceNet, embedding: Tensor, output: Any):

@@ -219,7 +219,7 @@ class CachedParallel(DraftModel):
     wants_features = True
     at_once = True
     axis = 0
-    table = True  # whether a law learns from the token before
+    table: bool | None = None  # whether laws learn from the token before, by a table (None: it is not said)
     held: Tensor
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class CachedParallel(DraftModel):
 
     @torch.no_grad()
     def whole(self, seen: Observation) -> dict[str, Any] | None:
-        if not self.own:
+        if not self.own or self.table is None:
             return None
         base = self.own_bases(seen).contiguous()
         found = {"bases": base, "places": base.shape[1], "half": int(self.dtype == torch.bfloat16)}
@@ -321,7 +321,7 @@ class CachedBlock(CachedParallel):
     """Marked places over cached contexts. held: keys and values of every layer; slot i of a row is pair i, the places
     lie behind the committed pairs."""
 
-    axis = 2
+    axis, table = 2, True
 
     @torch.no_grad()
     def __init__(self, net: BlockNet, embedding: Tensor, output: Any):

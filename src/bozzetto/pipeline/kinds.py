@@ -21,7 +21,7 @@ from bozzetto.decoding.masked import MaskedBatch
 from bozzetto.drafts import CODES, VECTORS
 from bozzetto.errors import UsageError
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
-from bozzetto.methods.table import USUAL_RULES
+from bozzetto.methods.table import AUTO, USUAL_RULES
 from bozzetto.pipeline.runner import Runner
 from bozzetto.rules.reflection import PlainSteps
 from bozzetto.settings import GenerateSettings
@@ -56,7 +56,7 @@ class TokenKind:
         another kind of token."""
         tokens = self.target.tokens
         settings = replace(settings, compile=self.runner.mode(settings.compile))
-        settings = settings.with_method(self.usual_drafter(settings.compile), self.default_rules)
+        settings = settings.with_method(self.usual_drafter(settings), self.default_rules)
         if tokens == VECTORS and settings.sequential:
             settings = replace(settings, rule=PlainSteps.name)
         rule, drafter = settings.rule, settings.drafter
@@ -69,8 +69,8 @@ class TokenKind:
             raise UsageError(f"last_steps is not allowed with drafts: drafter {drafter.text!r} (allowed: none)")
         return settings
 
-    def usual_drafter(self, mode: str) -> str:
-        """What the drafter `auto` stands for where passes are run so."""
+    def usual_drafter(self, settings: GenerateSettings) -> str:
+        """What the drafter `auto` stands for."""
         return self.default_drafter
 
     def make_batch(self, settings: GenerateSettings, closed: bool) -> Batch:
@@ -179,9 +179,10 @@ class CausalVectors(TokenKind):
             )
         return settings
 
-    def usual_drafter(self, mode: str) -> str:
+    def usual_drafter(self, settings: GenerateSettings) -> str:
         """Sequential where our kernels draw: there each drafted place costs its share of the head (docs/log.md)."""
-        return self.default_drafter if mode == "off" else "none"
+        asked = settings.compile == "off" or settings.rule is not AUTO
+        return self.default_drafter if asked else "none"
 
     def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
         return {"steps": settings.steps or self.target.sampler.steps}

@@ -1,5 +1,6 @@
 """Make the package importable from a checkout that is not installed; a model with random weights for every test."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -18,11 +19,18 @@ if importlib.util.find_spec("bozzetto") is None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests compile is not kept beside what the user compiled; all workers of pytest-xdist share it."""
+    """What tests compile is not kept beside what the user compiled; all workers of pytest-xdist share it. The kernels are
+    there from the beginning, so that no test's output depends on which one came first."""
+    from bozzetto.errors import UsageError
+    from bozzetto.runtime.kept import cache_folder
+    from bozzetto.runtime.native import load_kernels
+
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BOZZETTO_CACHE", str(folder))
+        with contextlib.suppress(UsageError):  # a machine without a compiler
+            load_kernels(cache_folder())
         yield
 
 

@@ -19,8 +19,8 @@ if importlib.util.find_spec("bozzetto") is None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests compile is not kept beside what the user compiled; all workers of pytest-xdist share it. The kernels are
-    there from the beginning, so that no test's output depends on which one came first."""
+    """What tests compile is not kept beside what the user compiled; all workers of pytest-xdist share it. The kernels
+    are there from the beginning, so that no test's output depends on which one came first."""
     from bozzetto.errors import UsageError
     from bozzetto.runtime.kept import cache_folder
     from bozzetto.runtime.native import load_kernels

@@ -120,7 +120,7 @@ class GenerateSettings(LawOptions, MethodOptions):
 
 
 # Rows of a pass that pay, by those that are cheap on the machine: compiled, eager in bfloat16, eager in float32.
-_ROWS = {32: (32, 128, 64), 16: (16, 64, 32), 8: (8, 16, 32)}
+_ROWS = {32: (32, 128, 64), 16: (8, 64, 32), 8: (8, 16, 32)}
 
 
 def default_window(sequences: int, dtype: str, widest: int = 16, compiled: bool = False) -> int:

@@ -69,7 +69,7 @@ def pipe(tiny_model):
 @pytest.fixture(scope="module")
 def settings(data):
     return EvaluateSettings(
-        references=("test", "train"), count=12, bootstrap=8, base=GenerateSettings(batch=4), data=data
+        references=("test", "train"), count=12, bootstrap=8, base=GenerateSettings(batch=4, window=4), data=data
     )
 
 

@@ -256,6 +256,14 @@ def test_a_process_stopped_from_outside_leaves_nothing_behind(tiny_model, empty)
     assert list(empty.iterdir()) == []
 
 
+def test_its_code_is_kept_where_an_import_was_interrupted(tmp_path):
+    text = "try:\n    exec('raise KeyboardInterrupt')\nexcept KeyboardInterrupt:\n    pass\n"
+    (tmp_path / "sitecustomize.py").write_text(text)  # as a dataclass being made when the signal came
+    path = os.pathsep.join(map(str, (tmp_path, Path(bozzetto.__file__).parent.parent)))
+    command = [sys.executable, "-m", "bozzetto", "--version"]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode == 0
+
+
 def test_a_near_tie_is_named(tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bozzetto.pipeline.pipeline.ROUNDING, "float32", 1e9)
     assert run("generate", "rose", "--model", tiny_model, "--out", tmp_path, "--compile", "off") == 0

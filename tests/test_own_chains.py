@@ -46,7 +46,7 @@ def laws(kind: type[Law], guidance: float, dtype: torch.dtype, batch: int, width
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "guidance"), [(1, 1.0), (1, 2.0), (3, 2.0)])
+@pytest.mark.parametrize(("batch", "guidance"), [(1, 1.0), (1, 2.0), (3, 2.0), (1, 3)])
 def test_whole_chains_are_torchs(kind: type[Law], dtype: torch.dtype, batch: int, guidance: float) -> None:
     plain, own = laws(kind, guidance, dtype, batch)
     noise = normal(5, batch * 3, STEPS + 1, D)

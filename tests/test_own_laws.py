@@ -44,6 +44,7 @@ def test_laws_of_images_with_settings_of_their_own(vocab: int, cut: bool, guided
         LawSettings(3.0, 0.0),
         LawSettings(1.0, 1.0, 0, 0.3),
         LawSettings(2.0, 1.2, 3),
+        LawSettings(5, 2, 3, 1),  # whole numbers
     ],
 )
 def test_laws_of_one_setting(vocab: int, settings: LawSettings) -> None:

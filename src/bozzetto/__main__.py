@@ -5,4 +5,6 @@ import sys
 from bozzetto.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    exec("")  # one raised, if caught, in source run as text makes -m end by SIGINT; this is a later one
+    sys.exit(code)

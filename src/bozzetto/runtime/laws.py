@@ -48,7 +48,8 @@ def own_law_of(logits: Tensor, settings: LawSettings) -> Tensor:
 def _rows_of(settings: LawSettings, batch: int) -> tuple[Tensor, ...]:
     """Guidance, temperature, top-k and top-p, [B] each, as `own_laws` takes them."""
     top_k, temperature = settings.top_k if settings.temperature else -1, settings.temperature or 1.0
-    return tuple(torch.full((batch,), value) for value in (settings.guidance, temperature, top_k, settings.top_p))
+    given = float(settings.guidance), float(temperature), int(top_k), float(settings.top_p)  # whole numbers are allowed
+    return tuple(torch.full((batch,), value) for value in given)
 
 
 def gumbel_draw(laws: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

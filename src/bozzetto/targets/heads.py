@@ -171,7 +171,7 @@ class HeadLaw(ChainLaw):
         """All steps of every place in turn as one call."""
         self.calls += self.steps
         self.rows += self.steps * self.copies * self.places
-        scale = self.guidance if isinstance(self.guidance, Tensor) else torch.full((self.places,), self.guidance)
+        scale = self.guidance if isinstance(self.guidance, Tensor) else torch.full((self.places,), float(self.guidance))
         given = self.condition, self.head.times, self.coefficients, scale, self.temperature
         return Trajectory(*self.head.narrow.chains(*given, noise, draft))
 

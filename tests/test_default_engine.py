@@ -72,7 +72,7 @@ def test_shipped_models_have_the_usual_type_and_folders_float32(
 ) -> None:
     monkeypatch.setattr("bozzetto.pipeline.loading.usual_dtype", lambda: "bfloat16")
     assert [bozzetto.load(m).dtype for m in (tiny_model, tiny_flow)] == ["float32", "float32"]
-    monkeypatch.setattr("bozzetto.pipeline.loading.ASSETS", tiny_model.parent)
+    monkeypatch.setattr("bozzetto.pipeline.loading.shipped_folders", lambda: {"tiny": tiny_model})
     assert (
         bozzetto.load(tiny_model).dtype == "bfloat16" and bozzetto.load(tiny_model, dtype="float32").dtype == "float32"
     )

@@ -31,8 +31,7 @@ def test_damaged_weights_fail_with_a_way_out(monkeypatch: pytest.MonkeyPatch, tm
     shutil.copytree(tiny_model, tmp_path / "broken")
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    monkeypatch.setattr(doctor, "ASSETS", tmp_path)
-    monkeypatch.setattr(doctor, "shipped_models", lambda: ["broken"])
+    monkeypatch.setattr(doctor, "shipped_folders", lambda: {"broken": tmp_path / "broken"})
     assert finding("model broken") == doctor.Finding(
         "model broken", "fail", "damaged: model.safetensors", "install bozzetto again"
     )
@@ -100,7 +99,7 @@ def test_extras_are_those_of_the_package() -> None:
     import tomllib
 
     content = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert set(doctor.EXTRAS) == set(content["project"]["optional-dependencies"]) - {"dev"}
+    assert set(doctor.EXTRAS) == set(content["project"]["optional-dependencies"]) - {"dev", "models"}
 
 
 @pytest.mark.parametrize(

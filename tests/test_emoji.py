@@ -18,7 +18,7 @@ from bozzetto.cli.main import main
 from bozzetto.evaluate.evaluation import EvaluateSettings, evaluate, evaluation_table
 from bozzetto.evaluate.photographs import prompts_for
 from bozzetto.evaluate.shards import read_run
-from bozzetto.pipeline.pipeline import ASSETS, GenerateSettings, Pipeline, shipped_models
+from bozzetto.pipeline.pipeline import GenerateSettings, Pipeline, model_folder, shipped_models
 
 pytestmark = pytest.mark.skipif("emoji" not in shipped_models(), reason="not shipped yet")
 PROMPTS = ["a penguin, 3d", "red apple, noto", "smiling face, flat", "car"]
@@ -103,7 +103,7 @@ def test_prompts_that_do_not_fit_are_refused(
 
 
 def test_the_asset_is_complete_and_credits_its_drawings() -> None:
-    folder = ASSETS / "emoji"
+    folder = model_folder("emoji")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert len(config["prompts"]) >= 8 and config["encoder"] == "all-MiniLM-L6-v2"
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 
 import bozzetto
 from bozzetto.laws.categorical import LawSettings, law_of
-from bozzetto.pipeline.pipeline import ASSETS, ROUNDING, GeneratedImage, Pipeline
+from bozzetto.pipeline.pipeline import ROUNDING, GeneratedImage, Pipeline, model_folder
 
 FEW = ["daisy", "rose", "tulip"]
 
@@ -76,7 +76,7 @@ def test_bfloat16_draws_pictures_of_the_same_kind() -> None:
 
 
 def test_the_asset_is_complete_and_small() -> None:
-    folder = ASSETS / "flowers"
+    folder = model_folder("flowers")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["class_names"] == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
     assert "photographers" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")

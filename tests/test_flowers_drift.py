@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import bozzetto
-from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
+from bozzetto.pipeline.pipeline import Pipeline, model_folder, shipped_models
 
-FOLDER = ASSETS / "flowers-drift"
+FOLDER = model_folder("flowers-drift")
 pytestmark = pytest.mark.skipif("flowers-drift" not in shipped_models(), reason="not shipped yet")
 
 

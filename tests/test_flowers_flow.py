@@ -9,9 +9,9 @@ import pytest
 
 import bozzetto
 from bozzetto import GenerateSettings
-from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
+from bozzetto.pipeline.pipeline import Pipeline, model_folder, shipped_models
 
-FOLDER = ASSETS / "flowers-flow"
+FOLDER = model_folder("flowers-flow")
 
 
 @pytest.fixture(scope="module")

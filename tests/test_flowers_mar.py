@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import bozzetto
-from bozzetto.pipeline.pipeline import ASSETS, Pipeline, shipped_models
+from bozzetto.pipeline.pipeline import Pipeline, model_folder, shipped_models
 from bozzetto.targets.mar_target import MARTarget
 
-FOLDER = ASSETS / "flowers-mar"
+FOLDER = model_folder("flowers-mar")
 FAST = {"seed": 7, "batch": 2, "passes": 8}
 
 

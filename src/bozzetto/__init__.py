@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bozzetto.pipeline.results import GeneratedImage, GenerateResult
     from bozzetto.settings import GenerateSettings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "GenerateResult": "pipeline.results",
     "GenerateSettings": "settings",

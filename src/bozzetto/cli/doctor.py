@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from bozzetto import __version__
 from bozzetto.common.extras import EXTRAS
-from bozzetto.pipeline.pipeline import ASSETS, shipped_models
+from bozzetto.common.shipped import INSTALL, missing_models, shipped_folders
 from bozzetto.runtime.kept import cache_folder, damaged
 from bozzetto.runtime.native import built, compiler, has_matrix_unit, multiplies_pairs, usual_dtype
 
@@ -169,14 +169,16 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _assets() -> Iterator[Finding]:
-    names = shipped_models()
-    if not names:
+    found = shipped_folders()
+    if not found:
         yield Finding("models", "fail", "none shipped", "install bozzetto again: its assets are missing")
-    for name in names:
-        damaged = [path.name for path in sorted((ASSETS / name).rglob("*.safetensors")) if not _readable(path)]
-        size = sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file())
+    for name, folder in sorted(found.items()):
+        damaged = [path.name for path in sorted(folder.rglob("*.safetensors")) if not _readable(path)]
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         how = f"damaged: {', '.join(damaged)}" if damaged else f"{size / 2**20:.0f} MiB"
         yield checked(f"model {name}", not damaged, how, "install bozzetto again")
+    if missing := missing_models():
+        yield Finding("other models", "note", f"not installed: {', '.join(missing)}", INSTALL)
 
 
 def _readable(path: Path) -> bool:

@@ -29,9 +29,10 @@ from bozzetto.checkpoints.folders import (
 from bozzetto.checkpoints.own_sampling import brief_law, own_from
 from bozzetto.checkpoints.published import family_of, sampling_of
 from bozzetto.checkpoints.weights import SCALE, WEIGHTS, read_header
+from bozzetto.common.shipped import INSTALL, missing_models, shipped_folders
 from bozzetto.errors import UsageError, brief
 from bozzetto.evaluate.columns import table
-from bozzetto.pipeline.pipeline import ASSETS, is_hosted, model_folder
+from bozzetto.pipeline.pipeline import is_hosted, model_folder
 
 # What runs their passes on a processor, where the kernels can be (`bozzetto doctor`).
 _PASSES = dict.fromkeys((LLAMAGEN, FLOW, DRIFT, MASKED), "our kernels")
@@ -39,15 +40,19 @@ _PASSES = dict.fromkeys((LLAMAGEN, FLOW, DRIFT, MASKED), "our kernels")
 
 def list_models(folder: str | Path | None) -> str:
     """A table of the models shipped (None), or of `folder` and the folders right below it."""
-    root = ASSETS if folder is None else Path(folder)
-    if folder is not None and not root.is_dir():
+    header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "passes by", "where")
+    if folder is None:
+        shown = table(header, [_row(path) for _, path in sorted(shipped_folders().items())])
+        missing = ", ".join(missing_models())
+        return f"{shown}\nnot installed: {missing} ({INSTALL})" if missing else shown
+    root = Path(folder)
+    if not root.is_dir():
         raise UsageError(f"folder {str(folder)!r} not found (allowed: a model folder, or one that holds model folders)")
     inside = () if (root / PIPELINE).is_file() else root.iterdir()  # parts of a pipeline are no models
     folders = [root, *sorted(path for path in inside if path.is_dir())]
     found = [path for path in folders if (_described(path) / CONFIG).is_file()]
     if not found:
         return f"no models found in {root}"
-    header = ("name", "family", "parameters", "image", "tokens", "classes", "sampling", "passes by", "where")
     return table(header, [_row(path) for path in found])
 
 

@@ -34,11 +34,12 @@ from bozzetto.common.checks import config_from, naming
 from bozzetto.common.classes import distinct
 from bozzetto.common.extras import needed
 from bozzetto.common.hub import described, fetched, go_offline, model_name, on_hub
+from bozzetto.common.shipped import shipped_folders
 from bozzetto.errors import UsageError, brief, require
 from bozzetto.methods.resources import MaskedResources, Resources, VectorResources
 from bozzetto.pipeline.conditions import ENCODER, EXAMPLES, Captions, Classes
 from bozzetto.pipeline.kinds import CausalVectors, Codes, MaskedVectors, TokenKind
-from bozzetto.pipeline.pipeline import ASSETS, Pipeline, is_hosted, model_folder
+from bozzetto.pipeline.pipeline import Pipeline, is_hosted, model_folder
 from bozzetto.pipeline.results import settings_of
 from bozzetto.pipeline.runner import Runner
 from bozzetto.runtime.graphs import Report
@@ -80,7 +81,7 @@ def load(
     if wanted.size:
         raise UsageError(f"image_size = {wanted.image_size} is not allowed: {folder} draws pictures of one size")
     wanted.refuse(f"{folder} is no model of transformers", "device_map", "adapter")
-    here = usual_dtype if folder.parent == ASSETS else lambda: "float32"
+    here = usual_dtype if folder in shipped_folders().values() else lambda: "float32"
     wanted = wanted.for_weights(lambda: usual_type(folder / WEIGHTS), here)
     read = _vectors if family in (FLOW, MASKED, DRIFT) else _codes
     kind, conditions = read(folder, config, wanted)

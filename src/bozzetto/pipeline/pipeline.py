@@ -24,6 +24,7 @@ from bozzetto.checkpoints.own_sampling import HEAD, LAW, OwnSampling
 from bozzetto.common.files import digest
 from bozzetto.common.hub import on_hub
 from bozzetto.common.images import Origin, one_core, to_picture
+from bozzetto.common.shipped import INSTALL, missing_models, shipped_folders
 from bozzetto.decoding.batch import Batch
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.meter import Meter
@@ -37,7 +38,6 @@ from bozzetto.pipeline.results import GeneratedImage, GenerateResult, StreamEven
 from bozzetto.pipeline.runner import Runner
 from bozzetto.settings import GenerateSettings
 
-ASSETS = Path(__file__).parent.parent / "assets"
 _GREY = 0.5  # of what is not drawn yet
 _WAVES = 64  # of images that follow each other into slots, before pictures are made of them
 
@@ -325,20 +325,21 @@ class Pipeline:
 
 
 def shipped_models() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
+    """Names of the shipped models that are installed."""
+    return sorted(shipped_folders())
 
 
 def model_folder(name_or_folder: str | Path) -> Path:
     """Folder of a shipped model or of a path. Raises UsageError naming what is shipped."""
-    shipped = ASSETS / str(name_or_folder)
-    if str(name_or_folder) in shipped_models():
+    if (shipped := shipped_folders().get(str(name_or_folder))) is not None:
         return shipped
     folder = Path(name_or_folder)
     if os.path.isdir(folder):  # False, not an error, for a name that no file could have
         return folder
     is_file = os.path.isfile(folder)
     what, note = ("not a folder but a file:", convert_note(folder)) if is_file else ("unknown model", "")
+    if str(name_or_folder) in missing_models():
+        raise UsageError(f"model {brief(str(folder))} is not installed: {INSTALL}")
     known = f"shipped: {', '.join(shipped_models()) or 'none'}; or a folder with a config.json, or ORGANISATION/NAME"
     raise UsageError(f"{what} {brief(str(folder), 300)} ({known}){note}")
 

@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help: ## list the targets
 	@echo "make demo    draw ten flowers into $(OUT), say where the contact sheet is, and race"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy only"
+	@echo "make docs    the pages of docs/ as a site, in build/site"
 	@echo "make clean   remove caches and $(OUT) (not $(VENV))"
 
 demo: $(VENV)/.installed
@@ -28,6 +29,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf "$(OUT)" .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,9 +1,10 @@
-"""The README's headline: its table and its plot, from the report of the suite of followers.
+r"""The headline of docs/figures.md: its table and its plot, from the report of the suite of followers.
 
     bozzetto bench --suite followers --dtype bfloat16 --count 6 --images 48 --json suite-followers.json
-    python benchmarks/headline.py suite-followers.json --readme README.md --full docs/benchmarks.md --plot plot.svg
+    python benchmarks/headline.py suite-followers.json --readme docs/figures.md --full docs/benchmarks.md \
+        --plot docs/followers.svg
 
-A table stands between two comments of a file and is put in place of what is there. The README's has, of each model, the
+A table stands between two comments of a file and is put in place of what is there. The first has, of each model, the
 best methods and those of the papers, the other file's has all. The plot has a bar for each method: wall clock against
 sequential decoding, and what a target pass keeps.
 """
@@ -71,7 +72,7 @@ def markdown(report: Row, whole: bool = True) -> str:
 
 
 def put(text: str, table: str) -> str:
-    """The README with the table between its comments. Raises UsageError where these are missing."""
+    """A file with the table between its comments. Raises UsageError where these are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,11 +1,13 @@
-"""What the README, the examples and the recipes show is what works."""
+"""What the README, the pages of docs/, the examples and the recipes show is what works."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,14 +31,22 @@ PAGES = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
+# Blocks of these are run; those of serve.md by tests/test_serve_api.py.
+_SHOWN = ("python", "command-line", "figures", "quality", "training", "models", "continuous", "methods", "which")
+TEXTS = [README, *((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in _SHOWN)]
+
+
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+    found = (re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S) for text in TEXTS)
+    return list(dict.fromkeys(block for blocks in found for block in blocks))
 
 
 PYTHON = blocks("python")
-BASH = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+_LINES = (line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines())
+BASH = [line for line in dict.fromkeys(_LINES) if line]
 COMMANDS = [line for line in BASH if line.startswith("bozzetto ")]
 ENDLESS = ("bozzetto train ", "bozzetto serve ")  # tried by tests of their own
+RUN = [c for c in COMMANDS if not c.startswith(ENDLESS) and "flowers-drift" not in c]
 TORCHRUN = [line for line in BASH if line.startswith("torchrun ")]
 MAKE = [line for line in BASH if line.startswith("make ")]
 
@@ -74,7 +84,8 @@ def photographs(tmp_path_factory) -> Path:
     return root
 
 
-def test_the_readme_has_blocks_of_each_kind():
+def test_the_readme_is_short_and_has_blocks_of_each_kind():
+    assert len(README.splitlines()) <= 180
     assert len(PYTHON) >= 2 and len(COMMANDS) >= 5
     assert MAKE == ["make demo", "make test"]
     verbs = {tuple(command.split()[1:3]) if " train " in command else command.split()[1] for command in COMMANDS}
@@ -110,7 +121,7 @@ def test_commands_parse(command):
         assert isinstance(read_recipe(ROOT / parsed.recipe, parsed.what), kinds)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(ENDLESS)])
+@pytest.mark.parametrize("command", RUN)
 def test_commands_run(command, small_model, tiny_flow, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if " --model flowers-flow" in command:
@@ -177,6 +188,25 @@ def test_links_lead_somewhere(page):
             assert target[1:] in headings, f"{page}: no heading {target}"
         elif not target.startswith("https://"):
             assert (path.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+def test_the_site_is_built_strictly_and_asks_no_network(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name: path.read_text(encoding="utf-8") for path in tmp_path.rglob("index.html")}
+    assert {p.stem for p in (ROOT / "docs").glob("*.md")} - {"index"} <= set(pages)
+    assert "bozzetto.load" in pages["api"] and "Everything is one loop" in pages["architecture"]
+    for name, page in pages.items():
+        fetched = re.findall(r"<(?:script|link|img)[^>]*?(?:src|href)=\"?(https?:[^\"> ]+)", page)
+        assert not fetched, f"{name}: {fetched}"
+
+
+def test_the_site_lists_every_page():
+    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
 def run_example(name: str, monkeypatch, *arguments: str) -> None:

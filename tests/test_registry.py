@@ -155,3 +155,10 @@ def test_numbers_out_of_range_are_refused_with_what_is_allowed(rule: str, messag
     with pytest.raises(UsageError) as caught:
         make_rule(rule)
     assert message in str(caught.value)
+
+
+def test_every_method_says_in_a_sentence_what_it_does() -> None:
+    unsaid = [key for table in (DRAFTERS, RULES) for key, row in table.items() if not row.about.endswith(".")]
+    assert not unsaid and all(len(row.about) <= 160 for table in (DRAFTERS, RULES) for row in table.values())
+    lossy = [rule for rule in RULES.values() if not rule.exact]
+    assert all("model's own law" not in rule.about and "as before" not in rule.about for rule in lossy)

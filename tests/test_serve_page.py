@@ -68,17 +68,33 @@ def test_race_draws_both_and_says_that_they_are_equal(page: Any) -> None:
     assert "equal, byte for byte" in page.locator("#verdict").inner_text()
     assert page.locator("#left h2").inner_text() == "sequential"
     assert page.locator("#right h2").inner_text() == "speculative"
-    assert page.locator(".lane.won").count() == 1
+    assert page.locator(".lane.won").count() == 1 and "medians of 3 rounds" in page.locator("#verdict").inner_text()
     page.click("#replay")
     for lane in ("#left", "#right"):
         sync_api.expect(page.locator(f"{lane} progress")).to_have_js_property("value", 1, timeout=20000)
 
 
+def test_several_pictures_of_a_seed_are_collected_as_the_command_draws_them(page: Any, tiny_model: Path) -> None:
+    page.select_option("#class", "tulip")
+    page.fill("#seed", "7")
+    page.fill("#count", "3")
+    page.click("#draw")
+    sync_api.expect(page.locator("#gallery a")).to_have_count(3, timeout=20000)
+    sync_api.expect(page.locator("#left .figures")).to_contain_text("3 of 3 pictures")
+    found = {link.get_attribute("download"): png(link.get_attribute("href")) for link in page.locator("#gallery a").all()}
+    drawn = load(tiny_model).generate(["tulip"] * 3, seed=7, batch=1).images
+    names = ("tiny-tulip-7.png", "tiny-tulip-7-1.png", "tiny-tulip-7-2.png")
+    assert found == {name: image.image.tobytes() for name, image in zip(names, drawn, strict=True)}
+    assert not page.locator("#left .map").is_visible()
+
+
 def test_rules_follow_the_drafter_and_lossy_ones_say_so(page: Any) -> None:
     assert page.locator("#rule").is_disabled()
     page.select_option("#drafter", "jacobi")
+    assert "nothing has to be trained" in page.locator("#about-drafter").inner_text()
     page.select_option("#rule", "lantern++")
     assert "Lossy" in page.locator("#exactness").inner_text()
+    assert "lambda" in page.locator("#about-rule").inner_text()
     page.select_option("#rule", "exact")
     assert "Exact" in page.locator("#exactness").inner_text()
 
@@ -124,7 +140,7 @@ def test_what_the_server_refuses_is_shown(page: Any) -> None:
 def test_everything_can_be_done_with_the_keyboard(page: Any) -> None:
     page.focus("#model")
     reached = []
-    for _ in range(10):
+    for _ in range(11):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
     assert [name for name in reached if name] == [
@@ -132,6 +148,7 @@ def test_everything_can_be_done_with_the_keyboard(page: Any) -> None:
         "seed",
         "dice",
         "guidance",
+        "count",
         "more",
         "drafter",
         "draw",

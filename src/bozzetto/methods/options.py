@@ -20,6 +20,7 @@ from bozzetto.methods.shapes import MOST_NODES, nodes_of, read_shape
 from bozzetto.rules.reflection import WIDEST
 
 Widen = Callable[[int], int]
+_AHEAD = "What the model itself said of the places ahead, in the pass before, is the guess: nothing has to be trained."
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Drafting(Written):
 
     Traits. drafts: at all; window: windows, of as many places as the settings say; nodes: drafted nodes of a tree
     (None: no tree); fused: may be a part of a fused step; trained: the drafter that has to be trained for the
-    target ("": none); smaller: it is a smaller model; masked: masked models can use it.
+    target ("": none); smaller: it is a smaller model; masked: masked models can use it;
+    about: what it does, in a sentence.
     """
 
     name: str = field(default="", metadata=NO_OPTION)
@@ -40,6 +42,7 @@ class Drafting(Written):
     trained: ClassVar[str] = ""
     smaller: ClassVar[bool] = False
     masked: ClassVar[bool] = False
+    about: ClassVar[str] = ""
 
     def check(self, rule: Any, rules: Sequence[Any]) -> None:
         """Raise UsageError where it does not go with the rule. rules: all of that kind of token."""
@@ -63,6 +66,7 @@ class NoDrafts(Drafting):
     """Nothing is drafted."""
 
     name: str = field(default="none", metadata=NO_OPTION)
+    about: ClassVar[str] = "Nothing is drafted: one token, or one step of a masked model, per pass."
     drafts = False
     fused = True
     masked = True
@@ -79,6 +83,7 @@ class CodeWindow(Drafting):
     none, and goes on from it for `reach` tokens in all; folder: where that drafter lies, empty for the model's own."""
 
     name: str = field(default="jacobi", metadata=NO_OPTION)
+    about: ClassVar[str] = _AHEAD
     fill: str = ""
     fresh: int = 0
     second: str = ""
@@ -134,6 +139,7 @@ class Trained(Drafting):
     (drafters/early_stop.py; 0: the whole tree)."""
 
     name: str = field(default="eagle", metadata=NO_OPTION)
+    about: ClassVar[str] = "A small network trained for this model guesses a chain or a tree of the next tokens."
     tree: str = "chain-5"
     folder: str = ""
     stop: float = 0.0
@@ -185,6 +191,7 @@ class Smaller(Trained):
     """The same of a smaller target. folder: of a model with the same tokenizer."""
 
     name: str = field(default="model", metadata=NO_OPTION)
+    about: ClassVar[str] = "A smaller model of the same tokens goes ahead."
     tree: str = "chain-4"
     folder: str = field(default="", metadata={"needed": True})
     smaller = True
@@ -200,6 +207,7 @@ class VectorWindow(Drafting):
     assume."""
 
     name: str = field(default="jacobi", metadata=NO_OPTION)
+    about: ClassVar[str] = _AHEAD
     spread: float = 1.0
     window = True
 
@@ -222,6 +230,7 @@ class SmallerMasked(Drafting):
     alone at the beginning."""
 
     name: str = field(default="model", metadata=NO_OPTION)
+    about: ClassVar[str] = "A smaller model of the same tokens goes ahead."
     folder: str = ""
     length: int = 8
     prefill: float = 0.05
@@ -243,6 +252,7 @@ class Sketch(Drafting):
     nowhere)."""
 
     name: str = field(default="sketch", metadata=NO_OPTION)
+    about: ClassVar[str] = "A small network trained for this model guesses the next tokens."
     folder: str = ""
     length: int = 2
     stop: float = 0.0

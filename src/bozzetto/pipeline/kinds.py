@@ -39,13 +39,15 @@ class TokenKind:
     """What the three kinds share. runner: of the target; resources: its drafters (methods/resources.py).
 
     default_methods: what a comparison takes; default_drafter, default_rules: what `auto` stands for, the rule by the
-    drafter's name; foreign: options that mean nothing here, and what the model is that they do not.
+    drafter's name; foreign: options that mean nothing here, and what the model is that they do not; in_order: whether
+    tokens are drawn one after the other, line by line.
     """
 
     default_methods: tuple[str, ...]
     default_drafter: str
     default_rules: Mapping[str, str]
     foreign: ClassVar[Mapping[str, str]]
+    in_order: ClassVar[bool] = True
 
     def __init__(self, runner: Runner, resources: Any):
         self.runner, self.resources = runner, resources
@@ -208,6 +210,7 @@ class MaskedVectors(TokenKind):
     default_drafter = "none"
     default_rules = MappingProxyType({"none": "plain", "model": "cspd"})  # `coupled` costs more than it saves
     foreign = MappingProxyType({"tv_budget": "draws continuous tokens"})
+    in_order = False
 
     def resolve(self, settings: GenerateSettings) -> GenerateSettings:
         if settings.deterministic:

@@ -55,7 +55,7 @@ class Rule(Written):
     sequential: without drafts it is the sequential sampler by name; fused: images may come and go; couples: each place
     is coupled with its draft as `exact.couple` does; masked: masked models may use it; blind: drafts are verified
     without seeing each other; columns: of the table of nearest codes, that it reads (0: none);
-    bias: for rules that are not exact, what bounds the bias, in words.
+    bias: for rules that are not exact, what bounds the bias, in words; about: what it does, in a sentence.
     """
 
     name: ClassVar[str]
@@ -81,6 +81,7 @@ class Rule(Written):
     blind: ClassVar[bool] = False
     columns: ClassVar[int] = 0
     bias: ClassVar[str] = ""
+    about: ClassVar[str] = ""
 
     def verify(self, draft: Draft, law: Any, noise: Noise) -> Verdict:
         """law: the target's at the root and at every drafted node: log-laws float32 [B, M + 1, V] of codes; of vectors

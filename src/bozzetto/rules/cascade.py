@@ -34,6 +34,7 @@ class Cascade(Rule):
     raise_by: float = 0.1
 
     name: ClassVar[str] = "cascade"
+    about: ClassVar[str] = "Pools guesses that the drafter itself finds alike: more is kept, and pictures change."
     needs_hidden: ClassVar[bool] = True
     bias: ClassVar[str] = "each decision's distance from the exact one; without a bound of its own"
 

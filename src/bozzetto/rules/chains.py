@@ -38,6 +38,10 @@ class Chains(Rule):
     any reach is exact; inf: all are coupled."""
 
     name: ClassVar[str] = "chains"
+    about: ClassVar[str] = (
+        "Keeps a token whose every denoising step could have been the model's own, and mirrors the noise "
+        "where one could not; the model's own law."
+    )
     tokens: ClassVar[str] = VECTORS
     exact: ClassVar[bool] = True
     window: ClassVar[bool] = True

@@ -42,6 +42,9 @@ class Cspd(Rule):
     sampler itself adds no noise there (the default is that of a 100-step cosine sampler)."""
 
     name: ClassVar[str] = "cspd"
+    about: ClassVar[str] = (
+        "Continuous speculative decoding as published; what it draws has no bound to the model's law."
+    )
     tokens: ClassVar[str] = VECTORS
     fixed_noise: ClassVar[bool] = True
     needs_fixed: ClassVar[bool] = True

@@ -30,6 +30,10 @@ class Exact(Rule):
     """Keep-or-residual at every drafted position of a chain; lossless in law."""
 
     name: ClassVar[str] = "exact"
+    about: ClassVar[str] = (
+        "Keeps a draft as often as its law and the model's overlap, and draws again from what is left over: "
+        "another picture, as likely as before."
+    )
     exact: ClassVar[bool] = True
     needs_fixed: ClassVar[bool] = True
     window: ClassVar[bool] = True

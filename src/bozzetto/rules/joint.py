@@ -37,6 +37,7 @@ class Joint(Rule):
     that the result does not depend on it. Serial head calls cost more than rows: a few more than are needed pay."""
 
     name: ClassVar[str] = "joint"
+    about: ClassVar[str] = "Keeps a token for its whole denoising path, not step by step; the model's own law."
     tokens: ClassVar[str] = VECTORS
     exact: ClassVar[bool] = True
 

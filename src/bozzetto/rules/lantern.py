@@ -39,6 +39,10 @@ class Lantern(Rule):
     residual: str = "paper"
 
     name: ClassVar[str] = "lantern"
+    about: ClassVar[str] = (
+        "Lends a guess the chances of codes that look alike, at most delta in all: more is kept, and "
+        "pictures change a little."
+    )
     window: ClassVar[bool] = True
     bias: ClassVar[str] = "each decision's distance from the exact one; at most delta is borrowed per candidate"
 
@@ -142,6 +146,10 @@ class LanternPlusPlus(Lantern):
     lam: float = field(default=2.0, metadata={"option": "lambda"})
 
     name: ClassVar[str] = "lantern++"
+    about: ClassVar[str] = (
+        "Counts a guess at most lambda times, on account of codes that look alike: more is kept, and "
+        "pictures change a little."
+    )
     bias: ClassVar[str] = "each decision's distance from the exact one; a probability is raised at most lambda times"
 
     def __post_init__(self) -> None:

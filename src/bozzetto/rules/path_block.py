@@ -32,6 +32,9 @@ class PathBlock(Rule):
     """Block verification of denoising paths; no parameters."""
 
     name: ClassVar[str] = "block"
+    about: ClassVar[str] = (
+        "Keeps as much of a token's denoising path as pays, the path taken as a whole; the model's own law."
+    )
     tokens: ClassVar[str] = VECTORS
     exact: ClassVar[bool] = True
 

@@ -29,6 +29,10 @@ class Pathwise(Rule):
     `run`, of all numbers of all tokens kept in a pass together, the sum of their distances."""
 
     name: ClassVar[str] = "pathwise"
+    about: ClassVar[str] = (
+        "Keeps a token that lies within epsilon of what the same noise gives sequentially: pictures change "
+        "by no more than that."
+    )
     tokens: ClassVar[str] = VECTORS
     needs_law: ClassVar[bool] = False
     fixed_noise: ClassVar[bool] = True

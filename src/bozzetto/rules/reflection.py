@@ -134,6 +134,9 @@ class Coupled(Rule):
     call; spread: deviation of a token given its context, in token units, that the drafts assume."""
 
     name: ClassVar[str] = "coupled"
+    about: ClassVar[str] = (
+        "Drafts steps inside a token's denoising and mirrors the noise of those that fail; the model's own law."
+    )
     tokens: ClassVar[str] = VECTORS
     masked: ClassVar[bool] = True
     exact: ClassVar[bool] = True
@@ -163,6 +166,9 @@ class Reflection(Coupled):
     """Head-level speculation by reflection, for steps with fixed deviations, equal in every direction (flow heads)."""
 
     name: ClassVar[str] = "reflection"
+    about: ClassVar[str] = (
+        "Drafts steps inside a token's denoising and mirrors the noise of those that fail; the model's own law."
+    )
     isotropic: ClassVar[bool] = True
     masked: ClassVar[bool] = False
 
@@ -177,6 +183,7 @@ class PlainSteps(Rule):
     """The sequential sampler: T serial head calls with the position's own noise."""
 
     name: ClassVar[str] = "plain"
+    about: ClassVar[str] = "Denoises one token after the other, as the model's authors do."
     tokens: ClassVar[str] = VECTORS
     sequential: ClassVar[bool] = True
     masked: ClassVar[bool] = True

@@ -84,6 +84,9 @@ class Grouped(KeepingRule):
     group: int = 8
 
     name: ClassVar[str] = "grouped"
+    about: ClassVar[str] = (
+        "Keeps a guess for the codes that are about as likely as it: more is kept, and pictures change."
+    )
     bias: ClassVar[str] = "the exact bias of every decision; without a bound of its own"
 
     def __post_init__(self) -> None:
@@ -122,6 +125,9 @@ class Annealed(KeepingRule):
     mu: float = 0.0
 
     name: ClassVar[str] = "annealed"
+    about: ClassVar[str] = (
+        "Is generous with the first guess of a chain and strict with later ones: more is kept, and pictures change."
+    )
     bias: ClassVar[str] = "the exact bias of every decision, sum [min(q, w p) - p]+"
 
     def __post_init__(self) -> None:

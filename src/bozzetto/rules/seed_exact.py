@@ -24,6 +24,10 @@ class SeedExact(Rule):
     """Keep what sequential decoding of the same seed would have drawn; lossless to the byte."""
 
     name: ClassVar[str] = "seed-exact"
+    about: ClassVar[str] = (
+        "Keeps a draft where it is what the seed's own noise makes of the model's law: the picture of "
+        "sequential decoding, byte for byte."
+    )
     exact: ClassVar[bool] = True
     seed_exact: ClassVar[bool] = True
     fixed_noise: ClassVar[bool] = True

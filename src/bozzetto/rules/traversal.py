@@ -33,6 +33,9 @@ class Traversal(Rule):
     """Leaves first; trees and chains."""
 
     name: ClassVar[str] = "traversal"
+    about: ClassVar[str] = (
+        "Goes through a tree of guesses from the leaves up and keeps more than level by level; the model's own law."
+    )
     exact: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:
@@ -69,6 +72,9 @@ class BlockVerification(Traversal):
     """Block verification of a chain: how far to go is decided for the chain as a whole."""
 
     name: ClassVar[str] = "block"
+    about: ClassVar[str] = (
+        "Decides for a chain of guesses as a whole and keeps more than guess by guess; the model's own law."
+    )
     trees: ClassVar[bool] = False
     ragged: ClassVar[bool] = True
 

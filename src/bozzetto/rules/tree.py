@@ -25,6 +25,7 @@ class TreeRejection(Rule):
     """Rejection sibling by sibling, level by level."""
 
     name: ClassVar[str] = "tree"
+    about: ClassVar[str] = "Tries the guesses for a place one after the other, level by level; the model's own law."
     exact: ClassVar[bool] = True
 
     def verify(self, draft: Draft, log_p: Tensor, noise: Noise) -> Verdict:

@@ -18,7 +18,7 @@ from bozzetto import __version__
 from bozzetto.serve.answers import Events, accepted, shown, streamed, while_connected, whole
 from bozzetto.serve.guard import guarding
 from bozzetto.serve.problems import ApiError, error_body, misread
-from bozzetto.serve.schema import Drawing, ImageGeneration
+from bozzetto.serve.schema import ImageGeneration, Watched
 from bozzetto.serve.terms import Terms
 from bozzetto.serve.worker import Worker
 
@@ -112,10 +112,10 @@ def _add_api(app: FastAPI, terms: Terms) -> None:
         return JSONResponse(await while_connected(whole(worker, order), _until_gone(request)))
 
     @app.post("/v1/draw", responses=_ERRORS)
-    async def draw(body: Drawing, request: Request) -> Response:
+    async def draw(body: Watched, request: Request) -> Response:
         """Draw one image and tell what every pass does, as server-sent events (what the page shows)."""
         _ready(worker)
-        order = terms.order(body, watched=True)
+        order = terms.order(body, watched=body.pictures)
         events = await accepted(worker, order, _until_gone(request))
         return _Stream(events, shown(events, order))
 

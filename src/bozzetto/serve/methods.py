@@ -40,6 +40,12 @@ def lossy(rules: dict[str, list[str]]) -> list[str]:
     return sorted({name for names in rules.values() for name in names if not exact[name]})
 
 
+def said_of(pipe: Pipeline) -> dict[str, dict[str, str]]:
+    """What each drafter and rule does, in a sentence, by its name."""
+    tables = {"drafters": named(DRAFTERS, pipe.target.tokens), "rules": named(RULES, pipe.target.tokens)}
+    return {what: {name: row.about for name, row in rows.items() if row.about} for what, rows in tables.items()}
+
+
 def _has(pipe: Pipeline, drafter: str) -> bool:
     """Whether what a trained drafter needs lies beside the model."""
     try:

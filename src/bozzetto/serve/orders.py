@@ -15,8 +15,8 @@ from bozzetto.settings import GenerateSettings
 
 @dataclass(frozen=True)
 class Order:
-    """The images that one request asks for: 0..count-1 of a seed. partials: pictures on the way; watched: whether every
-    pass is told; size: width and height where they are not the model's own.
+    """The images that one request asks for: 0..count-1 of a seed. partials: pictures on the way; watched: whether
+    pictures on the way are sent; size: width and height where they are not the model's own.
 
     How pictures are sent: pixels: their width and height; scaled: whether the model draws another size; kind: png, jpeg
     or webp; link: as a data URL; strength: quality from 0 to 100, None: what suits the kind."""

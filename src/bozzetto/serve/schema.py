@@ -86,6 +86,12 @@ class Drawing(Strict):
     speculation: Speculation = Field(default_factory=Speculation)  # type: ignore[arg-type]
 
 
+class Watched(Drawing):
+    """Body of POST /v1/draw."""
+
+    pictures: bool = Field(True, description="pictures on the way, which cost time of their own")
+
+
 class ImageGeneration(Drawing):
     """Body of POST /v1/images/generations. Image i is image i of `bozzetto generate PROMPT --seed SEED`."""
 

@@ -13,7 +13,7 @@ from bozzetto.checkpoints.load_settings import written
 from bozzetto.errors import UsageError
 from bozzetto.methods.options import Drafting
 from bozzetto.pipeline.pipeline import Pipeline
-from bozzetto.serve.methods import lossy, own_sampling
+from bozzetto.serve.methods import lossy, own_sampling, said_of
 from bozzetto.serve.orders import Order
 from bozzetto.serve.problems import ApiError
 from bozzetto.serve.schema import Drawing, ImageGeneration
@@ -161,5 +161,7 @@ class Terms:
             "prompts": list(self.worker.examples[name][:_LISTED]),
             "rules": rules,
             "lossy": lossy(rules),
+            "about": said_of(pipe),
+            "in_order": pipe.kind.in_order,
         }
         return told if asked == name else {**told, "alias_of": name}

@@ -1,9 +1,10 @@
 "use strict";
-// The page over the API: draws one image, or the same one twice, with and without speculation, and replays both together.
+// The page over the API: draws an image or several, or the same one with and without speculation, and replays both together.
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["--s1", "--s2", "--s3", "--s4"];
-const SLOW = 4; // a replay takes this many times as long, or is hard to follow
+const REPLAY = 6; // seconds that the slower drawing of a replay takes
+const ROUNDS = 3, SHORT = 8; // a race is run this often, as long as a round takes fewer seconds than this
 let models = [];
 let stopping = null;
 let replaying = 0;
@@ -94,11 +95,13 @@ function showRules() {
   const rules = drafter === "auto" ? [] : model.rules[drafter];
   options($("rule"), [["auto", "auto (exact)"], ...rules.map((r) => [r, r + (model.lossy.includes(r) ? " (lossy)" : "")])]);
   $("rule").disabled = drafter === "auto";
+  $("about-drafter").textContent = drafter === "auto" ? "What suits the model." : model.about.drafters[drafter] || "";
   showExactness();
 }
 
 function showExactness() {
   const lossy = current().lossy.includes($("rule").value);
+  $("about-rule").textContent = current().about.rules[$("rule").value] || "";
   $("exactness").textContent = lossy
     ? "Lossy: pictures may differ in distribution from the model's own."
     : "Exact: pictures have the model's own distribution.";
@@ -114,8 +117,8 @@ function request(speculation) {
   };
 }
 
-async function* events(body, signal) {
-  const answer = await fetch("/v1/draw", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+async function* events(path, body, signal) {
+  const answer = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
   if (!answer.ok) await fail(answer);
   if ($("key").value) sessionStorage.setItem("key", $("key").value);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -159,7 +162,8 @@ const words = (seconds, passes, tokens) =>
 
 async function drawInto(lane, body, signal) {
   const total = lane.model.tokens;
-  for await (const event of events(body, signal)) {
+  lane.result = null;
+  for await (const event of events("/v1/draw", body, signal)) {
     if (event.type === "progress") {
       lane.frames.push(event);
       if (event.jpeg) lane.picture.src = `data:image/jpeg;base64,${event.jpeg}`;
@@ -175,37 +179,47 @@ async function drawInto(lane, body, signal) {
 
 function finish(lane, body) {
   const done = lane.result;
-  lane.picture.src = `data:image/png;base64,${done.png}`;
-  lane.picture.alt = `${body.prompt}, seed ${done.seed}`;
+  showPicture(lane, body, done);
   lane.bar.value = 1;
-  lane.figures.textContent = words(done.seconds, done.target_passes, done.tokens);
+  lane.figures.textContent = words(lane.seconds || done.seconds, done.target_passes, done.tokens);
   paintMap(lane, done.committed, Infinity);
 }
 
+function showPicture(lane, body, done) {
+  lane.picture.src = `data:image/png;base64,${done.png}`;
+  lane.picture.alt = `${body.prompt}, seed ${done.seed}`;
+  lane.picture.style.clipPath = "";
+}
+
+const line = ({ grid, columns, tokens }) => (tokens === grid * (columns + 1) ? columns + 1 : columns); // with its end
+
 // Tokens in raster order, coloured by how many came out of their pass. Not shown: ends of lines, and a preview before
-// the picture's own tokens.
+// the picture's own tokens. A masked model has no such order, and no map.
 function paintMap(lane, committed, passes) {
-  const canvas = lane.map, { grid: rows, columns, tokens } = lane.model, line = tokens === rows * (columns + 1) ? columns + 1 : columns;
+  const canvas = lane.map, { grid: rows, columns, tokens } = lane.model, wide = line(lane.model);
+  canvas.hidden = !lane.model.in_order;
+  if (canvas.hidden) committed = [];
   const paint = canvas.getContext("2d");
   const style = getComputedStyle(document.documentElement);
   canvas.width = columns;
   canvas.height = rows;
   paint.clearRect(0, 0, columns, rows);
-  let at = rows * line - tokens;
+  let at = rows * wide - tokens;
   committed.slice(0, passes).forEach((count) => {
     const level = count < 2 ? 0 : count < 4 ? 1 : count < 8 ? 2 : 3;
     paint.fillStyle = style.getPropertyValue(COLOURS[level]);
-    for (let i = 0; i < count; i += 1, at += 1) paint.fillRect(at % line, Math.floor(at / line), 1, 1);
+    for (let i = 0; i < count; i += 1, at += 1) paint.fillRect(at % wide, Math.floor(at / wide), 1, 1);
   });
   $("legend").hidden = !committed.length;
 }
 
-function collect(lane, body) {
-  const done = lane.result, link = document.createElement("a"), image = new Image(), text = document.createElement("span");
+function collect(body, done) {
+  const link = document.createElement("a"), image = new Image(), text = document.createElement("span");
+  const number = done.index ? `, image ${done.index}` : "";
   link.href = image.src = `data:image/png;base64,${done.png}`;
-  link.download = `${body.model}-${body.prompt.replace(/[^\w]+/g, "-").slice(0, 40)}-${done.seed}.png`;
+  link.download = `${body.model}-${body.prompt.replace(/[^\w]+/g, "-").slice(0, 40)}-${done.seed}${number && `-${done.index}`}.png`;
   image.alt = "";
-  text.textContent = `${body.prompt}, seed ${done.seed}: download`;
+  text.textContent = `${body.prompt}, seed ${done.seed}${number}: download`;
   link.append(image, text);
   const item = document.createElement("li");
   item.append(link);
@@ -237,58 +251,101 @@ const spoken = () => ({ drafter: $("drafter").value, rule: $("drafter").value ==
 
 const draw = () => busy(async (signal) => {
   $("right").hidden = true;
-  const body = request(spoken()), lane = laneOf("left", body.prompt);
+  const body = request(spoken()), lane = laneOf("left", body.prompt), count = Number($("count").value);
+  if (count > 1) return drawSeveral(lane, body, count, signal);
   await drawInto(lane, body, signal);
-  collect(lane, body);
+  collect(body, lane.result);
 });
 
+// Images 0 to count - 1 of the seed, in passes that they share. Each goes to the gallery as soon as it is there.
+async function drawSeveral(lane, body, count, signal) {
+  const began = performance.now();
+  let there = 0;
+  lane.map.hidden = true;
+  lane.figures.textContent = `0 of ${count} pictures`;
+  for await (const event of events("/v1/images/generations", { ...body, n: count, stream: true }, signal)) {
+    there += 1;
+    const done = { ...event.bozzetto, png: event.b64_json }, seconds = (performance.now() - began) / 1000;
+    showPicture(lane, body, done);
+    lane.bar.value = there / count;
+    lane.figures.textContent = `${there} of ${count} pictures, ${seconds.toFixed(2)} s, ${(there / seconds).toFixed(2)} pictures per second`;
+    collect(body, done);
+  }
+  if (there < count) throw new Error("the connection was lost");
+}
+
+const middle = (numbers) => numbers.slice().sort((a, b) => a - b)[Math.floor(numbers.length / 2)];
+
 const race = () => busy(async (signal) => {
-  // One after the other: together they would take the machine from each other.
-  const plain = request({ drafter: "none" }), fast = request(spoken());
-  const left = laneOf("left", "sequential"), right = laneOf("right", "speculative");
-  await drawInto(left, plain, signal);
-  await drawInto(right, fast, signal);
-  collect(right, fast);
-  const gain = left.result.seconds / right.result.seconds;
-  (gain >= 1 ? right : left).root.classList.add("won");
+  // One after the other: together they would take the machine from each other. Pictures on the way cost time, and are
+  // only asked for where the finished one cannot stand for them.
+  const lanes = [laneOf("left", "sequential"), laneOf("right", "speculative")], pictures = !current().in_order;
+  const bodies = [{ drafter: "none" }, spoken()].map((s) => ({ ...request(s), pictures }));
+  const seconds = [[], []], began = performance.now();
+  for (let round = 0; round < ROUNDS; round += 1) {
+    $("verdict").textContent = `Round ${round + 1} of ${ROUNDS} ...`;
+    for (const i of [0, 1]) {
+      lanes[i].frames = [];
+      await drawInto(lanes[i], bodies[i], signal);
+      seconds[i].push(lanes[i].result.seconds);
+    }
+    if ((performance.now() - began) / 1000 / (round + 1) > SHORT) break;
+  }
+  lanes.forEach((lane, i) => { lane.seconds = middle(seconds[i]); });
+  collect(bodies[1], lanes[1].result);
+  showVerdict(lanes, bodies, seconds[0].length);
+  replay(lanes, bodies);
+});
+
+function showVerdict([left, right], bodies, rounds) {
+  const gain = left.seconds / right.seconds, fewer = left.result.target_passes / right.result.target_passes;
   const same = left.result.sha256 === right.result.sha256;
+  (gain >= 1 ? right : left).root.classList.add("won");
   const verdict = document.createElement("span"), again = document.createElement("button");
-  const fewer = left.result.target_passes / right.result.target_passes;
+  const passes = fewer > 1 ? `, with ${fewer.toFixed(2)} times fewer passes` : "";
   verdict.textContent = (gain >= 1
-    ? `Speculation was ${gain.toFixed(2)} times faster, with ${fewer.toFixed(2)} times fewer passes. `
-    : `Speculation lost here: ${(1 / gain).toFixed(2)} times slower, with ${fewer.toFixed(2)} times fewer passes. `) +
+    ? `Speculation was ${gain.toFixed(2)} times faster${passes}` : `Speculation lost here: ${(1 / gain).toFixed(2)} times slower${passes}`) +
+    (rounds > 1 ? ` (medians of ${rounds} rounds). ` : ". ") +
     (same ? "Both pictures are equal, byte for byte." : "The pictures differ: another draw of the noise, or a lossy rule.");
   again.type = "button";
   again.id = "replay";
   again.textContent = "Replay side by side";
-  again.addEventListener("click", () => replay([left, right], [plain, fast]));
+  again.addEventListener("click", () => replay([left, right], bodies));
   $("verdict").replaceChildren(verdict, again);
-  replay([left, right], [plain, fast]);
-});
+}
 
 // Both drawings from their beginning, at the same clock.
 function replay(lanes, bodies) {
-  const number = (replaying += 1), began = performance.now();
+  const number = (replaying += 1), began = performance.now(), slow = REPLAY / Math.max(...lanes.map((lane) => lane.seconds));
   function frame(now) {
     if (number !== replaying) return;
-    const clock = (now - began) / 1000 / SLOW;
+    const clock = (now - began) / 1000 / slow;
     let running = false;
     lanes.forEach((lane, i) => {
-      const done = lane.result;
-      if (clock >= done.seconds) { if (lane.bar.value < 1) finish(lane, bodies[i]); return; }
+      if (clock >= lane.seconds) { if (lane.bar.value < 1) finish(lane, bodies[i]); return; }
       running = true;
-      const seen = lane.frames.filter((f) => f.seconds <= clock).pop();
-      if (seen && seen.jpeg) lane.picture.src = `data:image/jpeg;base64,${seen.jpeg}`;
-      const passes = Math.floor((clock / done.seconds) * done.target_passes);
-      const tokens = done.committed.slice(0, passes).reduce((a, b) => a + b, 0);
-      lane.bar.value = Math.min(0.999, tokens / done.tokens);
-      lane.figures.textContent = words(clock, passes, tokens);
-      paintMap(lane, done.committed, passes);
+      showAt(lane, clock);
     });
     if (running) requestAnimationFrame(frame);
   }
   lanes.forEach((lane) => { lane.bar.value = 0; });
   requestAnimationFrame(frame);
+}
+
+function showAt(lane, clock) {
+  const done = lane.result, passes = Math.floor((clock / lane.seconds) * done.target_passes);
+  const tokens = done.committed.slice(0, passes).reduce((a, b) => a + b, 0);
+  const seen = lane.frames.filter((f) => f.jpeg && f.seconds <= clock).pop();
+  if (lane.model.in_order) {
+    // The rows that are there, and of the next one what is: the finished picture, cut.
+    const { grid: rows, columns } = lane.model, wide = line(lane.model), at = Math.max(0, tokens + rows * wide - done.tokens);
+    const [top, low] = [Math.floor(at / wide), Math.floor(at / wide) + 1].map((row) => `${(100 * row) / rows}%`);
+    const x = `${(100 * (at % wide)) / columns}%`;
+    lane.picture.style.clipPath = `polygon(0 0, 100% 0, 100% ${top}, ${x} ${top}, ${x} ${low}, 0 ${low})`;
+  } else if (seen) lane.picture.src = `data:image/jpeg;base64,${seen.jpeg}`;
+  lane.bar.value = Math.min(0.999, tokens / done.tokens);
+  lane.figures.textContent = words(clock, passes, tokens);
+  paintMap(lane, done.committed, passes);
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });

@@ -1,15 +1,18 @@
 // Attention of a few queries per sequence over a cache of which every query sees its own columns: what a pass of a
 // decode loop needs. A query's result has the same bits whatever queries stand beside it, however wide the pass is.
 //
-// Caches are laid out as the sums want them, for one (sequence, head) at a time. Keys: [S / 16][words of a key][16],
-// a word of sixteen neighbouring columns side by side. Values: [words of a column][D], a word being one number, or in
-// bfloat16 the numbers of columns 2 i and 2 i + 1. D is the head's numbers filled up to a multiple of 16 with zeros.
+// Caches are laid out as the sums want them, for one (sequence, head) at a time. Keys: [S / lanes][words of a key]
+// [lanes], a word of as many neighbouring columns as a register holds side by side. Values: [words of a column][D], a word being one number, or in
+// bfloat16 the numbers of columns 2 i and 2 i + 1. D is the head's numbers filled up with zeros to whole
+// registers.
 #pragma once
 #include "lanes.h"
 
 namespace bozzetto {
 
 constexpr int kMostQueries = 8;
+template <int N>  // registers of columns, or of numbers, for N queries
+constexpr int at_once = N * 4 <= kSums ? 4 : N * 2 <= kSums ? 2 : 1;
 
 struct Head {
   int64_t dim, wide, slots;  // numbers; filled up; columns of the cache, a multiple of 64
@@ -49,7 +52,7 @@ struct Scratch {
 template <typename T, int N>
 void score(const T* keys, const T* const* q, const Head& h, int64_t columns, float* out) {
   constexpr int64_t per = numbers_of<T>;
-  constexpr int B = N > 4 ? 2 : 4;  // blocks of columns at a time
+  constexpr int B = at_once<N>;  // blocks of columns at a time
   const int64_t words = h.wide / per;
   for (int64_t c = 0; c < columns; c += B * kLanes) {
     Floats sum[B][N];
@@ -71,7 +74,6 @@ template <typename T>
 float soften(const float* scores, const uint8_t* seen, int64_t columns, float scale, T* weights) {
   const Floats never = all(-std::numeric_limits<float>::infinity());
   const auto at = [&](int64_t c) {
-    typedef uint8_t Bytes __attribute__((vector_size(16)));
     const Words shown = __builtin_convertvector(loaded<Bytes>(seen + c), Words);
     return shown != 0 ? loaded<Floats>(scores + c) : never;
   };
@@ -93,7 +95,7 @@ float soften(const float* scores, const uint8_t* seen, int64_t columns, float sc
 template <typename T, int N>
 void mix(const T* values, const T* weights, const float* share, const Head& h, int64_t columns, T* const* out) {
   constexpr int64_t per = numbers_of<T>;
-  constexpr int B = N > 4 ? 2 : 4;  // registers of numbers at a time
+  constexpr int B = at_once<N>;  // registers of numbers at a time
   for (int64_t d = 0; d < h.wide; d += B * kLanes) {
     const int blocks = static_cast<int>(std::min<int64_t>(B, (h.wide - d) / kLanes));
     Floats sum[B][N];

@@ -10,6 +10,8 @@
 
 extern "C" {
 
+int bozzetto_lanes() { return static_cast<int>(bozzetto::kLanes); }
+
 void bozzetto_pass(const bozzetto::Network* network, const bozzetto::Pass* pass) {
   if (network->half)
     bozzetto::run<bozzetto::bf16>(*network, *pass);

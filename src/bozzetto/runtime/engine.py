@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bozzetto.runtime.native import ADDRESS, FLOAT, NUMBER, address_of, call, structure
+from bozzetto.runtime.native import ADDRESS, FLOAT, NUMBER, address_of, call, lanes, structure
 
 BLOCK = 64  # cache columns come in whole blocks
-_LANES, _GROUP = 16, 32  # columns of a register, and of a group in the layout of weights
 
 
 def laid_out(weight: Tensor, gated: bool = False) -> Tensor:
-    """Weights [columns, K] as the kernel wants them, [groups, K / per, 2, 16, per], per = numbers in 32 bits. gated:
-    the upper half of the columns are gates of the lower half; a group holds 16 of each."""
+    """Weights [columns, K] as the kernel wants them, [groups, K / per, 2, lanes, per], per = numbers in 32 bits. gated:
+    the upper half of the columns are gates of the lower half; a group holds a register of each."""
+    wide = lanes()
     per = 2 if weight.dtype == torch.bfloat16 else 1
     inputs = weight.shape[1]
     if gated:
-        halves = [F.pad(half, (0, 0, 0, -len(half) % _LANES)).view(-1, 1, _LANES, inputs) for half in weight.chunk(2)]
+        halves = [F.pad(half, (0, 0, 0, -len(half) % wide)).view(-1, 1, wide, inputs) for half in weight.chunk(2)]
         panels = torch.cat(halves, 1)
     else:
-        panels = F.pad(weight, (0, 0, 0, -len(weight) % _GROUP)).view(-1, 2, _LANES, inputs)
+        panels = F.pad(weight, (0, 0, 0, -len(weight) % (2 * wide))).view(-1, 2, wide, inputs)
     return panels.unflatten(-1, (-1, per)).permute(0, 3, 1, 2, 4).contiguous()
 
 
@@ -76,7 +76,7 @@ class LinearMap:
 
     def rows(self) -> Tensor:
         """The weight as it was given, in torch's own layout."""
-        panels = self.weight.permute(0, 2, 3, 1, 4).flatten(3)[..., : self.asked]  # [groups, 2, 16, n]
+        panels = self.weight.permute(0, 2, 3, 1, 4).flatten(3)[..., : self.asked]  # [groups, 2, lanes, n]
         if self.struct.gated:
             return torch.cat([half.flatten(0, 1)[: self.columns] for half in panels.unbind(1)])
         return panels.flatten(0, 2)[: self.columns].contiguous()
@@ -185,7 +185,7 @@ class Network:
     def caches(self, rows: int, slots: int) -> list[Tensor]:
         """Keys and values of every layer in turn, in the kernels' layout: [R, kv_heads, slots, numbers of a head filled
         up to whole registers]."""
-        shape = (rows, self.kv_heads, slots, -(-self.head_dim // _LANES) * _LANES)
+        shape = (rows, self.kv_heads, slots, -(-self.head_dim // lanes()) * lanes())
         return [torch.zeros(shape, dtype=self.dtype) for _ in range(2 * self.count)]
 
 

@@ -1,5 +1,5 @@
-// Sixteen 32-bit numbers at a time, in the compiler's own vector types: one register with AVX-512, two or four elsewhere.
-// A word holds one float32, or two neighbouring numbers of bfloat16 that are multiplied with two others and added up.
+// As many 32-bit numbers at a time as a register holds, in the compiler's own vector types (wider ones are kept in memory
+// and are up to fifteen times slower). A word holds one float32, or two neighbouring numbers of bfloat16 that are multiplied with two others and added up.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -19,16 +19,25 @@
 
 namespace bozzetto {
 
-constexpr int64_t kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kSums = 24;  // kSums: registers that sums may take
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8, kSums = 12;
+#elif defined(__aarch64__)
+constexpr int64_t kLanes = 4, kSums = 24;
+#else
+constexpr int64_t kLanes = 4, kSums = 12;
+#endif
 
 struct bf16 {
   uint16_t bits;
 };
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Signed __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Signed __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 template <typename V>
 inline V loaded(const void* from) {
@@ -119,7 +128,7 @@ inline float largest(Floats x) {
   return most;
 }
 
-// sum + a b of sixteen words a with one word b.
+// sum + a b of a register of words a with one word b.
 template <typename T>
 inline Floats dotted(Floats sum, Words a, uint32_t b) {
   if constexpr (std::is_same_v<T, float>) {

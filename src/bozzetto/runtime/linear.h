@@ -2,20 +2,16 @@
 // about eight rows on. Sums run over the input numbers in order, whatever the number of rows, so that a row has the
 // same bits in a call of any size.
 //
-// Weights lie in groups of 32 columns, [group][word of input numbers][2][16]: one stream of memory.
+// Weights lie in groups of two registers of columns, [group][word of input numbers][2][lanes]: one stream of memory.
 #pragma once
 #include "lanes.h"
 
 namespace bozzetto {
 
 constexpr int64_t kPanels = 2, kGroup = kLanes * kPanels;
-constexpr int64_t kStep = 128;           // bytes of a group that belong to a word of a row
+constexpr int64_t kStep = 4 * kGroup;    // bytes of a group that belong to a word of a row
 constexpr int64_t kAhead = 128 * kStep;  // bytes that are fetched before they are needed
-#if defined(__AVX512F__)
-constexpr int kMostRows = 12;  // of a block: 2 kMostRows sums are held in registers
-#else
-constexpr int kMostRows = 4;
-#endif
+constexpr int kMostRows = kSums / kPanels;  // of a block, whose sums are held in registers
 
 // A linear map: weight laid out as above, bias [columns] of the same type or null. gated: panels take turns, a gate and
 // what it lets through; `columns` counts results.
@@ -39,8 +35,7 @@ struct Near {  // fetches the weights a little ahead in G groups
   void operator()(const void* weight, int64_t) const {
     const char* from = static_cast<const char*>(weight) + kAhead;
     for (int g = 0; g < G; ++g) {
-      __builtin_prefetch(from + g * apart);
-      __builtin_prefetch(from + g * apart + kStep / 2);
+      for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(from + g * apart + line);
     }
   }
 };
@@ -122,42 +117,36 @@ struct Product {
       }
   }
 
+  // One block of so many rows, up to kMostRows; of few it takes G groups.
+  template <int R = kMostRows>
+  void sized(int64_t count, int64_t group, int64_t row, int64_t turn) const {
+    if constexpr (R > 1)
+      if (count < R) return sized<R - 1>(count, group, row, turn);
+    block<R>(group, row, turn);
+  }
+
   void all_rows(int64_t group) const {
     for (int64_t b = 0; b < blocks(); ++b) {
       const int64_t row = first_row(b);
-      switch (first_row(b + 1) - row) {
-        case 1: block<1>(group, row, b); break;
-        case 2: block<2>(group, row, b); break;
-        case 3: block<3>(group, row, b); break;
-        case 4: block<4>(group, row, b); break;
-#if defined(__AVX512F__)
-        case 5: block<5>(group, row, b); break;
-        case 6: block<6>(group, row, b); break;
-        case 7: block<7>(group, row, b); break;
-        case 8: block<8>(group, row, b); break;
-        case 9: block<9>(group, row, b); break;
-        case 10: block<10>(group, row, b); break;
-        case 11: block<11>(group, row, b); break;
-        default: block<12>(group, row, b); break;
-#endif
-      }
+      sized(first_row(b + 1) - row, group, row, b);
     }
   }
 
+  // Groups G at a time, of R rows; returns the first group that is left.
+  template <int R, int G>
+  int64_t together(int64_t group, int64_t end) const {
+    for (; group + G <= end; group += G) block<R, G>(group, 0, 0);
+    return group;
+  }
+
   void groups(int64_t group, int64_t end) const {
-    while (group < end) {
-      if (rows > 4 || group + 1 == end) {
-        all_rows(group++);
-        continue;
-      }
-      switch (rows) {
-        case 1: block<1, 2>(group, 0, 0); break;
-        case 2: block<2, 2>(group, 0, 0); break;
-        case 3: block<3, 2>(group, 0, 0); break;
-        default: block<4, 2>(group, 0, 0); break;
-      }
-      group += 2;
+    switch (rows) {
+      case 1: group = together<1, kLanes == 16 ? 2 : 4>(group, end); break;
+      case 2: group = together<2, kLanes == 16 ? 2 : 3>(group, end); break;
+      case 3: group = together<3, 2>(group, end); break;
+      case 4: if constexpr (kLanes == 16) group = together<4, 2>(group, end);
     }
+    for (; group < end; ++group) all_rows(group);
   }
 };
 

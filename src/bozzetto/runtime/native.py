@@ -73,6 +73,12 @@ def library() -> ctypes.CDLL:
     return load_kernels(cache_folder())
 
 
+@cache
+def lanes() -> int:
+    """Numbers of 32 bits in a register of the kernels."""
+    return int(library().bozzetto_lanes())
+
+
 def load_kernels(folder: Path | None) -> ctypes.CDLL:
     """The kernels, from `folder`, or built and kept there; says so on stderr, for that takes seconds. Raises UsageError
     where there is no C++ compiler, or where what it built cannot be loaded."""

@@ -1,12 +1,12 @@
-// The noise of laws/noise.py in float64; Gumbel's eight numbers at a time.
+// The noise of laws/noise.py in float64; Gumbel's a register of numbers at a time.
 #pragma once
 #include "lanes.h"
 
 namespace bozzetto {
 
-typedef double Doubles __attribute__((vector_size(64)));
-typedef uint64_t Longs __attribute__((vector_size(64)));
-constexpr int64_t kDoubles = 8;
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t Longs __attribute__((vector_size(4 * kLanes)));
+constexpr int64_t kDoubles = kLanes / 2;
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u, kMix1 = 0xBF58476D1CE4E5B9u, kMix2 = 0x94D049BB133111EBu;
 

@@ -72,7 +72,7 @@ def test_mixed_images_are_those_drawn_one_by_one_and_memory_stays_flat(pipe: Pip
     assert memory[max(memory)] <= 1.05 * memory[50]
 
 
-def test_methods_without_slots_are_decoded_in_batches_of_one_seed(pipe: Pipeline, tiny_model: Path) -> None:
+def test_images_of_all_seeds_share_the_passes_of_a_drafter(pipe: Pipeline, tiny_model: Path) -> None:
     settings = GenerateSettings(f"model:folder={tiny_model}:tree=chain-2", "block")
     engine = Scheduler(pipe, slots=3)
     asked = [engine.submit(i % 3, seed=i % 2, index=i, settings=settings) for i in range(7)]

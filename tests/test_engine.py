@@ -173,7 +173,7 @@ def test_fixed_noise_is_made_for_methods_that_read_it_only(drafter: str, rule: s
     made = sketched(TARGET, "2x2") if drafter == "tree" else make_drafter("jacobi", 3)
     batch = EagerBatch(TARGET, made, make_rule(rule), LawSettings())
     batch.run(torch.zeros(2, dtype=torch.int64), 0, torch.arange(2))
-    assert bool(batch.noise.filled) == filled
+    assert any(batch.noise.filled) == filled
 
 
 def test_seconds_are_reported_by_part() -> None:

@@ -256,9 +256,9 @@ class Way:
         return MaskedBatch(target, self.rule, self.settings, DRAFTER if self.drafted else None, made)
 
 
-def known_in(batch: MaskedBatch, state: DecodeState) -> Tensor:
-    """Which places are committed, bool [B, N]."""
-    return batch.rank < state.count[:, None]
+def known_in(state: DecodeState, index: Tensor = INDEX) -> Tensor:
+    """Which places of images of seed 0 are committed, bool [B, N]."""
+    return place_order(0, index, state.length).argsort(1) < state.count[:, None]
 
 
 WAYS = [
@@ -290,10 +290,10 @@ def test_events_tell_what_is_known():
     assert [places for *_, places in events] == TARGET.counts(8)
     states = [state for state, *_ in events]
     for state in states:
-        assert torch.equal((state.tokens != 0).any(-1), known_in(decoder, state))
+        assert torch.equal((state.tokens != 0).any(-1), known_in(state))
     assert states[-1].count.tolist() == [N] * 3
     for earlier, later in pairwise(states):
-        known = known_in(decoder, earlier)
+        known = known_in(earlier)
         assert torch.equal(earlier.tokens[known], later.tokens[known])
     assert decoder.meter.total == pytest.approx(sum(decoder.meter.parts.values())) and decoder.meter.parts["target"] > 0
 
@@ -317,7 +317,7 @@ def first_tokens(rule: PlainSteps | Coupled, index: Tensor, settings: LawSetting
     """What the first of 4 passes draws, [B, D]."""
     batch = MaskedBatch(with_passes(4, FEW), rule, settings)
     state = next(batch.passes(torch.full_like(index, 1), 0, index))
-    return state.tokens[known_in(batch, state)]
+    return state.tokens[known_in(state, index)]
 
 
 @pytest.mark.parametrize("settings", [GUIDED, LawSettings(temperature=0.9)], ids=["guided", "cooler"])
@@ -374,7 +374,7 @@ def test_released_windows_are_always_committed_in_one_pass():
     assert [places.shape[1] for *_, places in spy.seen] == [b - a for a, b in pairwise(starts)]
     order = place_order(0, INDEX, N)
     for (tokens, known, places), event in zip(spy.seen[1:], events, strict=False):
-        assert (tokens[~known_in(decoder, event)] == 0).all()  # none of the drafts
+        assert (tokens[~known_in(event)] == 0).all()  # none of the drafts
         assert torch.equal(torch.cat([known, places], 1), order[:, : known.shape[1] + places.shape[1]])
     assert (events[-1].drafted == N - starts[2]).all() and (events[-1].accepted <= events[-1].drafted).all()
 

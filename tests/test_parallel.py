@@ -170,11 +170,8 @@ def test_images_do_not_depend_on_their_batch(kind: str, rule: str, tree: str) ->
 def first_tokens(made: Any, rule: str, seed: int, count: int = 4000) -> Tensor:
     """The first four tokens of `count` images; their passes are not done to the end."""
     batch = EagerBatch(TARGET, made, make_rule(rule), LawSettings(guidance=2.0))
-    batch.begin(torch.zeros(count, dtype=torch.int64), seed, torch.arange(count))
-    while batch.going and min(batch.counts) < 4:
-        batch.advance()
-        batch.leave()
-    return batch.whole().tokens[:, :4]
+    passes = batch.passes(torch.zeros(count, dtype=torch.int64), seed, torch.arange(count))
+    return next(state.tokens[:, :4] for state in passes if state.count.min() >= 4)
 
 
 @functools.cache

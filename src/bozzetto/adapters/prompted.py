@@ -25,8 +25,8 @@ from bozzetto.errors import UsageError
 from bozzetto.runtime.engine import LinearMap
 from bozzetto.runtime.native import need_kernels
 from bozzetto.targets.base import Scores
-from bozzetto.targets.decoder import Inputs, OwnDecoder, Places
-from bozzetto.targets.layers import additive, copied, visible, whole_blocks
+from bozzetto.targets.decoder import Inputs, OwnDecoder, Places, let_in
+from bozzetto.targets.layers import additive, copied, stacked, visible, whole_blocks
 
 _WHOLE = 8  # slots of a row are a multiple of this
 _NEVER = -1e9  # a logit that no temperature makes possible; finite, so that guidance can subtract two of them
@@ -317,6 +317,14 @@ class PromptedSession:
         self.prompts = [self.prompts[i] for i in rows.tolist()]
         self.lead, self.condition = self.lead[rows], self.condition[rows]
         self.cache.keep(rows)
+
+    def join(self, other: PromptedSession) -> None:
+        let_in(self.cache, other.cache, self.copies)
+        mine, theirs = (len(session.prompts) // self.copies for session in (self, other))
+        both = [(self.prompts[i * mine :][:mine], other.prompts[i * theirs :][:theirs]) for i in range(self.copies)]
+        self.prompts = [prompt for pair in both for part in pair for prompt in part]
+        self.lead = stacked(self.lead, other.lead, self.copies)
+        self.condition = stacked(self.condition, other.condition, self.copies)
 
     @torch.no_grad()
     def admit(self, rows: Tensor, labels: Tensor) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bozzetto.decoding.images import CANCELLED, ImageRequest, PassTrace
+from bozzetto.decoding.images import CANCELLED, ImageRequest
 from bozzetto.decoding.meter import Meter
 from bozzetto.decoding.state import DecodeState
 
-_FIGURES = ("passes", "accepted", "drafted", "margin", "spent", "moved", "farthest")
+_FIGURES = ("margin", "moved", "farthest")
 
 
 class Batch(ABC):
     """slots: images together; window: places of a pass, at most; places: of the last one; meter: what passes take."""
 
-    joins = False  # whether images may enter while others are decoded
+    prepared = False  # whether making one takes long
 
     def __init__(self, target: Any, slots: int, window: int):
         self.target, self.slots, self.window = target, slots, window
@@ -70,39 +71,51 @@ class Batch(ABC):
 
 
 class RowBatch(Batch):
-    """Images of one seed as rows of tensors, from beginning to end: nobody joins them.
+    """Images as rows of tensors. Those that enter while others are drawn are a batch of their own before they join.
 
-    state: of the rows still in it; rows: the number of each in the batch; counts: its committed tokens; over: those
-    that the last pass finished; final: the whole batch, up to date for rows that have left.
+    state, counts: of the rows still in it, and their committed tokens; told: see `DecodeState.told`; over: rows that
+    the last pass finished; images: of the rows, where they have some; newer: batches that have not joined; final: of
+    `passes` and `run`, the whole batch, up to date for rows that have left.
     """
 
     state: DecodeState
     final: DecodeState
+    told: list[list[float]]
 
     def __init__(self, target: Any, slots: int = 1 << 30, window: int = 1):
         super().__init__(target, slots, window)
         self.images: list[ImageRequest] = []
-        self.rows: list[int] = []
+        self.newer: list[Any] = []
         self.counts: list[int] = []
-        self.past: list[Tensor] = []
         self.over: list[int] = []
 
+    @property
+    def joins(self) -> bool:
+        """Whether others may enter."""
+        return True
+
     @abstractmethod
-    def begin(self, labels: Tensor, seed: int, index: Tensor) -> None:
-        """Start a batch. labels, index: int64 [B] (index: the images' numbers, which with the seed fix them)."""
+    def begin(self, labels: Tensor, seed: int | Tensor, index: Tensor) -> None:
+        """Start a batch. labels, index: int64 [B] (index: the images' numbers, which with the seed, of all or int64
+        [B], fix them)."""
 
     @abstractmethod
     def advance(self) -> None:
-        """One target pass: brings state, counts and over up to date."""
+        """One target pass: brings state, counts, told and over up to date."""
 
     @abstractmethod
-    def leave(self) -> None:
-        """Go on without the rows that are over."""
+    def keep(self, going: list[int]) -> None:
+        """Go on with these rows."""
 
-    @property
+    def another(self) -> Any:
+        """The same without images."""
+        other = copy.copy(self)
+        other.images, other.newer, other.counts, other.over = [], [], [], []
+        return other
+
     @abstractmethod
-    def going(self) -> bool:
-        """Whether some row is not finished."""
+    def join(self, other: Any) -> None:
+        """Have the rows of another one behind these."""
 
     def passes(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[DecodeState]:
         """Decode to the end, arguments as in `begin`; yields the whole batch after every pass."""
@@ -118,90 +131,118 @@ class RowBatch(Batch):
     def _decode(self, labels: Tensor, seed: int, index: Tensor) -> Iterator[None]:
         self.meter = Meter(self.target.device)
         self.begin(labels, seed, index)
-        while self.going:
+        self.final = self.state
+        while self.counts:
             self.advance()
             yield
-            self.leave()
+            if self.over:
+                self.final = self.whole()
+                self._leave()
 
     def whole(self) -> DecodeState:
         """The whole batch, in the order of its images."""
-        return self.state if len(self.rows) == len(self.final.count) else self.final.merge(self.state)
+        return self.state if len(self.counts) == len(self.final.count) else self.final.merge(self.state)
+
+    def _leave(self) -> None:
+        over = set(self.over)
+        self.keep([i for i in range(len(self.counts)) if i not in over])
 
     @property
     def active(self) -> int:
-        return sum(image.tokens is None and image.status != CANCELLED for image in self.images)
+        return sum(len(part.images) for part in (self, *self.newer))
 
     @property
     def free(self) -> int:
-        return 0 if self.images else self.slots
+        return self.slots - self.active if self.joins or not self.active else 0
 
     def admit(self, images: Sequence[ImageRequest]) -> None:
-        """Begin a batch of images of one seed. Raises ValueError while there is one, or for several seeds."""
-        if len(images) > self.free or len({image.seed for image in images}) > 1:
-            raise ValueError(f"{len(images)} images for {self.free} free places, or of several seeds")
-        if images:
-            numbers = torch.tensor([[i.label for i in images], [i.index for i in images]], device=self.target.device)
-            self.begin(numbers[0], images[0].seed, numbers[1])
-            self.images, self.past = list(images), []
-            self.recent: list[tuple[Tensor, ...]] = []
+        """Images enter. Raises ValueError for more than are free."""
+        if len(images) > self.free:
+            raise ValueError(f"{len(images)} images for {self.free} free places")
+        if not images:
+            return
+        numbers = torch.tensor([[i.label, i.seed, i.index] for i in images], device=self.target.device)
+        part = self.another() if self.images else self
+        part.begin(*numbers.T.contiguous())
+        part.images = list(images)
+        if part is not self:
+            self.newer.append(part)
 
     def step(self) -> list[ImageRequest]:
-        if not self.images:
+        part = self.newer.pop(0) if self.newer else self
+        if not part.images:
             return []
-        self.advance()
-        s = self.state
-        self.recent.append((s.count, s.accepted, s.drafted, s.spent))
-        for row, count in zip(self.rows, self.counts, strict=True):
-            image = self.images[row]
-            image.passes += count > image.count
-            image.count = count
-        done = [self.images[self.rows[i]] for i in self.over]
-        if done:
-            self._report(self.over)
-            self._finish(done)
-        self.leave()
-        if not self.active:
-            self.clear()
+        part.advance()
+        self.places = part.places
+        done = part._note()
+        if part is not self and part.images:
+            self._take(part)
+        return done
+
+    def _take(self, part: Any) -> None:
+        if self.images:
+            self.join(part)
+            self.images += part.images
+        else:
+            vars(self).update({**vars(part), "newer": self.newer, "meter": self.meter})
+
+    def _note(self) -> list[ImageRequest]:
+        """Tell images what the pass brought; those that are over get their tokens and leave."""
+        columns = [*self.told, *[[0.0] * len(self.counts)] * (5 - len(self.told))]
+        for image, count, passes, accepted, drafted, spent in zip(self.images, *columns, strict=True):
+            if count == image.count:  # a masked model has drawn images that were behind
+                continue
+            image.trace.committed.append(int(count) - image.count)
+            image.trace.accepted.append(int(accepted) - image.accepted)
+            image.trace.drafted.append(int(drafted) - image.drafted)
+            image.trace.spent.append(max(0.0, spent - image.spent))
+            image.count, image.passes, image.accepted = int(count), int(passes), int(accepted)
+            image.drafted, image.spent = int(drafted), max(spent, image.spent)
+        if not self.over:
+            return []
+        self._report(self.over)
+        done = [self.images[i] for i in self.over]
+        for i, image in zip(self.over, done, strict=True):
+            image.tokens = self.state.tokens[i].clone()
+        over = set(self.over)
+        self.images = [image for i, image in enumerate(self.images) if i not in over]
+        self._leave()
         return [image for image in done if image.status != CANCELLED]
 
     def _report(self, at: Sequence[int]) -> None:
-        """Tell images their figures. at: rows of the state."""
+        """Tell images their statistics. at: rows of the state."""
         parts = torch.stack([getattr(self.state, name).double() for name in _FIGURES], 1).tolist()
         for i in at:
-            image, (passes, accepted, drafted, *bounds) = self.images[self.rows[i]], parts[i]
-            image.passes, image.accepted, image.drafted = int(passes), int(accepted), int(drafted)
-            image.margin, image.spent, image.moved, image.farthest = bounds
-
-    def _finish(self, done: Sequence[ImageRequest]) -> None:
-        """Give images that are over their tokens and traces, without the passes that they took no part in: those in
-        which a masked model drew images that were behind."""
-        new = [torch.stack(sums, 1) for sums in zip(*self.recent, strict=True)]
-        self.past, self.recent = (
-            [torch.cat(pair, 1) for pair in zip(self.past, new, strict=True)] if self.past else new,
-            [],
-        )
-        over = torch.tensor(self.over).to(self.target.device)
-        sums = [part.index_select(0, over).double() for part in self.past]  # of the four figures, [n, passes]
-        steps = [torch.diff(part, prepend=torch.zeros_like(part[:, :1])).tolist() for part in sums]
-        for at, image, *columns in zip(self.over, done, *steps, strict=True):
-            took_part = [i for i, committed in enumerate(columns[0]) if committed]
-            committed, accepted, drafted = ([int(column[i]) for i in took_part] for column in columns[:3])
-            image.trace = PassTrace(committed, accepted, drafted, [columns[3][i] for i in took_part])
-            image.tokens = self.state.tokens[at].clone()
+            image = self.images[i]
+            image.margin, image.moved, image.farthest = parts[i]
 
     def look(self) -> None:
-        self._report(range(len(self.rows)))
+        for part in (self, *self.newer):
+            if part.images:
+                part._report(range(len(part.images)))
 
     def cancel(self, image: ImageRequest) -> None:
-        """The batch goes on while somebody wants another image of it."""
+        """The others go on without it."""
         image.status = CANCELLED
-        if not self.active:
-            self.clear()
+        for part in (self, *self.newer):
+            if image in part.images:
+                going = [i for i, other in enumerate(part.images) if other is not image]
+                part.images = [part.images[i] for i in going]
+                part.keep(going)
+        self.newer = [part for part in self.newer if part.images]
 
     def clear(self) -> None:
-        self.images, self.rows, self.counts, self.past = [], [], [], []
+        if self.images:
+            self.keep([])
+        self.images, self.newer, self.over = [], [], []
 
     def tokens_of(self, image: ImageRequest) -> Tensor:
         if image.tokens is not None:
             return image.tokens
-        return self.state.tokens[self.rows.index(self.images.index(image))].clone()
+        part, row = self._of(image)
+        return part.state.tokens[row].clone()
+
+    def _of(self, image: ImageRequest) -> tuple[Any, int]:
+        """The batch that it is in, and its row there."""
+        part = next(part for part in (self, *self.newer) if image in part.images)
+        return part, part.images.index(image)

@@ -44,7 +44,7 @@ class FusedBatch(Batch):
     may have guidance; filtered: whether they may have a top-k, a top-p or no temperature; filler: see `Advance`.
     """
 
-    joins = True
+    prepared = True
 
     def __init__(
         self,

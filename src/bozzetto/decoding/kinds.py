@@ -5,6 +5,7 @@ A kind says what the noise is, what a pass's law is, what a rule is given and wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,7 @@ class CodeKind:
         self.scored = LawSettings(guidance=self.settings.guidance) if self.greedy else self.settings
         self.lead: Tensor | None = None  # in greedy decoding: margins of the choices at the scored places
 
-    def begin(self, seed: int, index: Tensor) -> GumbelField:
+    def begin(self, seed: int | Tensor, index: Tensor) -> GumbelField:
         """Fixed noise of the images int64 [B]."""
         whole = own_gumbel_rows if self.target.own else None
         return GumbelField(seed, index, self.target.length, self.target.vocab, whole)
@@ -63,8 +64,8 @@ class CodeKind:
         """Tokens [B, N, ...] before there are any."""
         return torch.zeros(batch, self.target.length, dtype=torch.int64, device=device)
 
-    def fill(self, noise: NoiseField, upto: int) -> None:
-        """Make fixed noise available for positions < upto."""
+    def fill(self, noise: NoiseField, upto: Sequence[int]) -> None:
+        """Make fixed noise available for positions < upto of each image."""
         if self.rule.needs_fixed or self.noisy:
             noise.fill(upto)
 
@@ -126,13 +127,13 @@ class VectorKind:
     def __post_init__(self) -> None:
         check_continuous(self.settings)
 
-    def begin(self, seed: int, index: Tensor) -> NormalField:
+    def begin(self, seed: int | Tensor, index: Tensor) -> NormalField:
         return NormalField(seed, index, self.target.length, self.target.schedule.steps, self.target.token_dim)
 
     def blank(self, batch: int, device: torch.device) -> Tensor:
         return torch.zeros(batch, self.target.length, self.target.token_dim, device=device)
 
-    def fill(self, noise: NoiseField, upto: int) -> None:
+    def fill(self, noise: NoiseField, upto: Sequence[int]) -> None:
         noise.fill(upto)
 
     def law(self, scores: Scores, done: int) -> Any:

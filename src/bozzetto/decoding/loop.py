@@ -1,6 +1,10 @@
 """The decode loop: propose, score, verify, commit, for a batch of images of ragged progress.
 
 Plain sequential decoding is the same loop with an empty draft. There is one host synchronisation per pass.
+
+Images that enter later have a pass of their own first, which is without drafts for nearly all drafters, and then go on
+with the others. What they draw does not depend on when that is: noise is keyed by image, position and the image's own
+passes, and a row of a pass knows nothing of the others.
 """
 
 from __future__ import annotations
@@ -42,10 +46,15 @@ class EagerBatch(RowBatch):
         self.drafter, self.settings = drafter, settings
         self.kind = kind_of(target, rule, settings, budget, neighbours, drafter.draws_fixed)
 
+    @property
+    def joins(self) -> bool:
+        """Not where the steps of a head follow the known tokens: those of a pass are for one number of them."""
+        return not getattr(getattr(self.target, "sampler", None), "last_steps", 0)
+
     @torch.no_grad()
-    def begin(self, labels: Tensor, seed: int, index: Tensor) -> None:
-        self.state = self.final = DecodeState.new(seed, index, self.kind.blank(len(index), index.device))
-        self.rows, self.counts = list(range(len(index))), [0] * len(index)
+    def begin(self, labels: Tensor, seed: int | Tensor, index: Tensor) -> None:
+        self.state = DecodeState.new(seed, index, self.kind.blank(len(index), index.device))
+        self.counts = [0] * len(index)
         self.noise = self.kind.begin(seed, index)
         keys = image_keys(seed, STREAM_DRAFT, index)
         rule = self.kind.rule
@@ -53,17 +62,13 @@ class EagerBatch(RowBatch):
         self.drafter.begin(Start(labels, self.target.length, self.settings, self.noise, keys, **asked))
         self.session: Session | None = self.target.begin(labels, self.settings.guided, self.drafter.max_nodes + 1)
 
-    @property
-    def going(self) -> bool:
-        return bool(self.rows)
-
     @torch.no_grad()
     def advance(self) -> None:
         target, drafter, kind, state, meter = self.target, self.drafter, self.kind, self.state, self.meter
         counts, session, noise = self.counts, self.session, self.noise
         assert session is not None
         meter.resume()
-        kind.fill(noise, max(counts) + 2 * (drafter.max_depth + 1))
+        kind.fill(noise, [count + 2 * (drafter.max_depth + 1) for count in counts])
         # Every draft inside the image is scored: cutting one that batch mates would keep would make an image depend
         # on its batch under rules with fresh randomness.
         draft = drafter.propose(len(counts), target.length - min(counts))
@@ -75,7 +80,8 @@ class EagerBatch(RowBatch):
         meter.lap("target")
         verdict = kind.rule.verify(draft, law, kind.given(noise, state, draft))
         self.state, committed = kind.commit(state, draft, verdict)
-        self.counts = self.state.count.tolist()  # the one synchronisation
+        self.told = self.state.told(verdict.spent is not None)  # the one synchronisation
+        self.counts = [int(count) for count in self.told[0]]
         longest = max(now - then for now, then in zip(self.counts, counts, strict=True))
         if verdict.path is not None:
             session.compact(verdict.path[:, :longest], state.count)
@@ -89,22 +95,28 @@ class EagerBatch(RowBatch):
         meter.lap("draft")
 
     @torch.no_grad()
-    def leave(self) -> None:
-        if not self.over:
-            return
-        self.final, over = self.whole(), set(self.over)
-        going = [i for i in range(len(self.rows)) if i not in over]
-        self.rows, self.counts = [self.rows[i] for i in going], [self.counts[i] for i in going]
+    def keep(self, going: list[int]) -> None:
+        self.counts = [self.counts[i] for i in going]
         rows = torch.tensor(going, dtype=torch.int64, device=self.state.count.device)
-        self.state, self.past = self.state.keep(rows), [sums[rows] for sums in self.past]
-        if going and self.session is not None:
-            self.session.keep(rows)
-            self.noise.keep(rows)
-            self.drafter.keep(rows)
+        self.state = self.state.keep(rows)
+        if not going:
+            self.session = None
+        elif self.session is not None:
+            for part in (self.session, self.noise, self.drafter):
+                part.keep(rows)
 
-    def clear(self) -> None:
-        super().clear()
-        self.session = None
+    def another(self) -> EagerBatch:
+        other: EagerBatch = super().another()
+        other.drafter = self.drafter.another()
+        return other
+
+    @torch.no_grad()
+    def join(self, other: EagerBatch) -> None:
+        assert self.session is not None
+        self.state, self.counts = self.state.join(other.state), self.counts + other.counts
+        self.session.join(other.session)
+        self.noise.join(other.noise)
+        self.drafter.join(other.drafter)
 
 
 def _features(path: Tensor | None, scores: Scores, count: int) -> Tensor:

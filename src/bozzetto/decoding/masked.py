@@ -9,7 +9,8 @@ no draft that one pass could verify exactly. What there is:
   of the steps before (as published, and `pathwise`).
 
 Tokens of one step see the same context. At the first rejection the rest of that step therefore is the target's own; the
-later steps of the window are dropped. Images of equal progress go together, those furthest behind first.
+later steps of the window are dropped. Images of equal progress go together, those furthest behind first: one that
+enters later catches up with the others, which wait meanwhile, and shares their passes from there on.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ from bozzetto.targets.mar_target import MARTarget
 
 # What a draft model has in common with its target: fields of MARConfig and of MARSampler.
 _EQUAL_SHAPES = ("token_dim", "grid", "classes")
+_ROWS = ("labels", "noise", "order", "rank")  # of a batch, besides its state
 _EQUAL_CHAINS = ("steps", "noisiest")
 
 
-def place_order(seed: int, index: Tensor, length: int) -> Tensor:
+def place_order(seed: int | Tensor, index: Tensor, length: int) -> Tensor:
     """The order in which the places of images int64 [B] are drawn: int64 [B, N], a permutation each."""
     places = torch.arange(length, device=index.device)
     return fold(image_keys(seed, STREAM_ORDER, index)[:, None], places).argsort(1)
@@ -71,18 +73,14 @@ class MaskedBatch(RowBatch):
         self.blind = rule.blind
 
     @torch.no_grad()
-    def begin(self, labels: Tensor, seed: int, index: Tensor) -> None:
+    def begin(self, labels: Tensor, seed: int | Tensor, index: Tensor) -> None:
         target, device = self.target, index.device
         blank = torch.zeros(len(index), target.length, target.token_dim, device=device)
-        self.state = self.final = DecodeState.new(seed, index, blank)
-        self.rows, self.steps = list(range(len(index))), [0] * len(index)
+        self.state = DecodeState.new(seed, index, blank)
+        self.counts, self.steps = [0] * len(index), [0] * len(index)
         self.labels, self.noise = labels, image_keys(seed, STREAM_TOKEN, index)  # of the fixed noise
         self.order = place_order(seed, index, target.length)
         self.rank, self.begins = self.order.argsort(1), torch.tensor(self.starts, device=device)
-
-    @property
-    def going(self) -> bool:
-        return min(self.steps, default=self.last) < self.last
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -95,16 +93,29 @@ class MaskedBatch(RowBatch):
         for i, done in zip(behind, self._commit(rows, first, *drawn).tolist(), strict=True):
             self.steps[i] = done
         self.counts = [self.starts[step] for step in self.steps]
-        self.over = [i for i in behind if self.steps[i] == self.last]
+        self.over, self.told = [i for i in behind if self.steps[i] == self.last], self.state.told(False)
         self.meter.lap("draft")
 
-    def leave(self) -> None:
-        """Rows stay: images that are furthest behind are found among all."""
+    @torch.no_grad()
+    def keep(self, going: list[int]) -> None:
+        self.counts, self.steps = ([part[i] for i in going] for part in (self.counts, self.steps))
+        rows = torch.tensor(going, dtype=torch.int64, device=self.begins.device)
+        self.state = self.state.keep(rows)
+        for name in _ROWS:
+            setattr(self, name, vars(self)[name][rows])
+
+    @torch.no_grad()
+    def join(self, other: MaskedBatch) -> None:
+        self.state = self.state.join(other.state)
+        self.counts, self.steps = self.counts + other.counts, self.steps + other.steps
+        for name in _ROWS:
+            setattr(self, name, torch.cat([vars(batch)[name] for batch in (self, other)]))
 
     def known_of(self, image: ImageRequest) -> Tensor:
         if image.tokens is not None:
             return torch.ones(self.target.length, dtype=torch.bool, device=self.target.device)
-        return self.rank[self.images.index(image)] < image.count
+        part, row = self._of(image)
+        return part.rank[row] < image.count
 
     def _places(self, rows: Tensor, first: int, last: int) -> Tensor:
         """Places that steps first..last - 1 of these images int64 [B] draw, int64 [B, W]."""
@@ -203,7 +214,7 @@ class MaskedBatch(RowBatch):
             moved = verdict.distance[:, : self.places].masked_fill(~fresh, 0.0)
             new["moved"] = state.moved.index_add(0, rows, moved.sum(1))
             new["farthest"] = state.farthest.index_put((rows,), torch.maximum(state.farthest[rows], moved.amax(1)))
-        self.state = self.final = DecodeState(**new)
+        self.state = DecodeState(**new)
         return steps
 
     def _scales(self, first: int, last: int, device: torch.device) -> Tensor:

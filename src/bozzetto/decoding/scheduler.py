@@ -207,6 +207,6 @@ class Scheduler:
         """Give up all images, and the batches that are quickly made."""
         self.waiting.clear()
         self.drawing.clear()
-        self.batches = {key: batch for key, batch in self.batches.items() if batch.joins}
+        self.batches = {key: batch for key, batch in self.batches.items() if batch.prepared}
         for batch in self.batches.values():
             batch.clear()

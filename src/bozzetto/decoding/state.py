@@ -44,8 +44,8 @@ class DecodeState:
     farthest: Tensor
 
     @staticmethod
-    def new(seed: int, index: Tensor, tokens: Tensor) -> DecodeState:
-        """tokens: the blank ones."""
+    def new(seed: int | Tensor, index: Tensor, tokens: Tensor) -> DecodeState:
+        """seed, index: see `image_keys`; tokens: the blank ones."""
         batch, device = len(index), index.device
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         nothing = torch.zeros(batch, device=device)
@@ -71,6 +71,15 @@ class DecodeState:
     def keep(self, rows: Tensor) -> DecodeState:
         """The given rows int64 [B']."""
         return DecodeState(**{name: value[rows] for name, value in vars(self).items()})
+
+    def join(self, other: DecodeState) -> DecodeState:
+        """With other images behind."""
+        return DecodeState(**{name: torch.cat([part, vars(other)[name]]) for name, part in vars(self).items()})
+
+    def told(self, spends: bool) -> list[list[float]]:
+        """count, passes, accepted, drafted, and where wanted spent, of every row; waits for the device once."""
+        whole = torch.stack([self.count, self.passes, self.accepted, self.drafted])
+        return (torch.cat([whole.double(), self.spent[None].double()]) if spends else whole).tolist()
 
     def last(self) -> Tensor:
         """The last committed token of each image (anything, before the first), [B, 1, ...]."""

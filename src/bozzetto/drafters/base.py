@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bozzetto.drafters.early_stop import EarlyStop
 from bozzetto.drafts import Draft, Layout, Verdict
+from bozzetto.drafts.draft import joined
 from bozzetto.laws.categorical import LawSettings, law_of
 from bozzetto.laws.noise import NoiseField
 from bozzetto.runtime.laws import own_law_of
@@ -40,6 +42,8 @@ class Observation:
     whose rules leave the target's trajectories in the verdict); verdict: the rule's tokens and path; committed: int64
     [B], tokens appended to each image; longest: the largest of them, known to the host; start: int64 [B]; features: [R,
     P, d], P >= longest, the target's hidden states along the path (R rows as in Scores), or None.
+
+    Where images joined since: width: int64 [B], places that were scored of each (None: all); narrowest: the least.
     """
 
     log_p: Tensor | None
@@ -48,6 +52,29 @@ class Observation:
     longest: int
     start: Tensor
     features: Tensor | None = None
+    width: Tensor | None = None
+    narrowest: int = 0
+
+    def widths(self) -> tuple[Tensor, int]:
+        """width, of all int64 [B, 1], and the least."""
+        if self.width is not None:
+            return self.width[:, None], self.narrowest
+        most = self.verdict.tokens.shape[1]
+        return torch.full_like(self.start, most)[:, None], most
+
+    def join(self, other: Observation) -> Observation:
+        """With another batch's images behind."""
+        log_p = features = None
+        if self.log_p is not None and other.log_p is not None:
+            log_p = joined(self.log_p, other.log_p)
+        if self.features is not None and other.features is not None:
+            mine, theirs = (seen.features.unflatten(0, (-1, len(seen.start))) for seen in (self, other))  # type: ignore[union-attr]
+            features = torch.cat([joined(*pair) for pair in zip(mine, theirs, strict=True)])
+        (width, least), (more, less) = self.widths(), other.widths()
+        committed, start = (torch.cat([getattr(seen, n) for seen in (self, other)]) for n in ("committed", "start"))
+        longest, verdict = max(self.longest, other.longest), self.verdict.join(other.verdict)
+        width = torch.cat([width, more])[:, 0]
+        return Observation(log_p, verdict, committed, longest, start, features, width, min(least, less))
 
     def keep(self, rows: Tensor) -> Observation:
         """The given batch rows int64 [B']."""
@@ -56,7 +83,8 @@ class Observation:
             features = features.unflatten(0, (-1, len(self.start)))[:, rows].flatten(0, 1)
         log_p = None if self.log_p is None else self.log_p[rows]
         verdict, start = self.verdict.keep(rows), self.start[rows]
-        return Observation(log_p, verdict, self.committed[rows], self.longest, start, features)
+        width = None if self.width is None else self.width[rows]
+        return Observation(log_p, verdict, self.committed[rows], self.longest, start, features, width, self.narrowest)
 
     @property
     def laws(self) -> Tensor:
@@ -72,8 +100,8 @@ class Drafter:
 
     model: the draft model that is asked, if any; dim: numbers of a token (None: codes); stop: where drafts end early
     (drafters/early_stop.py; 0: nowhere); draws_fixed: whether drafts are drawn with the fixed noise, whatever the rule
-    asks for. What is held between passes: `start`; `keys` int64 [B], of the images; `seen`, what the last pass taught
-    (None: there was none); `early`.
+    asks for. What is held between passes: `start`; `keys` int64 [B], of the images; `passes` int64 [B]; `seen`, what
+    the last pass taught (None: there was none); `early`.
     """
 
     name = "none"
@@ -106,7 +134,7 @@ class Drafter:
         return self.model is not None and self.model.wants_features
 
     def begin(self, start: Start) -> None:
-        self.start, self.keys, self.passes = start, start.keys, 0
+        self.start, self.keys, self.passes = start, start.keys, torch.zeros_like(start.keys)
         self.seen: Observation | None = None
         self.early = EarlyStop(len(start.keys), self.stop, start.keys.device) if self.stop else None
         if self.model is not None:
@@ -129,11 +157,26 @@ class Drafter:
 
     def keep(self, rows: Tensor) -> None:
         """Drop finished images: keep the given batch rows int64 [B']."""
-        self.keys = self.keys[rows]
+        self.keys, self.passes = self.keys[rows], self.passes[rows]
         self.seen = None if self.seen is None else self.seen.keep(rows)
         for part in (self.model, self.early):
             if part is not None:
                 part.keep(rows)
+
+    def another(self) -> Any:
+        """The same for other images: weights are shared."""
+        other = copy.copy(self)
+        other.model = copy.copy(self.model)
+        return other
+
+    def join(self, other: Any) -> None:
+        """Have the images of `another` behind these, after a pass of both."""
+        self.keys, self.passes = torch.cat([self.keys, other.keys]), torch.cat([self.passes, other.passes])
+        assert self.seen is not None and other.seen is not None
+        self.seen = self.seen.join(other.seen)
+        for part, more in ((self.model, other.model), (self.early, other.early)):
+            if part is not None:
+                part.join(more)
 
 
 class DraftModel:
@@ -166,6 +209,10 @@ class DraftModel:
 
     def keep(self, rows: Tensor) -> None:
         """Drop finished images: keep the given batch rows int64 [B']."""
+        raise NotImplementedError
+
+    def join(self, other: Any) -> None:
+        """Have the images of a copy behind these."""
         raise NotImplementedError
 
     def whole(self, seen: Observation) -> dict[str, Any] | None:

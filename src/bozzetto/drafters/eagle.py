@@ -32,7 +32,7 @@ from bozzetto.drafts import Layout
 from bozzetto.errors import require
 from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LayerParts, LinearMap
-from bozzetto.targets.decoder import Inputs, OwnDecoder, Places, Shape, TorchDecoder
+from bozzetto.targets.decoder import Inputs, OwnDecoder, Places, Shape, TorchDecoder, let_in
 from bozzetto.targets.layers import OnGrid, RMSNorm, Rotating, check_heads, copied, rope_table, rotate, small_weights
 from bozzetto.targets.llamagen import LlamaGenConfig
 
@@ -168,6 +168,8 @@ def _parts(layer: Any) -> LayerParts:
     return LayerParts(wqkv, a.o_proj.weight, w13, m.down_proj.weight, *gains, head_norms=norms)
 
 
+_WHOLE = 8  # slots before and from the first image token on are multiples of this
+
 # Pairs before the first image token of R rows, padded on the left: embedded tokens and features [R, L, d]; how many are
 # real, int64 [R] (None: all).
 Lead = tuple[Tensor, Tensor, Tensor | None]
@@ -198,7 +200,10 @@ class EagleLayerCache:
         self.copies = 2 if guided else 1
         rows, lead = len(labels) * self.copies, self.before(labels, guided)
         first, count = (0, None) if lead is None else (lead[1].shape[1], lead[2])
-        slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // 8) * 8
+        if lead is not None and count is not None:  # whole blocks, so that rows of other lengths may join
+            first, more = -(-first // _WHOLE) * _WHOLE, -first % _WHOLE
+            lead = *(F.pad(part, (0, 0, more, 0)) for part in lead[:2]), count
+        slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // _WHOLE) * _WHOLE
         turns, shift = self._turns(slots, first, count)
         # Where rows have prompts of their own, each stands alone.
         self.alone = count is not None
@@ -263,6 +268,14 @@ class EagleLayerCache:
             batch = self.cache.places.rows // self.copies
             rows = torch.cat([rows + i * batch for i in range(self.copies)])
         self.cache.keep(rows)
+
+    def join(self, other: Any) -> None:
+        more = other.cache.places.lead - self.cache.places.lead
+        if more:
+            (self if more > 0 else other).cache.more_lead(abs(more))
+        if len(other.cache.turns) > len(self.cache.turns):
+            self.cache.turns = other.cache.turns
+        let_in(self.cache, other.cache, self.copies if self.alone else 1)
 
 
 class CachedEagle(EagleLayerCache, DraftModel):

@@ -74,3 +74,7 @@ class EarlyStop:
         for name, part in vars(self).items():
             if isinstance(part, Tensor):
                 setattr(self, name, part[rows])
+
+    def join(self, other: EarlyStop) -> None:
+        """Have other images behind these, before the next draft."""
+        self.tried, self.kept = torch.cat([self.tried, other.tried]), torch.cat([self.kept, other.kept])

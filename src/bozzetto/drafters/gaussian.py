@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bozzetto.common.checks import Grid, Size
-from bozzetto.drafters.base import Drafter
+from bozzetto.drafters.base import Drafter, Start
 from bozzetto.drafters.eagle import EagleConfig, EagleLayerCache, EagleNet
 from bozzetto.drafts import Draft
 from bozzetto.drafts.tree import link
@@ -117,9 +117,9 @@ class CachedGaussian(EagleLayerCache):
 
 
 class GaussianDrafter(Drafter):
-    """Drafts `length` tokens per pass. ancestry, std [T]: the target's sampler; stop: an image's draft ends where its
-    next token is reached with less than this chance (drafters/early_stop.py; 0: nowhere), for rules that compare tokens
-    with the target's own: what is left of the draft are numbers that no target draws."""
+    """Drafts `length` tokens per pass. ancestry, std float64 [T]: the target's sampler; stop: an image's draft ends
+    where its next token is reached with less than this chance (drafters/early_stop.py; 0: nowhere), for rules that
+    compare tokens with the target's own: what is left of the draft are numbers that no target draws."""
 
     name = "sketch"
     closed = True  # whether a token's law is a Gaussian, so that our kernels draft whole chains
@@ -136,8 +136,12 @@ class GaussianDrafter(Drafter):
     def max_nodes(self) -> int:
         return self.length
 
+    def begin(self, start: Start) -> None:
+        super().begin(start)
+        self.tempered = (self.std * start.settings.temperature).float()  # rounded as the law's
+
     def propose(self, batch: int, limit: int) -> Draft:
-        self.passes += 1
+        self.passes = self.passes + 1
         length = min(limit, self.length)
         if self.early is not None:
             self.early.begin(0 if self.seen is None else length)
@@ -167,7 +171,7 @@ class GaussianDrafter(Drafter):
 
     def _whole(self, hidden: Tensor, noise: Tensor) -> Draft:
         """The same as one call: hidden [R, 1, d], noise float32 [B, L, T + 1, D]."""
-        settings, basis, std = self.start.settings, self.model.basis, self.std * self.start.settings.temperature
+        settings, basis, std = self.start.settings, self.model.basis, self.tempered
         sampler = self.ancestry, std, basis, settings.guidance if settings.guided else None
         gain, offset, trajectory = own_drafts(self.model.whole(), hidden, self.model.next, noise, sampler)
         if not self.start.with_laws:
@@ -204,8 +208,7 @@ class GaussianDrafter(Drafter):
             (gain, other), (offset, without) = gain.chunk(2, 1), offset.chunk(2, 1)
             gain = torch.lerp(other, gain, settings.guidance)
             offset = torch.lerp(without, offset, settings.guidance)
-        std = self.std * settings.temperature
-        return AffineChain(gain, offset, self.ancestry, std, shape, self.model.basis)
+        return AffineChain(gain, offset, self.ancestry, self.tempered, shape, self.model.basis)
 
     def _draw(self, law: Any, noise: Tensor) -> Trajectory:
         """One trajectory per image: noise float32 [B, T + 1, D]."""

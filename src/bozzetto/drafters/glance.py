@@ -147,6 +147,10 @@ class CachedGlance(CachedParallel):
         super().keep(rows)
         self.kept, self.codes = self.kept[rows], self.codes[rows]
 
+    def join(self, other: Any) -> None:
+        super().join(other)
+        self.kept, self.codes = torch.cat([self.kept, other.kept]), torch.cat([self.codes, other.codes])
+
     def shape(self, length: int) -> tuple[int, ...]:
         return 2, self.rows, length, self.config.narrow
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ _ABOVE = 0.47  # how a latent follows the one above it, measured on photographs
 def smallest(margins: Tensor) -> Tensor:
     """[B, n] -> [B]; inf where there are none."""
     return margins.amin(1) if margins.shape[1] else torch.full_like(margins.sum(1), torch.inf)
+
+
+def _entering(seen: Observation, column: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What enters a window that is at columns int64 [B, L] of the last one: the places scored of each image, int64 [B,
+    1]; columns int64 [B, n] and numbers int64 [n] of those behind; where a column is found in the last window and these
+    behind it, int64 [B, L]."""
+    width, least = seen.widths()
+    new = torch.arange(max(0, seen.longest + column.shape[1] - least), device=column.device)
+    behind = seen.verdict.tokens.shape[1] - width
+    return width, width + new, new, torch.where(column < width, column, column + behind)
 
 
 class Jacobi(Drafter):
@@ -74,19 +85,17 @@ class Jacobi(Drafter):
     def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Tokens int64 [B, L] of the window's slots and, where the rule asks for them, their laws [B, L, V] and the
         margin [B] of those drawn here."""
-        width, length = seen.laws.shape[1], column.shape[1]
-        new = max(0, seen.longest + length - width)
-        position = seen.start[:, None] + torch.arange(width, width + new, device=column.device)
-        last, noise = seen.laws[:, -1:], self.start.noise.rows(position)
-        drawn, lead = gumbel_draw(last, noise)
-        tokens = torch.cat([seen.verdict.tokens, drawn], 1).gather(1, column)
+        width, place, new, index = _entering(seen, column)
+        rows = torch.arange(len(column), device=column.device)[:, None]
+        position = seen.start[:, None] + place
+        drawn, lead = gumbel_draw(seen.laws[rows, width - 1], self.start.noise.rows(position))
+        tokens = torch.cat([seen.verdict.tokens, drawn], 1).gather(1, index)
         if not self.start.with_laws:
             return tokens, None, None
-        rows = torch.arange(len(column), device=column.device)[:, None]
         # The images of a batch reach differently far: what nobody reads, or lies behind the end, does not count.
-        unread = (position >= self.start.length) | (torch.arange(new, device=column.device) > column[:, -1:] - width)
+        unread = (position >= self.start.length) | (new > column[:, -1:] - width)
         margin = lead.masked_fill(unread, torch.inf)
-        return tokens, seen.laws[rows, column.clamp_max(width - 1)], smallest(margin)
+        return tokens, seen.laws[rows, torch.minimum(column, width - 1)], smallest(margin)
 
 
 class FilledJacobi(Jacobi):
@@ -102,16 +111,16 @@ class FilledJacobi(Jacobi):
         return self.max_nodes + 1
 
     def _window(self, seen: Observation, column: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        width = seen.laws.shape[1]
-        rows = torch.arange(len(column), device=column.device)[:, None]
+        width, _ = seen.widths()
+        rows, told = torch.arange(len(column), device=column.device)[:, None], torch.minimum(column, width - 1)
         known = (column < width) & (torch.arange(column.shape[1], device=column.device) >= self.fresh)
-        old = seen.verdict.tokens.gather(1, column.clamp_max(width - 1))
+        old = seen.verdict.tokens.gather(1, told)
         noise = self.start.noise.rows(seen.start[:, None] + column)
         fill = self._at_once if self.model.at_once else self._one_by_one
         tokens, laws, margins = fill(seen, old, known, noise)
         if not self.start.with_laws:
             return tokens, None, None
-        kept = seen.laws[rows, column.clamp_max(width - 1)]
+        kept = seen.laws[rows, told]
         settled = known | (seen.start[:, None] + column >= self.start.length)
         return tokens, torch.where(known[..., None], kept, laws), smallest(margins.masked_fill(settled, torch.inf))
 
@@ -185,6 +194,11 @@ class SecondGuess(Jacobi):
         super().keep(rows)
         self.whole = None if self.whole is None else self.whole.keep(rows)
 
+    def join(self, other: Any) -> None:
+        super().join(other)
+        assert self.whole is not None and other.whole is not None
+        self.whole = self.whole.join(other.whole)
+
     def observe(self, seen: Observation) -> None:
         """What the window goes on from are the places of its chain; the model takes in all that was committed."""
         self.whole, width = seen, self.chain + 1
@@ -192,7 +206,7 @@ class SecondGuess(Jacobi):
         super().observe(replace(seen, log_p=seen.laws[:, :width], verdict=verdict))
 
     def propose(self, batch: int, limit: int) -> Draft:
-        self.passes += 1
+        self.passes = self.passes + 1
         draft = super().propose(batch, limit)
         self.chain = draft.length
         if self.whole is None or not draft.length:
@@ -244,8 +258,8 @@ class SecondGuess(Jacobi):
 class JacobiVectors(Jacobi):
     """window: scored places per pass W (1 is sequential decoding); W - 1 of them are drafted.
 
-    grid: tokens per side; ancestry, std [T]: the target's sampler; spread: deviation of a token around what the one
-    above it says, which the first drafts assume, in token units; own: whether our kernels draw first drafts.
+    grid: tokens per side; ancestry, std float64 [T]: the target's sampler; spread: deviation of a token around what the
+    one above it says, which the first drafts assume, in token units; own: whether our kernels draw first drafts.
     """
 
     dim: int
@@ -266,7 +280,7 @@ class JacobiVectors(Jacobi):
 
     def begin(self, start: Start) -> None:
         super().begin(start)
-        self.tempered = self.std * start.settings.temperature
+        self.tempered = (self.std * start.settings.temperature).float()  # rounded as the law's
         batch, device = len(start.labels), start.labels.device
         # Committed and drafted tokens after one row of zeros, so that every place has one above it.
         self.known = torch.zeros(batch, start.length + 2 * self.window + self.grid, self.dim, device=device)
@@ -285,14 +299,12 @@ class JacobiVectors(Jacobi):
             seen = self.seen
             tokens, old = seen.verdict.tokens, seen.verdict.trajectory
             old = _only_tokens(tokens) if old is None else old
-            count, width = seen.start + seen.committed, tokens.shape[1]
             # Slot s of this window stood at column committed + s of the last one; columns past its end are new.
-            new = max(0, seen.longest + length - width)
-            entering = self._first(seen.start[:, None] + torch.arange(width, width + new, device=device))
+            count, column = seen.start + seen.committed, seen.committed[:, None] + offset
+            _, place, _, index = _entering(seen, column)
             rows = torch.arange(batch, device=device)[:, None]
-            column = seen.committed[:, None] + offset
-            both = zip(old, entering, strict=True)
-            trajectory = Trajectory(*(torch.cat([kept, added], 1)[rows, column] for kept, added in both))
+            both = zip(old, self._first(seen.start[:, None] + place), strict=True)
+            trajectory = Trajectory(*(torch.cat([kept, added], 1)[rows, index] for kept, added in both))
         if self.window > self.grid:  # else the places that enter stand below committed ones
             self._write(count, trajectory.token)
         return Draft(trajectory.token, trajectory=trajectory) if self.start.with_laws else Draft(trajectory.token)
@@ -322,6 +334,10 @@ class JacobiVectors(Jacobi):
     def keep(self, rows: Tensor) -> None:
         self.known = self.known[rows]
         super().keep(rows)
+
+    def join(self, other: Any) -> None:
+        super().join(other)
+        self.known = torch.cat([self.known, other.known])
 
 
 def _only_tokens(tokens: Tensor) -> Trajectory:

@@ -26,7 +26,6 @@ _Sketch = structure(
     (FLOAT, "guidance temperature top_p"),
     (NUMBER, "top_k"),
     (ADDRESS, "counts widths nodes parents sees children keys"),
-    (NUMBER, "number"),
     (ADDRESS, "fixed"),
     (NUMBER, "length room"),
     (ADDRESS, "drawn laws margins"),
@@ -71,17 +70,17 @@ def _sketch(given: Given, levels: Sequence[Tensor], **more: Any) -> None:
 
 
 def sketch_static(
-    given: Given, shape: tuple[tuple[int, ...], ...], keys: Tensor, number: int, fixed: Tensor | None
+    given: Given, shape: tuple[tuple[int, ...], ...], keys: Tensor, fixed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A static tree drawn level by level. given: what `DraftModel.whole` says, what the last pass taught, the law's
-    settings, rows per image, V; keys: int64 [B], of the draws of pass `number`; fixed: Gumbel noise [B, N, V] by
-    position in their place (greedy: neither) -> tokens int64 [B, M + 1] behind one for the root, the laws float32
+    settings, rows per image, V; keys: int64 [B], of the draws of this pass; fixed: Gumbel noise [B, N, V] by position
+    in their place (greedy: neither) -> tokens int64 [B, M + 1] behind one for the root, the laws float32
     [B, I, V], margins float32 [B]."""
     levels, (batch, vocab, greedy) = _static_levels(shape), (len(keys), given[-1], not given[2].temperature)
     tokens = torch.zeros(batch, sum(map(sum, shape)) + 1, dtype=torch.int64)
     laws, margins, room = torch.empty(batch, len(levels[2]), vocab), torch.empty(batch), tokens.shape[1]
     length = 0 if fixed is None else fixed.shape[1]
-    noise = {"keys": keys.contiguous(), "number": number, "fixed": fixed, "length": length, "greedy": int(greedy)}
+    noise = {"keys": keys.contiguous(), "fixed": fixed, "length": length, "greedy": int(greedy)}
     _sketch(given, levels, **noise, drawn=tokens, laws=laws, margins=margins, room=room)
     return tokens, laws, margins
 

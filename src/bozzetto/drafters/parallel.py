@@ -36,6 +36,7 @@ from bozzetto.targets.layers import (
     rope_table,
     rotate,
     small_weights,
+    stacked,
     visible,
 )
 
@@ -299,6 +300,10 @@ class CachedParallel(DraftModel):
         self.held = self.held.index_select(self.axis, torch.cat([rows + i * batch for i in range(self.copies)]))
         self.rows = len(rows) * self.copies
         self.row = self.row[: self.rows]
+
+    def join(self, other: Any) -> None:
+        self.held, self.rows = stacked(self.held, other.held, self.copies, self.axis), self.rows + other.rows
+        self.row = torch.arange(self.rows, device=self.device)[:, None]
 
 
 class CachedPlane(CachedParallel):

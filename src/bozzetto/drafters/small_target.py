@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,7 @@ class SmallTarget(DraftModel):
     def keep(self, rows: Tensor) -> None:
         self.session.keep(rows)
         self.last = self.last[rows]
+
+    def join(self, other: Any) -> None:
+        self.session.join(other.session)
+        self.last = torch.cat([self.last, other.last])

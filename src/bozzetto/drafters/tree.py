@@ -64,7 +64,7 @@ class TreeDrafter(Drafter):
         super().begin(start)
 
     def propose(self, batch: int, limit: int) -> Draft:
-        self.passes += 1
+        self.passes = self.passes + 1
         if self.seen is None or limit < 1:  # nothing is known before the first pass
             if self.early is not None:
                 self.early.begin(0)
@@ -88,7 +88,7 @@ class TreeDrafter(Drafter):
             tokens, laws, mothers, margin = sketch_dynamic(given, shape.depth, beam)
         else:
             noise = self.start.noise.table if fixed else None
-            tokens, laws, margin = sketch_static(given, shape, self.keys, self.passes, noise)
+            tokens, laws, margin = sketch_static(given, shape, fold(self.keys, self.passes), noise)
         if fixed:  # a rule that compares tokens does not mind how near other draws were
             margin = torch.full_like(margin, torch.inf)
         if isinstance(shape, Dynamic):
@@ -128,6 +128,7 @@ class TreeDrafter(Drafter):
         tokens = torch.zeros(len(self.keys), tree.nodes + 1, dtype=torch.int64, device=device)
         grown = torch.zeros(1, dtype=torch.int64, device=device)  # scored indices in the order of growing, root first
         level, laws, states, row = grown, [], [hidden[: len(self.keys)]], 0
+        goes: Tensor | None = None
         margin = torch.full((len(self.keys),), torch.inf, device=device)
         noise = None if greedy else self._noise(tree, logits.shape[-1])
         if self.early is not None:
@@ -140,12 +141,15 @@ class TreeDrafter(Drafter):
             laws.append(log_q)
             scores = log_q if noise is None else log_q + noise[:, row : row + len(mothers)]
             drawn = scores.topk(width, -1).indices  # [B, I, C], in the order of the draws
-            margin = self._nearer(margin, scores, width)
+            closer = self._nearer(margin, scores, width)
+            margin = closer if goes is None else torch.where(goes, closer, margin)
             kids = tree.child[0, mothers, :width].flatten()
             tokens[:, kids] = drawn.flatten(1)  # absent children land on the root, which no one reads
             row += len(mothers)
             family = kids.view(len(mothers), width)
             more = self.early is None or self.early.go_on(mothers, family, flatness_of(log_q))
+            if self.early is not None:  # a draw that only others need does not count
+                goes = self.early.open[:, kids[kids > 0]].any(1)
             if (depth + 1 == tree.max_depth or not more) and not all_grow:
                 break
             level = kids[kids > 0] if all_grow else tree.families[depth + 1][0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bozzetto.drafts.tree import Tree, chain_tree
@@ -86,3 +88,17 @@ class Verdict:
         """What later drafts are made from, of the given batch rows int64 [B']."""
         trajectory = None if self.trajectory is None else Trajectory(*(part[rows] for part in self.trajectory))
         return Verdict(self.tokens[rows], self.accepted[rows], trajectory=trajectory)
+
+    def join(self, other: Verdict) -> Verdict:
+        """The same with another batch's images behind; columns that one has not are zeros."""
+        trajectory = None
+        if self.trajectory is not None and other.trajectory is not None:
+            trajectory = Trajectory(*map(joined, self.trajectory, other.trajectory))
+        accepted = torch.cat([self.accepted, other.accepted])
+        return Verdict(joined(self.tokens, other.tokens), accepted, trajectory=trajectory)
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """[B, W, ...] and [B', W', ...], filled up with zeros -> [B + B', max(W, W'), ...]."""
+    width = max(one.shape[1], other.shape[1])
+    return torch.cat([F.pad(p, (*[0, 0] * (p.dim() - 2), 0, width - p.shape[1])) for p in (one, other)])

@@ -152,7 +152,7 @@ def _decoded(
         "speedup": median(slow / fast for (slow, *_), (fast, *_) in zip(sequential, found, strict=True)),
         "head_calls": meter.head_calls / meter.passes,
         "jacobi": method.drafter.window,
-        "adaptive": batch.window > 1 and method.window == 0 and batch.joins,
+        "adaptive": batch.window > 1 and method.window == 0 and batch.prepared,
     }
 
 

@@ -6,7 +6,7 @@ All arithmetic is wrapping int64 and float64, so batch slot, batch size, process
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -64,9 +64,9 @@ def fold(key: Tensor, counter: Tensor | int) -> Tensor:
     return _mix((key ^ _mix(torch.as_tensor(counter, dtype=torch.int64, device=key.device))) + _GOLDEN)
 
 
-def image_keys(seed: int, stream: int, index: Tensor) -> Tensor:
-    """One key per image. index int64 [B] -> int64 [B]."""
-    root = torch.tensor(seed, dtype=torch.int64, device=index.device)
+def image_keys(seed: int | Tensor, stream: int, index: Tensor) -> Tensor:
+    """One key per image. seed: of all, or int64 [B]; index int64 [B] -> int64 [B]."""
+    root = torch.as_tensor(seed, dtype=torch.int64, device=index.device)
     return fold(fold(_mix(root + _GOLDEN), stream), index)
 
 
@@ -98,9 +98,9 @@ Whole = Callable[[Tensor, int], Tensor]
 
 
 class NoiseField:
-    """The fixed noise [B, position, number] of a batch of images, filled in blocks as decoding advances.
+    """The fixed noise [B, position, number] of a batch of images, filled in blocks as each image advances.
 
-    index: int64 [B] image numbers; size: numbers per position; draw: what makes noise of keys (`gumbel`, `normal`);
+    seed, index: see `image_keys`; size: numbers per position; draw: what makes noise of keys (`gumbel`, `normal`);
     whole: what makes whole positions, of keys int64 [n] and a size [n, size], in its place.
     Memory is B * length * size * 4 bytes, most of it untouched until needed.
     """
@@ -108,24 +108,28 @@ class NoiseField:
     _BLOCK = 16
     whole: Whole | None = None
 
-    def __init__(self, seed: int, index: Tensor, length: int, size: int, draw: Callable[[Tensor], Tensor]):
+    def __init__(self, seed: int | Tensor, index: Tensor, length: int, size: int, draw: Callable[[Tensor], Tensor]):
         self.keys = image_keys(seed, STREAM_TOKEN, index)
-        self.length, self.filled, self.draw = length, 0, draw
+        self.length, self.filled, self.draw = length, [0] * len(index), draw
         self.table = torch.empty(len(index), length, size, device=index.device)
         self.numbers = torch.arange(size, device=index.device)
 
-    def fill(self, upto: int) -> None:
-        """Make positions < upto available (all images)."""
-        while self.filled < min(upto, self.length):
-            end = min(self.filled + self._BLOCK, self.length)
-            positions = torch.arange(self.filled, end, device=self.keys.device)
-            rows = fold(self.keys[:, None], positions)
-            if self.whole is None:
-                made = self.draw(fold(rows[..., None], self.numbers))
-            else:
-                made = self.whole(rows.flatten(), len(self.numbers)).unflatten(0, rows.shape)
-            self.table[:, self.filled : end] = made
-            self.filled = end
+    def fill(self, upto: int | Sequence[int]) -> None:
+        """Make positions < upto available, of all images or of each."""
+        image: list[int] = []
+        position: list[int] = []
+        for i, wanted in enumerate([upto] * len(self.filled) if isinstance(upto, int) else upto):
+            begin, end = self.filled[i], min(-(-wanted // self._BLOCK) * self._BLOCK, self.length)
+            if begin < end:
+                image += [i] * (end - begin)
+                position += range(begin, end)
+                self.filled[i] = end
+        if not image:
+            return
+        row, place = torch.tensor([image, position], device=self.keys.device)
+        keys = fold(self.keys[row], place)
+        whole = self.whole or (lambda keys, size: self.draw(fold(keys[:, None], self.numbers)))
+        self.table[row, place] = whole(keys, len(self.numbers))
 
     def rows(self, positions: Tensor) -> Tensor:
         """Noise at positions int64 [B, W] -> [B, W, size]; positions past the end repeat the last row."""
@@ -135,12 +139,18 @@ class NoiseField:
     def keep(self, rows: Tensor) -> None:
         """Drop images: keep the given batch rows int64 [B']."""
         self.keys, self.table = self.keys[rows], self.table[rows]
+        self.filled = [self.filled[i] for i in rows.tolist()]
+
+    def join(self, other: NoiseField) -> None:
+        """Have other images behind these."""
+        self.keys, self.table = torch.cat([self.keys, other.keys]), torch.cat([self.table, other.table])
+        self.filled = self.filled + other.filled
 
 
 class GumbelField(NoiseField):
     """The Gumbel noise G[b, position, v] of a batch of images."""
 
-    def __init__(self, seed: int, index: Tensor, length: int, vocab: int, whole: Whole | None = None):
+    def __init__(self, seed: int | Tensor, index: Tensor, length: int, vocab: int, whole: Whole | None = None):
         super().__init__(seed, index, length, vocab, gumbel)
         self.whole = whole
 
@@ -148,7 +158,7 @@ class GumbelField(NoiseField):
 class NormalField(NoiseField):
     """The normal noise of a batch of images by position, state and dimension: T + 1 states of D numbers each."""
 
-    def __init__(self, seed: int, index: Tensor, length: int, steps: int, dim: int):
+    def __init__(self, seed: int | Tensor, index: Tensor, length: int, steps: int, dim: int):
         super().__init__(seed, index, length, (steps + 1) * dim, normal)
         self.shape = (steps + 1, dim)
 

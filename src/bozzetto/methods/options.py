@@ -218,7 +218,7 @@ class VectorWindow(Drafting):
         self._carried(rule, rules)
 
     def make(self, window: int, widen: Widen | None, resources: Any, target: Any) -> Drafter:
-        std, ancestry = target.schedule.std.float().to(target.device), target.schedule.ancestry(target.device)
+        std, ancestry = target.schedule.std.to(target.device), target.schedule.ancestry(target.device)
         sampler = ancestry, std, self.spread, target.own
         return JacobiVectors(window, target.config.grid, target.token_dim, *sampler)
 
@@ -273,5 +273,5 @@ class Sketch(Drafting):
         model = resources.trained(self.trained, self.folder)
         if target.one_step:
             return DriftDrafter(model, self.length, target, self.stop)
-        std, ancestry = target.schedule.std.float().to(target.device), target.schedule.ancestry(target.device)
+        std, ancestry = target.schedule.std.to(target.device), target.schedule.ancestry(target.device)
         return GaussianDrafter(model, self.length, ancestry, std, target.token_dim, self.stop)

@@ -85,7 +85,7 @@ class TokenKind:
 
     def batch_key(self, settings: GenerateSettings, seed: int, closed: bool) -> Hashable:
         """See Pipeline.batch_key."""
-        return (settings, seed)
+        return (settings,)
 
     def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
         """Of resolved settings: steps, passes and guidance schedule, where there are."""
@@ -185,6 +185,10 @@ class CausalVectors(TokenKind):
         """Sequential where our kernels draw: there each drafted place costs its share of the head (docs/log.md)."""
         asked = settings.compile == "off" or settings.rule is not AUTO
         return self.default_drafter if asked else "none"
+
+    def batch_key(self, settings: GenerateSettings, seed: int, closed: bool) -> Hashable:
+        lasts = settings.last_steps or getattr(self.target.sampler, "last_steps", 0)
+        return (settings, seed) if lasts else super().batch_key(settings, seed, closed)  # `EagerBatch.joins`
 
     def head_sampling(self, settings: GenerateSettings) -> dict[str, Any]:
         return {"steps": settings.steps or self.target.sampler.steps}

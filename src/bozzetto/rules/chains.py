@@ -109,12 +109,14 @@ def _coupled(
         if reflected:
             x, _ = reflect(noise, mean, target, log_u, drafted)
             far |= (std != target.std).any(-1)  # no mirror image
+            far &= ~plain  # mirrored, as where all are: a place's token is its own affair
         else:
             far &= (std > 0).all(-1)  # a point has no noise to share
             x = torch.empty_like(drafted)
             near = (~(far | plain)).nonzero()[:, 0]
             x[near], _ = overlap(drafted[near], draft.rows(near), target.rows(near), keys[near, k])
-        return torch.where((far | plain)[:, None], target.at(noise), x)
+            far |= plain
+        return torch.where(far[:, None], target.at(noise), x)
 
     x, laws, out = states[:, 0], [], [states[:, 0]]
     for k in range(law.steps):

@@ -31,8 +31,7 @@ struct Sketch {
   const int64_t *counts, *widths, *nodes, *parents;
   const uint8_t* sees;
   const int64_t* children;
-  const int64_t* keys;  // [B], of the draws, with the number of the pass; or the fixed noise [B, length, V] at the places:
-  int64_t number;
+  const int64_t* keys;  // [B], of the draws of a pass; or the fixed noise [B, length, V] at the places:
   const float* fixed;
   int64_t length;
   // Of a static tree: tokens [B, M + 1], laws [B, I, V]; margins [B].
@@ -140,7 +139,7 @@ struct Sketching {
     const int64_t count = s.batch * draws;
     if (noise.empty()) return;
     for (int64_t i = team.first(count); i < team.last(count); ++i)
-      gumbel_row(folded<uint64_t>(folded<uint64_t>(s.keys[i / draws], s.number), i % draws), s.vocab, noise.data() + i * s.vocab);
+      gumbel_row(folded<uint64_t>(s.keys[i / draws], i % draws), s.vocab, noise.data() + i * s.vocab);
   }
 
   // Pairs of a level's nodes, or of the committed tokens.

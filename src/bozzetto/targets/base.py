@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class Session(Protocol):
 
     def keep(self, rows: Tensor) -> None:
         """Drop finished images: keep the given batch rows int64 [B'], of which some may be the same."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Have another session's images, begun alike, behind these."""
         ...
 
     def admit(self, rows: Tensor, labels: Tensor) -> None:

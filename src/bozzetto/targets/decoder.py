@@ -189,6 +189,12 @@ class TorchCache:
         for part in self.parts:
             part.index_copy_(0, to, part.index_select(0, here))
 
+    def more_lead(self, more: int) -> None:
+        """So many slots more before input 0, which nobody may attend to."""
+        self.parts = [F.pad(part, (0, 0, more, 0)).flatten(0, 1) for part in self._rows()]
+        _more_lead(self.places, more)
+        self._number_slots()
+
     def _rows(self) -> list[Tensor]:
         return [part.unflatten(0, (self.places.rows, self.places.slots)) for part in self.parts]
 
@@ -239,7 +245,27 @@ def _compiled() -> Any:
 
 def _take_open(ours: Places, theirs: Places, rows: Tensor) -> None:
     if ours.open is not None and theirs.open is not None:
-        ours.open[rows] = theirs.open
+        ours.open[rows] = F.pad(theirs.open, (0, ours.slots - theirs.slots), value=True)
+    if ours.shift is not None and theirs.shift is not None:
+        ours.shift[rows] = theirs.shift
+
+
+def _more_lead(places: Places, more: int) -> None:
+    places.lead, places.slots = places.lead + more, places.slots + more
+    places.open = None if places.open is None else F.pad(places.open, (more, 0), value=False)
+
+
+def let_in(cache: Any, other: Any, copies: int = 1) -> None:
+    """Have another cache's rows behind those of a cache (also one of adapters/layers.py), of every copy of the batch
+    where the cache does not know of copies."""
+    known = cache.places.copies if hasattr(cache, "places") else 1
+    mine, theirs = ((c.places.rows if hasattr(c, "places") else c.rows) // known // copies for c in (cache, other))
+    kept, new = list[int](), list[int]()
+    for i in range(copies):
+        kept += [*range(i * mine, (i + 1) * mine), *[0] * theirs]
+        new += range(i * (mine + theirs) + mine, (i + 1) * (mine + theirs))
+    cache.keep(torch.tensor(kept))
+    cache.take(other, torch.tensor(new))
 
 
 def _every(rows: Tensor, places: Places) -> Tensor:
@@ -307,6 +333,14 @@ class OwnCache:
         self.parts = [part[every] for part in self.parts]
         p.rows, p.open = len(every), None if p.open is None else p.open[rows]
         p.shift = None if p.shift is None else p.shift[rows]
+        self._fix()
+
+    def more_lead(self, more: int) -> None:
+        """As `TorchCache.more_lead`."""
+        _more_lead(self.places, more)
+        behind = -self.places.slots % engine.BLOCK
+        self.parts = [F.pad(part, (0, 0, more, behind)) for part in self.parts]
+        self.places.slots += behind
         self._fix()
 
     def take(self, other: Any, rows: Tensor) -> None:

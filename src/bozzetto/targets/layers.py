@@ -119,6 +119,12 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
+def stacked(one: Tensor, other: Tensor, copies: int, axis: int = 0) -> Tensor:
+    """Rows of two batches, each with its `copies` one after another along an axis -> those of one batch."""
+    pairs = zip(one.chunk(copies, axis), other.chunk(copies, axis), strict=True)
+    return torch.cat([part for pair in pairs for part in pair], axis)
+
+
 def copied(part: Tensor, copies: int) -> Tensor:
     """The batch `copies` times, one after another."""
     return part.repeat(copies, *[1] * (part.ndim - 1))

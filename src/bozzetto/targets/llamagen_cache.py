@@ -22,7 +22,8 @@ from bozzetto.runtime.dense import Dense
 from bozzetto.runtime.engine import LayerParts, LinearMap
 from bozzetto.runtime.native import need_kernels
 from bozzetto.targets.base import Scores
-from bozzetto.targets.decoder import Decoder, Inputs, OwnDecoder, Places, Shape, TorchDecoder
+from bozzetto.targets.decoder import Decoder, Inputs, OwnDecoder, Places, Shape, TorchDecoder, let_in
+from bozzetto.targets.layers import stacked
 from bozzetto.targets.llamagen import CaptionEmbedding, LlamaGen, LlamaGenConfig, TransformerBlock, caption_sight
 
 Again = Callable[[], Any] | None  # reads a network
@@ -234,3 +235,7 @@ class CausalSession:
         batch = len(self.condition) // self.copies
         self.condition = self.condition[torch.cat([rows + i * batch for i in range(self.copies)])]
         self.cache.keep(rows)
+
+    def join(self, other: CausalSession) -> None:
+        self.condition = stacked(self.condition, other.condition, self.copies)
+        let_in(self.cache, other.cache)

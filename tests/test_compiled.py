@@ -169,11 +169,13 @@ def test_vectors_are_those_of_the_eager_target(flow_network: FlowModel, drafter:
     assert torch.allclose(*drawn, atol=1e-3)
 
 
-def test_passes_of_any_width_and_batch_agree_to_the_last_bit_in_bfloat16() -> None:
-    network, found = _network(dim=64, ffn_multiple=32), []
-    target = LlamaGenTarget(network, torch.bfloat16).owned(network)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [32, 64])
+def test_passes_of_any_width_and_batch_agree_to_the_last_bit(dim: int, dtype: torch.dtype) -> None:
+    network, found = _network(dim=dim, ffn_multiple=32), []
+    target = LlamaGenTarget(network, dtype).owned(network)
     tokens = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(3))
-    for batch, width in ((1, 1), (2, 4)):
+    for batch, width in ((1, 1), (1, 2), (2, 4), (1, 8)):
         session, laws = target.begin(torch.arange(batch), True, width), []
         for start in range(0, 8, width):
             inputs = tokens[:batch, start : start + width].contiguous()

@@ -208,7 +208,7 @@ VECTOR = [
 def test_vectors(name: str, make: Make, rule: str, guidance: float, own: bool) -> None:
     target, law = flow_target(own), LawSettings(guidance=guidance, temperature=0.9)
     batches = [EagerBatch(target, make(target), make_rule(rule, VECTORS), law, None, 3) for _ in range(2)]
-    check(*batches, law, near)
+    check(*batches, law, torch.equal if own and name != "stopping" else near)  # whose drafts torch draws
 
 
 @BOTH

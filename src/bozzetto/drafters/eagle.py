@@ -202,7 +202,8 @@ class EagleLayerCache:
         first, count = (0, None) if lead is None else (lead[1].shape[1], lead[2])
         if lead is not None and count is not None:  # whole blocks, so that rows of other lengths may join
             first, more = -(-first // _WHOLE) * _WHOLE, -first % _WHOLE
-            lead = *(F.pad(part, (0, 0, more, 0)) for part in lead[:2]), count
+            embedded, features = (F.pad(part, (0, 0, more, 0)) for part in lead[:2])
+            lead = embedded, features, count
         slots = -(-(first + self.config.grid**2 + 2 * max_nodes + 2) // _WHOLE) * _WHOLE
         turns, shift = self._turns(slots, first, count)
         # Where rows have prompts of their own, each stands alone.

@@ -13,8 +13,10 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace bozzetto {
@@ -128,17 +130,31 @@ inline float largest(Floats x) {
   return most;
 }
 
+// a b + c, rounded once. Said outright: what a compiler fuses by itself depends on the loop around it (GCC, tuned for
+// AMD's processors, fuses no chains of one sum), and with it the bits of a row would depend on the rows beside it.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 // sum + a b of a register of words a with one word b.
 template <typename T>
 inline Floats dotted(Floats sum, Words a, uint32_t b) {
   if constexpr (std::is_same_v<T, float>) {
-    return sum + (Floats)a * std::bit_cast<float>(b);
+    return fused((Floats)a, all(std::bit_cast<float>(b)), sum);
   } else {
 #if defined(__AVX512BF16__)
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
 #else
-    sum += (Floats)(a << 16) * std::bit_cast<float>(b << 16);
-    return sum + (Floats)(a & 0xffff0000u) * std::bit_cast<float>(b & 0xffff0000u);
+    sum = fused((Floats)(a << 16), all(std::bit_cast<float>(b << 16)), sum);
+    return fused((Floats)(a & 0xffff0000u), all(std::bit_cast<float>(b & 0xffff0000u)), sum);
 #endif
   }
 }

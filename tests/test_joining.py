@@ -273,3 +273,24 @@ def test_hosted_prompts(family: str, drafter: str, rule: str, own: bool) -> None
         return EagerBatch(target, made, make_rule(rule), law, None, 3)
 
     check(batch(), batch(), law, torch.equal)
+
+
+def test_images_of_a_masked_model_take_turns_and_share_the_passes_of_equal_steps() -> None:
+    batch, asked = masked.Way(masked.PlainSteps()).decoder(), requests(4, masked.GUIDED)
+    batch.admit(asked[:2])
+    for _ in range(4):
+        batch.step()
+    batch.admit(asked[2:])
+    steps, order = 0, list[int]()
+    while batch.active:
+        order += [image.index for image in batch.step()]
+        steps += 1
+    assert order == [0, 1, 2, 3] and steps == 4 + 8  # half of the first two are left
+    assert asked[0].passes == asked[3].passes == 8
+    for image in requests(2, masked.GUIDED):
+        batch.admit([image])
+    for _ in range(2):  # the second one's first pass, then the first one's
+        batch.step()
+    assert [image.count for image in batch.images] == [batch.starts[1]] * 2
+    batch.step()
+    assert [image.count for image in batch.images] == [batch.starts[2]] * 2

@@ -9,8 +9,12 @@ no draft that one pass could verify exactly. What there is:
   of the steps before (as published, and `pathwise`).
 
 Tokens of one step see the same context. At the first rejection the rest of that step therefore is the target's own; the
-later steps of the window are dropped. Images of equal progress go together, those furthest behind first: one that
-enters later catches up with the others, which wait meanwhile, and shares their passes from there on.
+later steps of the window are dropped.
+
+Images of equal progress share a pass: how many places it draws, and how many it sees, is what their step says. So
+those that entered together go together, those furthest behind first; they take turns with those that entered before or
+after, and share passes with them only where their steps are equal. (That the later ones catch up first costs the earlier
+ones their time, and on a processor gains none: flowers-mar draws as many images a second four at a time as one by one.)
 """
 
 from __future__ import annotations
@@ -77,16 +81,19 @@ class MaskedBatch(RowBatch):
         target, device = self.target, index.device
         blank = torch.zeros(len(index), target.length, target.token_dim, device=device)
         self.state = DecodeState.new(seed, index, blank)
-        self.counts, self.steps = [0] * len(index), [0] * len(index)
+        self.counts, self.steps, self.turns, self.turn = *([0] * len(index) for _ in range(3)), 0
         self.labels, self.noise = labels, image_keys(seed, STREAM_TOKEN, index)  # of the fixed noise
         self.order = place_order(seed, index, target.length)
         self.rank, self.begins = self.order.argsort(1), torch.tensor(self.starts, device=device)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """A pass, or those of a window of drafts, of the images that are furthest behind."""
+        """A pass, or those of a window of drafts, of those images, of the ones whose turn it is, that are furthest
+        behind."""
         self.meter.resume()
-        first = min(self.steps)
+        next_, self.turn = min(self.turns), self.turn + 1
+        first = min(step for step, turn in zip(self.steps, self.turns, strict=True) if turn == next_)
+        self.turns = [self.turn if turn == next_ else turn for turn in self.turns]
         behind = [i for i, step in enumerate(self.steps) if step == first]
         rows = torch.tensor(behind, device=self.begins.device)
         drawn = self._alone(rows, first) if first < self.alone else self._drafted(rows, first)
@@ -98,7 +105,9 @@ class MaskedBatch(RowBatch):
 
     @torch.no_grad()
     def keep(self, going: list[int]) -> None:
-        self.counts, self.steps = ([part[i] for i in going] for part in (self.counts, self.steps))
+        self.counts, self.steps, self.turns = (
+            [part[i] for i in going] for part in (self.counts, self.steps, self.turns)
+        )
         rows = torch.tensor(going, dtype=torch.int64, device=self.begins.device)
         self.state = self.state.keep(rows)
         for name in _ROWS:
@@ -107,7 +116,8 @@ class MaskedBatch(RowBatch):
     @torch.no_grad()
     def join(self, other: MaskedBatch) -> None:
         self.state = self.state.join(other.state)
-        self.counts, self.steps = self.counts + other.counts, self.steps + other.steps
+        self.counts, self.steps, self.turn = self.counts + other.counts, self.steps + other.steps, self.turn + 1
+        self.turns = self.turns + [self.turn] * len(other.turns)
         for name in _ROWS:
             setattr(self, name, torch.cat([vars(batch)[name] for batch in (self, other)]))
 

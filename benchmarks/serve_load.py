@@ -4,11 +4,12 @@
     python benchmarks/serve_load.py --bad 0.1 --ray 2 --json benchmarks/results/serve-load-ray.json
 
 Starts `bozzetto serve` on loopback (--ray: replicas under Ray Serve; --url: a server that runs already is asked),
-sends requests of mixed classes, seeds, guidances and rules from a bounded number of clients, some of which hang up and
-some of which (--bad) ask for what cannot be drawn, and compares every image with the one drawn alone in this process
-(in float32 a token with a near tie may differ: these are counted apart). Then the same requests one at a time, a server
-that is told to stop while requests are under way, more requests than a small server holds, and in every state that a
-client can leave a server in the seconds from SIGTERM to the end of the process.
+sends requests of mixed classes, seeds, guidances, methods (--methods; else many that the model has) and numbers of
+images from a bounded number of clients, some of which hang up and some of which (--bad) ask for what cannot be drawn,
+and compares every image with the one drawn alone in this process (with torch's passes a token with a near tie may
+differ: these are counted apart). Then the same requests one at a time, a server that is told to stop while requests are
+under way, more requests than a small server holds, and in every state that a client can leave a server in the seconds
+from SIGTERM to the end of the process.
 """
 
 from __future__ import annotations
@@ -40,35 +41,55 @@ from tqdm import tqdm
 from bozzetto import load
 from bozzetto.common.files import write_text
 from bozzetto.evaluate.provenance import provenance
-from bozzetto.pipeline.pipeline import GeneratedImage
+from bozzetto.pipeline.pipeline import GeneratedImage, Pipeline
+from bozzetto.serve.methods import methods_of
 from bozzetto.settings import GenerateSettings
 
 PATH = "/v1/images/generations"
 _SLOW = {"drafter": "none"}
+# What is asked for where a model has it, the first ones more often.
+_METHODS = (
+    *("jacobi/seed-exact", "jacobi/seed-exact", "jacobi/exact", "eagle/block", "eagle/seed-exact"),
+    *(
+        "eagle:tree=2x2x1/tree",
+        "eagle/lantern++",
+        "glance/block",
+        "jacobi:fill=glance/exact",
+        "jacobi:second=eagle/exact",
+    ),
+    *("none/plain", "none/coupled", "none/reflection", "jacobi/chains", "jacobi/pathwise:epsilon=0.1", "sketch/joint"),
+    *("sketch/block", "model/cspd", "model/pathwise"),
+)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request. leaves: its client hangs up after this many seconds (None: it waits); bad: what makes it one that
-    cannot be drawn (None: it is good)."""
+    """One request. method: DRAFTER/RULE; images: how many it is for; leaves: its client hangs up after this many
+    seconds (None: it waits); bad: what makes it one that cannot be drawn (None: it is good)."""
 
     prompt: str
     seed: int
     guidance: float
-    rule: str
+    method: str
+    images: int
     leaves: float | None
     bad: dict[str, Any] | None = None
 
+    @property
+    def spoken(self) -> dict[str, Any]:
+        """Drafter, rule and window."""
+        drafter, _, rule = self.method.partition("/")
+        wide = drafter.startswith("jacobi") and rule == "exact"  # where a picture depends on it
+        return {"drafter": drafter, "rule": rule, "window": 8 if wide else 0}
+
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        spoken = {"drafter": "jacobi", "rule": self.rule, "window": 0 if self.rule == "seed-exact" else 8}
-        whole = {"prompt": self.prompt, "seed": self.seed, "guidance_scale": self.guidance, "speculation": spoken}
-        return {**whole, **(self.bad or {})}
+        whole = {"prompt": self.prompt, "seed": self.seed, "guidance_scale": self.guidance, "n": self.images}
+        return {**whole, "speculation": self.spoken, **(self.bad or {})}
 
     def settings(self, compile: str) -> GenerateSettings:
         """As the pipeline has them."""
-        window = 0 if self.rule == "seed-exact" else 8
-        return GenerateSettings("jacobi", self.rule, window, self.guidance, compile=compile)
+        return GenerateSettings(**self.spoken, guidance=self.guidance, compile=compile)
 
 
 BAD: tuple[dict[str, Any], ...] = (
@@ -88,16 +109,31 @@ BAD: tuple[dict[str, Any], ...] = (
 )
 
 
-def requests(prompts: list[str], count: int, disconnects: float, seed: int, bad: float = 0.0) -> list[Asked]:
+def methods_for(pipe: Pipeline) -> list[str]:
+    """Those of the usual ones that a model has."""
+    found, has = list[str](), methods_of(pipe)
+    for method in _METHODS:
+        (drafter, *options), rule = method.partition("/")[0].split(":"), method.partition("/")[2].partition(":")[0]
+        helpers = [
+            value for name, _, value in (option.partition("=") for option in options) if name in ("fill", "second")
+        ]
+        if rule in has.get(drafter, ()) and all(helper in has for helper in helpers):
+            found.append(method)
+    return found
+
+
+def requests(
+    prompts: list[str], methods: list[str], count: int, disconnects: float, seed: int, bad: float = 0.0
+) -> list[Asked]:
     """Mixed, and the same for a seed. bad: share of those that cannot be drawn."""
     choose, spoil = random.Random(seed), random.Random(seed + 1)
-    rules = ("seed-exact", "seed-exact", "seed-exact", "exact")
     asked = [
         Asked(
             choose.choice(prompts),
             choose.randrange(2**31),
-            choose.choice((1.5, 2.0, 3.0)),
-            choose.choice(rules),
+            choose.choice((1.0, 1.5, 2.0, 3.0)),
+            choose.choice(methods),
+            choose.choice((1, 1, 1, 2, 3)),
             choose.uniform(0.05, 0.5) if choose.random() < disconnects else None,
         )
         for _ in range(count)
@@ -147,9 +183,7 @@ def send(url: str, asked: Asked) -> dict[str, Any]:
     told = {"status": answer.status_code, "seconds": time.monotonic() - began}
     told["retry_after"] = answer.headers.get("retry-after")
     if answer.status_code == 200:
-        image = answer.json()["data"][0]
-        about = image["bozzetto"]
-        told |= {"sha256": about["sha256"], "passes": about["target_passes"], "png": image["b64_json"]}
+        told["images"] = answer.json()["data"]
     return told
 
 
@@ -173,16 +207,21 @@ def judged(options: argparse.Namespace, asked: list[Asked], told: list[dict[str,
         if answer["status"] != 200 or item.bad:
             continue
         settings = pipe.alone(item.settings(options.compile))
-        image = pipe.generate([item.prompt], seed=item.seed, settings=settings).images[0]
-        if image.sha256 == answer["sha256"]:
-            counts["equal"] += 1
-        else:  # a rule that is not seed-exact measures no margin
-            close = image.margin is not None and image.margin < pipe.rounding(settings)
+        if len(answer["images"]) != item.images:
+            raise SystemExit(f"{len(answer['images'])} images for {item}")
+        for index, served in enumerate(answer["images"]):
+            about = {"seed": item.seed, "indices": [index], "settings": settings}
+            image, digest = pipe.generate([item.prompt], **about).images[0], served["bozzetto"]["sha256"]
+            if image.sha256 == digest:
+                counts["equal"] += 1
+                continue
+            close = image.margin is not None and image.margin < pipe.rounding(settings)  # vectors have no margin
             counts["near_tie" if close else "wrong"] += 1
             if not close:
-                again = pipe.generate([item.prompt], seed=item.seed, settings=settings).images[0]
-                tqdm.write(f"not the image drawn alone: {item}, {answer['passes']} passes, alone {image.target_passes}")
-                tqdm.write(f"{difference(answer['png'], image)}; alone twice: {again.sha256 == image.sha256}")
+                again, passes = pipe.generate([item.prompt], **about).images[0], served["bozzetto"]["target_passes"]
+                tqdm.write(f"not the image drawn alone: {item}, {index}: {passes} passes, alone {image.target_passes}")
+                told_apart = difference(served["b64_json"], image)
+                tqdm.write(f"{told_apart}; alone twice: {again.sha256 == image.sha256}")
     return counts
 
 
@@ -294,15 +333,21 @@ def spoken(sent: bytes | None, prompt: str) -> bytes | None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, as in the module's text."""
-    prompts = load(options.model).classes[:12]
-    asked = requests(prompts, options.count, options.disconnects, options.seed, options.bad)
-    running = contextlib.nullcontext((None, options.url)) if options.url else serving(options, options.count)
+    pipe = load(options.model)
+    prompts, methods = pipe.classes[:12], options.methods or methods_for(pipe)
+    asked = requests(prompts, methods, options.count, options.disconnects, options.seed, options.bad)
+    images = sum(item.images for item in asked)
+    running = contextlib.nullcontext((None, options.url)) if options.url else serving(options, images)
     with running as (_, url):
-        good = [item for item in asked if item.leaves is None and item.bad is None]
+        good = [replace(item, images=1) for item in asked if item.leaves is None and item.bad is None]
         loaded(url, good[: 2 * options.slots], options.concurrent, "warming up")  # measures widths, and keeps them
         told, seconds = loaded(url, asked, options.concurrent, f"{options.concurrent} clients")
         single, single_seconds = loaded(url, good[: max(1, options.alone)], 1, "one at a time")
-    found = figures(options, asked, told, seconds) | {"p50_alone": statistics.median(a["seconds"] for a in single)}
+    found = (
+        {"methods": methods}
+        | figures(options, asked, told, seconds)
+        | {"p50_alone": statistics.median(a["seconds"] for a in single)}
+    )
     found["images_per_second_alone"] = len(single) / single_seconds
     found["ratio"] = found["images_per_second"] / found["images_per_second_alone"]
     if not options.url:
@@ -319,6 +364,7 @@ def figures(
     good = [answer for item, answer in zip(asked, told, strict=True) if not item.bad]
     bad = [answer["status"] for item, answer in zip(asked, told, strict=True) if item.bad]
     times = sorted(answer["seconds"] for answer in good if answer["status"] == 200)
+    drawn = sum(len(answer["images"]) for answer in good if answer["status"] == 200)
     return {
         "requests": len(told),
         "hung_up": sum(answer["status"] == 0 for answer in good),
@@ -328,13 +374,14 @@ def figures(
         **judged(options, asked, told),
         "p50": statistics.median(times),
         "p95": times[int(0.95 * (len(times) - 1))],
-        "images_per_second": len(times) / seconds,
+        "images_per_second": drawn / seconds,
     }
 
 
 def table(found: dict[str, Any]) -> str:
     """For people."""
     lines = [
+        ", ".join(sorted(set(found["methods"]))),
         f"{found['requests']} requests: {found['failed']} failed, {found['hung_up']} clients hung up; "
         f"{found['bad']} bad ones, {found['bad_not_refused']} of them not refused",
         f"equal to those drawn alone: {found['equal']}, near ties {found['near_tie']}, wrong {found['wrong']}",
@@ -370,6 +417,7 @@ def main() -> int:
     """Measure and print; 1 where something is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flowers")
+    parser.add_argument("--methods", nargs="+", metavar="DRAFTER/RULE", help="in place of those that the model has")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--concurrent", type=int, default=16)
     parser.add_argument("--alone", type=int, default=40, help="requests sent one at a time, 1 or more")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+
+from bozzetto.checkpoints.folders import load_target, save_drafter
+from bozzetto.drafters.eagle import EagleNet, eagle_config
+from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "plot_windows.py"
 
@@ -208,11 +213,17 @@ def test_what_is_replayed_is_a_whole_pass(suite: ModuleType, monkeypatch: pytest
 
 
 def test_a_loaded_server_draws_every_image_right_and_loses_none(tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "load.json"
+    """Of every method that a model with drafters has, at once."""
+    out, model = tmp_path / "load.json", Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
+    config = load_target(model, "llamagen").config
+    nets = {"eagle": EagleNet(eagle_config(config)), "glance": GlanceNet(GlanceConfig(32, 16, 4, 4, 8, 16, 4))}
+    for name, net in nets.items():
+        save_drafter(model / name, net, model, {})
     sizes = ("--count", 24, "--concurrent", 6, "--alone", 4, "--disconnects", 0.1, "--slots", 4, "--bad", 0.2)
-    text = script("serve_load.py", "--model", tiny_model, *sizes, "--json", out)
+    text = script("serve_load.py", "--model", model, *sizes, "--json", out)
     found = json.loads(out.read_text())
     assert found["failed"] == found["wrong"] == 0 and found["equal"] > 12
+    assert {"eagle/block", "glance/block", "jacobi:second=eagle/exact"} <= set(found["methods"])
     assert found["bad"] > 1 and found["bad_not_refused"] == 0
     assert found["overload"]["drawn"] and not found["overload"]["other"]
     assert found["sigterm"]["answered"] >= found["sigterm"]["accepted"] and found["sigterm"]["exit_status"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from bozzetto.checkpoints.folders import save_drafter
 from bozzetto.decoding import scheduler
 from bozzetto.decoding.images import ImageRequest
 from bozzetto.decoding.scheduler import CANCELLED, DONE, QueueFull, Scheduler
+from bozzetto.drafters.eagle import EagleNet, eagle_config
 from bozzetto.drafters.glance import GlanceConfig, GlanceNet
 from bozzetto.errors import UsageError
 from bozzetto.pipeline.pipeline import Pipeline
@@ -41,7 +43,23 @@ def mixed(choose: random.Random) -> GenerateSettings:
     return GenerateSettings(*method, **law, **cut)
 
 
-def crowd(pipe: Pipeline, count: int, choose: random.Random, after: Callable[[int], object]) -> list[ImageRequest]:
+def drafted(choose: random.Random) -> GenerateSettings:
+    """Of a model with an EAGLE layer, in few kinds of law, so that images meet."""
+    methods = ["eagle/block", "eagle:tree=2x2x1/tree", "eagle:tree=dynamic-7-3-2/lantern:k=4", "eagle:stop=0.3/block"]
+    drafter, rule = choose.choice([*methods, "jacobi:second=eagle/exact"]).split("/")
+    window = 4 if drafter.startswith("jacobi") else 0
+    return GenerateSettings(
+        drafter, rule, window, choose.choice([1.0, 2.0]), tv_budget=choose.choice([None, None, 3.0])
+    )
+
+
+def crowd(
+    pipe: Pipeline,
+    count: int,
+    choose: random.Random,
+    after: Callable[[int], object],
+    mixed: Callable[[random.Random], GenerateSettings] = mixed,
+) -> list[ImageRequest]:
     """Images of all kinds that come in at random, some of which are given up; `after` is told how many are done."""
     engine, asked, done = Scheduler(pipe, slots=6, queue=20), list[ImageRequest](), 0
     while len(asked) < count or engine.waiting or engine.active:
@@ -70,6 +88,18 @@ def test_mixed_images_are_those_drawn_one_by_one_and_memory_stays_flat(pipe: Pip
     for ticket in finished[::2]:  # drawing them alone is what takes time here
         assert torch.equal(ticket.result, drawn_alone(pipe, ticket)), ticket
     assert memory[max(memory)] <= 1.05 * memory[50]
+
+
+def test_images_of_drafters_come_and_go(tiny_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
+    save_drafter(folder / "eagle", EagleNet(eagle_config(load(folder).target.config)), folder, {})
+    pipe = load(folder)
+    asked = crowd(pipe, 60, random.Random(1), lambda done: None, drafted)
+    finished = [ticket for ticket in asked if ticket.status == DONE]
+    assert {ticket.status for ticket in asked} == {DONE, CANCELLED} and len(finished) > 40
+    for ticket in finished:
+        assert torch.equal(ticket.result, drawn_alone(pipe, ticket)), ticket
 
 
 def test_images_of_all_seeds_share_the_passes_of_a_drafter(pipe: Pipeline, tiny_model: Path) -> None:

@@ -13,8 +13,9 @@ later steps of the window are dropped.
 
 Images of equal progress share a pass: how many places it draws, and how many it sees, is what their step says. So
 those that entered together go together, those furthest behind first; they take turns with those that entered before or
-after, and share passes with them only where their steps are equal. (That the later ones catch up first costs the earlier
-ones their time, and on a processor gains none: flowers-mar draws as many images a second four at a time as one by one.)
+after, and share passes with them only where their steps are equal. (That the later ones catch up first would cost the
+earlier ones their time, and on a processor gain none: flowers-mar draws as many images a second one by one as four at a
+time.)
 """
 
 from __future__ import annotations

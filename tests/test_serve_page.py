@@ -81,7 +81,8 @@ def test_several_pictures_of_a_seed_are_collected_as_the_command_draws_them(page
     page.click("#draw")
     sync_api.expect(page.locator("#gallery a")).to_have_count(3, timeout=20000)
     sync_api.expect(page.locator("#left .figures")).to_contain_text("3 of 3 pictures")
-    found = {link.get_attribute("download"): png(link.get_attribute("href")) for link in page.locator("#gallery a").all()}
+    links = page.locator("#gallery a").all()
+    found = {link.get_attribute("download"): png(link.get_attribute("href")) for link in links}
     drawn = load(tiny_model).generate(["tulip"] * 3, seed=7, batch=1).images
     names = ("tiny-tulip-7.png", "tiny-tulip-7-1.png", "tiny-tulip-7-2.png")
     assert found == {name: image.image.tobytes() for name, image in zip(names, drawn, strict=True)}

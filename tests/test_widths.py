@@ -12,7 +12,7 @@ from bozzetto.decoding.widths import MeasuredWidth, candidates, committed, kept_
 
 def paced(cost: dict[int, float], share: float, passes: int = 400, images: int = 2) -> list[int]:
     """Widths chosen in turn on a machine where a pass costs `cost` and each draft is kept with chance `share`."""
-    pace = MeasuredWidth(kept_seconds(None, lambda n, w: cost[w]), 16, 1, images)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: cost[w]), 16, 1)
     chosen = []
     for _ in range(passes):
         width = pace(images)
@@ -37,7 +37,7 @@ def test_the_width_settles_where_it_brings_most(cost: dict[int, float], share: f
 
 
 def test_a_width_that_began_badly_is_tried_again() -> None:
-    pace = MeasuredWidth(kept_seconds(None, lambda n, w: {1: 1.0, 8: 1.5, 16: 3.0}[w]), 16, 1, 1)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: {1: 1.0, 8: 1.5, 16: 3.0}[w]), 16, 1)
     chosen = []
     for number in range(1000):
         chosen.append(pace(1))
@@ -48,7 +48,7 @@ def test_a_width_that_began_badly_is_tried_again() -> None:
 def test_a_cost_that_was_measured_while_the_machine_was_busy_is_found_out() -> None:
     """Once a width of 8 seemed to cost forty passes, and was never chosen again."""
     real, measured = {1: 1.0, 8: 1.5, 16: 3.0}, {1: 1.0, 8: 40.0, 16: 3.0}
-    pace, chosen = MeasuredWidth(kept_seconds(None, lambda n, w: measured[w]), 16, 1, 1), []
+    pace, chosen = MeasuredWidth(kept_seconds(None, lambda n, w: measured[w]), 16, 1), []
     for _ in range(1000):
         chosen.append(pace(1))
         pace.note(chosen[-1], [{1: 1.0, 8: 2.5, 16: 2.6}[chosen[-1]]], [True], real[chosen[-1]])
@@ -65,14 +65,14 @@ def test_drafts_that_are_never_kept_cost_a_few_passes_only() -> None:
 
 
 def test_empty_slots_and_passes_without_drafts_say_nothing() -> None:
-    pace = MeasuredWidth(kept_seconds(None, lambda n, w: 1.0), 16, 1, 1)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: 1.0), 16, 1)
     pace.note(4, [3.0, 0.0], [True, False])
     pace.note(1, [1.0], [True])
     assert pace.mean == {4: 3.0}
 
 
 def test_a_width_not_seen_yet_is_judged_by_the_nearest_one() -> None:
-    pace = MeasuredWidth(kept_seconds(None, lambda n, w: 1.0), 16, 1, 1)
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: 1.0), 16, 1)
     pace.note(8, [committed(0.6, 8)], [True])
     assert pace.expected(16) == pytest.approx(committed(0.6, 16), rel=1e-6)
     assert pace.expected(1) == 1.0
@@ -110,16 +110,16 @@ def test_where_rows_cost_widths_are_narrow(
     assert candidates(sequences, 16) == wanted
 
 
-@pytest.mark.parametrize(("cost", "wanted"), [(FLAT, 16), (STEEP, 1)])
-def test_a_batch_that_is_not_full_goes_by_what_pays_in_a_full_one(cost: dict[int, float], wanted: int) -> None:
-    asked = []
-
-    def measure(images: int, width: int) -> float:
-        asked.append(images)
-        return cost[width]
-
-    assert MeasuredWidth(kept_seconds(None, measure), 16, 1, 8)(3) == wanted
-    assert set(asked) == {8}
+def test_each_number_of_images_has_a_width_of_its_own() -> None:
+    """Once an image alone went by what pays for a full batch: a server of eight drew it without drafts."""
+    cost = {(n, w): max(1.0, n * w / 4) for n in (1, 2, 4, 8) for w in (1, 2, 4)}
+    pace = MeasuredWidth(kept_seconds(None, lambda n, w: cost[n, w]), 4, 1)
+    chosen: dict[int, list[int]] = {1: [], 8: []}
+    for images in [1] * 100 + [8] * 200 + [1] * 100:
+        width = pace(images)
+        pace.note(width, [committed(0.6, width)] * images, [True] * images, cost[images, width])
+        chosen[images].append(width)
+    assert chosen[1].count(4) > 150 and chosen[8].count(1) > 150
 
 
 def test_times_are_measured_once_and_kept(tmp_path: Path) -> None:

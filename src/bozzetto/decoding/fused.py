@@ -320,5 +320,5 @@ def make_fused(settings: GenerateSettings, target: Any, dtype: str, filler: Any)
         key, folder = fused_key(settings, target.length, dtype), cache_folder()
         name = f"times-{digest_of(target.config, dtype, str(target.device), key)}.json"
         seconds = kept_seconds(None if folder is None else folder / name, batch.time_pass)
-        batch.width = MeasuredWidth(seconds, window, 2 if law.guided else 1, settings.batch)
+        batch.width = MeasuredWidth(seconds, window, 2 if law.guided else 1)
     return batch

@@ -65,16 +65,11 @@ def candidates(sequences: int, widest: int) -> list[int]:
 
 
 class MeasuredWidth:
-    """Chooses the places of the next pass. seconds: of a pass; widest: at most; copies: sequences per image (2 under
-    guidance); slots: most images at a time.
+    """Chooses the places of the next pass, for each number of images (rounded up to a power of two) by itself. seconds:
+    of a pass; widest: at most; copies: sequences per image (2 under guidance)."""
 
-    Only passes of a full batch are measured. With fewer images in it width costs less, so that what pays in a full one
-    pays there too.
-    """
-
-    def __init__(self, seconds: Seconds, widest: int, copies: int, slots: int):
+    def __init__(self, seconds: Seconds, widest: int, copies: int):
         self.seconds, self.widest, self.copies = seconds, widest, copies
-        self.slots = 1 << max(0, slots - 1).bit_length()
         self.weight: dict[int, float] = {}
         self.mean: dict[int, float] = {}  # tokens per pass and image, by width
         self.taken: dict[tuple[int, int], float] = {}  # seconds of the batch's own passes
@@ -91,8 +86,6 @@ class MeasuredWidth:
         return self.now
 
     def _best(self, size: int) -> int:
-        if size < self.slots:
-            return candidates(size * self.copies, self.widest)[-1] if self._best(self.slots) > 1 else 1
         widths = candidates(size * self.copies, self.widest)
         speed = {w: self.expected(w) / self.cost(size, w) for w in widths}
         best = max(widths, key=lambda w: speed[w])
@@ -102,10 +95,8 @@ class MeasuredWidth:
     def _once_more(self, size: int, best: int) -> int:
         """A width that may have been judged too early, 0 where there is none or it is not time."""
         self.decisions += 1
-        if size < self.slots:
-            return 0
         speed = {w: self.expected(w) / self.cost(size, w) for w in candidates(size * self.copies, self.widest)}
-        new = [w for w in speed if w != best and (size, w) not in self.taken] if self.taken else []
+        new = [w for w in speed if w != best and (size, w) not in self.taken] if (size, best) in self.taken else []
         near = [w for w in speed if w not in (1, best) and speed[w] >= _NEAR * speed[best]]
         return max(new or ([] if self.decisions % _AGAIN else near), key=lambda w: speed[w], default=0)
 

@@ -403,3 +403,20 @@ def test_help_explains_the_verb(capsys):
     shown = capsys.readouterr().out
     for option in ("model", "method", "dtype", "batch", "guidance", "window", "compile", "seconds", "threads", "json"):
         assert f"--{option}" in shown
+
+
+@pytest.mark.parametrize(("speed", "largest"), [(1e12, 2048), (2e9, 512), (1e6, 256)])
+def test_products_that_a_processor_is_slow_at_are_measured_on_smaller_matrices(
+    speed: float, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the instructions for bfloat16 those of 2,048 rows took a minute."""
+    sides: list[int] = []
+
+    def timed(call: Any, seconds: float, device: torch.device) -> list[float]:
+        sides.append(len(call.args[0]))
+        return [2 * sides[-1] ** 3 / speed]
+
+    monkeypatch.setattr(passes, "SIDE", 2048)
+    monkeypatch.setattr(passes, "timed", timed)
+    assert passes._rate("bfloat16", torch.device("cpu"), 0.5) == pytest.approx(speed)
+    assert sides[-1] == largest

@@ -94,10 +94,7 @@ def measure_machine(dtype: str, device: torch.device, seconds: float) -> Machine
     # Sums are bound by arithmetic on some machines, products with a vector by threading on others.
     read = min(fastest(memory.sum), fastest(partial(torch.mv, memory.view(-1, 1024), ones)))
     copy = fastest(partial(memory[:half].copy_, memory[half:]))
-    rates = {}
-    for name in {"float32", "bfloat16", dtype}:
-        square = torch.randn(SIDE, SIDE, device=device).to(getattr(torch, name))
-        rates[name] = 2 * SIDE**3 / fastest(partial(torch.mm, square, square))
+    rates = {name: _rate(name, device, seconds) for name in {"float32", "bfloat16", dtype}}
     return {
         "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "device": str(device),
@@ -109,6 +106,17 @@ def measure_machine(dtype: str, device: torch.device, seconds: float) -> Machine
         "bfloat16": rates["bfloat16"],
         "own": rates.get("float16", 0.0),
     }
+
+
+def _rate(dtype: str, device: torch.device, seconds: float) -> float:
+    """Operations per second of a matrix product: the largest of SIDE rows at most of which a few fit into `seconds`. (A
+    processor that does not multiply bfloat16 takes minutes for one of SIDE.)"""
+    for side in (SIDE // 8, SIDE // 4, SIDE // 2, SIDE):
+        square = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+        best = min(timed(partial(torch.mm, square, square), seconds / 8, device))
+        if _LEAST_CALLS * 8 * best > seconds:  # the next takes eight times as long
+            break
+    return 2 * side**3 / best
 
 
 def timed(call: Callable[[], Any], seconds: float, device: torch.device) -> list[float]:

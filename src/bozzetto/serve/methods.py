@@ -42,8 +42,11 @@ def lossy(rules: dict[str, list[str]]) -> list[str]:
 
 def said_of(pipe: Pipeline) -> dict[str, dict[str, str]]:
     """What each drafter and rule does, in a sentence, by its name."""
-    tables = {"drafters": named(DRAFTERS, pipe.target.tokens), "rules": named(RULES, pipe.target.tokens)}
-    return {what: {name: row.about for name, row in rows.items() if row.about} for what, rows in tables.items()}
+    tables: dict[str, Any] = {"drafters": DRAFTERS, "rules": RULES}
+    return {
+        what: {name: row.about for name, row in named(table, pipe.target.tokens).items() if row.about}
+        for what, table in tables.items()
+    }
 
 
 def _has(pipe: Pipeline, drafter: str) -> bool:

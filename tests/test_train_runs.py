@@ -350,8 +350,9 @@ def test_a_run_of_the_version_before_goes_on_and_ends_as_it_did_there(tmp_path: 
     train(recipe)
     (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert line["step"] == 4
-    assert line["acceptance"]["guidance 1"][:2] == pytest.approx([0.74598, 0.74689], abs=2e-3)
-    assert line["acceptance"]["guidance 2"][:2] == pytest.approx([0.58249, 0.57673], abs=2e-3)
+    # A processor without pairs of bfloat16 trains in float32.
+    assert line["acceptance"]["guidance 1"][:2] == pytest.approx([0.74598, 0.74689], abs=1e-2)
+    assert line["acceptance"]["guidance 2"][:2] == pytest.approx([0.58249, 0.57673], abs=1e-2)
 
 
 def test_digests_of_pictures_see_pixels_labels_names_and_captions(albums: Path) -> None:

@@ -85,7 +85,8 @@ def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
     path = Path(folder) / name
     if not path.is_file():
         there = Path(folder).iterdir() if Path(folder).is_dir() else ()
-        raise UsageError(f"not a model folder: {path} does not exist{next(filter(None, map(convert_note, there)), '')}")
+        note = next(filter(None, map(convert_note, there)), " (bozzetto models lists those that are shipped)")
+        raise UsageError(f"not a model folder: {path} does not exist{note}")
     return read_json(path)
 
 
